@@ -1,0 +1,138 @@
+"""ctxext finetune"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ctxext.cli import console
+from ctxext.errors import InputError
+
+if TYPE_CHECKING:
+    from ctxext.train.plan import RunPlan
+
+DEFAULT_PRESET = "lora-alpha"
+EXAMPLES = """Examples:\n
+  ctxext finetune --ctx 100k\n
+  ctxext finetune llama2-7b --ctx 32k --preset longlora --data books/\n
+  ctxext finetune tiny --ctx 2k --preset smoke\n
+  ctxext finetune llama2-7b --ctx 100k --plan\n
+  ctxext finetune --resume --out runs/20260101T000000.000000Z-finetune-tiny"""
+
+
+def finetune(
+    model: Annotated[
+        str | None, typer.Argument(help="A directory, preset or hub id [default: the newest conversion]")
+    ] = None,
+    ctx: Annotated[
+        str | None, typer.Option(help="Training context in tokens, such as 8192, 32k, 100k (k = 1024)")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="A finetune preset or a YAML file")] = DEFAULT_PRESET,
+    data: Annotated[
+        str | None, typer.Option(help="Files, a directory, or a datasets id [default: the embedded corpus]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory [default: ./runs/<time>-finetune-<name>]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the preset's")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field of the spec, as key=value; may be repeated")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print every derived number and stop")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run (--out, or the newest)")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing run directory")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON")] = False,
+) -> None:
+    """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, positions where needed."""
+    from ctxext.config import manifest as manifests
+
+    if resume:
+        if model or ctx or data or steps or set_ or preset != DEFAULT_PRESET:
+            raise InputError("--resume goes on with the run's own spec", hint="only --out can be given beside it")
+        from ctxext.train.run import newest_unfinished, plan_resumed
+
+        run = out or newest_unfinished(manifests.RUNS)
+        decided = plan_resumed(run)
+    else:
+        if ctx is None and preset == DEFAULT_PRESET:
+            raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
+        decided = _plan(model, ctx, preset, data, steps, set_ or [], needs_weights=not plan)
+        run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
+    if plan:
+        console.emit(decided.as_dict()) if as_json else console.pairs(decided.rows())
+        return
+    console.pairs(decided.rows(), to_stderr=True)
+    _run(decided, run, resume, force, as_json)
+
+
+def _plan(
+    model: str | None,
+    ctx: str | None,
+    preset: str,
+    data: str | None,
+    steps: int | None,
+    sets: list[str],
+    *,
+    needs_weights: bool,
+) -> RunPlan:
+    from ctxext.config import manifest as manifests
+    from ctxext.config import presets
+    from ctxext.config.loader import build, parse_value, set_value
+    from ctxext.model.source import resolve
+    from ctxext.train.plan import plan_run
+    from ctxext.train.spec import FinetuneSpec
+
+    fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
+    for key, value in (("ctx", ctx), ("data.source", data), ("steps", steps)):
+        if value is not None:
+            set_value(fields, key, value)
+    for assignment in sets:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment!r}: allowed is key=value, such as lora.rank=16")
+        set_value(fields, key.strip(), parse_value(value, source=f"--set {key}"))
+    spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)")
+    if model is None:
+        newest = manifests.newest(manifests.RUNS, ("conversion", "model", "merge"))
+        console.say(f"no MODEL given: taking the newest, {newest}")
+        model = str(newest)
+    return plan_run(resolve(model, weights=needs_weights), spec)
+
+
+def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> None:
+    from ctxext.train.run import start_run
+
+    if not resume:
+        start_run(plan, run, force=force)
+    console.quiet_libraries()
+    from ctxext.train.finetune import Events, run_finetune
+    from ctxext.units import format_bytes, format_duration
+
+    with console.progress() as display:
+        task = display.add_task("preparing", total=plan.steps, note="")
+
+        def on_step(metrics: Any) -> None:
+            note = f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:,.0f} tokens/s  {format_bytes(metrics.memory)}"
+            display.update(task, completed=metrics.step, description="training", note=note)
+
+        report = run_finetune(plan, run, resume=resume, events=Events(console.say, on_step))
+    if as_json:
+        console.emit(report.as_dict())
+        return
+    if not report.finished:
+        console.say(
+            f"stopped after step {report.steps_done} of {report.steps}; go on with\n"
+            f"  ctxext finetune --resume --out {run}"
+        )
+        raise typer.Exit(130)
+    console.pairs(
+        [
+            ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"),
+            ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
+            ("peak memory", format_bytes(report.peak_memory)),
+            ("took", format_duration(report.seconds)),
+            ("written to", report.out),
+        ]
+    )

@@ -1,0 +1,123 @@
+"""What pydantic found wrong with a spec, in this project's words: path, what was given, what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
+
+_ALLOWED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "dataclass_type": "a mapping",
+    "none_required": "null",
+    "path_type": "a path",
+    "literal_error": "{expected}",
+    "union_tag_invalid": "a mapping with type {expected_tags}",
+    "union_tag_not_found": "a mapping with a type",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
+    "string_too_short": "at least {min_length} characters",
+    "string_too_long": "at most {max_length} characters",
+    "string_pattern_mismatch": "text that matches {pattern}",
+    "finite_number": "a finite number",
+}
+_WRONG_SHAPE = {"dataclass_type", "literal_error", "none_required", "union_tag_not_found"}
+
+
+@dataclass(frozen=True)
+class _Fault:
+    path: tuple[str | int, ...]
+    type: str
+    given: Any
+    allowed: str
+
+
+def describe(cls: type, data: Any, error: ValidationError) -> list[str]:
+    """One line a fault, as pydantic orders them. The branches of a union that do not fit are one fault."""
+    found = [_fault(data, line) for line in error.errors(include_url=False)]
+    lines: dict[tuple[str | int, ...], list[_Fault]] = {}
+    for fault in found:
+        depth = len(fault.path)
+        deeper = any(len(other.path) > depth and other.path[:depth] == fault.path for other in found)
+        if not (deeper and fault.type in _WRONG_SHAPE):
+            lines.setdefault(fault.path, []).append(fault)
+    return [_line(cls, data, path, faults) for path, faults in lines.items()]
+
+
+def _fault(data: Any, line: Any) -> _Fault:
+    """`loc` less the names of union branches that pydantic puts between the keys."""
+    path: list[str | int] = []
+    last = len(line["loc"]) - 1
+    for position, step in enumerate(line["loc"]):
+        if (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int)):
+            path.append(step)
+            data = data[step]
+        elif position == last and line["type"] == "missing":
+            path.append(step)
+    context = line.get("ctx", {})
+    if line["type"] == "value_error":
+        allowed = str(context["error"])
+    else:
+        allowed = _ALLOWED.get(line["type"], line["msg"]).format(**context)
+    return _Fault(tuple(path), line["type"], line["input"], allowed)
+
+
+def _line(cls: type, data: Any, path: tuple[str | int, ...], faults: list[_Fault]) -> str:
+    where = ".".join(str(step) for step in path)
+    kinds = {fault.type for fault in faults}
+    if kinds == {"missing"}:
+        return f"{where}: missing; it has no default"
+    if kinds == {"unexpected_keyword_argument"}:
+        return f"{where}: unknown key; {_near(str(path[-1]), _keys(cls, data, path[:-1]))}"
+    told = [fault.allowed for fault in faults if fault.type == "value_error"]
+    allowed = " or ".join(dict.fromkeys(fault.allowed for fault in faults if fault.type != "value_error"))
+    given = f"got {_shown(faults[0].given)}; allowed: {allowed}" if allowed else ""
+    text = "; ".join([*dict.fromkeys(told), *([given] if given else [])])
+    return f"{where}: {text}" if where else text
+
+
+def _near(key: str, keys: list[str]) -> str:
+    close = difflib.get_close_matches(key, keys, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}allowed: {', '.join(keys) or 'none'}"
+
+
+def _keys(cls: type, data: Any, path: tuple[str | int, ...]) -> list[str]:
+    """The keys of the spec at `path`; of every spec that may stand there, when there are several."""
+    specs = _specs(cls, data)
+    for step in path:
+        data = data[step]
+        inner = specs if isinstance(step, int) else [get_type_hints(outer).get(step) for outer in specs]
+        specs = [found for annotation in inner for found in _specs(annotation, data)]
+    return list(dict.fromkeys(field.name for found in specs for field in fields(found)))
+
+
+def _specs(annotation: Any, data: Any) -> list[Any]:
+    """The specs an annotation names, less those whose `type` is not the one that `data` gives."""
+    if is_dataclass(annotation):
+        tag = get_type_hints(annotation).get("type")
+        given = data.get("type") if isinstance(data, dict) else None
+        other = get_origin(tag) is Literal and given is not None and given not in get_args(tag)
+        return [] if other else [annotation]
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, tuple, list, dict):
+        return [found for inner in get_args(annotation) for found in _specs(inner, data)]
+    return []
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,228 @@
+"""YAML into frozen specs: strict, typed, every fault at once.
+
+PyYAML reads `2e-5` as text, `010` as 8, `1:30` as 90 and `yes` as true (YAML 1.1). Here only `true` and
+`false` are booleans, `null`, `~` and nothing are null, integers are decimal, `2e-5` is a float, and the rest
+is text. Refused: anchors, aliases, tags, keys that stand twice or are no text, numbers such as `010`, `0x1f`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from math import isfinite
+from pathlib import Path, PurePath
+from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from yaml.constructor import ConstructorError
+from yaml.nodes import MappingNode, Node, ScalarNode
+
+from ctxext.config.faults import describe
+from ctxext.errors import InputError, SpecError
+from ctxext.units import parse_tokens
+
+LARGEST_FILE = 1024**2  # bytes
+
+S = TypeVar("S")
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def spec(cls: type[S]) -> type[S]:
+    """A frozen, keyword-only pydantic dataclass. No type is coerced, but an int may stand for a float, and an
+    unknown key is a fault. A contradiction between fields is a ValueError raised in `__post_init__`."""
+    made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=_STRICT)
+    return made
+
+
+def _tokens(value: Any) -> int:
+    try:
+        return parse_tokens(value)
+    except InputError as error:
+        raise ValueError(error.message) from None
+
+
+Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0)]
+"""A positive number of tokens, written 8192 or "8k"."""
+
+
+def read_yaml(path: Path | str) -> dict[str, Any]:
+    """The mapping in a YAML file of UTF-8 text, at most 1 MiB; an empty file is an empty mapping.
+
+    Raises:
+        InputError: no such file, or one that cannot be read.
+        SpecError: what is in it breaks the rules at the top of this file, with line and column.
+    """
+    path = Path(path)
+    try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise SpecError(str(path), [f"{path.stat().st_size:,} bytes; allowed: at most {LARGEST_FILE:,}"])
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(str(path), [f"byte {error.start:,} is not UTF-8; allowed: UTF-8 text"]) from error
+    data = _parse(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise SpecError(str(path), [f"the file holds {_kind(data)}; allowed: a mapping (key: value)"])
+    return data
+
+
+def parse_value(text: str, source: str = "--set") -> Any:
+    """One YAML value, as after the `=` of `--set`: `8`, `2e-5`, `true`, `100k` (text), `[q_proj, v_proj]`.
+
+    Raises:
+        SpecError: not one YAML value under the rules at the top of this file.
+    """
+    return _parse(text, source)
+
+
+def set_value(data: dict[str, Any], path: str, value: Any) -> None:
+    """Sets `data["a"]["b"]` for the path "a.b", in place. Missing mappings are made, and a value that is no
+    mapping gives way to one: setting `rope_scaling.type` over `rope_scaling: auto` starts a new mapping.
+
+    Raises:
+        InputError: an empty path, or one with an empty part.
+    """
+    keys = path.split(".")
+    if not all(keys):
+        raise InputError(f"{path!r} is no key; allowed: names joined by dots, such as attention.group_size")
+    for key in keys[:-1]:
+        inner = data.get(key)
+        if not isinstance(inner, dict):
+            inner = data[key] = {}
+        data = inner
+    data[keys[-1]] = value
+
+
+def build(cls: type[S], data: dict[str, Any], *, source: str) -> S:
+    """The spec of class `cls` that `data` describes; `source` names the file or option in errors.
+
+    Raises:
+        SpecError: with every fault, each with its dotted path, what was given and what is allowed.
+    """
+    try:
+        # Through JSON, because strict types there still let a list be a tuple and a mapping a nested spec.
+        return TypeAdapter(cls).validate_json(json.dumps(data, default=_plain, allow_nan=False))
+    except ValidationError as error:
+        faults = describe(cls, data, error)
+    except (TypeError, ValueError) as error:
+        faults = [f"not plain data: {error}"]
+    raise SpecError(source, faults)
+
+
+def dump_yaml(value: Any) -> str:
+    """A spec, or plain data, as YAML that `read_yaml` and `build` turn into an equal one."""
+    plain = json.loads(json.dumps(value, default=_plain, allow_nan=False))
+    return yaml.dump(plain, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, PurePath):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} {value!r} has no YAML form")
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = error.problem or error.context or "not YAML"
+        if "'\\t'" in problem:
+            problem = "a tab; allowed: spaces"
+        fault = f"{where}{problem}"
+    except yaml.YAMLError as error:
+        fault = f"not YAML: {' '.join(str(error).split())}"
+    except RecursionError:
+        fault = "nested too deeply"
+    raise SpecError(source, [fault])
+
+
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else f"only {value!r}"
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader with its own reading of plain scalars; anything clever is refused."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise _refusal(event, "anchors and aliases (& and *) are not allowed")
+        if getattr(event, "tag", None) is not None:
+            raise _refusal(event, f"tags ({event.tag}) are not allowed")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise _refusal(key_node, f"the key {key!r} is no text; quote it")
+            if key in seen:
+                raise _refusal(key_node, f"the key {key!r} stands here twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _StrictDumper(yaml.SafeDumper):
+    """SafeDumper that quotes what `_StrictLoader` would not read back as text."""
+
+    yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _refusal(at: Any, problem: str) -> ConstructorError:
+    return ConstructorError(None, None, problem, at.start_mark)
+
+
+def _odd_number(loader: _StrictLoader, node: ScalarNode) -> Any:
+    raise _refusal(node, f"{node.value} is no finite decimal number; write one, or quote it as text")
+
+
+def _int(loader: _StrictLoader, node: ScalarNode) -> int:
+    if len(node.value) > 40:
+        raise _refusal(node, "an integer of more than 40 digits")
+    return int(node.value)
+
+
+def _float(loader: _StrictLoader, node: ScalarNode) -> float:
+    value = float(node.value)
+    return value if isfinite(value) else _odd_number(loader, node)
+
+
+_SCALARS: tuple[tuple[str, str, str, Callable[[Any, ScalarNode], Any]], ...] = (
+    # name, pattern, first characters, constructor
+    ("bool", r"true|false", "tf", lambda loader, node: node.value == "true"),
+    ("null", r"null|~|", "n~", lambda loader, node: None),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*|[1-9][0-9]{0,2}(?:_[0-9]{3})+)", "-+0123456789", _int),
+    (
+        "float",
+        r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?)",
+        "-+.0123456789",
+        _float,
+    ),
+    ("odd", r"[-+]?0(?:[0-9_]+|[xXoObB][0-9a-fA-F_]+)(?:\.[0-9]*)?|[-+]?\.(?:inf|nan)", "-+.0123456789", _odd_number),
+)
+
+for _name, _pattern, _first, _constructor in _SCALARS:
+    _tag = f"tag:yaml.org,2002:{_name}"
+    _StrictLoader.add_constructor(_tag, _constructor)
+    for _character in ["", *_first] if _name == "null" else _first:
+        _resolvers = _StrictLoader.yaml_implicit_resolvers.setdefault(_character, [])
+        _resolvers.append((_tag, re.compile(rf"(?:{_pattern})\Z")))

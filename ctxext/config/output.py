@@ -1,0 +1,104 @@
+"""Outputs that appear whole or not at all: written beside their place, renamed into it at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ctxext.errors import EnvironmentFault, InputError
+from ctxext.units import format_bytes
+
+_ELSEWHERE = "give another --out"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+# The Rust of safetensors and tokenizers wraps the operating system's error in its own.
+_FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")
+
+
+@contextmanager
+def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
+    """A new directory to write into, which becomes `out` when the block ends and is removed when it fails.
+
+    It stands beside `out` as `.<name>.partial-<pid>`, so that the rename at the end copies nothing. With
+    `force` an older `out` is replaced at that moment and not before. A killed process leaves its partial
+    directory behind.
+
+    Raises:
+        InputError: `out` exists (without `force`), or is a place that `force` must not replace.
+        EnvironmentFault: the disk is full, or the place cannot be written.
+    """
+    out = Path(out)
+    check_free(out, force)
+    target = out.absolute()
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made = [path for path in target.parents if not path.exists()]
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        _put_in_place(partial, target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        for path in made:
+            _remove_if_empty(path)
+        fault = _environment(error, out)
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def check_free(out: Path, force: bool = False) -> None:
+    """Refuses an `out` that `staged_output` would refuse; call it before long work."""
+    out = Path(out)
+    if out.name in ("", ".."):
+        raise InputError(f"{out} cannot be an output; allowed: a new directory")
+    if not os.path.lexists(out):
+        above = next(path for path in out.absolute().parents if os.path.lexists(path))
+        if not above.is_dir():
+            raise InputError(f"{above} is no directory: nothing can be written below it", hint=_ELSEWHERE)
+        return
+    if not force:
+        raise InputError(f"{out} exists", hint="give --force to replace it, or another --out")
+    real = out.resolve()
+    for kept in (Path.cwd(), Path.home()):
+        if kept.resolve().is_relative_to(real):
+            raise InputError(f"{out} holds {kept}: even --force does not replace it", hint=_ELSEWHERE)
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    if not os.path.lexists(target):
+        partial.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    target.rename(old)
+    try:
+        partial.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink()
+
+
+def _environment(error: BaseException, out: Path) -> EnvironmentFault | None:
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL or any(text in str(error) for text in _FULL_TEXTS):
+        place = next(path for path in out.absolute().parents if path.exists())
+        free = format_bytes(shutil.disk_usage(place).free)
+        return EnvironmentFault(f"the disk of {place} is full ({free} free)", hint=f"make room, or {_ELSEWHERE}")
+    if number in _CLOSED and isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return EnvironmentFault(f"cannot write {out}: {error.strerror}{where}", hint=_ELSEWHERE)
+    return None
+
+
+def _remove_if_empty(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError:
+        return

@@ -1,0 +1,131 @@
+"""Presets found by name: a path, then ./presets, then the copy that came with the package.
+
+A preset is a YAML file that states only what differs from the defaults of the spec it is built into.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+import ctxext
+from ctxext.config.loader import Tokens, build, read_yaml, spec
+from ctxext.errors import InputError
+
+KINDS = ("models", "hybrid", "finetune", "pretrain", "eval", "pipelines")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What one YAML file says. `name` is the file's stem."""
+
+    kind: str
+    name: str
+    path: Path
+    data: dict[str, Any]
+
+
+@spec
+class ModelShape:
+    """What planning needs of a model's config.json, under Hugging Face's names; lengths in tokens."""
+
+    hidden_size: Annotated[int, Field(gt=0)]
+    num_hidden_layers: Annotated[int, Field(gt=0)]
+    num_attention_heads: Annotated[int, Field(gt=0)]
+    num_key_value_heads: Annotated[int, Field(gt=0)]
+    head_dim: Annotated[int, Field(gt=0)]
+    intermediate_size: Annotated[int, Field(gt=0)]
+    vocab_size: Annotated[int, Field(gt=0)]
+    max_position_embeddings: Annotated[int, Field(gt=0)]
+    rms_norm_eps: Annotated[float, Field(gt=0)]
+    rope_parameters: dict[str, float | int | str]
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """Of q, k and v; whether o has one too is the family's affair."""
+    sliding_window: Annotated[int, Field(gt=0)] | None = None
+
+
+@spec
+class ModelPreset:
+    """A model by its short name: where it is (`hub_id`, or a `directory` beside the preset), and what can be
+    planned without its weights.
+
+    `original_length` is what it was first trained at, `usable_length` what it bears now, in tokens.
+    """
+
+    family: str
+    original_length: Tokens
+    usable_length: Tokens
+    hub_id: str | None = None
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    directory: str | None = None
+    shape: ModelShape | None = None
+
+    def __post_init__(self) -> None:
+        if (self.hub_id is None) == (self.directory is None):
+            raise ValueError("hub_id and directory: exactly one of them is needed")
+        if self.hub_id is not None and self.shape is None:
+            raise ValueError("shape: missing; a model of the hub must be planned without its weights")
+        if self.usable_length < self.original_length:
+            raise ValueError(f"usable_length {self.usable_length} is below original_length {self.original_length}")
+
+
+def shipped(folder: str) -> Path:
+    """The directory `folder` ("presets", "deepspeed_configs") that came with the package: inside it when
+    installed from a wheel, beside it in a checkout."""
+    package = Path(ctxext.__file__).parent
+    inside = package / folder
+    return inside if inside.is_dir() else package.parent / folder
+
+
+def find(kind: str, name: str) -> Preset:
+    """The preset `name` means: an existing file, ./presets/<kind>/<name>.yaml, or the one that was shipped.
+
+    Raises:
+        InputError: there is none; the hint has the nearest names, or all of them.
+        SpecError: the file is no YAML mapping.
+    """
+    if _looks_like_a_path(name):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"no file {name}", hint=f"names known without a path: {_list(kind)}")
+        return Preset(kind, path.stem, path, read_yaml(path))
+    if _NAME.fullmatch(name):
+        for root in _roots(kind):
+            path = root / f"{name}.yaml"
+            if path.is_file():
+                return Preset(kind, name, path, read_yaml(path))
+    close = difflib.get_close_matches(name, names(kind), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else None
+    raise InputError(f"no {kind} preset is named {name!r}; allowed: a YAML file, or {_list(kind)}", hint=hint)
+
+
+def names(kind: str) -> list[str]:
+    """The names `find` knows for a kind, sorted."""
+    found = {path.stem for root in _roots(kind) for path in root.glob("*.yaml")}
+    return sorted(name for name in found if _NAME.fullmatch(name))
+
+
+def model_preset(preset: Preset) -> ModelPreset:
+    """Raises SpecError, with the path of the file, when it does not say what a model needs."""
+    return build(ModelPreset, preset.data, source=str(preset.path))
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) or (("/" in name or "\\" in name) and Path(name).is_file())
+
+
+def _roots(kind: str) -> list[Path]:
+    if kind not in KINDS:
+        raise ValueError(f"no kind {kind!r}; allowed: {', '.join(KINDS)}")
+    return [Path("presets") / kind, shipped("presets") / kind]
+
+
+def _list(kind: str) -> str:
+    return ", ".join(names(kind)) or "(none)"

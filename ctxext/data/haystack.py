@@ -1,0 +1,110 @@
+"""Passkey retrieval: five digits hidden at a chosen depth in text of an exact length, to be given back at the end.
+
+The task is that of Mohtashami & Jaggi (2023, Landmark Attention, appendix), as LongLoRA (2024, section 4.2) runs it. The
+sentences are those of the synthetic training text (synthetic.py): the format is known to a model trained on the
+embedded corpus, the keys and the filler are not, as long as the filler is held-out text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
+
+from ctxext.data.corpus import stdlib_documents
+from ctxext.data.synthetic import NEEDLE, QUESTION, digits
+from ctxext.errors import InputError
+
+Haystack = Literal["held-out", "grass"]
+
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer: Hugging Face's fast and slow ones both have it."""
+
+    bos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: the model, given `prompt_ids`, must go on with exactly `answer_ids`."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    length: int  # tokens asked for; prompt and answer together have at most that many
+    depth: float  # 0 is the beginning of the text, 1 is just before the question
+    needle_start: int  # tokens before the needle
+    key: str
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def haystack_text(kind: Haystack) -> str:
+    """The text to hide in: the embedded corpus's held-out files, or the classic repeated sentences."""
+    if kind == "held-out":
+        return "".join(document.text for document in stdlib_documents("held-out"))
+    if kind == "grass":
+        return GRASS * 64
+    raise InputError(f"haystack {kind!r} is unknown: allowed are 'held-out' and 'grass'")
+
+
+def haystack_ids(tokenizer: Tokenizer, text: str, *, max_tokens: int = 1 << 20) -> list[int]:
+    """The text's tokens, once, so that a thousand cases need not tokenise it again."""
+    ids = list(tokenizer.encode(text[: 8 * max_tokens], add_special_tokens=False))[:max_tokens]
+    if not ids:
+        raise InputError("the haystack text is empty")
+    return ids
+
+
+def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Random, haystack: Sequence[int]) -> Case:
+    """A case of exactly `length` tokens, prompt and answer together, with the needle at `depth` (0 to 1).
+
+    `haystack` is token ids (`haystack_ids`); the filler is a run of it from a random place, wrapping round at its end,
+    so a short haystack is repeated. Filler is cut in tokens, hence the exact length; at its cuts a word may be
+    broken. Raises InputError for a depth outside 0..1 and for a length without room for needle and question.
+    """
+    if not 0.0 <= depth <= 1.0:
+        raise InputError(f"passkey depth {depth} is outside 0..1")
+    key = digits(rng)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    needle = tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False)
+    question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
+    asked = tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False)
+    # A tokenizer may merge across the boundary: the answer is what the whole has beyond the longest common part.
+    common = next((i for i, (a, b) in enumerate(zip(question, asked, strict=False)) if a != b), len(question))
+    question, answer = asked[:common], asked[common:]
+    room = length - len(bos) - len(needle) - len(asked)
+    if room < 0:
+        raise InputError(
+            f"a passkey needs at least {length - room} tokens with this tokenizer, got length {length}",
+            hint="evaluate at a greater length",
+        )
+    start = rng.randrange(len(haystack))
+    filler = [haystack[(start + i) % len(haystack)] for i in range(room)]
+    before = round(depth * room)
+    prompt = bos + filler[:before] + list(needle) + filler[before:] + list(question)
+    return Case(tuple(prompt), tuple(answer), length, depth, len(bos) + before, key)
+
+
+def passkey_cases(
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    depths: Sequence[float],
+    per_depth: int,
+    seed: int = 0,
+    haystack: Haystack | str = "held-out",
+) -> list[Case]:
+    """`per_depth` cases at every depth, from a generator of their own: the same arguments give the same cases.
+
+    `haystack` is 'held-out', 'grass', or text of one's own.
+    """
+    text = haystack_text(haystack) if haystack in ("held-out", "grass") else haystack
+    ids = haystack_ids(tokenizer, text)
+    rng = random.Random(f"passkey/{seed}/{length}")
+    return [passkey_case(tokenizer, length, depth, rng, ids) for depth in depths for _ in range(per_depth)]

@@ -1,0 +1,1 @@
+"""Models: found, described layer by layer, converted, given positions and adapters, loaded."""

@@ -1,0 +1,124 @@
+"""What trains: LoRA where, at which scale, and which modules whole. Arithmetic over a config; no torch.
+
+LongLoRA (arXiv 2309.12307, section 3.3) trains LoRA on attention plus embeddings and norms: LoRA alone does not carry
+a model to long contexts. The modules trained whole are listed by their full names, because PEFT matches a short name
+such as `norm` against everything that ends in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ctxext.config.loader import spec
+from ctxext.errors import InputError
+from ctxext.model.families import Config, expected_tensors
+from ctxext.ops.low_rank import alpha
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+EMBEDDINGS = "model.embed_tokens"
+
+
+@spec
+class LoraSpec:
+    """A LoRA adapter, and what trains whole beside it.
+
+    alpha       sqrt: 256 sqrt(rank), second-hand from arXiv 2606.12883; curvature: sqrt(3 fan_in rank), ours; a number
+    multiplier  a factor on alpha, whichever rule gave it
+    embeddings  full (trained whole; with tied embeddings the head moves with them), lora, or frozen
+    """
+
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Literal["sqrt", "curvature"] | Annotated[float, Field(gt=0)] = "sqrt"
+    multiplier: Annotated[float, Field(gt=0)] = 1.0
+    target_modules: tuple[str, ...] = ATTENTION
+    embeddings: Literal["full", "lora", "frozen"] = "full"
+    norms: Literal["full", "frozen"] = "full"
+
+    def __post_init__(self) -> None:
+        wrong = sorted(set(self.target_modules) - {*ATTENTION, *MLP})
+        if wrong or not self.target_modules:
+            raise ValueError(f"target_modules {list(self.target_modules)}: allowed are {', '.join((*ATTENTION, *MLP))}")
+
+
+@dataclass(frozen=True)
+class LoraModules:
+    """All modules of one name (`q_proj` of every layer): they share fan-in, alpha and scale = alpha / rank."""
+
+    name: str
+    count: int
+    fan_in: int
+    fan_out: int
+    alpha: float
+    scale: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Trainables:
+    """The trainable set of a run; `whole` are full module names, parameters are counts of scalars."""
+
+    tuning: str
+    lora: tuple[LoraModules, ...]
+    whole: tuple[str, ...]
+    lora_parameters: int
+    embedding_parameters: int
+    norm_parameters: int
+    other_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        return self.lora_parameters + self.embedding_parameters + self.norm_parameters + self.other_parameters
+
+
+def plan_trainables(config: Config, tuning: str, lora: LoraSpec) -> Trainables:
+    """Decide what trains for a normalised config. Raises InputError for a combination PEFT would get wrong."""
+    tensors = expected_tensors(config)
+    sizes = {name: math.prod(shape) for name, shape in tensors.items()}
+    norms = {name: size for name, size in sizes.items() if name.endswith("norm.weight")}
+    embedding = sizes[f"{EMBEDDINGS}.weight"]
+    if tuning == "full":
+        rest = sum(sizes.values()) - sum(norms.values()) - embedding
+        return Trainables("full", (), (), 0, embedding, sum(norms.values()), rest)
+    if lora.embeddings == "lora" and config["tie_word_embeddings"]:
+        raise InputError(
+            "embeddings: lora on a model with tied embeddings would leave its head behind",
+            hint="use embeddings: full or frozen",
+        )
+    targets = list(lora.target_modules)
+    groups = tuple(_lora_modules(config, name, lora) for name in targets)
+    if lora.embeddings == "lora":
+        groups = (*groups, _embedding_lora(config, lora))
+    whole = [EMBEDDINGS] if lora.embeddings == "full" else []
+    if lora.norms == "full":
+        whole += [name.removesuffix(".weight") for name in norms]
+    return Trainables(
+        tuning="lora",
+        lora=groups,
+        whole=tuple(whole),
+        lora_parameters=sum(group.parameters for group in groups),
+        embedding_parameters=embedding if lora.embeddings == "full" else 0,
+        norm_parameters=sum(norms.values()) if lora.norms == "full" else 0,
+        other_parameters=0,
+    )
+
+
+def _lora_modules(config: Config, name: str, lora: LoraSpec) -> LoraModules:
+    block = "self_attn" if name in ATTENTION else "mlp"
+    rows, columns = expected_tensors(config)[f"model.layers.0.{block}.{name}.weight"]
+    return _group(name, config["num_hidden_layers"], columns, rows, lora)
+
+
+def _embedding_lora(config: Config, lora: LoraSpec) -> LoraModules:
+    return _group("embed_tokens", 1, config["vocab_size"], config["hidden_size"], lora)
+
+
+def _group(name: str, count: int, fan_in: int, fan_out: int, lora: LoraSpec) -> LoraModules:
+    rule, value = (lora.alpha, None) if isinstance(lora.alpha, str) else ("fixed", lora.alpha)
+    a = alpha(rule, lora.rank, fan_in, value=value, multiplier=lora.multiplier)
+    parameters = count * lora.rank * (fan_in + fan_out)
+    return LoraModules(name, count, fan_in, fan_out, a, a / lora.rank, parameters)

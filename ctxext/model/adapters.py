@@ -1,0 +1,100 @@
+"""LoRA and the modules trained whole, through PEFT: attached, saved, reopened, merged, and counted at every step.
+
+What PEFT gets wrong when left alone, and what is done here: short names in `modules_to_save` match too much (full
+names, and the set is asserted); tied embeddings come apart (`ensure_weight_tying`); modules trained whole stay in bf16
+(the caller hands fp32 masters to `save_adapter`); a save that drops tensors says nothing (the file is reopened and
+compared with what trained).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ctxext.errors import CheckFailed, ModelError
+from ctxext.model.adapter_plan import EMBEDDINGS, Trainables
+
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> PeftModel:
+    """Put the planned adapter on a model; B starts at zero, so it computes what it did. `base` is recorded by PEFT.
+
+    Raises CheckFailed when what trains is not exactly what was planned.
+    """
+    alphas = {group.name: group.alpha for group in plan.lora}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=plan.lora[0].alpha,
+        alpha_pattern=alphas if len(set(alphas.values())) > 1 else {},
+        target_modules=list(alphas),
+        modules_to_save=list(plan.whole) or None,
+        ensure_weight_tying=bool(model.config.tie_word_embeddings and EMBEDDINGS in plan.whole),
+        base_model_name_or_path=base,
+    )
+    adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+    count = sum(parameter.numel() for parameter in trainable(adapted).values())
+    if count != plan.parameters:
+        raise CheckFailed(
+            f"{count:,} parameters would train, {plan.parameters:,} were planned",
+            hint="please report this with your peft version",
+        )
+    return adapted
+
+
+def trainable(model: Any) -> dict[str, Tensor]:
+    """Every tensor that trains, by its name in the model; a tied head counts once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor]) -> int:
+    """Write adapter_config.json and adapter_model.safetensors, then reopen and account for every trained tensor.
+
+    `masters` are the fp32 values of everything that trains, by parameter name; they are what is saved. Returns the
+    number of tensors. Raises CheckFailed when one is not found again, equal to the last bit.
+    """
+    state = dict(model.state_dict()) | {name: tensor.detach().cpu() for name, tensor in masters.items()}
+    saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    saved = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in saved.items()}
+    save_file(saved, directory / ADAPTER_FILE, metadata={"format": "pt"})
+    model.peft_config["default"].save_pretrained(str(directory))
+    reopened = load_file(directory / ADAPTER_FILE)
+    for name, tensor in masters.items():
+        key = name.replace(".modules_to_save.default", "").replace(".default", "")
+        if key not in reopened or not torch.equal(reopened[key], tensor.detach().cpu()):
+            raise CheckFailed(
+                f"{directory}: the trained tensor {name} was not found again after saving",
+                hint="the run's checkpoint still has it; please report this with your peft version",
+            )
+    return len(reopened)
+
+
+def open_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
+    """Put a saved adapter on its base, for inference. Raises ModelError when a stored tensor finds no place."""
+    adapted: PeftModel = PeftModel.from_pretrained(model, str(directory), local_files_only=True)
+    stored = load_file(directory / ADAPTER_FILE)
+    placed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    lost = sorted(stored.keys() - placed.keys())
+    if lost:
+        raise ModelError(f"{directory}: {len(lost)} of {len(stored)} trained tensors have no place, first {lost[0]}")
+    for name, tensor in stored.items():
+        if not torch.equal(placed[name].cpu(), tensor.to(placed[name].dtype)):
+            raise ModelError(f"{directory}: the trained tensor {name} was not taken over by the model")
+    return adapted
+
+
+def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
+    """Fold the adapter into an fp32 base; the result is an ordinary model, tied where the base was tied."""
+    wide = {parameter.dtype for parameter in adapted.parameters()}
+    if wide != {torch.float32}:
+        raise ModelError(f"merging is done in fp32, the model holds {', '.join(map(str, wide))}")
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return merged

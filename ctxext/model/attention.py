@@ -1,0 +1,92 @@
+"""ctxext's attention as one entry in transformers' AttentionInterface: what each layer may see, never a T x T mask.
+
+A layer's window comes from the stock class itself, which hands it over with every call. What training adds (document
+bounds, S²-Attn groups on the layers without a window) travels as keyword arguments of `model.forward`, so a model
+holds no hidden state and switching back to another implementation restores it exactly:
+
+    model(input_ids, document_starts=starts, group_size=2048)
+
+Not done: static caches, attention sinks, soft-capping, dropout. Each is refused, none is dropped silently.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ctxext.errors import ModelError
+from ctxext.ops.backends import blocked
+from ctxext.ops.masks import Pattern
+
+NAME = "ctxext"  # transformers treats names containing sdpa, flash or flex_attention specially: this has none
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    document_starts: Tensor | None = None,
+    group_size: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention. query [B, H, T, D], key and value [B, K, S, D], RoPE applied; returns [B, T, H, D].
+
+    attention_mask   [B, S] bool from `left_padding`, or None
+    document_starts  [B, T], the index within the row at which each token's document starts
+    group_size       S²-Attn's G in tokens, used on layers without a window; training only
+    """
+    if s_aux is not None or softcap is not None:
+        raise ModelError(
+            f"{type(module).__name__} uses attention sinks or soft-capping, which ctxext's attention has not"
+        )
+    if dropout:
+        raise ModelError(
+            f"attention dropout {dropout} is not supported", hint="set attention_dropout to 0 in config.json"
+        )
+    if attention_mask is not None:
+        if document_starts is not None:
+            raise ModelError("padding and packed documents cannot be combined")
+        document_starts = _padding_as_starts(attention_mask, query.shape[2])
+    pattern = Pattern(sliding_window=sliding_window, group_size=group_size if sliding_window is None else None)
+    out = blocked.attention(query, key, value, pattern, document_starts=document_starts, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def left_padding(
+    *, q_length: int, kv_length: int, q_offset: int, kv_offset: int, attention_mask: Tensor | None, **kwargs: Any
+) -> Tensor | None:
+    """The mask function transformers calls once a forward: the padding of the keys at hand, [B, S] bool, or None."""
+    if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
+        raise ModelError("ctxext's attention takes transformers' dynamic cache, not a static one")
+    if attention_mask is None:
+        return None
+    padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    if bool(padding.all()):
+        return None
+    if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
+        raise ModelError("padding must be on the left, before a row's first token")
+    return padding
+
+
+def _padding_as_starts(padding: Tensor, queries: int) -> Tensor:
+    """Left padding is a document that starts late: [B, S] bool -> [B, T] starts. A pad sees itself alone."""
+    keys = padding.shape[1]
+    index = torch.arange(keys - queries, keys, device=padding.device)
+    return torch.minimum(index, (~padding).sum(1, keepdim=True))
+
+
+def register() -> str:
+    """Make `attn_implementation="ctxext"` known to transformers; returns that name. Calling again changes nothing."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, left_padding)
+    return NAME

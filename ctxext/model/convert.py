@@ -1,0 +1,236 @@
+"""A pretrained model into an ordinary Hugging Face hybrid: config edit, weight copy, proof.
+
+Everything config.json and the safetensors headers can refuse is refused before torch is imported. The output is
+written beside its place and renamed there whole, `config.json` last, after the gate has passed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.config.output import check_free, staged_output
+from ctxext.errors import EnvironmentFault, InputError, ModelError
+from ctxext.model import source as sources
+from ctxext.model.card import model_card
+from ctxext.model.families import SOURCES, Config, expected_tensors, hybrid_config, new_tensors, normalise
+from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, pattern_text
+from ctxext.model.source import ModelSource, require_tokenizer
+from ctxext.ops.cost import kv_cache_bytes, parameter_count
+from ctxext.units import format_bytes, format_count, format_tokens
+
+DTYPES = ("float32", "bfloat16", "float16")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything about a conversion that files alone decide."""
+
+    source: ModelSource
+    hybrid: HybridSpec
+    hybrid_name: str
+    kinds: tuple[LayerKind, ...]
+    config: Config
+    out: Path
+    dtype: str | None
+    allow_pickle: bool
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What `convert` did. `gate` is None when it was switched off; sizes in bytes, lengths in tokens."""
+
+    source: str
+    out: str
+    family: str
+    architecture: str
+    layout: str
+    parameters: int
+    kv_cache_length: int
+    kv_cache_bytes: int
+    kv_cache_bytes_source: int
+    gate: dict[str, Any] | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report as (name, value) lines for a screen or a model card."""
+        rows = [
+            ("source", self.source),
+            ("architecture", f"{self.family} -> {self.architecture}"),
+            ("layout", self.layout),
+            ("parameters", format_count(self.parameters)),
+            (
+                f"KV cache at {format_tokens(self.kv_cache_length)} tokens",
+                f"{format_bytes(self.kv_cache_bytes_source)} -> {format_bytes(self.kv_cache_bytes)}",
+            ),
+        ]
+        if self.gate is None:
+            return [*rows, ("gate", "not run (--no-gate)")]
+        covered = f"{self.gate['layers']} of {self.gate['num_layers']} layers, {self.gate['tokens']} tokens, fp32"
+        return [
+            *rows,
+            ("gate: source layout = source", f"max logit difference {self.gate['identity_max_diff']:g} ({covered})"),
+            (
+                "gate: layout = hand-written walk",
+                f"max logit difference {self.gate['hybrid_max_diff']:.2g} (allowed {self.gate['hybrid_tolerance']:.2g})",
+            ),
+        ]
+
+
+def plan_conversion(
+    model: str,
+    hybrid: str,
+    *,
+    out: Path | None = None,
+    full_layers: str | None = None,
+    sliding_window: int | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    force: bool = False,
+) -> ConversionPlan:
+    """Decide and check a conversion without torch. Raises InputError or ModelError for whatever cannot be done."""
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    layout = find_hybrid(hybrid, sliding_window)
+    if out is not None:
+        check_free(out, force)
+    source = sources.resolve(model, weights=not allow_pickle)
+    if source.base is not None:
+        raise InputError(f"{model} is an adapter on {source.base.name}", hint="ctxext merge it first, then convert")
+    if source.config["model_type"] not in SOURCES:
+        raise ModelError(
+            f"{model}: model_type {source.config['model_type']!r} cannot be converted; "
+            f"supported are {', '.join(SOURCES)}"
+        )
+    require_tokenizer(source.directory)
+    kinds = layer_kinds(layout, source.config["num_hidden_layers"], full_layers)
+    config = hybrid_config(source.config, kinds)
+    if dtype is not None:
+        config["dtype"] = dtype
+    out = out or manifests.default_out("convert", f"{source.name}-{hybrid}")
+    return ConversionPlan(source, layout, hybrid, kinds, config, out, dtype, allow_pickle)
+
+
+def run_conversion(
+    plan: ConversionPlan,
+    *,
+    gate: bool = True,
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> ConversionReport:
+    """Copy the weights, prove them, put the result in place. Raises CheckFailed when the proof fails."""
+    import torch
+
+    from ctxext.model.gate import run_gate
+    from ctxext.model.shards import copy_weights
+
+    began = time.monotonic()
+    source, directory = plan.source, plan.source.directory
+    dtype = getattr(torch, plan.dtype) if plan.dtype else None
+    with staged_output(plan.out, force) as staging:
+        _check_room(staging, plan)
+        copy_weights(
+            directory,
+            staging,
+            expected=expected_tensors(source.config),
+            dtype=dtype,
+            added=new_tensors(source.config, normalise(plan.config)),
+            allow_pickle=plan.allow_pickle,
+            progress=progress,
+        )
+        copy_tokenizer(directory, staging)
+        numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype) if gate else None
+        report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began)
+        _write_descriptions(staging, plan, report)
+    return report
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the tokenizer's and the generation defaults' files as they are."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def write_config(directory: Path, config: Config) -> None:
+    """Write config.json, the file without which a directory is no model: always the last one."""
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _check_room(staging: Path, plan: ConversionPlan) -> None:
+    size = {None: 1.0, "float32": 4.0}.get(plan.dtype, 2.0)
+    stored = sum(path.stat().st_size for path in plan.source.directory.glob("*.safetensors"))
+    needed = stored if plan.dtype is None else int(size * parameter_count(plan.source.shape))
+    free = shutil.disk_usage(staging).free
+    if needed > free:
+        raise EnvironmentFault(
+            f"{plan.out}: {format_bytes(needed)} are needed, {format_bytes(free)} are free",
+            hint="give --out on a larger disk",
+        )
+
+
+def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float) -> ConversionReport:
+    shape, length = plan.source.shape, plan.source.usable_length
+    item = 4 if (plan.dtype or plan.config.get("dtype")) == "float32" else 2
+    cache, before = (
+        kv_cache_bytes(shape, [kind.sliding_window for kind in kinds], length, item)
+        for kinds in (plan.kinds, plan.source.kinds)
+    )
+    return ConversionReport(
+        source=plan.source.name,
+        out=str(plan.out),
+        family=plan.source.config["model_type"],
+        architecture=plan.config["architectures"][0],
+        layout=pattern_text(plan.kinds),
+        parameters=parameter_count(shape),
+        kv_cache_length=length,
+        kv_cache_bytes=cache,
+        kv_cache_bytes_source=before,
+        gate=gate,
+        seconds=round(seconds, 2),
+    )
+
+
+def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionReport) -> None:
+    source = plan.source
+    text = [
+        f"{source.name}, converted by layer layout alone: its weights are unchanged (S: RoPE and a sliding window, "
+        "N: full attention without positional encoding, F: RoPE and full attention). Layers that lost their window or "
+        "their RoPE compute something the weights were not trained for, so expect damage until it is finetuned.",
+        "It loads in stock transformers with AutoModelForCausalLM; no remote code.",
+    ]
+    (staging / "README.md").write_text(model_card(f"{source.name} {plan.hybrid_name}", text, report.rows()), "utf-8")
+    spec = {
+        "model": source.name,
+        "hybrid": plan.hybrid_name,
+        "layer_pattern": plan.hybrid.layer_pattern,
+        "sliding_window": plan.hybrid.sliding_window,
+        "layout": pattern_text(plan.kinds),
+        "dtype": plan.dtype,
+    }
+    facts = {"original_length": source.original_length, "usable_length": source.usable_length, "gate": report.gate}
+    manifests.write(
+        staging,
+        manifests.new("conversion", spec=spec, parents={"source": manifests.parent(source.directory)}, facts=facts),
+    )
+    write_config(staging, plan.config)

@@ -1,0 +1,307 @@
+"""The families ctxext converts, and the stock transformers class each becomes. Tables and plain dicts; no torch.
+
+| source  | hybrid class                | what the class can say of a layer                                    |
+|---------|-----------------------------|----------------------------------------------------------------------|
+| llama   | SmolLM3ForCausalLM          | RoPE or not, window or not, each layer by itself                     |
+| mistral | SmolLM3ForCausalLM          | the same; the source's own window on every layer is kept as its own  |
+| qwen2   | SmolLM3ForCausalLM          | the same; q, k, v have biases, o_proj gets a zero bias               |
+| qwen3   | MellumForCausalLM, all dense| RoPE per layer type: all full layers alike, all sliding layers alike |
+
+Both targets have defaults that would be silently wrong (SmolLM3 puts the window on the NoPE layers, ties embeddings,
+and takes theta 2e6), so every field is written out. On disk SmolLM3's `no_rope_layers[i] == 1` means the layer USES
+RoPE; that inversion is known to this file alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ctxext.errors import ModelError
+from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.ops.cost import ModelShape
+
+Config = dict[str, Any]
+NO_ROPE = {"rope_type": "proportional", "partial_rotary_factor": 0.0}  # every frequency is zero: no rotation
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type: how its config.json is read, and the model_type of the class its conversions use."""
+
+    name: str
+    target: str
+    kinds: Callable[[Config], tuple[LayerKind, ...]]
+    qk_norm: bool = False
+
+
+def _plain_kinds(config: Config) -> tuple[LayerKind, ...]:
+    return (LayerKind(True, config.get("sliding_window")),) * config["num_hidden_layers"]
+
+
+def _qwen_kinds(config: Config) -> tuple[LayerKind, ...]:
+    layers = config["num_hidden_layers"]
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    types = config.get("layer_types")
+    if types is None:
+        first = config.get("max_window_layers", 28)  # transformers' default for both Qwen2 and Qwen3
+        types = ["sliding_attention" if window is not None and i >= first else "full_attention" for i in range(layers)]
+    return tuple(LayerKind(True, window if kind == "sliding_attention" else None) for kind in types)
+
+
+def _smollm3_kinds(config: Config) -> tuple[LayerKind, ...]:
+    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    layers = config["num_hidden_layers"]
+    uses_rope = config.get("no_rope_layers")
+    if uses_rope is None:
+        uses_rope = [(i + 1) % config.get("no_rope_layer_interval", 4) != 0 for i in range(layers)]
+    types = config.get("layer_types")
+    if types is None:
+        types = ["full_attention" if rope or window is None else "sliding_attention" for rope in uses_rope]
+    return tuple(
+        LayerKind(bool(rope), window if kind == "sliding_attention" else None)
+        for rope, kind in zip(uses_rope, types, strict=True)
+    )
+
+
+def _mellum_kinds(config: Config) -> tuple[LayerKind, ...]:
+    if set(config.get("mlp_layer_types") or ["sparse"]) != {"dense"}:
+        raise ModelError("mellum with mixture-of-experts layers is not supported, only dense layers are")
+    types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    rope = config["rope_parameters"]
+    return tuple(
+        LayerKind(
+            rope[kind] != NO_ROPE | {"rope_theta": rope[kind].get("rope_theta")},
+            config["sliding_window"] if kind == "sliding_attention" else None,
+        )
+        for kind in types
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", "smollm3", lambda config: (LayerKind(True, None),) * config["num_hidden_layers"]),
+    "mistral": Family("mistral", "smollm3", _plain_kinds),
+    "qwen2": Family("qwen2", "smollm3", _qwen_kinds),
+    "qwen3": Family("qwen3", "mellum", _qwen_kinds, qk_norm=True),
+    "smollm3": Family("smollm3", "smollm3", _smollm3_kinds),
+    "mellum": Family("mellum", "mellum", _mellum_kinds, qk_norm=True),
+}
+SOURCES = ("llama", "mistral", "qwen2", "qwen3")
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+
+def family_of(config: Config) -> Family:
+    """The row for a config.json; raises ModelError for a model_type ctxext does not know."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
+
+
+def normalise(config: Config) -> Config:
+    """A copy of a raw config.json with every field this package reads present, old spellings included.
+
+    `rope_theta` and `rope_scaling` (transformers 4) become `rope_parameters`. Raises ModelError for a missing or
+    senseless field.
+    """
+    family_of(config)
+    missing = [field for field in REQUIRED if not isinstance(config.get(field), int) or config[field] < 1]
+    if missing:
+        raise ModelError(f"config.json: {', '.join(missing)} must be a whole number of 1 or more")
+    config = dict(config)
+    heads = config["num_attention_heads"]
+    config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
+    config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    if heads % config["num_key_value_heads"]:
+        raise ModelError(
+            f"config.json: {heads} query heads do not divide over {config['num_key_value_heads']} kv heads"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported, only silu is")
+    config.setdefault("tie_word_embeddings", config["model_type"] == "smollm3")
+    config.setdefault("rms_norm_eps", 1e-6)
+    rope = config.get("rope_parameters")
+    if rope is None:
+        rope = dict(config.pop("rope_scaling", None) or {})
+        rope.setdefault("rope_theta", config.pop("rope_theta", 10000.0))
+    if "full_attention" not in rope and "sliding_attention" not in rope:
+        rope = dict(rope)
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        rope.setdefault("rope_theta", 10000.0)
+    config["rope_parameters"] = rope
+    return config
+
+
+def model_shape(config: Config) -> ModelShape:
+    """The sizes ops/cost.py counts with, from a normalised config."""
+    return ModelShape(
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        intermediate_size=config["intermediate_size"],
+        vocab_size=config["vocab_size"],
+        tied=bool(config["tie_word_embeddings"]),
+        attention_bias=_qkv_bias(config),
+        qk_norm=family_of(config).qk_norm,
+    )
+
+
+def _qkv_bias(config: Config) -> bool:
+    return config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
+
+
+def _o_bias(config: Config) -> bool:
+    return config["model_type"] != "qwen2" and bool(config.get("attention_bias"))
+
+
+def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight a checkpoint with this (normalised) config has."""
+    width, heads, kv_heads, dim = (
+        config[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    mlp = config["intermediate_size"]
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], width)}
+    for i in range(config["num_hidden_layers"]):
+        attention, block = f"model.layers.{i}.self_attn.", f"model.layers.{i}."
+        rows = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
+        for name, size in rows.items():
+            tensors[f"{attention}{name}.weight"] = (size, width)
+            if _qkv_bias(config):
+                tensors[f"{attention}{name}.bias"] = (size,)
+        tensors[f"{attention}o_proj.weight"] = (width, heads * dim)
+        if _o_bias(config):
+            tensors[f"{attention}o_proj.bias"] = (width,)
+        if family_of(config).qk_norm:
+            tensors |= {f"{attention}{name}.weight": (dim,) for name in ("q_norm", "k_norm")}
+        for name, size in {"gate_proj": (mlp, width), "up_proj": (mlp, width), "down_proj": (width, mlp)}.items():
+            tensors[f"{block}mlp.{name}.weight"] = size
+            if config.get("mlp_bias"):
+                tensors[f"{block}mlp.{name}.bias"] = size[:1]
+        tensors |= {f"{block}{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
+    tensors["model.norm.weight"] = (width,)
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = (config["vocab_size"], width)
+    return tensors
+
+
+def new_tensors(source: Config, target: Config) -> dict[str, tuple[int, ...]]:
+    """Weights the target class has and the source lacks; all of them are biases, and zero."""
+    before, after = expected_tensors(source), expected_tensors(target)
+    return {name: shape for name, shape in after.items() if name not in before}
+
+
+def hybrid_config(source: Config, kinds: Sequence[LayerKind]) -> Config:
+    """The target class's config.json for a (normalised) source config and a layout, every field written.
+
+    Raises ModelError when the target class cannot express the layout.
+    """
+    family = family_of(source)
+    config = {
+        "vocab_size": source["vocab_size"],
+        "hidden_size": source["hidden_size"],
+        "intermediate_size": source["intermediate_size"],
+        "num_hidden_layers": source["num_hidden_layers"],
+        "num_attention_heads": source["num_attention_heads"],
+        "num_key_value_heads": source["num_key_value_heads"],
+        "head_dim": source["head_dim"],
+        "hidden_act": "silu",
+        "max_position_embeddings": source["max_position_embeddings"],
+        "initializer_range": source.get("initializer_range", 0.02),
+        "rms_norm_eps": source["rms_norm_eps"],
+        "use_cache": True,
+        "pad_token_id": source.get("pad_token_id"),
+        "bos_token_id": source.get("bos_token_id"),
+        "eos_token_id": source.get("eos_token_id"),
+        "tie_word_embeddings": bool(source["tie_word_embeddings"]),
+        "attention_bias": _qkv_bias(source),
+        "attention_dropout": source.get("attention_dropout", 0.0),
+    }
+    if "original_max_position_embeddings" in source:
+        config["original_max_position_embeddings"] = source["original_max_position_embeddings"]
+    if source.get("dtype") or source.get("torch_dtype"):
+        config["dtype"] = source.get("dtype") or source["torch_dtype"]
+    windows = {kind.sliding_window for kind in kinds} - {None}
+    if len(windows) > 1:
+        raise ModelError(f"{pattern_text(kinds)}: one model has one window, not {sorted(windows)}")
+    window = windows.pop() if windows else None
+    types = ["full_attention" if kind.sliding_window is None else "sliding_attention" for kind in kinds]
+    write = {"smollm3": _write_smollm3, "mellum": _write_mellum}[family.target]
+    return config | write(source, kinds, window, types)
+
+
+def _write_smollm3(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
+    return {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "mlp_bias": bool(source.get("mlp_bias", False)),
+        "rope_parameters": dict(source["rope_parameters"]),
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "no_rope_layers": [int(kind.use_rope) for kind in kinds],
+        "no_rope_layer_interval": 0,
+        "layer_types": types,
+    }
+
+
+def _write_mellum(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
+    rope = source["rope_parameters"]
+    per_type: dict[str, Config] = {}
+    for kind, name in zip(kinds, types, strict=True):
+        parameters = dict(rope) if kind.use_rope else NO_ROPE | {"rope_theta": rope["rope_theta"]}
+        if per_type.setdefault(name, parameters) != parameters:
+            raise ModelError(
+                f"{pattern_text(kinds)}: qwen3 becomes a Mellum model, whose {name} layers all have RoPE or none has"
+            )
+    return {
+        "architectures": ["MellumForCausalLM"],
+        "model_type": "mellum",
+        "rope_parameters": per_type,
+        "sliding_window": window,
+        "layer_types": types,
+        "mlp_layer_types": ["dense"] * len(kinds),
+        "moe_intermediate_size": source["intermediate_size"],
+        "num_experts_per_tok": 1,
+        "num_experts": 1,
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def rope_of(config: Config) -> Config:
+    """The rope_parameters of the layers that use RoPE (all alike in the supported families); {} when none does."""
+    rope = config["rope_parameters"]
+    if "rope_type" in rope:
+        return dict(rope)
+    for kind, name in zip(family_of(config).kinds(config), config["layer_types"], strict=True):
+        if kind.use_rope:
+            return dict(rope[name])
+    return {}
+
+
+def with_rope(config: Config, rope: Config) -> Config:
+    """A copy of a normalised config whose RoPE layers use `rope`; NoPE layers stay NoPE."""
+    if "rope_type" in config["rope_parameters"]:
+        return config | {"rope_parameters": dict(rope)}
+    kinds = family_of(config).kinds(config)
+    uses_rope = {name: kind.use_rope for kind, name in zip(kinds, config["layer_types"], strict=True)}
+    nested = {name: dict(rope) if uses_rope.get(name) else old for name, old in config["rope_parameters"].items()}
+    return config | {"rope_parameters": nested}
+
+
+def first_layers(config: Config, layers: int) -> Config:
+    """The config of the same model cut after its first `layers` layers."""
+    lists = {
+        k: v[:layers] for k, v in config.items() if k in ("layer_types", "no_rope_layers", "mlp_layer_types") and v
+    }
+    return config | lists | {"num_hidden_layers": layers}

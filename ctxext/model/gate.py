@@ -1,0 +1,125 @@
+"""The proof of a conversion, in two numbers.
+
+identity  the converted weights in the SOURCE's own layout (for most: full attention and RoPE everywhere), in the target
+          class, against the source itself: 0 in fp32, or a config field was forgotten
+hybrid    the real layout in stock transformers against the same model walked by hand (model/walk.py): rounding only, or
+          the window or the missing RoPE is on the wrong layer or off by one
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+from ctxext.errors import CheckFailed
+from ctxext.model.families import Config, first_layers, hybrid_config, model_shape
+from ctxext.model.layout import LayerKind
+from ctxext.model.shards import tensor_reader
+from ctxext.model.walk import walk
+from ctxext.ops.cost import parameter_count
+
+TOLERANCE = 1e-4  # of the largest logit; a window off by one moves logits by their own size
+
+
+@dataclass(frozen=True)
+class GateReport:
+    """Differences are max |logit - logit|. `layers` of `num_layers` were compared, on `tokens` random tokens."""
+
+    identity_max_diff: float
+    hybrid_max_diff: float
+    hybrid_tolerance: float
+    tokens: int
+    layers: int
+    num_layers: int
+
+    @property
+    def passed(self) -> bool:
+        return self.identity_max_diff == 0.0 and self.hybrid_max_diff <= self.hybrid_tolerance
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def run_gate(
+    source: Path,
+    source_config: Config,
+    out: Path,
+    kinds: Sequence[LayerKind],
+    source_kinds: Sequence[LayerKind],
+    *,
+    dtype: torch.dtype | None,
+) -> GateReport:
+    """Run both comparisons in fp32. Raises CheckFailed when one fails.
+
+    Runs past every window by 67 tokens. A model too large to hold in fp32 is cut to its first layers; the report says
+    to how many. With `dtype` the source's weights are rounded to it first, as the conversion's were.
+    """
+    layers = _affordable_layers(source_config)
+    windows = [kind.sliding_window for kind in [*kinds, *source_kinds] if kind.sliding_window is not None]
+    tokens = max(128, max(windows, default=0) + 67)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(source_config["vocab_size"], (1, tokens), generator=generator)
+
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    truth = _logits(source, config, ids, dtype)
+    identity = first_layers(hybrid_config(source_config, source_kinds), layers)
+    identity_diff = _difference(_logits(out, _build(identity), ids, None), truth)
+
+    target = first_layers(hybrid_config(source_config, kinds), layers)
+    with torch.no_grad():
+        by_hand = walk(tensor_reader(out), target, kinds[:layers], ids)
+    hybrid_diff = _difference(_logits(out, _build(target), ids, None), by_hand)
+    tolerance = TOLERANCE * max(1.0, by_hand.abs().max().item())
+    report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, source_config["num_hidden_layers"])
+    if not report.passed:
+        raise CheckFailed(
+            f"the conversion does not compute what it should: identity layout off by {identity_diff:.3g} (must be 0), "
+            f"hybrid layout off by {hybrid_diff:.3g} (at most {tolerance:.1g})",
+            hint="nothing was written; please report this with the source's config.json and your transformers version",
+        )
+    return report
+
+
+def _build(config: Config) -> Any:
+    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+
+
+def _logits(directory: Path, config: Any, ids: Tensor, rounded_to: torch.dtype | None) -> Tensor:
+    """Logits [1, T, V] of a stock model in fp32; its weights optionally rounded to another dtype on the way."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, config=config, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    ).eval()
+    with torch.no_grad():
+        if rounded_to is not None:
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(rounded_to))
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    del model
+    gc.collect()
+    return logits
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """max |a - b|; NaN anywhere is a difference without bound."""
+    worst = (a - b).abs().max().item()
+    return worst if worst == worst else float("inf")
+
+
+def _affordable_layers(config: Config) -> int:
+    """How many layers fit in memory in fp32, with half of what is free left alone; at least one."""
+    layers, shape = config["num_hidden_layers"], model_shape(config)
+    whole = 4 * parameter_count(shape)
+    outside = 4 * config["vocab_size"] * config["hidden_size"] * (1 if shape.tied else 2)
+    free = psutil.virtual_memory().available / 2
+    return max(1, min(layers, int((free - outside) / max(1, (whole - outside) / layers))))

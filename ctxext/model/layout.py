@@ -1,0 +1,122 @@
+"""What each layer of a model is: with RoPE or without, full attention or a sliding window.
+
+    S   RoPE + sliding window        N   no positional encoding (NoPE) + full        F   RoPE + full
+
+A `layer_pattern` is tiled over the layers from layer 0 and cut at the last one. The alternation of sliding layers and
+full layers without RoPE is "SWA-128-NoPE" of "Rethinking the Role of Efficient Attention in Hybrid Architectures"
+(arXiv 2606.15378, abstract); which of the two comes first is not stated there, ours is S at layer 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctxext.config import presets
+from ctxext.config.loader import build, spec
+from ctxext.errors import InputError
+
+LETTERS = "SNF"
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """One layer's attention. `sliding_window` W: a query sees W keys, itself included; None is full attention."""
+
+    use_rope: bool
+    sliding_window: int | None
+
+    @property
+    def letter(self) -> str:
+        if self.sliding_window is not None:
+            return "S" if self.use_rope else "s"  # "s": a sliding layer without RoPE, read from others' models only
+        return "F" if self.use_rope else "N"
+
+
+@spec
+class HybridSpec:
+    """A layout preset: letters tiled over the layers, and the window of the S layers in tokens."""
+
+    layer_pattern: str
+    sliding_window: int | None = None
+
+    def __post_init__(self) -> None:
+        wrong = sorted(set(self.layer_pattern) - set(LETTERS))
+        if wrong or not self.layer_pattern:
+            raise ValueError(
+                f"layer_pattern {self.layer_pattern!r}: letters are S (RoPE + sliding window), "
+                "N (NoPE + full attention), F (RoPE + full attention)"
+            )
+        if "S" in self.layer_pattern and (self.sliding_window is None or self.sliding_window < 1):
+            raise ValueError(
+                f"layer_pattern {self.layer_pattern!r} has sliding layers: sliding_window must be 1 or more, "
+                f"not {self.sliding_window}"
+            )
+
+    @property
+    def full_letter(self) -> str:
+        """The letter a layer named by `--full-layers` gets: the pattern's one letter other than S."""
+        letters = set(self.layer_pattern) - {"S"}
+        if len(letters) != 1 or "S" not in self.layer_pattern:
+            raise InputError(
+                f"--full-layers needs a layout with S and exactly one of N and F, not {self.layer_pattern!r}",
+                hint="choose a preset such as swa128-nope (S and N) or swa128 (S and F)",
+            )
+        return letters.pop()
+
+
+def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
+    """A layout by preset name, YAML path or pattern (`SSSN`); `sliding_window` replaces the preset's."""
+    if name and set(name) <= set(LETTERS):
+        data: dict[str, object] = {"layer_pattern": name}
+    else:
+        data = dict(presets.find("hybrid", name).data)
+    if sliding_window is not None:
+        data["sliding_window"] = sliding_window
+    if "S" in str(data.get("layer_pattern", "")) and data.get("sliding_window") is None:
+        raise InputError(
+            f"layout {name!r} has sliding layers and no window",
+            hint=f"add --sliding-window, e.g. --hybrid {name} --sliding-window 128",
+        )
+    return build(HybridSpec, data, source=f"hybrid {name}")
+
+
+def layer_kinds(hybrid: HybridSpec, num_layers: int, full_layers: str | None = None) -> tuple[LayerKind, ...]:
+    """The layout of a model of `num_layers` layers.
+
+    `full_layers` is `odd`, `even`, `last` or a list such as `3,7,11` (layers counted from 0): those layers get the
+    pattern's full letter and all others S. Raises InputError for a layer that does not exist.
+    """
+    if full_layers is None:
+        letters = [hybrid.layer_pattern[i % len(hybrid.layer_pattern)] for i in range(num_layers)]
+    else:
+        full = _full_layers(full_layers, num_layers)
+        letters = [hybrid.full_letter if i in full else "S" for i in range(num_layers)]
+    window = hybrid.sliding_window
+    kinds = {"S": LayerKind(True, window), "N": LayerKind(False, None), "F": LayerKind(True, None)}
+    return tuple(kinds[letter] for letter in letters)
+
+
+def _full_layers(text: str, num_layers: int) -> set[int]:
+    named = {"odd": range(1, num_layers, 2), "even": range(0, num_layers, 2), "last": [num_layers - 1]}
+    if text in named:
+        return set(named[text])
+    try:
+        layers = {int(part) for part in text.split(",")}
+    except ValueError:
+        raise InputError(
+            f"--full-layers {text!r}: allowed are odd, even, last, or layers counted from 0 such as 3,7,11"
+        ) from None
+    wrong = sorted(i for i in layers if not 0 <= i < num_layers)
+    if wrong:
+        raise InputError(
+            f"--full-layers {text}: no layer {wrong[0]} in a model of {num_layers} layers (0 to {num_layers - 1})"
+        )
+    return layers
+
+
+def pattern_text(kinds: Sequence[LayerKind]) -> str:
+    """The layout as letters, one a layer, and the windows in use: `SNSNSN, window 128`."""
+    letters = "".join(kind.letter for kind in kinds)
+    windows = sorted({kind.sliding_window for kind in kinds if kind.sliding_window is not None})
+    return letters + (f", window {', '.join(map(str, windows))}" if windows else "")

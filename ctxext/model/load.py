@@ -1,0 +1,119 @@
+"""The one way a model gets into memory: positions set before it is built, every weight accounted for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ctxext.errors import ModelError
+from ctxext.model import attention
+from ctxext.model.adapters import open_adapter
+from ctxext.model.families import Config
+from ctxext.model.layout import LayerKind
+from ctxext.model.positions import check_realised
+from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.weights import HEAD, ignored
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, with ctxext's attention; for a bundle, the base with its adapter on.
+
+    `model` is transformers' causal LM, or PEFT's wrapper around one. Lengths are tokens.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: ModelSource
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def usable_length(self) -> int:
+        return self.source.usable_length
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        return self.source.kinds
+
+
+def load_model(model: str | Path | ModelSource, *, dtype: str = "float32", device: str | None = None) -> LoadedModel:
+    """Load a source model, a conversion, a bundle or a merged directory, in eval mode.
+
+    Raises what `resolve` raises, and ModelError when a weight is missing or left over.
+    """
+    source = model if isinstance(model, ModelSource) else resolve(str(model))
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    weights = source.base.directory if source.base else source.directory
+    built: Any = build_model(weights, source.config, getattr(torch, dtype))
+    if source.base:
+        built = open_adapter(built, source.directory)
+    return LoadedModel(built.to(where).eval(), load_tokenizer(source.directory), source, where)
+
+
+def build_model(weights: Path, config: Config, dtype: torch.dtype) -> PreTrainedModel:
+    """The stock class of a normalised config, filled from the checkpoint in `weights`, RoPE checked as realised."""
+    name = attention.register()
+    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        weights,
+        config=hf_config,
+        dtype=dtype,
+        attn_implementation=name,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    stray = [key for key in sorted(info["unexpected_keys"]) if not ignored(key) and key != HEAD]
+    if lost or stray:
+        raise ModelError(
+            f"{weights}: {len(lost)} weights missing or of another shape, {len(stray)} left over, "
+            f"first {(lost + stray)[0]}"
+        )
+    check_realised(model, config)
+    return model
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory. Raises ModelError when there is none or it does not open."""
+    require_tokenizer(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a file that is not its own
+        raise ModelError(f"{path}: the tokenizer does not open ({error})") from error
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The causal LM itself, with PEFT's wrapper taken off if there is one (its layers stay adapted)."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def hidden_states(model: Any, input_ids: Tensor, **attention_arguments: Any) -> Tensor:
+    """The final hidden states [B, T, E] (after the last norm) of input_ids [B, T]; no logits are made.
+
+    `attention_arguments` go to model/attention.py: document_starts, group_size.
+    """
+    decoder = causal_lm(model).get_decoder()
+    states: Tensor = decoder(input_ids=input_ids, use_cache=False, **attention_arguments).last_hidden_state
+    return states
+
+
+def output_weight(model: Any) -> Tensor:
+    """The head's weight [V, E], the very tensor that trains where it trains."""
+    head = causal_lm(model).get_output_embeddings()
+    weight: Tensor = active_module(head).weight
+    return weight
+
+
+def active_module(module: Any) -> Any:
+    """The module in use behind PEFT's wrapper for modules trained whole; the module itself where there is none."""
+    saved = getattr(module, "modules_to_save", None)
+    return saved[module.active_adapters[0]] if saved is not None else module

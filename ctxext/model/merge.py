@@ -1,0 +1,160 @@
+"""A bundle into an ordinary Hugging Face directory: merged in fp32, proved against the live model, then cast."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ctxext.config import manifest as manifests
+from ctxext.config.output import staged_output
+from ctxext.errors import CheckFailed, ModelError
+from ctxext.model.adapters import merge_adapter
+from ctxext.model.card import model_card
+from ctxext.model.convert import copy_tokenizer, write_config
+from ctxext.model.families import Config, expected_tensors
+from ctxext.model.load import LoadedModel, build_model, load_model
+from ctxext.model.source import ModelSource
+from ctxext.model.weights import INDEX, SINGLE
+
+SHARD_BYTES = 5 * 1024**3
+TOLERANCE = 1e-4  # of the largest logit, in fp32
+PROBE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """live: base with adapter, fp32; merged: fp32; saved: read back from disk in `dtype`. Differences are max |.|.
+
+    Perplexities are on the same text, before and after the cast to `dtype`.
+    """
+
+    source: str
+    base: str
+    out: str
+    dtype: str
+    merged_max_diff: float
+    saved_max_diff: float
+    tolerance: float
+    tied: bool
+    perplexity_live: float
+    perplexity_saved: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The report as (name, value) lines."""
+        return [
+            ("bundle", f"{self.source} on {self.base}"),
+            ("live = merged, fp32", f"max logit difference {self.merged_max_diff:.2g} (allowed {self.tolerance:.2g})"),
+            (f"merged = reloaded, {self.dtype}", f"max logit difference {self.saved_max_diff:.2g} (must be 0)"),
+            (
+                "perplexity",
+                f"{self.perplexity_live:.4f} live in fp32, {self.perplexity_saved:.4f} saved in {self.dtype}",
+            ),
+            ("embeddings", "tied, as the base's" if self.tied else "not tied, as the base's"),
+        ]
+
+
+def merge(
+    source: ModelSource, out: Path, *, dtype: str | None, force: bool, measure: Callable[[LoadedModel], float]
+) -> MergeReport:
+    """Merge a bundle. `measure` gives the perplexity of a loaded model. Raises CheckFailed when the proof fails."""
+    began = time.monotonic()
+    assert source.base is not None
+    dtype = dtype or source.base.config.get("dtype") or source.base.config.get("torch_dtype") or "float32"
+    live = load_model(source, dtype="float32")
+    ids = torch.randint(source.config["vocab_size"], (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(live.device)
+    before, perplexity_live = _logits(live.model, ids), measure(live)
+    merged = merge_adapter(live.model).eval()
+    after = _logits(merged, ids)
+    merged_diff, tolerance = ((after - before).abs().max().item(), TOLERANCE * max(1.0, before.abs().max().item()))
+    if not merged_diff <= tolerance:
+        raise CheckFailed(f"merged logits differ from the live model's by {merged_diff:.3g} (allowed {tolerance:.2g})")
+    merged.to(getattr(torch, dtype))
+    expected = _logits(merged, ids)
+    with staged_output(out, force) as staging:
+        config = source.config | {"dtype": dtype}
+        _save(staging, merged.state_dict(), config)
+        copy_tokenizer(source.directory, staging)
+        reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
+        saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
+        if saved_diff != 0.0:
+            raise CheckFailed(f"the saved model's logits differ from the merged model's by {saved_diff:.3g}")
+        tied = reloaded.get_input_embeddings().weight is reloaded.get_output_embeddings().weight
+        if tied != bool(config["tie_word_embeddings"]):
+            raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, the base is not")
+        perplexity_saved = measure(LoadedModel(reloaded, live.tokenizer, source, live.device))
+        report = MergeReport(
+            source.name,
+            source.base.name,
+            str(out),
+            dtype,
+            merged_diff,
+            saved_diff,
+            tolerance,
+            tied,
+            perplexity_live,
+            perplexity_saved,
+            round(time.monotonic() - began, 2),
+        )
+        _describe(staging, source, config, report)
+    return report
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("the model gives NaN or infinite logits")
+    return logits
+
+
+def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
+    """The weights the config implies, and no others, in shards of at most 5 GiB."""
+    names = expected_tensors(config)
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name in names:
+        tensor = state[name].detach().cpu().contiguous()
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _describe(directory: Path, source: ModelSource, config: Config, report: MergeReport) -> None:
+    assert source.manifest is not None and source.base is not None
+    text = [f"{report.base} with {report.source} merged into it. Loads in stock transformers; no remote code."]
+    (directory / "README.md").write_text(model_card(f"{report.source}, merged", text, report.rows()), "utf-8")
+    lengths = {name: source.manifest.facts.get(name) for name in ("original_length", "usable_length")}
+    manifest = manifests.new(
+        "merge",
+        spec={"dtype": report.dtype},
+        facts=lengths | {"merge": report.as_dict()},
+        parents={"finetune": manifests.parent(source.directory), "base": manifests.parent(source.base.directory)},
+    )
+    manifests.write(directory, manifest)
+    write_config(directory, config)

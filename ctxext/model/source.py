@@ -1,0 +1,213 @@
+"""Finding a MODEL argument: a local directory, a preset name or a hub id, tried in that order. No torch.
+
+What is found is described by files alone (config.json, safetensors headers, ctxext.json), so that every refusal these
+can decide comes before torch is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.config import presets
+from ctxext.config.manifest import Manifest
+from ctxext.errors import EnvironmentFault, InputError, ModelError
+from ctxext.model.families import Config, expected_tensors, family_of, model_shape, normalise
+from ctxext.model.layout import LayerKind
+from ctxext.model.weights import TensorInfo, check_tensors, read_tensors
+from ctxext.ops.cost import ModelShape
+
+CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model as its files describe it.
+
+    path             the directory; None when only a preset's shapes are known (planning needs no weights)
+    kind             source, model, conversion, finetune (a bundle: adapter on a base) or merge
+    config           config.json, normalised
+    original_length  tokens the model was FIRST trained at; None when its RoPE is scaled and nothing says from where
+    usable_length    tokens it bears now
+    base             for a bundle: the model the adapter sits on
+    """
+
+    name: str
+    path: Path | None
+    kind: str
+    config: Config
+    original_length: int | None
+    usable_length: int
+    manifest: Manifest | None = None
+    base: ModelSource | None = None
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        return family_of(self.config).kinds(self.config)
+
+    @property
+    def shape(self) -> ModelShape:
+        return model_shape(self.config)
+
+    @property
+    def directory(self) -> Path:
+        """The directory, where there must be one."""
+        if self.path is None:
+            raise ModelError(f"{self.name}: weights are needed here, only its shapes are known")
+        return self.path
+
+    def with_original_length(self, tokens: int | None) -> ModelSource:
+        return self if tokens is None else replace(self, original_length=tokens)
+
+
+def resolve(model: str, *, weights: bool = True) -> ModelSource:
+    """Find `model`; with `weights`, its files are checked against config.json (and fetched from the hub if need be).
+
+    Raises InputError when there is no such model, ModelError when its files are incomplete or disagree, and
+    EnvironmentFault when the hub cannot be reached.
+    """
+    if Path(model).is_dir():
+        return from_directory(Path(model), weights=weights)
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
+    if looks_like_path:
+        raise InputError(
+            f"{model}: no such directory", hint="give a directory with a config.json, a preset or a hub id"
+        )
+    if "/" not in model:
+        return _from_preset(model, weights)
+    return from_directory(_download(model, None), weights=weights, name=model.split("/")[-1])
+
+
+def from_directory(path: Path, *, weights: bool = True, name: str | None = None) -> ModelSource:
+    """Describe the model in a directory: a plain Hugging Face one, or any of ctxext's outputs."""
+    manifest = manifests.read(path)
+    raw = read_config(path)
+    config = normalise(raw)
+    kind = manifest.kind if manifest else "source"
+    base = None
+    if (path / "adapter_config.json").exists():
+        base = _base_of(path, manifest)
+    elif weights:
+        check_tensors(path, read_tensors(path), expected_tensors(config))
+    facts: dict[str, Any] = manifest.facts if manifest else {}
+    original = facts.get("original_length") or original_length(config)
+    usable = facts.get("usable_length") or usable_length(config)
+    return ModelSource(name or path.resolve().name, path, kind, config, original, usable, manifest, base)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as it stands. Raises ModelError when it is missing, absurd in size, or no JSON object."""
+    file = path / "config.json"
+    if not file.is_file():
+        inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+        raise ModelError(
+            f"{path}: no model here: there is no config.json (found {inside})",
+            hint="give the directory that holds config.json and the safetensors files",
+        )
+    if file.stat().st_size > CONFIG_LIMIT:
+        raise ModelError(f"{file}: {file.stat().st_size:,} bytes is no config.json")
+    try:
+        config = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: not a JSON object")
+    return config
+
+
+def original_length(config: Config) -> int | None:
+    """The first trained length a config tells of, in tokens; None when its RoPE is scaled from an unstated length."""
+    rope = config["rope_parameters"]
+    rope = rope if "rope_type" in rope else next(iter(rope.values()))
+    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    if stated is None and rope["rope_type"] == "linear":
+        return None
+    return int(stated or config["max_position_embeddings"])
+
+
+def usable_length(config: Config) -> int:
+    """The length a config claims to bear, in tokens: max_position_embeddings, times the factor of dynamic scaling."""
+    rope = config["rope_parameters"]
+    stretch = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
+    return int(config["max_position_embeddings"] * stretch)
+
+
+def tensors_of(source: ModelSource) -> dict[str, TensorInfo]:
+    """The stored tensors of a model that is no bundle."""
+    return read_tensors(source.directory)
+
+
+def require_tokenizer(path: Path) -> None:
+    """Raise ModelError unless the directory has a tokenizer."""
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            f"{path}: no tokenizer ({' or '.join(TOKENIZER_FILES)})",
+            hint="copy the tokenizer's files beside the weights",
+        )
+
+
+def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
+    if manifest is None or "base" not in manifest.parents:
+        raise ModelError(
+            f"{path}: an adapter without a ctxext.json that names its base",
+            hint="ctxext opens the bundles it wrote; merge foreign adapters with PEFT first",
+        )
+    parent = manifest.parents["base"]
+    base = Path(parent["path"])
+    if not base.is_dir():
+        raise ModelError(
+            f"{path}: its base {base} is not there any more",
+            hint="put the base model back at that path, or train again from where it is now",
+        )
+    if manifests.weight_hashes(base) != parent["weights"]:
+        raise ModelError(
+            f"{path}: the base at {base} is not the one this was trained on (its weights' sha256 differ)",
+            hint="put the original base back; an adapter on another base gives a broken model",
+        )
+    return from_directory(base)
+
+
+def _from_preset(name: str, weights: bool) -> ModelSource:
+    preset = presets.find("models", name)
+    model = presets.model_preset(preset)
+    if model.directory is not None:
+        path = preset.path.parent / model.directory
+        return from_directory(path, weights=weights, name=preset.name)
+    if weights:
+        assert model.hub_id is not None  # ModelPreset has a hub_id or a directory
+        path = _download(model.hub_id, model.revision)
+        found = from_directory(path, name=preset.name)
+        return replace(found, original_length=model.original_length, usable_length=model.usable_length)
+    assert model.shape is not None  # ModelPreset refuses a hub model without one
+    config = normalise({"model_type": model.family, **asdict(model.shape)})
+    return ModelSource(preset.name, None, "source", config, model.original_length, model.usable_length)
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    """A hub model in huggingface_hub's own cache, with its own token; one clear error when that cannot be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    local = "or give a local directory instead of the hub id"
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+    except GatedRepoError:
+        raise InputError(
+            f"{hub_id} is gated and no accepted token was found",
+            hint=f"accept its licence on its page, then `hf auth login`; {local}",
+        ) from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{hub_id}: no such model on the hub, or a private one without a token",
+            hint=f"check the spelling, `hf auth login` if it is private, {local}",
+        ) from None
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise EnvironmentFault(
+            f"{hub_id} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
+            hint=f"fetch it once where there is a network, {local}",
+        ) from None

@@ -1,0 +1,97 @@
+"""A model written out by hand, one layer after the other: the truth that conversions are held to.
+
+Plain fp32 torch over naive_attention, nothing from transformers: the window, RoPE or its absence, biases and qk-norm of
+every layer are read off the layout, so a stock class that was configured wrongly cannot agree with it. Slow and small:
+O(T^2) memory in attention, weights fetched one layer at a time.
+
+Shapes: B batch, T tokens, E model width, H query heads, K kv heads, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ctxext.model.families import Config, rope_of
+from ctxext.model.layout import LayerKind
+from ctxext.model.positions import inverse_frequencies
+from ctxext.ops.attention import naive_attention
+from ctxext.ops.masks import Pattern, lower_bounds
+
+Weights = Callable[[str], Tensor | None]  # name -> tensor, None where the checkpoint has no such tensor
+
+
+def walk(weights: Weights, config: Config, kinds: Sequence[LayerKind], input_ids: Tensor) -> Tensor:
+    """Logits [B, T, V] in fp32 of a normalised config's model under `kinds`. `len(kinds)` layers are walked."""
+    T = input_ids.shape[1]
+    embedding = _need(weights, "model.embed_tokens.weight")
+    x = F.embedding(input_ids, embedding)  # (B, T, E)
+    cos, sin = _rotation(config, T)
+    for i, kind in enumerate(kinds):
+        layer = f"model.layers.{i}."
+        h = _rms_norm(x, _need(weights, f"{layer}input_layernorm.weight"), config["rms_norm_eps"])
+        x = x + _attention(weights, f"{layer}self_attn.", config, kind, h, cos, sin)
+        h = _rms_norm(x, _need(weights, f"{layer}post_attention_layernorm.weight"), config["rms_norm_eps"])
+        gate, up = (_linear(weights, f"{layer}mlp.{name}", h) for name in ("gate_proj", "up_proj"))
+        x = x + _linear(weights, f"{layer}mlp.down_proj", F.silu(gate) * up)
+    x = _rms_norm(x, _need(weights, "model.norm.weight"), config["rms_norm_eps"])
+    head = embedding if config["tie_word_embeddings"] else _need(weights, "lm_head.weight")
+    return x @ head.T
+
+
+def _attention(
+    weights: Weights, name: str, config: Config, kind: LayerKind, h: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
+    B, T, _ = h.shape
+    D = config["head_dim"]
+    q, k, v = (
+        _linear(weights, f"{name}{p}_proj", h).view(B, T, -1, D).transpose(1, 2) for p in "qkv"
+    )  # (B, H|K, T, D)
+    norms = weights(f"{name}q_norm.weight"), weights(f"{name}k_norm.weight")
+    if norms[0] is not None and norms[1] is not None:
+        q, k = (_rms_norm(x, w.float(), config["rms_norm_eps"]) for x, w in zip((q, k), norms, strict=True))
+    if kind.use_rope:
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    lo = lower_bounds(Pattern(sliding_window=kind.sliding_window, group_size=None), T)
+    ratio = q.shape[1] // k.shape[1]
+    groups = [
+        naive_attention(q[:, g * ratio : (g + 1) * ratio], k[:, g : g + 1], v[:, g : g + 1], lo)
+        for g in range(k.shape[1])
+    ]  # one kv head at a time: T x T x ratio at most
+    out = torch.cat(groups, dim=1)
+    return _linear(weights, f"{name}o_proj", out.transpose(1, 2).reshape(B, T, -1))
+
+
+def _rotation(config: Config, T: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, D / 2] of the RoPE layers; empty when no layer uses RoPE."""
+    rope = rope_of(config)
+    if not rope:
+        return torch.empty(0), torch.empty(0)
+    frequencies, scale = inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], T)
+    angles = torch.arange(T, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) by their angles: the pairing of the Llama family."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    bias = weights(f"{name}.bias")
+    return F.linear(x, _need(weights, f"{name}.weight"), None if bias is None else bias.float())
+
+
+def _need(weights: Weights, name: str) -> Tensor:
+    tensor = weights(name)
+    if tensor is None:
+        raise KeyError(name)
+    return tensor.float()

@@ -1,0 +1,38 @@
+"""Attention written so that it can be read: the truth that every backend is compared with.
+
+Shapes: B batch, H query heads, K key/value heads (K divides H), T query tokens, S key tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ctxext.errors import InputError
+from ctxext.ops.masks import first_shifted_head
+
+
+def naive_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, *, scale: float | None = None
+) -> torch.Tensor:
+    """softmax(q kᵀ · scale) v over the keys lo <= k <= position: q [B,H,T,D], k and v [B,K,S,D] -> [B,H,T,D].
+
+    lo [B or 1, 1 or 2, T] as from `masks.lower_bounds`: one row for all heads, or one for each half. Query i sits at
+    key index S - T + i. scale defaults to D ** -0.5. Computed in fp32 (fp64 inputs stay fp64), returned in q's dtype.
+    NaN propagates: a NaN key or value reaches every query that sees it, and a NaN value the others too (0 * NaN).
+    Memory is O(B H T S), on purpose. Raises InputError for heads or lengths that do not fit together.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    if H % K or T > S:
+        raise InputError(f"q {list(q.shape)} over k {list(k.shape)}: K must divide H, and T may not exceed S")
+    if lo.shape[1] == 2:
+        f = first_shifted_head(H, K)
+        lo = torch.repeat_interleave(lo, torch.tensor([f, H - f], device=lo.device), dim=1)  # [B,H,T]
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    qx, kx, vx = q.to(exact), k.to(exact), v.to(exact)
+    kx, vx = (x.repeat_interleave(H // K, dim=1) for x in (kx, vx))  # [B,H,S,D]
+    position = torch.arange(S - T, S, device=q.device)[:, None]  # [T,1]
+    key = torch.arange(S, device=q.device)  # [S]
+    seen = (lo[..., None] <= key) & (key <= position)  # [B,H or 1,T,S]
+    scores = qx @ kx.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    return (weights @ vx).to(q.dtype)

@@ -1,0 +1,181 @@
+"""Every attention pattern here is one vector: query q sees exactly the keys lo[q] <= k <= q.
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, W window, G group.
+d is the key index at which q's document starts, 0 when a row is one document.
+
+    full causal        lo = d
+    sliding window     lo = max(d, q - W + 1)                              W keys, q itself included
+    S² attention       lo = d + max(0, ((q - d + s) // G) * G - s)         s = 0, or G // 2 on the shifted heads
+
+An intersection of patterns is the maximum of their vectors. Because k <= q is part of the description and not of a
+kernel, no pattern can see the future; because lo is clamped at d, no pattern can see another document.
+
+S² (shifted sparse attention; LongLoRA, arXiv 2309.12307, section 3.2) cuts the tokens into groups of G and attends
+causally inside each. Half of the heads use groups moved by G // 2, so that what one half cuts the other half joins,
+and information crosses the whole row layer by layer. T = 10, G = 4, hence s = 2:
+
+        unshifted heads, s = 0              shifted heads, s = 2
+        k 0 1 2 3 4 5 6 7 8 9   lo          k 0 1 2 3 4 5 6 7 8 9   lo
+    q 0   x . . . . . . . . .    0      q 0   x . . . . . . . . .    0    half a group: G - s tokens
+    q 1   x x . . . . . . . .    0      q 1   x x . . . . . . . .    0
+    q 2   x x x . . . . . . .    0      q 2   . . x . . . . . . .    2    a full group starts at G - s
+    q 3   x x x x . . . . . .    0      q 3   . . x x . . . . . .    2
+    q 4   . . . . x . . . . .    4      q 4   . . x x x . . . . .    2
+    q 5   . . . . x x . . . .    4      q 5   . . x x x x . . . .    2
+    q 6   . . . . x x x . . .    4      q 6   . . . . . . x . . .    6
+    q 7   . . . . x x x x . .    4      q 7   . . . . . . x x . .    6
+    q 8   . . . . . . . . x .    8      q 8   . . . . . . x x x .    6
+    q 9   . . . . . . . . x x    8      q 9   . . . . . . x x x x    6
+
+Two tokens share a group iff (q + s) // G == (k + s) // G. The first member of q's group is therefore the smallest
+k >= 0 with k + s >= ((q + s) // G) * G, which is the formula above. The released code reaches the same picture by
+rolling half of the heads by G // 2; its roll carries the last G // 2 tokens of the row to the front, and under a plain
+triangular mask the first tokens then see them: the future. Here nothing is rolled, so nothing wraps, and T need not
+be a multiple of G: the last group is simply shorter, as is the shifted heads' first one. For odd G it has
+G - G // 2 tokens. Groups restart at every document.
+
+torch is imported inside the functions that make tensors, so that plans can use `Pattern` without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ctxext.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """What a query may see, in tokens: `sliding_window` keys, itself included, and its own S² group of `group_size`.
+
+    Both None is full causal attention; both set is the intersection. Raises InputError for a window under 1 or a
+    group under 2 (a group of one token has no half to shift by).
+    """
+
+    sliding_window: int | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_whole("sliding_window", self.sliding_window, smallest=1)
+        _check_whole("group_size", self.group_size, smallest=2)
+
+
+def lower_bounds(
+    pattern: Pattern,
+    T: int,
+    *,
+    S: int | None = None,
+    document_starts: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """The first key that each query sees: lo, int64 [B or 1, 2 with S² groups else 1, T].
+
+    Query i is the token at key index S - T + i (S = T unless earlier keys are cached) and sees lo[..., i] up to
+    itself. The middle axis is the half of the heads: unshifted, then shifted (`first_shifted_head`).
+    `document_starts` [B, T] has the key index of each query's first visible document token; it is not checked here,
+    see `check_document_starts`. The result is on `device`, by default that of `document_starts`.
+    """
+    import torch
+
+    S = T if S is None else S
+    if not 1 <= T <= S:
+        raise InputError(f"T = {T} queries over S = {S} keys: the queries are the last T of the S tokens, 1 <= T <= S")
+    if device is None:
+        device = "cpu" if document_starts is None else document_starts.device
+    q = torch.arange(S - T, S, device=device).view(1, 1, T)
+    d = torch.zeros_like(q) if document_starts is None else document_starts.to(device, torch.int64)[:, None]  # [B,1,T]
+    lo = d
+    if pattern.group_size is not None:
+        G = pattern.group_size
+        s = torch.tensor([0, G // 2], device=device).view(1, 2, 1)
+        lo = d + ((q - d + s) // G * G - s).clamp_min(0)  # [B,2,T]
+    if pattern.sliding_window is not None:
+        lo = torch.maximum(lo, q - pattern.sliding_window + 1)
+    return lo
+
+
+def first_shifted_head(H: int, K: int) -> int:
+    """The first of the S²-shifted query heads; they run to the last.
+
+    Shifted are the query heads of the last K // 2 key/value heads, so that a key/value head never serves both halves
+    (9 heads over 3: heads 6, 7, 8); for even K that is LongLoRA's half. With one key/value head, the last H // 2.
+    Raises InputError where there is no half: a single head, or heads that K does not divide.
+    """
+    if K < 1 or H < 1 or H % K:
+        raise InputError(f"{H} query heads over {K} key/value heads: the second must divide the first")
+    if H == 1:
+        raise InputError(
+            "S² attention shifts half of the heads, and this layer has a single one",
+            hint="train it with full attention: leave group_size unset",
+        )
+    return H - H // 2 if K == 1 else H - (K // 2) * (H // K)
+
+
+def document_starts(
+    bounds: Sequence[int], T: int, *, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Where each token's document starts, int64 [1, T], from the bounds of the documents packed into one row.
+
+    `bounds` is 0 = b[0] < b[1] < ...: where each document starts; a closing T (as in `cu_seqlens`) may follow.
+    Rows of a batch are joined with torch.cat. Raises InputError for bounds that do not start at 0, do not ascend, or
+    exceed T.
+    """
+    import torch
+
+    bounds = list(bounds)
+    if not bounds or bounds[0] != 0:
+        raise InputError(f"document bounds {_head(bounds)}: the first document starts at 0")
+    for before, after in zip(bounds, bounds[1:], strict=False):
+        if after <= before:
+            raise InputError(f"document bounds must ascend, got {before} and then {after}")
+    if T < 1 or bounds[-1] > T:
+        raise InputError(f"document bounds end at {bounds[-1]} in a row of {T} tokens: they may not exceed it")
+    starts = torch.tensor([b for b in bounds if b < T])
+    lengths = torch.diff(starts, append=torch.tensor([T]))
+    return torch.repeat_interleave(starts, lengths).to(device or "cpu")[None]
+
+
+def check_document_starts(document_starts: torch.Tensor, *, B: int, T: int, S: int | None = None) -> None:
+    """Refuse document starts that describe no packing. Call it once a batch, not once a layer: it reads every value.
+
+    Allowed are integers [B, T] with 0 <= start <= position that either repeat or move to the position itself, which is
+    where a new document begins. Raises InputError naming the first value that does not fit.
+    """
+    import torch
+
+    S = T if S is None else S
+    if tuple(document_starts.shape) != (B, T):
+        raise InputError(f"document_starts has shape {list(document_starts.shape)}, the batch has [{B}, {T}]")
+    if document_starts.is_floating_point() or document_starts.is_complex() or document_starts.dtype == torch.bool:
+        raise InputError(f"document_starts are key indices, integers; got {document_starts.dtype}")
+    starts = document_starts.to("cpu", torch.int64)
+    position = torch.arange(S - T, S)  # [T]
+    _refuse_first(starts < 0, starts, position, "is negative")
+    _refuse_first(starts > position, starts, position, "lies after the token itself")
+    moved = starts[:, 1:] != starts[:, :-1]
+    descends = torch.nn.functional.pad(starts[:, 1:] < starts[:, :-1], (1, 0))
+    _refuse_first(descends, starts, position, "is before the previous token's: document starts do not descend")
+    late = torch.nn.functional.pad(moved & (starts[:, 1:] != position[1:]), (1, 0))
+    _refuse_first(late, starts, position, "is new, but a document can only start at its own first token")
+
+
+def _refuse_first(wrong: torch.Tensor, starts: torch.Tensor, position: torch.Tensor, why: str) -> None:
+    if wrong.any():
+        row, i = wrong.nonzero()[0].tolist()
+        raise InputError(f"document_starts[{row}, {i}] = {starts[row, i]} (token at {position[i]}) {why}")
+
+
+def _check_whole(name: str, value: int | None, *, smallest: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        raise InputError(f"{name} = {value!r}: a whole number of tokens, {smallest} or more, or None")
+
+
+def _head(values: Sequence[int]) -> str:
+    return f"[{', '.join(map(str, values[:4]))}{', ...' if len(values) > 4 else ''}]"

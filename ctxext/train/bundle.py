@@ -1,0 +1,97 @@
+"""What a finished run leaves: everything needed to use it, under names others know, config.json and ctxext.json last.
+
+tuning lora   adapter_model.safetensors (LoRA, embeddings, norms, in fp32), adapter_config.json, tokenizer, and a
+              config.json with the positions and the layer map: ordinary attention, S²-Attn never reaches disk
+tuning full   an ordinary model directory
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ctxext.config import manifest as manifests
+from ctxext.errors import CheckFailed
+from ctxext.model.adapters import save_adapter
+from ctxext.model.card import model_card
+from ctxext.model.convert import copy_tokenizer, write_config
+from ctxext.model.families import expected_tensors, rope_of
+from ctxext.model.layout import pattern_text
+from ctxext.model.weights import SINGLE
+from ctxext.train.optimizer import MasterAdamW
+from ctxext.train.plan import RunPlan
+from ctxext.units import format_tokens
+
+
+def save_bundle(run: Path, plan: RunPlan, model: Any, optimizer: MasterAdamW, facts: dict[str, Any]) -> int:
+    """Write the run's result into its directory; returns how many trained tensors were found again on disk."""
+    if plan.spec.tuning == "full":
+        count = _save_whole(run, plan, optimizer)
+    else:
+        count = save_adapter(model, run, optimizer.masters)
+    copy_tokenizer(plan.source.directory, run)
+    _set_tokenizer_length(run, plan.config["max_position_embeddings"])
+    (run / "README.md").write_text(_card(plan, facts), "utf-8")
+    config = plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config
+    write_config(run, config)
+    role = "source" if plan.spec.tuning == "full" else "base"
+    manifest = manifests.new(
+        "model" if plan.source.kind == "untrained" else "finetune",
+        spec=json.loads(json.dumps(asdict(plan.spec))),
+        parents={role: manifests.parent(plan.source.directory)},
+        facts=facts
+        | {
+            "original_length": plan.positions.original_length,
+            "usable_length": max(plan.spec.ctx, plan.source.usable_length),
+            "positions": plan.positions.summary,
+            "rope_parameters": rope_of(plan.config),
+            "layout": pattern_text(plan.kinds),
+            "trained_tensors": count,
+        },
+    )
+    manifests.write(run, manifest)
+    return count
+
+
+def _save_whole(run: Path, plan: RunPlan, optimizer: MasterAdamW) -> int:
+    """Every weight in fp32, in one file; reopened and compared with the masters."""
+    tensors: dict[str, Tensor] = {
+        name: master.detach().cpu().contiguous() for name, master in optimizer.masters.items()
+    }
+    missing = expected_tensors(plan.config).keys() ^ tensors.keys()
+    if missing:
+        raise CheckFailed(f"{run}: {len(missing)} weights would be lost or were never asked for, first {min(missing)}")
+    save_file(tensors, run / SINGLE, metadata={"format": "pt"})
+    reopened = load_file(run / SINGLE)
+    for name, tensor in tensors.items():
+        if not torch.equal(reopened[name], tensor):
+            raise CheckFailed(f"{run}: {name} was not found again after saving")
+    return len(tensors)
+
+
+def _set_tokenizer_length(run: Path, length: int) -> None:
+    """tokenizer_config.json's model_max_length is the source's; leaving it would make tokenizers warn or cut."""
+    path = run / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text("utf-8"))
+        settings["model_max_length"] = length
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _card(plan: RunPlan, facts: dict[str, Any]) -> str:
+    if plan.spec.tuning == "full":
+        text = [f"{plan.source.name}, all weights trained at {format_tokens(plan.spec.ctx)} tokens."]
+    else:
+        text = [
+            f"An adapter on {plan.source.name} (LoRA, embeddings, norms) trained at {format_tokens(plan.spec.ctx)} tokens.",
+            "Open it with ctxext, or `ctxext merge` it into an ordinary model: config.json here holds the positions "
+            "and the layer map it was trained with, which PEFT alone would take from the base instead.",
+        ]
+    rows = [*plan.rows(), ("final training loss", f"{facts['final_loss']:.4f} nats a token")]
+    return model_card(f"{plan.source.name} at {format_tokens(plan.spec.ctx)}", text, rows)

@@ -1,0 +1,159 @@
+"""A RunPlan carried out: data tokenised, model built, trained, saved. One directory is the whole run.
+
+run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
+run/metrics.jsonl   one line a step
+run/checkpoints/    the newest two
+run/...             the bundle (train/bundle.py), written when the last step is done
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ctxext.data import corpus
+from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
+from ctxext.data.packing import PackedSequences, attended_share, tokenise, tokenizer_hash
+from ctxext.errors import InputError
+from ctxext.model.adapters import attach, trainable
+from ctxext.model.load import build_model, load_tokenizer
+from ctxext.train.bundle import save_bundle
+from ctxext.train.checkpoint import latest_checkpoint, load_checkpoint
+from ctxext.train.loop import StepMetrics, train
+from ctxext.train.optimizer import MasterAdamW, RelativeClip
+from ctxext.train.plan import RunPlan
+
+LITTLE_HISTORY = 0.05  # of the tokens; below this share a run at this ctx teaches next to nothing long
+MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer runs repeat it
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """What a run did. `finished` is False when it was interrupted; lengths in tokens, memory in bytes."""
+
+    out: str
+    finished: bool
+    steps_done: int
+    steps: int
+    first_loss: float | None
+    final_loss: float | None
+    seconds: float
+    peak_memory: int
+    trained_tensors: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Events:
+    """Where a run talks while it works; each is called with what its name says."""
+
+    say: Callable[[str], None] = lambda line: None
+    on_step: Callable[[StepMetrics], None] = lambda metrics: None
+
+
+def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Events | None = None) -> FinetuneReport:
+    """Train and save. Ctrl-C ends it early with a checkpoint; `resume` goes on from the newest one, exactly."""
+    events = events or Events()
+    began = time.monotonic()
+    torch.manual_seed(plan.spec.seed)
+    sequences = prepare_data(plan, events)
+    model = _model(plan)
+    optimizer = MasterAdamW(trainable(model), plan.spec.optimizer)
+    clip = RelativeClip(plan.spec.optimizer.clip)
+    done = load_checkpoint(latest_checkpoint(run), optimizer, clip) if resume else 0
+    if done:
+        events.say(f"resuming after step {done} of {plan.steps}")
+    done = train(model, optimizer, clip, sequences, plan, run, done=done, on_step=events.on_step)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (None, None)
+    peak = max((line["memory"] for line in lines), default=0)
+    finished = done == plan.steps
+    count = None
+    if finished:
+        facts = {
+            "first_loss": first,
+            "final_loss": last,
+            "steps": done,
+            "tokens": done * plan.tokens_per_step,
+            "seconds": round(time.monotonic() - began, 1),
+            "peak_memory": peak,
+            "data": {"source": plan.spec.data.source, "fingerprint": sequences.store.meta.source},
+        }
+        count = save_bundle(run, plan, model, optimizer, facts)
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return FinetuneReport(
+        str(run), finished, done, plan.steps, first, last, round(time.monotonic() - began, 1), peak, count
+    )
+
+
+def prepare_data(plan: RunPlan, events: Events) -> PackedSequences:
+    """Tokenise what the spec names, once, into the user's cache; sequences of exactly ctx tokens."""
+    spec = plan.spec
+    tokenizer = load_tokenizer(plan.source.directory)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{plan.source.name}: its tokenizer has no EOS token, which ends every document")
+    documents, print_ = _documents(plan, tokenizer)
+    key = hashlib.sha256(f"{print_} {tokenizer_hash(tokenizer)}".encode()).hexdigest()[:24]
+    store = tokenise(documents, tokenizer, _cache() / key, eos_id=tokenizer.eos_token_id, source_fingerprint=print_)
+    if spec.data.source == EMBEDDED:
+        events.say(
+            f"data: the embedded corpus (this Python's standard library, {spec.data.synthetic_fraction:.0%} of it "
+            "synthetic copy, key-value and passkey text)"
+        )
+    share = attended_share(store, spec.ctx)
+    if spec.data.document_mask and share < LITTLE_HISTORY:
+        events.say(
+            f"warning: only {share:.1%} of the tokens see half of ctx: the documents are short, little of "
+            f"{spec.ctx:,} tokens will be learned; longer documents, or data.document_mask=false"
+        )
+    return PackedSequences(store, spec.ctx, seed=spec.seed, document_mask=spec.data.document_mask)
+
+
+def _documents(plan: RunPlan, tokenizer: Any) -> tuple[Iterator[Document], str]:
+    """What to tokenise, and a hash of it."""
+    data = plan.spec.data
+    if data.source != EMBEDDED:
+        return read_documents(data.source, text_field=data.text_field), fingerprint(
+            data.source, text_field=data.text_field
+        )
+    sample = "".join(document.text for document in corpus.stdlib_documents("held-out")[:8])
+    per_token = len(sample) / len(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+    needed = plan.steps * plan.tokens_per_step * per_token * 1.2 + plan.spec.ctx * per_token
+    arguments: dict[str, Any] = {
+        "seed": plan.spec.seed,
+        "synthetic_fraction": data.synthetic_fraction,
+        "span_chars": int(plan.spec.ctx * per_token),
+        "max_chars": int(min(needed, MOST_CHARACTERS)),
+    }
+    print_ = hashlib.sha256(f"{corpus.fingerprint()['sha256']} {arguments}".encode()).hexdigest()
+    return corpus.corpus_documents("train", **arguments), print_
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "tokens"
+
+
+def _model(plan: RunPlan) -> Any:
+    """The model with its new positions and what trains attached, on the device it trains on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(plan.spec.dtype)
+    dtype = dtype or getattr(torch, plan.spec.dtype)
+    model: Any = build_model(plan.source.directory, plan.config, dtype)
+    if plan.spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if plan.spec.tuning == "lora":
+        model = attach(model, plan.trainables, plan.spec.lora.rank, str(plan.source.directory.absolute()))
+    else:
+        model.requires_grad_(True)
+    return model.to(device)

@@ -1,0 +1,111 @@
+"""AdamW on fp32 master weights, with a clip that knows what a normal gradient is.
+
+A norm of 1.0 in bf16 never moves under updates of 2e-5 (the next bf16 number is 0.004 away), so everything that trains
+has an fp32 master: the optimizer sees masters only, gradients are added up in fp32, and after a step the masters are
+rounded into the model. A parameter that is fp32 already is its own master.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ctxext.train.spec import OptimizerSpec
+
+LORA_MARK = ".lora_"
+
+
+class MasterAdamW:
+    """AdamW (decoupled weight decay) over the masters of `trainable`, a mapping name -> parameter.
+
+    LoRA matrices, and everything under full tuning, step at `learning_rate`; modules trained whole beside an adapter
+    at `whole_learning_rate`.
+    """
+
+    def __init__(self, trainable: Mapping[str, Tensor], spec: OptimizerSpec):
+        self.parameters = dict(trainable)
+        self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        adapter = any(LORA_MARK in name for name in self.masters)
+        whole_rate = spec.whole_learning_rate or spec.learning_rate
+        rates = {name: whole_rate if adapter and LORA_MARK not in name else spec.learning_rate for name in self.masters}
+        groups = [
+            {"params": [self.masters[name] for name in self.masters if rates[name] == rate], "lr": rate, "rate": rate}
+            for rate in sorted(set(rates.values()))
+        ]
+        self.adamw = torch.optim.AdamW(groups, betas=(spec.beta1, spec.beta2), weight_decay=spec.weight_decay)
+
+    def gradient_norm(self) -> float:
+        """The 2-norm of all gradients together, before any clipping."""
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients).item()
+
+    def step(self, rate_factor: float, gradient_scale: float) -> None:
+        """One update at `rate_factor` times the learning rates, gradients times `gradient_scale`, then cleared."""
+        for group in self.adamw.param_groups:
+            group["lr"] = group["rate"] * rate_factor
+        if gradient_scale != 1.0:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(gradient_scale)
+        self.adamw.step()
+        self.adamw.zero_grad(set_to_none=True)
+        self.write_back()
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the model's own parameters."""
+        for name, master in self.masters.items():
+            if master is not self.parameters[name]:
+                self.parameters[name].copy_(master)
+
+
+def _master(parameter: Tensor) -> Tensor:
+    """The fp32 master of a parameter, gradients led to it: a bf16 parameter's own gradient never outlives its backward."""
+    if parameter.dtype == torch.float32:
+        return parameter
+    master = parameter.detach().float().requires_grad_(True)
+
+    def collect(source: Tensor) -> None:
+        assert source.grad is not None
+        gradient = source.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        source.grad = None
+
+    parameter.register_post_accumulate_grad_hook(collect)
+    return master
+
+
+def rate_factor(step: int, steps: int, spec: OptimizerSpec) -> float:
+    """The factor on the learning rates at `step` (from 0): linear warm-up, then constant or a cosine down to 0.1."""
+    if step < spec.warmup_steps:
+        return (step + 1) / spec.warmup_steps
+    if spec.schedule == "constant":
+        return 1.0
+    progress = (step - spec.warmup_steps) / max(1, steps - spec.warmup_steps)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+class RelativeClip:
+    """Scales down a gradient whose norm is more than `limit` times the running mean of the norms before it.
+
+    Gradients of an adapter carry its scale alpha / rank (norms of 20 are normal at alpha 724), so a fixed clip of 1
+    would fire at every step and be a second learning rate. The mean is exponential (0.95), of the clipped norms, and
+    nothing is clipped in the first 5 steps, which only fill it.
+    """
+
+    WARM_STEPS = 5
+    DECAY = 0.95
+
+    def __init__(self, limit: float, mean: float = 0.0, seen: int = 0):
+        self.limit, self.mean, self.seen = limit, mean, seen
+
+    def scale(self, norm: float) -> float:
+        """The factor for a gradient of this norm, 1.0 when it is ordinary; remembers it. NaN is for the caller."""
+        clipped = norm if self.seen < self.WARM_STEPS else min(norm, self.limit * self.mean)
+        weight = max(1 - self.DECAY, 1 / (self.seen + 1))
+        self.mean += weight * (clipped - self.mean)
+        self.seen += 1
+        return clipped / norm if norm > 0 else 1.0

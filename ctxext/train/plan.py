@@ -1,0 +1,221 @@
+"""FinetuneSpec and a model's files -> RunPlan: every derived number and every refusal, without torch.
+
+`ctxext finetune --plan` prints a RunPlan and stops; a run executes it and derives nothing more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.errors import InputError, ModelError
+from ctxext.model.adapter_plan import Trainables, plan_trainables
+from ctxext.model.families import Config, family_of, rope_of
+from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.positions import PositionPlan, plan_positions
+from ctxext.model.source import ModelSource
+from ctxext.ops import cost
+from ctxext.train.spec import FinetuneSpec
+from ctxext.units import format_bytes, format_count, format_flops, format_tokens
+
+GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx / 4
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run, decided. Lengths in tokens, memory in bytes, flops of one optimizer step.
+
+    config             the model's normalised config with its new positions
+    group_size         G where full layers train with S²-Attn, None where they train dense
+    measured_length    the longest length this model was evaluated at, of what lies under ./runs; None if never
+    """
+
+    spec: FinetuneSpec
+    source: ModelSource
+    config: Config
+    positions: PositionPlan
+    trainables: Trainables
+    group_size: int | None
+    global_batch_size: int
+    steps: int
+    memory: dict[str, int]
+    step_flops: int
+    measured_length: int | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.spec.ctx
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        return family_of(self.config).kinds(self.config)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {
+            "model": self.source.name,
+            "layout": pattern_text(self.kinds),
+            "ctx": self.spec.ctx,
+            "positions": {name: value for name, value in asdict(self.positions).items() if name != "rope_parameters"}
+            | {"rope_parameters": rope_of(self.config)},
+            "training_attention": "dense" if self.group_size is None else "s2",
+            "group_size": self.group_size,
+            "trainable_parameters": self.trainables.parameters,
+            "effective_scale": {group.name: group.scale for group in self.trainables.lora},
+            "global_batch_size": self.global_batch_size,
+            "accumulation": -(-self.global_batch_size // self.spec.micro_batch_size),
+            "steps": self.steps,
+            "tokens_per_step": self.tokens_per_step,
+            "total_tokens": self.steps * self.tokens_per_step,
+            "step_flops": self.step_flops,
+            "memory": self.memory | {"total": sum(self.memory.values())},
+            "measured_length": self.measured_length,
+            "spec": asdict(self.spec),
+        }
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan as (name, value) lines for a screen."""
+        rows = [
+            ("model", f"{self.source.name} ({pattern_text(self.kinds)})"),
+            ("ctx", f"{format_tokens(self.spec.ctx)} tokens"),
+            ("positions", self.positions.summary),
+            ("full layers train", self._attention_row()),
+            ("trains", self._trainables_row()),
+        ]
+        rows += [
+            (
+                f"  {group.name} x {group.count}",
+                f"rank {self.spec.lora.rank}, alpha {group.alpha:.4g}, effective scale {group.scale:.4g}",
+            )
+            for group in self.trainables.lora
+        ]
+        accumulation = -(-self.global_batch_size // self.spec.micro_batch_size)
+        rows += [
+            (
+                "a step",
+                f"{self.global_batch_size} sequences, {format_tokens(self.tokens_per_step)} tokens, "
+                f"{accumulation} forwards of {self.spec.micro_batch_size}, {format_flops(self.step_flops)}",
+            ),
+            ("steps", f"{self.steps} ({format_tokens(self.steps * self.tokens_per_step)} tokens)"),
+            (
+                "memory, estimated",
+                f"{format_bytes(sum(self.memory.values()))}: "
+                + ", ".join(f"{name} {format_bytes(size)}" for name, size in self.memory.items() if size),
+            ),
+        ]
+        if any(not kind.use_rope for kind in self.kinds):
+            known = (
+                "never measured"
+                if self.measured_length is None
+                else f"measured to {format_tokens(self.measured_length)}"
+            )
+            rows.append(("NoPE layers", f"no positions to stretch, but their attention dilutes with length ({known})"))
+        return rows
+
+    def _attention_row(self) -> str:
+        if not any(kind.sliding_window is None for kind in self.kinds):
+            return "none: every layer is sliding"
+        if self.group_size is None:
+            return "dense, as they run"
+        return f"with S²-Attn, groups of {format_tokens(self.group_size)} tokens; they run dense"
+
+    def _trainables_row(self) -> str:
+        parts = self.trainables
+        total = cost.parameter_count(self.source.shape)
+        share = f"{format_count(parts.parameters)} of {format_count(total)} parameters"
+        if parts.tuning == "full":
+            return f"everything, {format_count(total)} parameters"
+        tied = " (tied: the head with them)" if self.source.shape.tied and parts.embedding_parameters else ""
+        return (
+            f"{share}: LoRA {format_count(parts.lora_parameters)}, embeddings "
+            f"{format_count(parts.embedding_parameters)}{tied}, norms {format_count(parts.norm_parameters)}"
+        )
+
+
+def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
+    """Derive a run. Raises InputError or ModelError for whatever cannot be trained as asked."""
+    if source.base is not None:
+        raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
+    source = source.with_original_length(spec.original_length)
+    positions = plan_positions(
+        source.config,
+        spec.rope_scaling,
+        spec.ctx,
+        original_length=source.original_length,
+        usable_length=source.usable_length,
+    )
+    trainables = plan_trainables(source.config, spec.tuning, spec.lora)
+    if trainables.parameters == 0:
+        raise InputError("nothing would train", hint="let lora, embeddings or norms train")
+    group_size = _group_size(source, spec)
+    batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
+    config = positions.apply(source.config)
+    shape, layers = source.shape, [(kind.sliding_window, group_size) for kind in source.kinds]
+    item = 2 if spec.dtype == "bfloat16" else 4
+    memory = cost.training_memory(
+        shape,
+        layers,
+        spec.ctx,
+        min(spec.micro_batch_size, batch),
+        trainable=trainables.parameters,
+        item_bytes=item,
+        checkpointing=spec.gradient_checkpointing,
+    )
+    flops = batch * cost.step_flops(
+        shape, layers, spec.ctx, checkpointing=spec.gradient_checkpointing, weights_train=spec.tuning == "full"
+    )
+    return RunPlan(
+        spec,
+        source,
+        config,
+        positions,
+        trainables,
+        group_size,
+        batch,
+        spec.steps,
+        memory,
+        flops,
+        measured_length(source),
+    )
+
+
+def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
+    """G of S²-Attn in tokens, None for dense. auto: S²-Attn when every layer is full, dense for a hybrid."""
+    full = [kind.sliding_window is None for kind in source.kinds]
+    wanted = spec.attention.train
+    if wanted == "auto":
+        wanted = "s2" if all(full) else "dense"
+    if wanted == "dense":
+        if spec.attention.group_size is not None:
+            raise InputError(
+                "attention.group_size is given, but full layers train dense",
+                hint="add --set attention.train=s2, or leave the group size out",
+            )
+        return None
+    if not any(full):
+        raise InputError(f"{source.name}: attention.train: s2, but no layer is full", hint="use attention.train=dense")
+    if source.shape.num_heads < 2:
+        raise ModelError(f"{source.name}: S²-Attn shifts half of the heads, and there is one head")
+    group = spec.attention.group_size or max(2, spec.ctx // GROUPS_PER_CTX)
+    if not 2 <= group <= spec.ctx:
+        raise InputError(f"attention.group_size {group}: allowed are 2 to ctx ({format_tokens(spec.ctx)})")
+    return group
+
+
+def measured_length(source: ModelSource, root: Path = manifests.RUNS) -> int | None:
+    """The longest length, in tokens, at which an eval under `root` measured the model with these weights."""
+    if source.path is None or not root.is_dir():
+        return None
+    path, longest = str(source.path.resolve()), 0
+    for directory in root.iterdir():
+        try:
+            manifest = manifests.read(directory)
+        except ModelError:
+            continue
+        if manifest is None or manifest.kind != "eval":
+            continue
+        if any(str(Path(parent["path"]).resolve()) == path for parent in manifest.parents.values()):
+            longest = max(longest, manifest.facts.get("longest", 0))
+    return longest or None

@@ -1,0 +1,101 @@
+"""The training spec: what a finetune run is asked to do. Frozen, strict, no torch.
+
+Each field says its unit. Presets (presets/finetune) state only what differs from the defaults here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ctxext.config.loader import Tokens, spec
+from ctxext.model.adapter_plan import LoraSpec
+from ctxext.model.positions import Auto, RopeScaling
+
+Positive = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+@spec
+class AttentionSpec:
+    """How full layers attend while training; sliding layers always use their window, and inference is always dense.
+
+    train       auto: s2 for models with full attention everywhere, dense for hybrids, whose few full layers can
+                afford it; s2: S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)
+    group_size  tokens of an S²-Attn group; None: ctx / 4
+    """
+
+    train: Literal["auto", "s2", "dense"] = "auto"
+    group_size: Tokens | None = None
+
+
+@spec
+class DataSpec:
+    """Where text comes from.
+
+    source              a file or directory of .txt, .md, .jsonl, .parquet; a `datasets` id; or `embedded`
+    text_field          the field of a JSONL or Parquet row that holds the text
+    document_mask       True: tokens do not see other documents packed into the same sequence
+    synthetic_fraction  of the embedded corpus: the share of synthetic copy, key-value and passkey text
+    """
+
+    source: str = "embedded"
+    text_field: str = "text"
+    document_mask: bool = True
+    synthetic_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+@spec
+class OptimizerSpec:
+    """AdamW on fp32 master weights.
+
+    learning_rate          of the LoRA matrices, or of everything under `tuning: full`
+    whole_learning_rate    of embeddings and norms; None: learning_rate
+    warmup_steps           optimizer steps of linear warm-up
+    schedule               after warm-up: constant, or cosine down to a tenth
+    clip                   the gradient norm may be this many times its running mean; larger ones are scaled down
+    """
+
+    learning_rate: Rate = 2e-5
+    whole_learning_rate: Rate | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    schedule: Literal["constant", "cosine"] = "constant"
+    clip: Annotated[float, Field(gt=1)] = 3.0
+
+
+@spec
+class FinetuneSpec:
+    """One run.
+
+    ctx                tokens of a training sequence
+    rope_scaling       see model/positions.py; always from the original trained length
+    original_length    tokens; overrides what the model's files say
+    tuning             lora (adapter plus embeddings and norms) or full
+    steps              optimizer steps
+    tokens_per_step    tokens; rounded down to whole sequences, at least one. Ignored when global_batch_size is given
+    global_batch_size  sequences per optimizer step
+    micro_batch_size   sequences per forward
+    dtype              of the frozen weights and activations; auto: bfloat16 on a GPU, float32 on a CPU
+    save_every         optimizer steps between checkpoints
+    """
+
+    ctx: Tokens
+    rope_scaling: RopeScaling = Auto()
+    original_length: Tokens | None = None
+    tuning: Literal["lora", "full"] = "lora"
+    lora: LoraSpec = LoraSpec()
+    attention: AttentionSpec = AttentionSpec()
+    data: DataSpec = DataSpec()
+    optimizer: OptimizerSpec = OptimizerSpec()
+    steps: Positive = 200
+    tokens_per_step: Tokens = 512 * 1024
+    global_batch_size: Positive | None = None
+    micro_batch_size: Positive = 1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = True
+    save_every: Positive = 50
+    seed: Annotated[int, Field(ge=0)] = 0

@@ -1,0 +1,131 @@
+"""Tokens, bytes, durations and counts, read from what a person types and written back for a person to read.
+
+Tokens and bytes count in 1024 (100k tokens are 102,400); parameters and FLOPs count in 1000. Nothing is
+guessed: no exponents ("1e5"), no leading zeros ("010"), no rounding ("0.3k" is 307.2 tokens and refused).
+"""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+
+from ctxext.errors import InputError
+
+_NUMBER = r"(?P<number>(?:0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:_\d{3})+)(?:\.\d+)?)"
+_TOKENS = re.compile(rf"{_NUMBER}\s*(?P<unit>[km]?)", re.IGNORECASE | re.ASCII)
+_BYTES = re.compile(rf"{_NUMBER}\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
+_DURATION = re.compile(rf"{_NUMBER}\s*(?P<unit>[smhd])", re.IGNORECASE | re.ASCII)
+
+_BINARY = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST = 40
+
+
+def parse_tokens(value: int | str) -> int:
+    """A number of tokens: 8192, "8k", "100k" (102,400), "3.5k" (3,584), "1m" (1,048,576), "102,400".
+
+    Zero is read as zero: whether it makes sense is for the caller to say.
+
+    Raises:
+        InputError: anything else, a negative or a fractional number of tokens included.
+    """
+    allowed = 'a whole number of tokens, such as 8192, "8k", "100k" or "1m" (k = 1024)'
+    return _whole(value, _TOKENS, "tokens", allowed)
+
+
+def parse_bytes(value: int | str) -> int:
+    """A number of bytes: 1024, "512M", "80G", "80GB" and "80GiB" (all in 1024).
+
+    Raises:
+        InputError: anything else, a negative or a fractional number of bytes included.
+    """
+    allowed = 'a whole number of bytes, such as "512M", "80G" or "1.5GiB" (k = 1024)'
+    return _whole(value, _BYTES, "bytes", allowed)
+
+
+def parse_duration(value: int | float | str) -> float:
+    """Seconds: "90s", "10m", "2h", "1d"; a number that is not text is taken as seconds.
+
+    Raises:
+        InputError: anything else; text without a unit is refused, because "10" may be seconds or minutes.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
+        return float(value)
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        allowed = 'a number and a unit, such as "90s", "10m" or "2h"'
+        raise InputError(f"{_shown(value)} is no duration; allowed: {allowed}")
+    return float(_exact(match["number"]) * _SECONDS[match["unit"].lower()])
+
+
+def format_tokens(count: int) -> str:
+    """102400 as "102,400": always every digit, and `parse_tokens` reads it back."""
+    return f"{count:,}"
+
+
+def format_bytes(count: int | float) -> str:
+    """Bytes in the largest binary unit that is not below one: "1.5 GiB", "640 B"."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{_short(size)} {unit}"
+        size /= 1024
+    return f"{_short(size)} TiB"
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as "3.2 s", "42 s", "12 min 5 s", "1 h 23 min" or "2 d 3 h"."""
+    if seconds < 9.95:
+        return f"{_short(seconds)} s"
+    whole = round(seconds)
+    steps = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+    for size, unit, smaller, smaller_unit in steps:
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {unit} {rest} {smaller_unit}" if rest else f"{whole // size} {unit}"
+    return f"{whole} s"
+
+
+def format_count(count: int | float) -> str:
+    """A count in thousands: 1,200,000 as "1.2M", 6,738,415,616 as "6.7B"; below 1,000 as it is."""
+    return _decimal(count, ("", "k", "M", "B", "T"))
+
+
+def format_flops(count: int | float) -> str:
+    """Floating-point operations (a count, not a rate) in thousands: "3.4 TFLOP"."""
+    return _decimal(count, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP"))
+
+
+def _whole(value: int | str, pattern: re.Pattern[str], noun: str, allowed: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = pattern.fullmatch(value.strip()) if isinstance(value, str) and len(value) <= _LONGEST else None
+    if match is None:
+        raise InputError(f"{_shown(value)} is no number of {noun}; allowed: {allowed}")
+    count = _exact(match["number"]) * _BINARY[match["unit"].lower()]
+    if count.denominator != 1:
+        raise InputError(f"{_shown(value)} is {float(count):g} {noun}; allowed: {allowed}")
+    return int(count)
+
+
+def _exact(number: str) -> Fraction:
+    return Fraction(Decimal(number.replace(",", "").replace("_", "")))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _short(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")
+
+
+def _decimal(count: int | float, units: tuple[str, ...]) -> str:
+    size = float(count)
+    for unit in units[:-1]:
+        if abs(size) < 999.95 or (unit == units[0] and abs(size) < 1000):
+            return f"{_short(size)}{unit}"
+        size /= 1000
+    return f"{_short(size)}{units[-1]}"

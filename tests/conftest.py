@@ -1,0 +1,106 @@
+"""Models and text that tests share: random ones of every family written to disk, and the real ones where they lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCAB = 260
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests neither read nor fill the user's cache of hashes and tokens."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("TOKENIZERS_PARALLELISM", "false")
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real books and a real checkpoint, beside the checkout; not part of the project."""
+    path = Path(__file__).parents[2] / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("../shared/data is absent: tests on real weights and books are not run")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path) -> Path:
+    """stories260K, a Llama of 260,032 parameters trained by others."""
+    return shared_data / "stories260K"
+
+
+def write_byte_tokenizer(directory: Path) -> None:
+    """A tokenizer of one token a byte, ids below VOCAB."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({"</s>": 0, "<s>": 1, **{c: i + 2 for i, c in enumerate(letters)}}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", bos_token="<s>").save_pretrained(directory)
+
+
+def _write_model(directory: Path, family: str = "llama", seed: int = 0, shard: str = "5GB", **changes: Any) -> Path:
+    """A random model of a family, with norms and biases that are not ones and zeros, as a plain checkpoint."""
+    torch.manual_seed(seed)
+    rope = changes.pop("rope_parameters", {"rope_type": "default", "rope_theta": 10000.0})
+    extra = {"head_dim": 8} if family == "qwen3" else {}
+    config = CONFIGS[family](**{**SIZES, **extra, "rope_parameters": rope, **changes})
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(directory, max_shard_size=shard)
+    write_byte_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make(family, **config changes) -> directory; the same arguments give the same directory, do not write to it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str = "llama", **changes: Any) -> Path:
+        key = json.dumps([family, changes], sort_keys=True)
+        if key not in made:
+            made[key] = _write_model(tmp_path_factory.mktemp(family) / "model", family, **changes)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_model() -> Callable[..., Path]:
+    """write(directory, family, shard=..., **config changes) -> directory: a model of the test's own, to break."""
+    return _write_model

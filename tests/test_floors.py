@@ -1,0 +1,190 @@
+"""Imports go down only, no torch where a refusal must be quick, nothing over budget: read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ctxext"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+FLOORS = {
+    "errors": 0,
+    "units": 0,
+    "ops": 1,
+    "config": 2,
+    "model": 3,
+    "data": 4,
+    "train": 5,
+    "evals": 6,
+    "probes": 6,
+    "pipeline": 7,
+    "study": 7,
+    "cli": 8,
+}
+SIBLINGS = {"evals", "probes"}  # one floor, but they do not know each other
+OUTSIDE_THE_FLOORS = {"", "__main__"}  # ctxext/__init__.py, which imports nothing, and the way in
+
+HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "pyarrow", "numpy"}
+LIGHT_FLOORS = ("errors", "units", "config", "cli")
+LIGHT_FILES = {
+    "ops/cost.py",
+    "ops/low_rank.py",
+    "model/source.py",
+    "model/layout.py",
+    "model/families.py",
+    "model/positions.py",
+    "model/adapter_plan.py",
+    "train/spec.py",
+    "train/plan.py",
+}
+DRAWERS = {"utils", "util", "common", "base", "registry", "helpers", "helper", "misc"}
+FILE_LINES, OPS_FILE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 300, 60, 120
+
+
+def name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def module(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def is_module(parts: tuple[str, ...]) -> bool:
+    path = PACKAGE.parent.joinpath(*parts)
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def imported(node: ast.stmt, at: Path) -> list[tuple[str, ...]]:
+    """The modules one import statement names, in full; `from ctxext import units` names ctxext.units."""
+    if isinstance(node, ast.Import):
+        return [tuple(alias.name.split(".")) for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    source = tuple((node.module or "").split(".")) if node.module else ()
+    if node.level:
+        package = module(at) if at.name == "__init__.py" else module(at)[:-1]
+        source = package[: len(package) - node.level + 1] + source
+    return [(*source, alias.name) if is_module((*source, alias.name)) else source for alias in node.names]
+
+
+def imports(path: Path, tree: ast.AST) -> list[tuple[int, tuple[str, ...]]]:
+    """Line and module of every import below `tree`, those inside functions included."""
+    return [(node.lineno, target) for node in ast.walk(tree) for target in imported(node, path)]
+
+
+def at_import_time(path: Path) -> list[tuple[int, tuple[str, ...]]]:
+    """As `imports`, less functions and `if TYPE_CHECKING`."""
+    found: list[tuple[int, tuple[str, ...]]] = []
+    waiting: list[ast.AST] = list(parse(path).body)
+    while waiting:
+        node = waiting.pop()
+        found += [(node.lineno, target) for target in imported(node, path)]
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if not typing_only and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def room(parts: tuple[str, ...]) -> str:
+    return parts[1] if len(parts) > 1 else ""
+
+
+def each_file(*, but: set[str] = frozenset()):
+    return pytest.mark.parametrize("path", [path for path in FILES if name(path) not in but], ids=name)
+
+
+def test_there_is_something_to_check():
+    assert {"errors.py", "units.py", "config/loader.py"} <= {name(path) for path in FILES}
+
+
+@each_file()
+def test_every_file_has_its_floor(path):
+    own = room(module(path))
+    assert own in FLOORS or own in OUTSIDE_THE_FLOORS, f"{name(path)} stands on no floor of the list above"
+
+
+@each_file(but={"__main__.py"})
+def test_imports_go_down(path):
+    own = room(module(path))
+    floor = FLOORS.get(own, -1)
+    up = []
+    for line, target in imports(path, parse(path)):
+        if target[0] != "ctxext":
+            continue
+        other = room(target)
+        sibling = own != other and {own, other} <= SIBLINGS
+        if FLOORS.get(other, -1) > floor or sibling:
+            up.append(f"{name(path)}:{line} imports {'.'.join(target)}")
+    assert not up, f"floor {floor} ({own}) may not import these: {up}"
+
+
+LIGHT = [path for path in FILES if room(module(path)) in LIGHT_FLOORS or name(path) in LIGHT_FILES]
+
+
+@pytest.mark.parametrize("path", LIGHT, ids=name)
+def test_light_files_import_no_torch(path):
+    """Neither themselves nor through a file of ours that they import, when they are imported."""
+    seen, waiting, heavy = {path}, [(path, name(path))], []
+    while waiting:
+        current, chain = waiting.pop()
+        for line, target in at_import_time(current):
+            if target[0] in HEAVY:
+                heavy.append(f"{chain}:{line} imports {target[0]}")
+            if target[0] != "ctxext":
+                continue
+            for depth in range(1, len(target) + 1):
+                for file in (
+                    PACKAGE.parent.joinpath(*target[:depth]).with_suffix(".py"),
+                    PACKAGE.parent.joinpath(*target[:depth]) / "__init__.py",
+                ):
+                    if file.is_file() and file not in seen:
+                        seen.add(file)
+                        waiting.append((file, f"{chain} -> {name(file)}"))
+    assert not heavy, f"torch and its kin belong inside functions here: {heavy}"
+
+
+@each_file()
+def test_no_file_is_a_drawer(path):
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    assert not DRAWERS & set(parts), f"{name(path)}: a name that says nothing of what is inside"
+
+
+@each_file()
+def test_a_file_keeps_its_budget(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    budget = OPS_FILE_LINES if room(module(path)) == "ops" else FILE_LINES
+    assert lines < budget, f"{name(path)} has {lines} lines; allowed: fewer than {budget}"
+
+
+@each_file()
+def test_a_function_keeps_its_budget(path):
+    budget = LOOP_LINES if name(path) == "train/loop.py" else FUNCTION_LINES
+    functions = (node for node in ast.walk(parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    lengths = [(node.name, (node.end_lineno or node.lineno) - node.lineno + 1) for node in functions]
+    long = [f"{function}: {lines}" for function, lines in lengths if lines >= budget]
+    assert not long, f"{name(path)}: {long}; allowed: fewer than {budget} lines"
+
+
+def test_the_walk_sees_what_it_must_see():
+    """The checks above, on a file made up here: they would be worthless if they passed everything."""
+    path = PACKAGE / "config" / "made_up.py"
+    tree = ast.parse(
+        "import torch.nn\n"
+        "from ctxext import units\n"
+        "from . import loader\n"
+        "from ..errors import InputError\n"
+        "def f():\n    from ctxext.config.manifest import read\n"
+    )
+    assert imports(path, tree) == [
+        (1, ("torch", "nn")),
+        (2, ("ctxext", "units")),
+        (3, ("ctxext", "config", "loader")),
+        (4, ("ctxext", "errors")),
+        (6, ("ctxext", "config", "manifest")),
+    ]
