@@ -11,6 +11,8 @@ from ctxext.cli import console
 from ctxext.errors import InputError
 
 if TYPE_CHECKING:
+    from ctxext.train.finetune import FinetuneReport
+    from ctxext.train.loop import StepMetrics
     from ctxext.train.plan import RunPlan
 
 DEFAULT_PRESET = "lora-alpha"
@@ -103,36 +105,42 @@ def _plan(
 
 def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> None:
     from ctxext.train.run import start_run
+    from ctxext.units import format_bytes, format_duration
 
     if not resume:
         start_run(plan, run, force=force)
     console.quiet_libraries()
-    from ctxext.train.finetune import Events, run_finetune
-    from ctxext.units import format_bytes, format_duration
-
-    with console.progress() as display:
-        task = display.add_task("preparing", total=plan.steps, note="")
-
-        def on_step(metrics: Any) -> None:
-            note = f"loss {metrics.loss:.3f}  {metrics.tokens_per_second:,.0f} tokens/s  {format_bytes(metrics.memory)}"
-            display.update(task, completed=metrics.step, description="training", note=note)
-
-        report = run_finetune(plan, run, resume=resume, events=Events(console.say, on_step))
+    report = train_with_progress(plan, run, resume=resume)
     if as_json:
         console.emit(report.as_dict())
-        return
-    if not report.finished:
-        console.say(
-            f"stopped after step {report.steps_done} of {report.steps}; go on with\n"
-            f"  ctxext finetune --resume --out {run}"
-        )
-        raise typer.Exit(130)
-    console.pairs(
-        [
+    elif report.finished:
+        rows = [
             ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"),
             ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
             ("peak memory", format_bytes(report.peak_memory)),
             ("took", format_duration(report.seconds)),
             ("written to", report.out),
         ]
-    )
+        console.pairs(rows)
+    if not report.finished:
+        console.say(f"stopped after step {report.steps_done} of {report.steps}; go on with")
+        console.say(f"  ctxext finetune --resume --out {run}")
+        raise typer.Exit(130)
+
+
+def train_with_progress(plan: RunPlan, run: Path, *, resume: bool) -> FinetuneReport:
+    """Run a plan under a progress bar; a line every tenth of the way where stderr is no terminal."""
+    from ctxext.train.finetune import Events, run_finetune
+    from ctxext.units import format_bytes
+
+    with console.progress() as display:
+        task = display.add_task("preparing", total=plan.steps, note="")
+
+        def on_step(metrics: StepMetrics) -> None:
+            speed = f"{metrics.tokens_per_second:,.0f} tokens/s  {format_bytes(metrics.memory)}"
+            note = f"loss {metrics.loss:.3f}  {speed}"
+            display.update(task, completed=metrics.step, description="training", note=note)
+            if display.disable and metrics.step % max(1, plan.steps // 10) == 0:
+                console.say(f"step {metrics.step}/{plan.steps}  {note}")
+
+        return run_finetune(plan, run, resume=resume, events=Events(console.say, on_step))

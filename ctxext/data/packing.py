@@ -12,7 +12,7 @@ import re
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,17 +147,7 @@ def tokenise(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        writer = _Writer(partial, "uint16" if vocab <= 65_535 else "uint32", shard_tokens)
-        with writer:
-            for ids, size in _encode(documents, tokenizer):
-                writer.add([*ids, eos_id], size)
-                if progress is not None:
-                    progress(len(writer.bounds), writer.tokens)
-        if not writer.tokens:
-            raise DataError("no document has a token", hint="give data that holds text")
-        np.save(partial / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
-        meta = StoreMeta(*key, writer.dtype, writer.tokens, len(writer.bounds), writer.text_bytes, shard_tokens)
-        (partial / _META).write_text(json.dumps(meta.__dict__, indent=1) + "\n", encoding="utf-8")
+        _write(partial, documents, tokenizer, key, shard_tokens, progress)
         if directory.exists():
             shutil.rmtree(directory)
         partial.rename(directory)
@@ -169,6 +159,29 @@ def tokenise(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return TokenStore.open(directory)
+
+
+def _write(
+    directory: Path,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    key: tuple[str, str, int],
+    shard_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Fills an empty directory; `key` is (tokenizer hash, source fingerprint, EOS)."""
+    eos_id = key[2]
+    dtype = "uint16" if len(tokenizer) <= 65_535 else "uint32"
+    with _Writer(directory, dtype, shard_tokens) as writer:
+        for ids, size in _encode(documents, tokenizer):
+            writer.add([*ids, eos_id], size)
+            if progress is not None:
+                progress(len(writer.bounds), writer.tokens)
+    if not writer.tokens:
+        raise DataError("no document has a token", hint="give data that holds text")
+    np.save(directory / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
+    meta = StoreMeta(*key, dtype, writer.tokens, len(writer.bounds), writer.text_bytes, shard_tokens)
+    (directory / _META).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 
 
 def _refuse_foreign(directory: Path) -> None:

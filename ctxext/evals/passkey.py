@@ -14,6 +14,7 @@ import torch
 
 from ctxext.data.haystack import Case, passkey_cases
 from ctxext.errors import InputError
+from ctxext.model.load import LoadedModel, hidden_states, output_weight
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 HAYSTACKS = ("held-out", "grass")
@@ -81,7 +82,7 @@ class _Outcome:
 
 
 def passkey(
-    loaded: Any,
+    loaded: LoadedModel,
     lengths: Sequence[int],
     *,
     depths: Sequence[float] = DEPTHS,
@@ -113,6 +114,7 @@ def passkey(
             "passkey needs at least one length, one depth and one case for each", hint="give a limit of at least 1"
         )
     loaded.model.eval()
+    run = _decoded if decode else _teacher_forced
     outcomes: list[_Outcome] = []
     digits = 1
     for length in lengths:
@@ -126,16 +128,21 @@ def passkey(
         )
         digits = len(cases[0].key)
         for batch in _batches(cases, 1 if decode else max(1, tokens_per_batch // length)):
-            run = _decoded if decode else _teacher_forced
             outcomes += run(loaded.model, batch)
             if progress is not None:
                 progress(len(outcomes), len(lengths) * len(cases))
     protocol = "passkey-decoded" if decode else "passkey-teacher-forced"
+    return _result(outcomes, protocol, haystack, seed, 10.0**-digits)
+
+
+def _result(outcomes: list[_Outcome], protocol: str, haystack: str, seed: int, chance: float) -> PasskeyResult:
+    lengths = dict.fromkeys(o.length for o in outcomes)
+    depths = dict.fromkeys(o.depth for o in outcomes)
     return PasskeyResult(
         protocol,
         haystack,
         seed,
-        10.0**-digits,
+        chance,
         _score(outcomes),
         {length: _score([o for o in outcomes if o.length == length]) for length in lengths},
         {depth: _score([o for o in outcomes if o.depth == depth]) for depth in depths},
@@ -159,15 +166,15 @@ def _batches(cases: list[Case], count: int) -> Iterator[list[Case]]:
 
 @torch.no_grad()
 def _teacher_forced(model: torch.nn.Module, cases: list[Case]) -> list[_Outcome]:
-    from ctxext.model.load import hidden_states, output_weight
-
     weight = output_weight(model)
     ids = torch.tensor([case.prompt_ids + case.answer_ids for case in cases], device=weight.device)  # [B, T]
     hidden = hidden_states(model, ids[:, :-1])  # [B, T - 1, E]
     counts = [len(case.answer_ids) for case in cases]
     rows = torch.cat([hidden[i, -count:] for i, count in enumerate(counts)])  # [A, E]
     answers = torch.cat([ids[i, -count:] for i, count in enumerate(counts)])  # [A]
-    logits = torch.nn.functional.linear(rows, weight)  # [A, V], in the model's dtype as `generate` has them
+    logits = torch.nn.functional.linear(
+        rows, weight.to(rows.dtype)
+    )  # [A, V], in the model's dtype as `generate` has them
     right = (logits.argmax(-1) == answers).split(counts)
     nats = torch.nn.functional.cross_entropy(logits.float(), answers, reduction="none").split(counts)
     return [

@@ -1,5 +1,13 @@
 """Perplexity at a length, under a protocol that is named, because the protocols do not agree with each other.
 
+- `hf-stride`: windows `stride` apart (default length // 2); each scores only the tokens no earlier window
+  has scored, so every token but a text's first counts once, with at least length - stride tokens before
+  it except in the first window (Hugging Face, "Perplexity of fixed-length models").
+- `longlora`: whole windows 256 apart, the mean over ALL positions of each (Chen et al. 2024, eval.py). A
+  token counts about length / 256 times: `progress` says how many windows that means before the first.
+- `truncate`: whole windows side by side, all positions. Cheap, and pessimistic: half of the tokens have
+  less than length / 2 before them.
+
 B batch, T tokens of a window, E model width, N tokens of a text or scored tokens of a batch.
 """
 
@@ -16,6 +24,8 @@ import torch
 from ctxext.data.documents import Document
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals import PROTOCOLS
+from ctxext.model.load import LoadedModel, hidden_states, output_weight
+from ctxext.train.loss import token_losses
 
 LONGLORA_STRIDE = 256
 _FIRST_BUCKET = 64  # positions 1..63; from there each bucket is as wide as all before it
@@ -112,7 +122,7 @@ def encode(documents: Iterable[Document], tokenizer: Any, *, max_tokens: int | N
 
 
 def perplexity(
-    loaded: Any,
+    loaded: LoadedModel,
     texts: Sequence[EncodedText],
     length: int,
     *,
@@ -124,15 +134,7 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of `texts` (see `encode`) when the model sees at most `length` tokens.
 
-    Protocols (`stride` in tokens):
-
-    - `hf-stride`: windows `stride` apart (default length // 2); each scores only the tokens no earlier window
-      has scored, so every token but a text's first counts once, with at least length - stride tokens before
-      it except in the first window (Hugging Face, "Perplexity of fixed-length models").
-    - `longlora`: whole windows 256 apart, the mean over ALL positions of each (Chen et al. 2024, eval.py). A
-      token counts about length / 256 times: `progress` says how many windows that means before the first.
-    - `truncate`: whole windows side by side, all positions. Cheap, and pessimistic: half of the tokens have
-      less than length / 2 before them.
+    The protocols are described at the top of this file; `stride` is in tokens.
 
     Documents of at least `alone_from` tokens (default `length`) are texts of their own; shorter ones are
     joined by EOS into one more text, which is left out (and counted in `dropped_tokens`) where it is shorter
@@ -151,14 +153,45 @@ def perplexity(
     windows = [
         window for i, (ids, _) in enumerate(segments) for window in _windows(i, len(ids), protocol, length, stride)
     ]
-    if progress is not None:
-        progress(0, len(windows))
+    buckets = _score(loaded, windows, [ids for ids, _ in segments], length, tokens_per_batch, progress)
+    tokens = sum(bucket.tokens for bucket in buckets)
+    nats = sum(bucket.tokens * (bucket.nats_per_token or 0.0) for bucket in buckets) / tokens
+    text_tokens = sum(len(ids) for ids, _ in segments)
+    bits = nats / math.log(2) * text_tokens / sum(size for _, size in segments)
+    return PerplexityResult(
+        protocol=protocol,
+        length=length,
+        stride=stride,
+        windows=len(windows),
+        tokens_scored=tokens,
+        nats_per_token=nats,
+        perplexity=_exp(nats),
+        bits_per_byte=bits,
+        documents_alone=counts[0],
+        documents_joined=counts[1],
+        dropped_tokens=counts[2],
+        text_tokens=text_tokens,
+        buckets=buckets,
+    )
+
+
+def _score(
+    loaded: LoadedModel,
+    windows: list[_Window],
+    texts: list[torch.Tensor],
+    length: int,
+    tokens_per_batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Bucket]:
+    """Runs every window and sums its losses by how many tokens each target has before it."""
     edges = _bucket_edges(length)
     sums = torch.zeros(len(edges) - 1, dtype=torch.float64)
     tokens = torch.zeros(len(edges) - 1, dtype=torch.int64)
     done = 0
+    if progress is not None:
+        progress(0, len(windows))
     for batch in _batches(windows, tokens_per_batch):
-        losses = _window_losses(loaded.model, batch, [ids for ids, _ in segments])  # [B, scored] fp64
+        losses = _window_losses(loaded.model, batch, texts)  # [B, scored] fp64
         if not bool(torch.isfinite(losses).all()):
             raise ModelError(
                 f"{loaded.name} gives a loss that is not finite at length {length:,}",
@@ -171,26 +204,10 @@ def perplexity(
         done += len(batch)
         if progress is not None:
             progress(done, len(windows))
-    nats = float(sums.sum() / tokens.sum())
-    text_tokens = sum(len(ids) for ids, _ in segments)
-    text_bytes = sum(size for _, size in segments)
-    return PerplexityResult(
-        protocol,
-        length,
-        stride,
-        len(windows),
-        int(tokens.sum()),
-        nats,
-        _exp(nats),
-        nats / math.log(2) * text_tokens / text_bytes,
-        *counts[:2],
-        text_tokens,
-        counts[2],
-        [
-            Bucket(int(a), int(b), int(n), float(s / n) if n else None)
-            for a, b, n, s in zip(edges[:-1], edges[1:], tokens, sums, strict=True)
-        ],
-    )
+    return [
+        Bucket(int(a), int(b), int(n), float(s / n) if n else None)
+        for a, b, n, s in zip(edges[:-1], edges[1:], tokens, sums, strict=True)
+    ]
 
 
 def _checked_stride(protocol: str, length: int, stride: int | None) -> int:
@@ -264,9 +281,6 @@ def _batches(windows: list[_Window], tokens: int) -> Iterator[list[_Window]]:
 @torch.no_grad()
 def _window_losses(model: torch.nn.Module, batch: list[_Window], texts: list[torch.Tensor]) -> torch.Tensor:
     """Loss of each scored target, fp64 [B, scored] on the CPU."""
-    from ctxext.model.load import hidden_states, output_weight
-    from ctxext.train.loss import token_losses
-
     model.eval()
     weight = output_weight(model)
     ids = torch.stack([texts[w.text][w.begin : w.end] for w in batch]).to(weight.device)  # [B, T]

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ctxext.data import documents
 from ctxext.errors import InputError
 from ctxext.evals import PROTOCOLS
-from ctxext.model.source import resolve
+from ctxext.model.source import ModelSource, resolve
 
 if TYPE_CHECKING:  # torch comes with these: it is imported when every argument has been found good
     from ctxext.evals.passkey import PasskeyResult
     from ctxext.evals.perplexity import PerplexityResult
+    from ctxext.model.load import LoadedModel
 
 EMBEDDED_SPLIT = "held-out"
 GRASS = "grass"  # the haystack of repeated sentences
@@ -129,7 +130,7 @@ def _check(request: Request) -> None:
         )
 
 
-def _perplexity(loaded: Any, request: Request, progress: Progress | None) -> list[PerplexityResult]:
+def _perplexity(loaded: LoadedModel, request: Request, progress: Progress | None) -> list[PerplexityResult]:
     from ctxext.evals import perplexity
 
     longest = request.lengths[-1]
@@ -148,7 +149,7 @@ def _perplexity(loaded: Any, request: Request, progress: Progress | None) -> lis
     ]
 
 
-def _passkey(loaded: Any, request: Request, progress: Progress | None) -> list[PasskeyResult]:
+def _passkey(loaded: LoadedModel, request: Request, progress: Progress | None) -> list[PasskeyResult]:
     from ctxext.evals import passkey
 
     haystack, text = request.data, None
@@ -173,7 +174,7 @@ def _passkey(loaded: Any, request: Request, progress: Progress | None) -> list[P
 SUITES: dict[str, Callable[[Any, Request, Progress | None], Any]] = {"perplexity": _perplexity, "passkey": _passkey}
 
 
-def _load(model: Any, dtype: str, device: str | None) -> Any:
+def _load(model: ModelSource, dtype: str, device: str | None) -> LoadedModel:
     from ctxext.model.load import load_model
 
     return load_model(model, dtype=dtype, device=device)

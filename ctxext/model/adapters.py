@@ -38,9 +38,9 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
         target_modules=list(alphas),
         modules_to_save=list(plan.whole) or None,
         ensure_weight_tying=bool(model.config.tie_word_embeddings and EMBEDDINGS in plan.whole),
-        base_model_name_or_path=base,
     )
     adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+    adapted.peft_config["default"].base_model_name_or_path = base  # PEFT takes the model's own, maybe relative, path
     count = sum(parameter.numel() for parameter in trainable(adapted).values())
     if count != plan.parameters:
         raise CheckFailed(
@@ -61,7 +61,9 @@ def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor
     `masters` are the fp32 values of everything that trains, by parameter name; they are what is saved. Returns the
     number of tensors. Raises CheckFailed when one is not found again, equal to the last bit.
     """
-    state = dict(model.state_dict()) | {name: tensor.detach().cpu() for name, tensor in masters.items()}
+    master_of = {id(parameter): masters[name] for name, parameter in trainable(model).items()}
+    aliases = model.named_parameters(remove_duplicate=False)  # a tied head is the embedding under a second name
+    state = dict(model.state_dict()) | {n: master_of[id(p)] for n, p in aliases if id(p) in master_of}
     saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     saved = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in saved.items()}
     save_file(saved, directory / ADAPTER_FILE, metadata={"format": "pt"})

@@ -228,7 +228,12 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "layout": pattern_text(plan.kinds),
         "dtype": plan.dtype,
     }
-    facts = {"original_length": source.original_length, "usable_length": source.usable_length, "gate": report.gate}
+    facts = {
+        "name": f"{source.name}-{Path(plan.hybrid_name).stem}",
+        "original_length": source.original_length,
+        "usable_length": source.usable_length,
+        "gate": report.gate,
+    }
     manifests.write(
         staging,
         manifests.new("conversion", spec=spec, parents={"source": manifests.parent(source.directory)}, facts=facts),

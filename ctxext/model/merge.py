@@ -149,7 +149,9 @@ def _describe(directory: Path, source: ModelSource, config: Config, report: Merg
     assert source.manifest is not None and source.base is not None
     text = [f"{report.base} with {report.source} merged into it. Loads in stock transformers; no remote code."]
     (directory / "README.md").write_text(model_card(f"{report.source}, merged", text, report.rows()), "utf-8")
-    lengths = {name: source.manifest.facts.get(name) for name in ("original_length", "usable_length")}
+    lengths = {"name": f"{source.name}-merged"} | {
+        name: source.manifest.facts.get(name) for name in ("original_length", "usable_length")
+    }
     manifest = manifests.new(
         "merge",
         spec={"dtype": report.dtype},

@@ -97,7 +97,8 @@ def from_directory(path: Path, *, weights: bool = True, name: str | None = None)
     facts: dict[str, Any] = manifest.facts if manifest else {}
     original = facts.get("original_length") or original_length(config)
     usable = facts.get("usable_length") or usable_length(config)
-    return ModelSource(name or path.resolve().name, path, kind, config, original, usable, manifest, base)
+    name = name or facts.get("name") or path.resolve().name
+    return ModelSource(name, path, kind, config, original, usable, manifest, base)
 
 
 def read_config(path: Path) -> dict[str, Any]:

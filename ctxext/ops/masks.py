@@ -116,9 +116,7 @@ def first_shifted_head(H: int, K: int) -> int:
     return H - H // 2 if K == 1 else H - (K // 2) * (H // K)
 
 
-def document_starts(
-    bounds: Sequence[int], T: int, *, device: torch.device | str | None = None
-) -> torch.Tensor:
+def document_starts(bounds: Sequence[int], T: int, *, device: torch.device | str | None = None) -> torch.Tensor:
     """Where each token's document starts, int64 [1, T], from the bounds of the documents packed into one row.
 
     `bounds` is 0 = b[0] < b[1] < ...: where each document starts; a closing T (as in `cu_seqlens`) may follow.

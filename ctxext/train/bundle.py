@@ -47,6 +47,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, optimizer: MasterAdamW, fa
         parents={role: manifests.parent(plan.source.directory)},
         facts=facts
         | {
+            "name": run_name(plan),
             "original_length": plan.positions.original_length,
             "usable_length": max(plan.spec.ctx, plan.source.usable_length),
             "positions": plan.positions.summary,
@@ -57,6 +58,12 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, optimizer: MasterAdamW, fa
     )
     manifests.write(run, manifest)
     return count
+
+
+def run_name(plan: RunPlan) -> str:
+    """What the result is called: `tiny-swa128-nope-2k`."""
+    ctx = plan.spec.ctx
+    return f"{plan.source.name}-{f'{ctx // 1024}k' if ctx % 1024 == 0 else ctx}"
 
 
 def _save_whole(run: Path, plan: RunPlan, optimizer: MasterAdamW) -> int:

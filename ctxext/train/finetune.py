@@ -151,7 +151,9 @@ def _model(plan: RunPlan) -> Any:
     dtype = dtype or getattr(torch, plan.spec.dtype)
     model: Any = build_model(plan.source.directory, plan.config, dtype)
     if plan.spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers renamed it within the versions supported here
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if plan.spec.tuning == "lora":
         model = attach(model, plan.trainables, plan.spec.lora.rank, str(plan.source.directory.absolute()))
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ctxext.train.spec import OptimizerSpec
 
 LORA_MARK = ".lora_"
+WSD_DECAY = 0.2  # of the steps
 
 
 class MasterAdamW:
@@ -31,11 +32,15 @@ class MasterAdamW:
         adapter = any(LORA_MARK in name for name in self.masters)
         whole_rate = spec.whole_learning_rate or spec.learning_rate
         rates = {name: whole_rate if adapter and LORA_MARK not in name else spec.learning_rate for name in self.masters}
-        groups = [
-            {"params": [self.masters[name] for name in self.masters if rates[name] == rate], "lr": rate, "rate": rate}
-            for rate in sorted(set(rates.values()))
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            decay = spec.weight_decay if master.ndim > 1 else 0.0  # norms and biases are not decayed
+            groups.setdefault((rates[name], decay), []).append(master)
+        options = [
+            {"params": params, "lr": rate, "rate": rate, "weight_decay": decay}
+            for (rate, decay), params in groups.items()
         ]
-        self.adamw = torch.optim.AdamW(groups, betas=(spec.beta1, spec.beta2), weight_decay=spec.weight_decay)
+        self.adamw = torch.optim.AdamW(options, betas=(spec.beta1, spec.beta2), fused=True)
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients together, before any clipping."""
@@ -79,11 +84,14 @@ def _master(parameter: Tensor) -> Tensor:
 
 
 def rate_factor(step: int, steps: int, spec: OptimizerSpec) -> float:
-    """The factor on the learning rates at `step` (from 0): linear warm-up, then constant or a cosine down to 0.1."""
+    """The factor on the learning rates at `step` (from 0): linear warm-up, then constant, a cosine down to 0.1, or
+    warm-up, stable, decay (WSD): constant until the last fifth, then linear to 0."""
     if step < spec.warmup_steps:
         return (step + 1) / spec.warmup_steps
     if spec.schedule == "constant":
         return 1.0
+    if spec.schedule == "wsd":
+        return min(1.0, (steps - step) / (WSD_DECAY * steps))
     progress = (step - spec.warmup_steps) / max(1, steps - spec.warmup_steps)
     return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 

@@ -53,7 +53,7 @@ class OptimizerSpec:
     learning_rate          of the LoRA matrices, or of everything under `tuning: full`
     whole_learning_rate    of embeddings and norms; None: learning_rate
     warmup_steps           optimizer steps of linear warm-up
-    schedule               after warm-up: constant, or cosine down to a tenth
+    schedule               after warm-up: constant, cosine down to a tenth, or wsd (the last fifth linear to zero)
     clip                   the gradient norm may be this many times its running mean; larger ones are scaled down
     """
 
@@ -63,7 +63,7 @@ class OptimizerSpec:
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     warmup_steps: Annotated[int, Field(ge=0)] = 20
-    schedule: Literal["constant", "cosine"] = "constant"
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
     clip: Annotated[float, Field(gt=1)] = 3.0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ctxext.data.haystack import Case, passkey_cases
@@ -41,12 +41,13 @@ class CopyingBody(LlamaModel):
 
 
 @pytest.fixture
-def copier(random_llama: Any, byte_tokenizer: Any, stand_in: Any) -> Any:
-    shell: LlamaForCausalLM = random_llama(hidden_size=260, num_attention_heads=2, num_hidden_layers=1)
+def copier(loaded: Any, stand_in: Any) -> Any:
+    config = LlamaConfig(vocab_size=260, hidden_size=260, num_attention_heads=2, num_hidden_layers=1)
+    shell = LlamaForCausalLM(config)
     shell.model = CopyingBody(shell.config)
     with torch.no_grad():
         shell.lm_head.weight.copy_(torch.eye(260))
-    return stand_in(shell, byte_tokenizer, name="copier")
+    return stand_in(shell, loaded.tokenizer, name="copier")
 
 
 def test_a_copier_is_perfect_and_a_short_sighted_one_is_not(copier: Any) -> None:

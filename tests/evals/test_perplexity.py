@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 
 from ctxext.data.documents import Document, read_documents
 from ctxext.errors import DataError, InputError, ModelError
-from ctxext.evals.perplexity import PROTOCOLS, EncodedText, encode, perplexity
+from ctxext.evals import PROTOCOLS
+from ctxext.evals.perplexity import EncodedText, encode, perplexity
+from ctxext.model.load import load_model
 
 LETTERS = "abcdefgh .,\n"
 
@@ -134,20 +137,16 @@ def test_refusals(loaded: Any) -> None:
         perplexity(loaded, [], 64)
 
 
-def test_a_loss_that_is_not_finite_is_refused(random_llama: Any, byte_tokenizer: Any, stand_in: Any) -> None:
-    model = random_llama()
+def test_a_loss_that_is_not_finite_is_refused(model_dir: Callable[..., Path]) -> None:
+    broken = load_model(model_dir(), device="cpu")
     with torch.no_grad():
-        model.model.norm.weight[0] = math.nan
-    broken = stand_in(model, byte_tokenizer, name="broken")
-    with pytest.raises(ModelError, match="broken gives a loss that is not finite"):
-        perplexity(broken, encode([text(100)], byte_tokenizer), 64)
+        broken.model.model.norm.weight[0] = math.nan
+    with pytest.raises(ModelError, match=f"{broken.name} gives a loss that is not finite"):
+        perplexity(broken, encode([text(100)], broken.tokenizer), 64)
 
 
-def test_a_trained_model_is_better_with_more_to_look_at(shared_data: Path, stand_in: Any) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = shared_data / "stories260K"
-    story = stand_in(AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path), 512, "stories")
+def test_a_trained_model_is_better_with_more_to_look_at(stories: Path, shared_data: Path) -> None:
+    story = load_model(stories, device="cpu")
     novel = read_documents(str(shared_data / "books" / "norris_the_octopus.md"))
     texts = encode(novel, story.tokenizer, max_tokens=16384)
     found = {length: perplexity(story, texts, length).perplexity for length in (32, 128, 512, 2048)}

@@ -3,20 +3,22 @@
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, D head dim, W window, N = B * T tokens,
 n blocks in one call, L tokens in a block.
 
-A batch is one long row of N tokens whose rows are documents. Documents and S² groups cut it into segments, which are
+A batch is one long row of N tokens whose rows are documents. Documents and S² groups cut it into segments, which start
 where lo[q] == q; nothing looks over a cut. Neighbours of equal length are one call on a strided view:
 
-    S², T = 10, G = 4     unshifted   |. . . .|. . . .|. .|          2 calls: [n=2, L=4] and [n=1, L=2]
-                          shifted     |. .|. . . .|. . . .|          2 calls: [n=1, L=2] and [n=2, L=4]
+    S², T = 10, G = 4     unshifted   |q q q q|q q q q|q q|         2 calls: [n=2, L=4] and [n=1, L=2]
+                          shifted     |q q|q q q q|q q q q|         2 calls: [n=1, L=2] and [n=2, L=4]
 
-Each is causal attention of a block on itself, so kernels skip the upper triangle and no mask exists. A segment longer
-than a sliding window is cut once more, into blocks of L >= W queries that see their own and the previous block:
+Each block attends causally to itself, so kernels skip the upper triangle and no mask exists. A segment longer than a
+sliding window is cut once more, into blocks of L queries that see their own keys and the `back` >= W - 1 before:
 
-    own keys only         |q q q q|                                  [n=1, L], causal
-    previous and own      |k k k k|q q q q|q q q q|q q q q|          [n=3, L] queries over [n=3, 2L] overlapping keys
-    what is left                                  |k k k k|q q|      [n=1, 2] over [n=1, L + 2]
+    W = 4                 |q q q q|                                 [n=1, 4], causal
+    L = 2, back = 4       |k k k k|q q|                             [n=3, L] queries over [n=3, back + L] keys,
+                          .   |k k k k|q q|                           overlapping views of the same memory
+                          .       |k k k k|q q|
+    what is left          .           |k k k k|q|                   [n=1, 1] over [n=1, back + 1]
 
-The mask of all of them is one triangle pair [L, 2L], whatever T is. Time and memory are O(T W), or O(T G).
+All of them share one mask [L, back + L], whatever T is. Time and memory are O(T W), or O(T G) and O(T).
 
 Gradients are those of the SDPA calls; `_Cut` and `_Join` only hand out views and collect into one buffer, because
 slicing would make a full-size zero for every view.
@@ -35,7 +37,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ctxext.errors import InputError
 from ctxext.ops.masks import Pattern, first_shifted_head, lower_bounds
 
-_SMALLEST_BLOCK = 64  # tokens; a narrower window shares a block of this size
+_SMALLEST_BLOCK, _BLOCKS_PER_WINDOW = 64, 4  # smaller blocks compute less outside the band, and hold more key grads
 _MERGED_CPU, _MERGED = 128, 1024  # tokens of short documents under one mask: a call costs more than their triangle
 _MASK_ELEMENTS = 2**24  # of the largest mask that cached attention makes
 
@@ -92,14 +94,18 @@ def attention(
 class Blocks(NamedTuple):
     """`count` blocks of `length` tokens from token `start` on, each with the `back` tokens before it.
 
-    The view of x [N,K,D] is [count, K, back + length, D]; blocks overlap when back > 0, and then back == length unless
-    there is one block.
+    The view of x [N,K,D] is [count, K, back + length, D]. Blocks overlap when back > 0; then either there is one, or
+    back is a multiple of length.
     """
 
     start: int
     count: int
     length: int
     back: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.count * self.length
 
     def of(self, x: Tensor) -> Tensor:
         token, head, dim = x.stride()
@@ -120,44 +126,48 @@ def _calls(
     pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, device: torch.device
 ) -> Iterator[Call]:
     """What one half of the heads computes, in the order of the tokens."""
-    window, limit = pattern.sliding_window, _MERGED_CPU if device.type == "cpu" else _MERGED
+    window, masked = pattern.sliding_window, set[Blocks]()
     if document_starts is None:
         runs: Sequence[Blocks] = _unpacked_runs(pattern.group_size, half, B, T)
-        short: list[Blocks] = []
     else:
         lo = lower_bounds(Pattern(None, pattern.group_size), T, document_starts=document_starts.cpu())
-        runs, short = _merge_short(_runs(lo, half, B, T), limit)
-    if short:
+        runs, masked = _merge_short(_runs(lo, half, B, T), _MERGED_CPU if device.type == "cpu" else _MERGED)
+    if masked:
         lo = _flat(lower_bounds(pattern, T, document_starts=document_starts, device=device), half, B, T)
-    triangles = None if window is None else _triangles(window, device)
+        token = torch.arange(B * T, device=device)
     for run in runs:
-        if run in short:
-            q = torch.arange(run.start, run.start + run.length, device=device)
+        if run in masked:
+            q = token[run.start : run.start + run.length]
             yield Call(run, run, (lo[q, None] <= q) & (q <= q[:, None]))
         elif window is None or run.length <= window:
             yield Call(run, run, None)
         else:
-            for start in range(run.start, run.start + run.count * run.length, run.length):
-                yield from _banded(start, run.length, window, triangles)
+            for start in range(run.start, run.start + run.tokens, run.length):
+                yield from _banded(start, run.length, window, device)
 
 
-def _banded(start: int, length: int, window: int, triangles: Tensor) -> Iterator[Call]:
-    """One segment under a sliding window shorter than it. triangles [L, 2L], from `_triangles`."""
-    L = triangles.shape[0]
-    full, rest = divmod(length, L)
-    first = Blocks(start, 1, min(L, length))
-    yield Call(first, first, None if window >= L else triangles[: first.length, L : L + first.length])
-    if full > 1:
-        yield Call(Blocks(start + L, full - 1, L), Blocks(start + L, full - 1, L, back=L), triangles)
-    if full and rest:
-        last = start + full * L
-        yield Call(Blocks(last, 1, rest), Blocks(last, 1, rest, back=L), triangles[:rest, : L + rest])
+def _banded(start: int, length: int, window: int, device: torch.device) -> Iterator[Call]:
+    """One segment under a sliding window shorter than it."""
+    back_blocks = min(_BLOCKS_PER_WINDOW, max(1, window // _SMALLEST_BLOCK))
+    L = max(_SMALLEST_BLOCK, -(-window // back_blocks))
+    back = back_blocks * L  # >= W, by at most 3 for windows of 64 and more
+    first = Blocks(start, 1, min(back, length))
+    yield Call(first, first, None if first.length <= window else _band(first.length, 0, window, device))
+    if length <= back:
+        return
+    full, rest = divmod(length - back, L)
+    mask = _band(L, back, window, device)
+    if full:
+        yield Call(Blocks(start + back, full, L), Blocks(start + back, full, L, back), mask)
+    if rest:
+        last = start + back + full * L
+        yield Call(Blocks(last, 1, rest), Blocks(last, 1, rest, back), mask[:rest, : back + rest])
 
 
-def _triangles(window: int, device: torch.device) -> Tensor:
-    """What a block of L >= W queries sees of the previous block and of its own: bool [L, 2L], key 0 is L before."""
-    L = max(window, _SMALLEST_BLOCK)
-    distance = torch.arange(L, device=device)[:, None] + L - torch.arange(2 * L, device=device)  # [L,2L]
+def _band(length: int, back: int, window: int, device: torch.device) -> Tensor:
+    """What a block sees of itself and the `back` keys before it: bool [length, back + length]."""
+    keys = torch.arange(back + length, device=device)
+    distance = keys[:length, None] + back - keys
     return (distance >= 0) & (distance < window)
 
 
@@ -184,21 +194,18 @@ def _flat(lo: Tensor, half: int, B: int, T: int) -> Tensor:
     return (lo[:, min(half, lo.shape[1] - 1)] + rows).reshape(-1)
 
 
-def _merge_short(runs: list[Blocks], limit: int) -> tuple[list[Blocks], list[Blocks]]:
-    """Join neighbouring runs of up to `limit` tokens together: (all runs, those among them that need a mask)."""
+def _merge_short(runs: list[Blocks], limit: int) -> tuple[list[Blocks], set[Blocks]]:
+    """Join neighbouring runs while they have at most `limit` tokens together: all runs, and those now joined."""
     merged: list[Blocks] = []
-    short: list[Blocks] = []
+    joined: set[Blocks] = set()
     for run in runs:
-        size = run.count * run.length
-        before = merged[-1] if merged else None
-        if before and before.count * before.length + size <= limit:
-            merged[-1] = Blocks(before.start, 1, before.count * before.length + size)
-            if short and short[-1] == before:
-                short.pop()
-            short.append(merged[-1])
-        else:
-            merged.append(run)
-    return merged, short
+        if merged and merged[-1].tokens + run.tokens <= limit:
+            before = merged.pop()
+            joined.discard(before)
+            run = Blocks(before.start, 1, before.tokens + run.tokens)
+            joined.add(run)
+        merged.append(run)
+    return merged, joined
 
 
 def _halves(pattern: Pattern, H: int, K: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -250,11 +257,11 @@ class _Cut(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         dx = grads[0].new_zeros(ctx.shape)
-        for (h0, h1, blocks), grad in zip(ctx.views, grads, strict=True):
-            own, back = blocks._replace(back=0), blocks.back
-            own.of(dx[:, h0:h1]).add_(grad[:, :, back:])
-            if back:
-                Blocks(blocks.start - back, blocks.count, back).of(dx[:, h0:h1]).add_(grad[:, :, :back])
+        for (h0, h1, (start, count, length, back)), grad in zip(ctx.views, grads, strict=True):
+            width = length if count > 1 else back + length  # of what does not overlap
+            for offset in range(0, back + length, width):
+                target = Blocks(start - back + offset, count, width)
+                target.of(dx[:, h0:h1]).add_(grad[:, :, offset : offset + width])
         return dx, None
 
 

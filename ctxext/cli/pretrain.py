@@ -1,0 +1,40 @@
+"""ctxext pretrain"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ctxext.cli import console
+
+if TYPE_CHECKING:
+    from ctxext.train.plan import RunPlan
+
+EXAMPLES = """Examples:\n
+  ctxext pretrain --preset tiny --out ./tiny"""
+
+
+def pretrain(
+    preset: Annotated[str, typer.Option(help="A pretrain preset or a YAML file")] = "tiny",
+    out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-pretrain-<name>]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
+) -> None:
+    """Train a small model from nothing, as the embedded model `tiny` was trained."""
+    from ctxext.config import manifest as manifests
+    from ctxext.config import presets
+    from ctxext.config.loader import build
+    from ctxext.train.pretrain import PretrainSpec, pretrain
+
+    found = presets.find("pretrain", preset)
+    recipe = build(PretrainSpec, found.data, source=str(found.path))
+    out = out or manifests.default_out("pretrain", found.name)
+    console.quiet_libraries()
+    from ctxext.cli.finetune import train_with_progress
+
+    def train(plan: RunPlan, run: Path) -> Any:
+        console.pairs(plan.rows(), to_stderr=True)
+        return train_with_progress(plan, run, resume=False)
+
+    console.say(f"written to {pretrain(recipe, out, force=force, train=train)}")

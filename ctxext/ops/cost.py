@@ -1,0 +1,170 @@
+"""What a model costs on paper: parameters, pairs, FLOPs and bytes, with one letter for each size.
+
+    E hidden_size   L num_layers   H num_heads   K num_kv_heads   D head_dim   F intermediate_size   V vocab_size
+    T tokens        W window       G group       P parameters of the layers   X = T · E · item bytes, one hidden state
+
+    a matrix         2 · inputs · outputs FLOPs a token
+    attention        a pair (query, key) costs 2 D FLOPs a head for a score and 2 D for its value:
+                     forward 2 · 2D a pair and head, backward 5 · 2D (dV, dP, dQ, dK and the scores again)
+    full causal      T (T + 1) / 2 pairs        attention passes the layers' matrices at about T > 12 E for a Llama
+    sliding          T W - W (W - 1) / 2        3/4 sliding layers of 128 at T = 100k: half the FLOPs of dense
+    S²               about T G / 2              G = T / 4: a quarter of dense
+
+Counts are exact integers. `training_memory` is an estimate, to be used as ±20%: its formulas predicted two published
+runs within -5% and +17%, none of them on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctxext.ops.masks import first_shifted_head
+
+LOGITS_BYTES = 64 * 1024**2  # of the fp32 logits that the chunked loss holds at a time
+
+Layer = tuple[int | None, int | None]  # (sliding_window, group_size) in tokens; None, None = full causal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A Llama-like decoder: pre-norm RMSNorm, SwiGLU, grouped-query attention.
+
+    tied             input embedding and output head are one [V, E] weight
+    attention_bias   q, k and v have biases (Qwen2)
+    qk_norm          an RMSNorm of D over each query and key head (Qwen3)
+    """
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tied: bool
+    attention_bias: bool = False
+    qk_norm: bool = False
+
+
+def layer_matrices(shape: ModelShape) -> int:
+    """Entries of one layer's seven matrices: q and o, k and v, gate, up and down."""
+    attention = 2 * shape.hidden_size * shape.head_dim * (shape.num_heads + shape.num_kv_heads)
+    return attention + 3 * shape.hidden_size * shape.intermediate_size
+
+
+def parameter_count(shape: ModelShape, *, embeddings: bool = True) -> int:
+    """All parameters; without the embedding and the head if `embeddings` is false."""
+    layer = layer_matrices(shape) + 2 * shape.hidden_size
+    if shape.attention_bias:
+        layer += shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
+    if shape.qk_norm:
+        layer += 2 * shape.head_dim
+    vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+    return shape.num_layers * layer + shape.hidden_size + (vocabulary if embeddings else 0)
+
+
+def attention_pairs(
+    T: int, sliding_window: int | None = None, group_size: int | None = None, *, shifted: bool = False
+) -> int:
+    """Pairs (query, key) that one head attends in a row of T tokens: the sum of q - lo[q] + 1, exactly.
+
+    `shifted` is the half of the heads whose S² groups are moved by G // 2; without groups it changes nothing.
+    """
+    if group_size is None:
+        return _band(T, sliding_window)
+    first = min(T, group_size - group_size // 2) if shifted else 0
+    full, last = divmod(T - first, group_size)
+    return _band(first, sliding_window) + full * _band(group_size, sliding_window) + _band(last, sliding_window)
+
+
+def layer_pairs(shape: ModelShape, T: int, layer: Layer) -> int:
+    """`attention_pairs` over all heads of one layer, S² halves included."""
+    window, group = layer
+    if group is None:
+        return shape.num_heads * attention_pairs(T, window)
+    f = first_shifted_head(shape.num_heads, shape.num_kv_heads)
+    shifted = attention_pairs(T, window, group, shifted=True)
+    return f * attention_pairs(T, window, group) + (shape.num_heads - f) * shifted
+
+
+def kv_cache_bytes(
+    shape: ModelShape, windows: Sequence[int | None], T: int, item_bytes: int = 2, batch: int = 1
+) -> int:
+    """Bytes of the key/value cache after T tokens; `windows` has W or None for each layer.
+
+    A sliding layer holds min(T, W) tokens while a token is computed. (transformers stores W - 1 between two tokens.)
+    """
+    tokens = sum(T if window is None else min(T, window) for window in windows)
+    return 2 * batch * tokens * shape.num_kv_heads * shape.head_dim * item_bytes
+
+
+def forward_flops(shape: ModelShape, layers: Sequence[Layer], T: int) -> int:
+    """FLOPs of one forward over a row of T tokens, logits of every token included; norms and softmax are left out."""
+    linear = 2 * T * (shape.num_layers * layer_matrices(shape) + shape.vocab_size * shape.hidden_size)
+    return linear + 2 * 2 * shape.head_dim * sum(layer_pairs(shape, T, layer) for layer in layers)
+
+
+def step_flops(
+    shape: ModelShape, layers: Sequence[Layer], T: int, *, checkpointing: bool = True, weights_train: bool = False
+) -> int:
+    """FLOPs of forward and backward over one row of T tokens; recomputation by checkpointing counts as work.
+
+    Layers: forward, gradient of the input, again forward if checkpointed, gradient of the weights if they train. The
+    head is not recomputed, the chunked loss takes its gradient in the forward. LoRA's own matrices (rank over width of
+    this) and the optimizer are left out.
+    """
+    passes = 2 + checkpointing + weights_train
+    linear = 2 * T * shape.num_layers * layer_matrices(shape) * passes
+    head = 2 * T * shape.vocab_size * shape.hidden_size * (2 + weights_train)
+    pairs = sum(layer_pairs(shape, T, layer) for layer in layers)
+    return linear + head + pairs * 2 * shape.head_dim * (2 + 2 * checkpointing + 5)
+
+
+def training_memory(
+    shape: ModelShape,
+    layers: Sequence[Layer],
+    T: int,
+    micro_batch: int = 1,
+    *,
+    trainable: int,
+    item_bytes: int = 2,
+    checkpointing: bool = True,
+    chunk: int | None = None,
+    runtime: int = 2_500_000_000,
+) -> dict[str, int]:
+    """Bytes of a training step on one device by what holds them, an estimate (±20%); the total is the sum.
+
+    trainable    parameters that train: fp32 master, gradient and two AdamW moments, 16 bytes each
+    item_bytes   of a stored weight and of an activation
+    chunk        tokens of logits held at a time (default: `loss_chunk`)
+    runtime      an accelerator's context, libraries and allocator slack
+    The number of layers is what checkpointing stores; their patterns do not matter to the kernels used here, which
+    hold no scores. Without checkpointing, what a layer stores is our count and was not measured.
+    """
+    tokens, E, F = T * micro_batch, shape.hidden_size, shape.intermediate_size
+    X = tokens * E * item_bytes
+    kv = shape.num_kv_heads / shape.num_heads
+    mlp = tokens * F * item_bytes
+    stored = X if checkpointing else (9 + 2 * kv) * X + 4 * mlp
+    c = loss_chunk(shape.vocab_size) if chunk is None else chunk
+    return {
+        "weights": item_bytes * parameter_count(shape),
+        "trainable": 16 * trainable,
+        "checkpoints" if checkpointing else "activations": int(len(layers) * stored),
+        "layer": int(max((8 + 4 * kv) * X, 3 * X + 6 * mlp + 3 * X)),
+        "loss": 10 * min(c, tokens) * shape.vocab_size + X,
+        "positions": tokens * (8 * shape.head_dim + 32),
+        "runtime": runtime,
+    }
+
+
+def loss_chunk(V: int) -> int:
+    """Tokens whose fp32 logits over V entries take about 64 MiB, at least 16."""
+    return max(16, LOGITS_BYTES // (4 * V))
+
+
+def _band(T: int, window: int | None) -> int:
+    """Pairs of T tokens, each with the `window` up to itself."""
+    W = T if window is None else min(window, T)
+    return T * W - W * (W - 1) // 2

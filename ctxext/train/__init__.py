@@ -1,0 +1,1 @@
+"""Training: the plan of a run, the chunked loss, the loop and its checkpoints."""

@@ -1,0 +1,114 @@
+"""Cross entropy straight from the last hidden states, never holding the logits of the whole batch.
+
+Shapes: N tokens, E model width, V vocabulary, c tokens of one chunk (about 64 MiB of fp32 logits).
+
+The gradient is taken in the forward pass, where a chunk's probabilities are at hand: softmax minus the label's one,
+times the weight. Nothing is recomputed, and the backward pass only scales what is stored: the gradient of the hidden
+states [N,E] and, if the head trains, that of the weight [V,E], summed in fp32.
+
+Not offered: logit scaling, soft-capping, a bias, label smoothing. A model that has one needs its own loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxext.errors import InputError
+from ctxext.ops.cost import loss_chunk
+
+IGNORED = -100  # the label of a token that is not scored
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of -log softmax(hidden weightᵀ)[label] over the labels that count, and their number.
+
+    hidden [N,E] in any floating dtype, weight [V,E] (frozen or not, tied or not; used in hidden's dtype), labels [N]
+    with IGNORED where nothing is scored. Returns (fp32 sum, int64 count), both scalars on the device: divide by the
+    count of the whole step, over accumulation and ranks, so that every token weighs the same. Softmax is fp32. The
+    result can be differentiated once. Raises InputError for shapes that do not fit together.
+    """
+    _check(hidden, weight, labels)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        loss = _LinearCrossEntropy.apply(hidden, weight, labels, chunk or loss_chunk(weight.shape[0]))
+    return loss, (labels != IGNORED).sum()
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """-log softmax(hidden weightᵀ)[label] of every token, fp32 [N], 0 where the label is IGNORED; no gradient."""
+    _check(hidden, weight, labels)
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    for rows, logits in _chunks(hidden, weight, chunk):
+        losses[rows] = torch.nn.functional.cross_entropy(
+            logits.float(), labels[rows], ignore_index=IGNORED, reduction="none"
+        )
+    return losses
+
+
+@torch.no_grad()
+def argmax_tokens(hidden: Tensor, weight: Tensor, chunk: int | None = None) -> Tensor:
+    """The most probable next token of every position, int64 [N]; no gradient."""
+    best = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    for rows, logits in _chunks(hidden, weight, chunk):
+        best[rows] = logits.argmax(dim=-1)
+    return best
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        matrix = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if wants_hidden else None
+        dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for rows, logits in _chunks(hidden, matrix, chunk):
+            scored = (labels[rows] != IGNORED)[:, None]  # [c,1]
+            label = labels[rows, None].where(scored, 0)  # [c,1]
+            p = logits.float()  # [c,V]
+            normaliser = p.logsumexp(dim=-1, keepdim=True)  # [c,1]
+            loss += (normaliser - p.gather(-1, label)).where(scored, 0).sum()
+            if dhidden is None and dweight is None:
+                continue
+            p.sub_(normaliser).exp_().scatter_add_(-1, label, -torch.ones_like(normaliser)).masked_fill_(~scored, 0)
+            dlogits = p.to(hidden.dtype)
+            if dhidden is not None:
+                torch.mm(dlogits, matrix, out=dhidden[rows])
+            if dweight is not None and hidden.dtype == torch.float32:
+                dweight.addmm_(dlogits.t(), hidden[rows])
+            elif dweight is not None:
+                dweight += dlogits.t() @ hidden[rows]
+        ctx.dhidden, ctx.dweight = dhidden, None if dweight is None else dweight.to(weight.dtype)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        dhidden, dweight = (None if d is None else d * grad.to(d.dtype) for d in (ctx.dhidden, ctx.dweight))
+        return dhidden, dweight, None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits [c,V]) from the first token to the last."""
+    matrix, chunk = weight.to(hidden.dtype), chunk or loss_chunk(weight.shape[0])
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        yield rows, hidden[rows] @ matrix.t()
+
+
+def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    if not fits or labels.shape != hidden.shape[:1]:
+        raise InputError(
+            f"hidden {list(hidden.shape)}, weight {list(weight.shape)}, labels {list(labels.shape)}: "
+            "expected [N,E], [V,E] and [N]"
+        )

@@ -1,0 +1,146 @@
+"""A small model from nothing: tokenizer and random weights, then the finetuning loop with everything trainable.
+
+It exists for the embedded model `tiny`, which must be reproducible by one command; it is no framework for pretraining.
+The stages follow each other as ordinary runs, each on the result of the one before, with a fresh optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ctxext.config import manifest as manifests
+from ctxext.config.loader import Tokens, spec
+from ctxext.config.output import check_free, staged_output
+from ctxext.errors import InputError
+from ctxext.model.source import from_directory
+from ctxext.train.plan import RunPlan, plan_run
+from ctxext.train.run import start_run
+from ctxext.train.spec import FinetuneSpec, Positive
+
+EOS = "<|end|>"
+TOKENIZER_CHARACTERS = 6_000_000  # of the embedded corpus, to learn the merges from
+
+
+@spec
+class ShapeSpec:
+    """A Llama with tied embeddings. Widths in scalars, `length` in tokens; digits are tokens of their own."""
+
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    num_key_value_heads: Positive
+    head_dim: Positive
+    length: Tokens
+    rope_theta: Annotated[float, Field(gt=1)] = 10_000.0
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+
+
+@spec
+class PretrainSpec:
+    """A model and the runs that train it; every stage has `tuning: full`."""
+
+    shape: ShapeSpec
+    stages: tuple[FinetuneSpec, ...]
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if not self.stages or any(stage.tuning != "full" for stage in self.stages):
+            raise ValueError("stages: at least one, and each with tuning: full")
+
+
+def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[RunPlan, Path], Any]) -> Path:
+    """Make the untrained model, run every stage through `train`, put the last result at `out`.
+
+    The stages' directories stay in `<out>.stages` with their metrics. Raises InputError when a stage was interrupted.
+    """
+    check_free(out, force)
+    stages = out.with_name(f"{out.name}.stages")
+    shutil.rmtree(stages, ignore_errors=True)
+    current = stages / "0-untrained"
+    current.mkdir(parents=True)
+    write_untrained(recipe, current)
+    for number, stage in enumerate(recipe.stages, start=1):
+        run = stages / f"{number}-ctx{stage.ctx}"
+        plan = plan_run(from_directory(current, name=out.name), stage)
+        start_run(plan, run)
+        if not train(plan, run).finished:
+            raise InputError(
+                f"interrupted in stage {number}: a pretraining starts anew", hint=f"{run} has what was done"
+            )
+        current = run
+    with staged_output(out, force) as staging:
+        for path in current.iterdir():
+            if path.name not in ("spec.yaml", "checkpoints", manifests.FILE_NAME, "README.md"):
+                shutil.copyfile(path, staging / path.name)
+        _write_manifest(recipe, stages, current, staging)
+    return out
+
+
+def _write_manifest(recipe: PretrainSpec, stages: Path, last: Path, directory: Path) -> None:
+    from ctxext.data import corpus
+
+    runs = sorted(path for path in stages.iterdir() if (path / manifests.FILE_NAME).exists())
+    facts = [manifest.facts for manifest in map(manifests.read, runs) if manifest is not None]
+    length = recipe.shape.length
+    manifest = manifests.new(
+        "model",
+        spec=json.loads(json.dumps(asdict(recipe))),
+        parents={},
+        facts={"original_length": length, "usable_length": length, "stages": facts, "corpus": corpus.fingerprint()},
+    )
+    manifests.write(directory, manifest)
+
+
+def write_untrained(recipe: PretrainSpec, directory: Path) -> None:
+    """A checkpoint with random weights and a tokenizer learned from the embedded corpus."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer(recipe.shape.vocab_size, recipe.seed)
+    tokenizer.model_max_length = recipe.shape.length
+    tokenizer.save_pretrained(directory)
+    shape = recipe.shape
+    config = LlamaConfig(
+        **{name: value for name, value in asdict(shape).items() if name not in ("length", "rope_theta")},
+        max_position_embeddings=shape.length,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(recipe.seed)
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def train_tokenizer(vocab_size: int, seed: int) -> Any:
+    """Byte-level BPE over the embedded corpus; every digit is a token, so that numbers can be copied digit by digit."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from ctxext.data import corpus
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    documents = corpus.corpus_documents("train", seed=seed, synthetic_fraction=0.3, max_chars=TOKENIZER_CHARACTERS)
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)

@@ -1,0 +1,198 @@
+"""A run, whole: what trains, what is saved, what comes back, what resumes, what is refused."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctxext.config.loader import build
+from ctxext.errors import CheckFailed, CtxextError, InputError
+from ctxext.model.adapters import attach, trainable
+from ctxext.model.convert import plan_conversion, run_conversion
+from ctxext.model.load import active_module, build_model, causal_lm, load_model, output_weight
+from ctxext.model.source import resolve
+from ctxext.train import loop
+from ctxext.train.finetune import Events, run_finetune
+from ctxext.train.plan import plan_run
+from ctxext.train.run import newest_unfinished, plan_resumed, start_run
+from ctxext.train.spec import FinetuneSpec
+
+TEXT = "".join(f"Line {i} of a text that is long enough to be cut into many sequences. {i * i}\n" for i in range(400))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def make_plan(model: Path, text: Path, **fields):
+    defaults = {"ctx": 128, "steps": 4, "global_batch_size": 2, "data": {"source": str(text)}, "save_every": 100}
+    return plan_run(resolve(str(model)), build(FinetuneSpec, {**defaults, **fields}, source="test"))
+
+
+def run(plan, directory: Path, **kwargs):
+    start_run(plan, directory)
+    return run_finetune(plan, directory, **kwargs)
+
+
+def losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def hybrid(model_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("hybrid") / "out"
+    run_conversion(plan_conversion(str(model_dir("llama")), "SN", out=out, sliding_window=16), gate=False)
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_everything_that_trains_moves_at_the_default_rate_and_is_found_in_the_bundle(
+    tied, dtype, model_dir, text, tmp_path, monkeypatch
+):
+    seen = {}
+
+    def watch(model, optimizer, *rest, **named):
+        seen.update({name: master.detach().clone() for name, master in optimizer.masters.items()})
+        return train(model, optimizer, *rest, **named)
+
+    train = loop.train
+    monkeypatch.setattr("ctxext.train.finetune.train", watch)
+    plan = make_plan(model_dir("llama", tie_word_embeddings=tied), text, dtype=dtype, steps=3)
+    report = run(plan, tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+    stored = {name.replace(".modules_to_save.default", "").replace(".default", ""): x for name, x in seen.items()}
+    assert len(stored) == 4 * 4 * 2 + 1 + 4 * 2 + 1  # A and B of q, k, v, o; embeddings; two norms a layer; the last norm
+    still = [name for name, before in stored.items() if torch.equal(saved[name], before)]
+    assert still == []
+    assert report.finished and report.trained_tensors >= len(stored)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_bundle_reopened_gives_the_live_logits(tied, model_dir, text, tmp_path, monkeypatch):
+    live = {}
+    train = loop.train
+
+    def watch(model, *rest, **named):
+        live["model"] = model
+        return train(model, *rest, **named)
+
+    monkeypatch.setattr("ctxext.train.finetune.train", watch)
+    source = model_dir("llama", tie_word_embeddings=tied)
+    run(make_plan(source, text, optimizer={"learning_rate": 1e-3}), tmp_path / "run")
+    ids = torch.randint(2, 260, (1, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        truth = live["model"].eval()(ids).logits
+        opened = load_model(tmp_path / "run").model(ids).logits
+        before = load_model(source).model(ids).logits
+    torch.testing.assert_close(opened, truth, atol=1e-5, rtol=0)
+    assert (before - truth).abs().max() > 0.1
+
+
+def test_a_tied_head_is_the_embedding_that_trains_and_an_untied_head_is_frozen(model_dir):
+    for tied in (True, False):
+        source = resolve(str(model_dir("llama", tie_word_embeddings=tied)))
+        plan = plan_run(source, FinetuneSpec(ctx=64))
+        model = attach(build_model(source.directory, source.config, torch.float32), plan.trainables, 8, "base")
+        embedding = active_module(causal_lm(model).get_input_embeddings()).weight
+        assert embedding.requires_grad
+        assert (output_weight(model) is embedding) == tied
+        assert output_weight(model).requires_grad == tied
+        assert sum(p.numel() for p in trainable(model).values()) == plan.trainables.parameters
+
+
+def test_full_tuning_leaves_an_ordinary_model(hybrid, text, tmp_path):
+    plan = make_plan(hybrid, text, tuning="full", optimizer={"learning_rate": 1e-3, "warmup_steps": 0})
+    run(plan, tmp_path / "run")
+    before, after = load_file(hybrid / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert resolve(str(tmp_path / "run")).base is None
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+
+
+def test_s2_attention_never_reaches_disk_and_positions_do(model_dir, text, tmp_path):
+    plan = make_plan(model_dir("llama"), text, ctx=256, steps=1)
+    assert plan.group_size == 64 and plan.positions.factor == 4.0
+    run(plan, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    assert config["max_position_embeddings"] == 256 and config["original_max_position_embeddings"] == 64
+    assert not [key for key in config if "s2" in key or "group_size" in key or "attn" in key]
+    again = resolve(str(tmp_path / "run"))
+    assert (again.original_length, again.usable_length) == (64, 256)
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(hybrid, text, tmp_path):
+    plan = make_plan(hybrid, text, steps=5)
+    run(plan, tmp_path / "whole")
+
+    def interrupt(metrics):
+        if metrics.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    report = run(plan, tmp_path / "cut", events=Events(on_step=interrupt))
+    assert (report.finished, report.steps_done) == (False, 2)
+    assert not (tmp_path / "cut" / "ctxext.json").exists()
+    assert newest_unfinished(tmp_path) == tmp_path / "cut"
+    run_finetune(plan_resumed(tmp_path / "cut"), tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(hybrid, text, tmp_path):
+    for size in (1, 3):
+        run(make_plan(hybrid, text, steps=2, global_batch_size=3, micro_batch_size=size), tmp_path / str(size))
+    assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(hybrid, text, tmp_path):
+    plan = make_plan(hybrid, text, optimizer={"learning_rate": 1e30, "warmup_steps": 0}, steps=20)
+    with pytest.raises(CheckFailed, match="gradient norm"):
+        run(plan, tmp_path / "run")
+    assert not (tmp_path / "run" / "ctxext.json").exists()
+
+
+def test_a_bundle_whose_base_moved_is_refused(write_model, text, tmp_path):
+    base = write_model(tmp_path / "base", "llama")
+    run(make_plan(base, text, steps=1), tmp_path / "run")
+    write_model(base, "llama", seed=1)
+    with pytest.raises(CtxextError, match="not the one this was trained on"):
+        resolve(str(tmp_path / "run"))
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(CtxextError, match="not there any more"):
+        resolve(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"attention": {"train": "s2", "group_size": 1}}, "allowed are 2 to ctx"),
+        ({"attention": {"train": "s2", "group_size": 500}}, "allowed are 2 to ctx"),
+        ({"attention": {"train": "dense", "group_size": 8}}, "full layers train dense"),
+        ({"ctx": 32, "rope_scaling": "linear"}, "nothing needs scaling"),
+        ({"ctx": "3.5q"}, "is no number of tokens"),
+        ({"ctx": 0}, "ctx"),
+        ({"lora": {"rnk": 8}}, "lora.rnk"),
+        ({"lora": {"target_modules": ["wq"]}}, "q_proj"),
+        ({"lora": {"embeddings": "frozen", "norms": "frozen"}, "tuning": "lora", "steps": 0}, "steps"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_torch_is_needed(fields, words, model_dir, text):
+    with pytest.raises(InputError) as caught:
+        make_plan(model_dir("llama"), text, **fields)
+    assert words in f"{caught.value.message} {caught.value.hint}"
+
+
+def test_embeddings_as_lora_are_refused_on_a_tied_model(model_dir, text):
+    with pytest.raises(InputError, match="tied"):
+        make_plan(model_dir("llama", tie_word_embeddings=True), text, lora={"embeddings": "lora"})
