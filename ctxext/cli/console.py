@@ -38,11 +38,11 @@ def emit(data: Any) -> None:
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
-def pairs(rows: Iterable[tuple[str, str]], title: str | None = None, *, to_stderr: bool = False) -> None:
+def pairs(rows: Iterable[tuple[str, str]], *, to_stderr: bool = False) -> None:
     """Name and value lines, aligned."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
-    lines = [title] * (title is not None) + [f"{name.ljust(width)}  {value}" for name, value in rows]
+    lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
     if to_stderr:
         for line in lines:
             say(line)

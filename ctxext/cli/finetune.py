@@ -37,6 +37,7 @@ def finetune(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory [default: ./runs/<time>-finetune-<name>]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the preset's")] = None,
+    original_length: Annotated[str | None, typer.Option(help="Tokens it was first trained at, if its files are wrong")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of the spec, as key=value; may be repeated")
     ] = None,
@@ -51,7 +52,7 @@ def finetune(
     from ctxext.config import manifest as manifests
 
     if resume:
-        if model or ctx or data or steps or set_ or preset != DEFAULT_PRESET:
+        if model or ctx or data or steps or original_length or set_ or preset != DEFAULT_PRESET:
             raise InputError("--resume goes on with the run's own spec", hint="only --out can be given beside it")
         from ctxext.train.run import newest_unfinished, plan_resumed
 
@@ -60,7 +61,8 @@ def finetune(
     else:
         if ctx is None and preset == DEFAULT_PRESET:
             raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
-        decided = _plan(model, ctx, preset, data, steps, set_ or [], needs_weights=not plan)
+        given = {"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}
+        decided = _plan(model, preset, given, set_ or [], needs_weights=not plan)
         run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
     if plan:
         console.emit(decided.as_dict()) if as_json else console.pairs(decided.rows())
@@ -70,14 +72,7 @@ def finetune(
 
 
 def _plan(
-    model: str | None,
-    ctx: str | None,
-    preset: str,
-    data: str | None,
-    steps: int | None,
-    sets: list[str],
-    *,
-    needs_weights: bool,
+    model: str | None, preset: str, given: dict[str, Any], sets: list[str], *, needs_weights: bool
 ) -> RunPlan:
     from ctxext.config import manifest as manifests
     from ctxext.config import presets
@@ -87,7 +82,7 @@ def _plan(
     from ctxext.train.spec import FinetuneSpec
 
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
-    for key, value in (("ctx", ctx), ("data.source", data), ("steps", steps)):
+    for key, value in given.items():
         if value is not None:
             set_value(fields, key, value)
     for assignment in sets:

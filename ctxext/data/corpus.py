@@ -10,7 +10,7 @@ import hashlib
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -126,6 +126,7 @@ def corpus_documents(
     synthetic_fraction: float = 0.0,
     span_chars: int = 1280,
     max_chars: int | None = None,
+    kinds: Sequence[str] = tuple(synthetic.KINDS),
 ) -> Iterator[Document]:
     """The corpus as a stream of shuffled documents, the same for the same arguments on the same Python.
 
@@ -148,7 +149,7 @@ def corpus_documents(
         rng.shuffle(pieces)
         for piece in pieces:
             while made < synthetic_fraction * (real + made + len(piece.text)):
-                document = synthetic.draw(rng, filler, span_chars, name=f"synthetic:{count}")
+                document = synthetic.draw(rng, filler, span_chars, name=f"synthetic:{count}", kinds=kinds)
                 count += 1
                 made += len(document.text)
                 yield document

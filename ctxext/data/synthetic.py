@@ -96,14 +96,17 @@ def copy(rng: random.Random, filler: Filler, chars: int) -> str:
     return "".join(parts)[:chars]
 
 
-KINDS = ((passkey, 0.4), (key_value, 0.2), (copy, 0.4))
+KINDS = {"passkey": (passkey, 0.4), "key_value": (key_value, 0.2), "copy": (copy, 0.4)}  # and their weights
 
 
-def draw(rng: random.Random, filler: Filler, span_chars: int, *, name: str) -> Document:
-    """One synthetic document, of a kind drawn by its weight, of 100 characters to `span_chars`.
+def draw(
+    rng: random.Random, filler: Filler, span_chars: int, *, name: str, kinds: Sequence[str] = tuple(KINDS)
+) -> Document:
+    """One synthetic document, of one of `kinds` drawn by its weight, of 100 characters to `span_chars`.
 
-    The logarithm of the length is uniform: short documents teach looking up soonest, and most of the text is in long ones.
+    The logarithm of the length is uniform: short documents teach looking up soonest, most of the text is in long ones.
     """
-    make = rng.choices([kind for kind, _ in KINDS], [weight for _, weight in KINDS])[0]
+    chosen = [KINDS[kind] for kind in kinds]
+    make = rng.choices([make for make, _ in chosen], [weight for _, weight in chosen])[0]
     chars = round(100 * (span_chars / 100) ** rng.random())
     return Document(text=make(rng, filler, chars), name=f"{name}:{make.__name__}")

@@ -92,7 +92,7 @@ class ConversionReport:
             ("gate: source layout = source", f"max logit difference {self.gate['identity_max_diff']:g} ({covered})"),
             (
                 "gate: layout = hand-written walk",
-                f"max logit difference {self.gate['hybrid_max_diff']:.2g} (allowed {self.gate['hybrid_tolerance']:.2g})",
+                f"max difference {self.gate['hybrid_max_diff']:.2g} (allowed {self.gate['hybrid_tolerance']:.2g})",
             ),
         ]
 

@@ -21,7 +21,7 @@ def naive_attention(
     NaN propagates: a NaN key or value reaches every query that sees it, and a NaN value the others too (0 * NaN).
     Memory is O(B H T S), on purpose. Raises InputError for heads or lengths that do not fit together.
     """
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
     if H % K or T > S:
         raise InputError(f"q {list(q.shape)} over k {list(k.shape)}: K must divide H, and T may not exceed S")
     if lo.shape[1] == 2:

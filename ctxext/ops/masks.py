@@ -41,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ctxext.errors import InputError
@@ -128,7 +129,7 @@ def document_starts(bounds: Sequence[int], T: int, *, device: torch.device | str
     bounds = list(bounds)
     if not bounds or bounds[0] != 0:
         raise InputError(f"document bounds {_head(bounds)}: the first document starts at 0")
-    for before, after in zip(bounds, bounds[1:], strict=False):
+    for before, after in pairwise(bounds):
         if after <= before:
             raise InputError(f"document bounds must ascend, got {before} and then {after}")
     if T < 1 or bounds[-1] > T:

@@ -96,7 +96,7 @@ def _card(plan: RunPlan, facts: dict[str, Any]) -> str:
         text = [f"{plan.source.name}, all weights trained at {format_tokens(plan.spec.ctx)} tokens."]
     else:
         text = [
-            f"An adapter on {plan.source.name} (LoRA, embeddings, norms) trained at {format_tokens(plan.spec.ctx)} tokens.",
+            f"LoRA, embeddings and norms on {plan.source.name}, trained at {format_tokens(plan.spec.ctx)} tokens.",
             "Open it with ctxext, or `ctxext merge` it into an ordinary model: config.json here holds the positions "
             "and the layer map it was trained with, which PEFT alone would take from the base instead.",
         ]

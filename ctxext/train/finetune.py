@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ctxext.data import corpus
+from ctxext.data import corpus, synthetic
 from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
 from ctxext.data.packing import PackedSequences, attended_share, tokenise, tokenizer_hash
 from ctxext.errors import InputError
@@ -31,8 +31,10 @@ from ctxext.train.checkpoint import latest_checkpoint, load_checkpoint
 from ctxext.train.loop import StepMetrics, train
 from ctxext.train.optimizer import MasterAdamW, RelativeClip
 from ctxext.train.plan import RunPlan
+from ctxext.units import format_duration, format_flops
 
 LITTLE_HISTORY = 0.05  # of the tokens; below this share a run at this ctx teaches next to nothing long
+MATMUL_SHARE = 0.5  # of a large matmul's speed that a step reaches, as a first guess; the progress bar knows better
 MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer runs repeat it
 
 
@@ -74,6 +76,11 @@ def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Even
     done = load_checkpoint(latest_checkpoint(run), optimizer, clip) if resume else 0
     if done:
         events.say(f"resuming after step {done} of {plan.steps}")
+    rate = MATMUL_SHARE * _matmul_rate(next(model.parameters()))
+    estimate = (plan.steps - done) * plan.step_flops / rate
+    events.say(
+        f"estimated time: {format_duration(estimate)} (at {format_flops(rate)}/s, half of a matmul's speed here)"
+    )
     done = train(model, optimizer, clip, sequences, plan, run, done=done, on_step=events.on_step)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (None, None)
@@ -109,7 +116,7 @@ def prepare_data(plan: RunPlan, events: Events) -> PackedSequences:
     if spec.data.source == EMBEDDED:
         events.say(
             f"data: the embedded corpus (this Python's standard library, {spec.data.synthetic_fraction:.0%} of it "
-            "synthetic copy, key-value and passkey text)"
+            f"synthetic: {', '.join(spec.data.synthetic_kinds)})"
         )
     share = attended_share(store, spec.ctx)
     if spec.data.document_mask and share < LITTLE_HISTORY:
@@ -133,7 +140,8 @@ def _documents(plan: RunPlan, tokenizer: Any) -> tuple[Iterator[Document], str]:
     arguments: dict[str, Any] = {
         "seed": plan.spec.seed,
         "synthetic_fraction": data.synthetic_fraction,
-        "span_chars": int(plan.spec.ctx * per_token),
+        "kinds": data.synthetic_kinds,
+        "span_chars": max(int(plan.spec.ctx * per_token), synthetic.MIN_SPAN_CHARS),
         "max_chars": int(min(needed, MOST_CHARACTERS)),
     }
     print_ = hashlib.sha256(f"{corpus.fingerprint()['sha256']} {arguments}".encode()).hexdigest()
@@ -142,6 +150,17 @@ def _documents(plan: RunPlan, tokenizer: Any) -> tuple[Iterator[Document], str]:
 
 def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "tokens"
+
+
+def _matmul_rate(like: torch.Tensor) -> float:
+    """FLOP/s of a large matmul in the dtype and on the device that train: the ceiling of a run."""
+    a = torch.randn(1024, 1024, device=like.device).to(like.dtype)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        (a @ a).sum().item()  # item waits for the device
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
+    return best
 
 
 def _model(plan: RunPlan) -> Any:

@@ -18,12 +18,12 @@ from typing import Any
 
 import psutil
 import torch
-from ctxext.train.loss import linear_cross_entropy
 
 from ctxext.data.packing import PackedSequences
 from ctxext.errors import CheckFailed
 from ctxext.model.load import hidden_states, output_weight
 from ctxext.train.checkpoint import save_checkpoint
+from ctxext.train.loss import linear_cross_entropy
 from ctxext.train.optimizer import MasterAdamW, RelativeClip, rate_factor
 from ctxext.train.plan import RunPlan
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ctxext.errors import InputError
 from ctxext.ops.cost import loss_chunk
@@ -47,10 +48,10 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | No
     """-log softmax(hidden weightᵀ)[label] of every token, fp32 [N], 0 where the label is IGNORED; no gradient."""
     _check(hidden, weight, labels)
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    for rows, logits in _chunks(hidden, weight, chunk):
-        losses[rows] = torch.nn.functional.cross_entropy(
-            logits.float(), labels[rows], ignore_index=IGNORED, reduction="none"
-        )
+    matrix = weight.to(hidden.dtype)
+    for rows in _rows(hidden, chunk or loss_chunk(weight.shape[0])):
+        logits = (hidden[rows] @ matrix.t()).float()  # [c,V]
+        losses[rows] = cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="none")
     return losses
 
 
@@ -58,8 +59,9 @@ def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | No
 def argmax_tokens(hidden: Tensor, weight: Tensor, chunk: int | None = None) -> Tensor:
     """The most probable next token of every position, int64 [N]; no gradient."""
     best = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    for rows, logits in _chunks(hidden, weight, chunk):
-        best[rows] = logits.argmax(dim=-1)
+    matrix = weight.to(hidden.dtype)
+    for rows in _rows(hidden, chunk or loss_chunk(weight.shape[0])):
+        best[rows] = (hidden[rows] @ matrix.t()).argmax(dim=-1)
     return best
 
 
@@ -71,15 +73,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         dhidden = torch.empty_like(hidden) if wants_hidden else None
         dweight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for rows, logits in _chunks(hidden, matrix, chunk):
+        for rows in _rows(hidden, chunk):
+            p = (hidden[rows] @ matrix.t()).float()  # [c,V] logits, then probabilities, then their gradient: one buffer
             scored = (labels[rows] != IGNORED)[:, None]  # [c,1]
             label = labels[rows, None].where(scored, 0)  # [c,1]
-            p = logits.float()  # [c,V]
-            normaliser = p.logsumexp(dim=-1, keepdim=True)  # [c,1]
-            loss += (normaliser - p.gather(-1, label)).where(scored, 0).sum()
+            p -= p.amax(dim=-1, keepdim=True)
+            of_label = p.gather(-1, label)
+            total = p.exp_().sum(dim=-1, keepdim=True)  # [c,1]
+            loss += (total.log() - of_label).where(scored, 0).sum()
             if dhidden is None and dweight is None:
                 continue
-            p.sub_(normaliser).exp_().scatter_add_(-1, label, -torch.ones_like(normaliser)).masked_fill_(~scored, 0)
+            p.div_(total).scatter_add_(-1, label, -torch.ones_like(total)).masked_fill_(~scored, 0)
             dlogits = p.to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
@@ -87,6 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight.addmm_(dlogits.t(), hidden[rows])
             elif dweight is not None:
                 dweight += dlogits.t() @ hidden[rows]
+            del p, dlogits  # before the next chunk's are made
         ctx.dhidden, ctx.dweight = dhidden, None if dweight is None else dweight.to(weight.dtype)
         return loss
 
@@ -97,12 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return dhidden, dweight, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits [c,V]) from the first token to the last."""
-    matrix, chunk = weight.to(hidden.dtype), chunk or loss_chunk(weight.shape[0])
-    for start in range(0, hidden.shape[0], chunk):
-        rows = slice(start, start + chunk)
-        yield rows, hidden[rows] @ matrix.t()
+def _rows(hidden: Tensor, chunk: int) -> Iterator[slice]:
+    return (slice(start, start + chunk) for start in range(0, hidden.shape[0], chunk))
 
 
 def _check(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:

@@ -68,7 +68,7 @@ class MasterAdamW:
 
 
 def _master(parameter: Tensor) -> Tensor:
-    """The fp32 master of a parameter, gradients led to it: a bf16 parameter's own gradient never outlives its backward."""
+    """The fp32 master of a parameter, with the gradients led to it: a bf16 gradient never outlives its backward."""
     if parameter.dtype == torch.float32:
         return parameter
     master = parameter.detach().float().requires_grad_(True)

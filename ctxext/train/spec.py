@@ -37,13 +37,15 @@ class DataSpec:
     source              a file or directory of .txt, .md, .jsonl, .parquet; a `datasets` id; or `embedded`
     text_field          the field of a JSONL or Parquet row that holds the text
     document_mask       True: tokens do not see other documents packed into the same sequence
-    synthetic_fraction  of the embedded corpus: the share of synthetic copy, key-value and passkey text
+    synthetic_fraction  of the embedded corpus: the share of synthetic text
+    synthetic_kinds     which synthetic texts (data/synthetic.py)
     """
 
     source: str = "embedded"
     text_field: str = "text"
     document_mask: bool = True
-    synthetic_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
+    synthetic_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    synthetic_kinds: tuple[Literal["passkey", "key_value", "copy"], ...] = ("passkey", "key_value", "copy")
 
 
 @spec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def test_every_suite_gives_rows_and_json(loaded: Any, data: str, suite: str, lim
     assert back["request"]["suite"] == suite
     assert back["data_fingerprint"]
     assert said and said[-1][1] == said[-1][2], said[-3:]
+
+
+def test_a_model_is_found_by_path(loaded: Any, data: str, model_dir: Callable[..., Path]) -> None:
+    path = str(model_dir(max_position_embeddings=128))
+    by_path, by_hand = (
+        evaluate([model], "perplexity", lengths=[64], data=data, device="cpu").rows() for model in (path, loaded)
+    )
+    assert by_path == by_hand
 
 
 def test_passkey_hides_in_the_data_and_is_reproducible(loaded: Any, data: str) -> None:

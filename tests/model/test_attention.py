@@ -1,4 +1,4 @@
-"""The seam: ctxext's attention in stock models equals stock attention where stock has one, and naive where it has not."""
+"""The seam: ctxext's attention in stock models equals stock attention, and naive where stock has none."""
 
 import pytest
 import torch
@@ -29,7 +29,9 @@ def ids():
     return torch.randint(2, 260, (2, T), generator=torch.Generator().manual_seed(0))
 
 
-def naive(module, query, key, value, mask, scaling=None, sliding_window=None, document_starts=None, group_size=None, **_):
+def naive(
+    module, query, key, value, mask, scaling=None, sliding_window=None, document_starts=None, group_size=None, **_
+):
     pattern = Pattern(sliding_window, group_size if sliding_window is None else None)
     lo = lower_bounds(pattern, query.shape[2], document_starts=document_starts)
     return naive_attention(query, key, value, lo, scale=scaling).transpose(1, 2), None
@@ -73,8 +75,11 @@ def test_left_padding_is_a_document_that_starts_late(directory, ids):
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
         alone = model(short).logits
-        beside = model(torch.cat([ids[:1], padded]), attention_mask=torch.cat([torch.ones_like(mask), mask]),
-                       position_ids=torch.cat([torch.arange(T)[None], positions])).logits[1:, 20:]
+        beside = model(
+            torch.cat([ids[:1], padded]),
+            attention_mask=torch.cat([torch.ones_like(mask), mask]),
+            position_ids=torch.cat([torch.arange(T)[None], positions]),
+        ).logits[1:, 20:]
     torch.testing.assert_close(beside, alone, atol=2e-4, rtol=0)
 
 

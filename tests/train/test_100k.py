@@ -20,8 +20,8 @@ def test_one_step_at_102400_tokens_in_under_4_gb_and_3_minutes(write_model, tmp_
         [*ctxext, "convert", str(model), "--hybrid", "swa128-nope", "--out", "hybrid"], cwd=tmp_path, check=True
     )
     began = time.monotonic()
-    command = [*ctxext, "finetune", "hybrid", "--ctx", "100k", "--preset", "smoke", "--steps", "1", "--data", "text.txt"]
-    subprocess.run([*command, "--out", "run"], cwd=tmp_path, check=True)
+    command = ["finetune", "hybrid", "--ctx", "100k", "--preset", "smoke", "--steps", "1", "--data", "text.txt"]
+    subprocess.run([*ctxext, *command, "--out", "run"], cwd=tmp_path, check=True)
     seconds = time.monotonic() - began
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

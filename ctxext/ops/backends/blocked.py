@@ -20,8 +20,7 @@ sliding window is cut once more, into blocks of L queries that see their own key
 
 All of them share one mask [L, back + L], whatever T is. Time and memory are O(T W), or O(T G) and O(T).
 
-Gradients are those of the SDPA calls; `_Cut` and `_Join` only hand out views and collect into one buffer, because
-slicing would make a full-size zero for every view.
+Gradients are those of the SDPA calls; `views.py` hands out the views and collects what comes back.
 """
 
 from __future__ import annotations
@@ -35,10 +34,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ctxext.errors import InputError
+from ctxext.ops.backends.views import Blocks, Heads, cut, join
 from ctxext.ops.masks import Pattern, first_shifted_head, lower_bounds
 
 _SMALLEST_BLOCK, _BLOCKS_PER_WINDOW = 64, 4  # smaller blocks compute less outside the band, and hold more key grads
-_MERGED_CPU, _MERGED = 128, 1024  # tokens of short documents under one mask: a call costs more than their triangle
+_JOINED_CPU, _JOINED = 128, 1024  # tokens of short documents under one mask: a call costs more than their triangle
 _MASK_ELEMENTS = 2**24  # of the largest mask that cached attention makes
 
 
@@ -74,101 +74,98 @@ def attention(
     window = pattern.sliding_window
     pattern = Pattern(None if window is None or window >= T else window, pattern.group_size)
     if pattern == Pattern() and document_starts is None:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H != K)
-    calls = [list(_calls(pattern, half, B, T, document_starts, q.device)) for half in range(len(halves))]
-    q_views = [(*heads, call.queries) for (heads, _), own in zip(halves, calls, strict=True) for call in own]
-    k_views = [(*heads, call.keys) for (_, heads), own in zip(halves, calls, strict=True) for call in own]
-    masks = [call.mask for own in calls for call in own]
-    q, k, v = (x.transpose(1, 2).reshape(B * T, *x.shape[1::2]) for x in (q, k, v))  # [N,H,D], [N,K,D]
-    parts = [
-        scaled_dot_product_attention(
-            *part, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=part[0].shape[1] != part[1].shape[1]
-        )
-        for *part, mask in zip(
-            _Cut.apply(q, q_views), _Cut.apply(k, k_views), _Cut.apply(v, k_views), masks, strict=True
-        )
+        return _sdpa(q, k, v, None, scale)
+    calls = [
+        (*heads, call)
+        for half, heads in enumerate(halves)
+        for call in _calls(pattern, half, B, T, document_starts, like=q)
     ]
-    return _Join.apply(q.shape, q_views, *parts).view(B, T, H, -1).transpose(1, 2)
+    q_views = [(heads, call.queries) for heads, _, call in calls]
+    k_views = [(heads, call.keys) for _, heads, call in calls]
+    q, k, v = (x.transpose(1, 2).reshape(B * T, *x.shape[1::2]) for x in (q, k, v))  # [N,H,D], [N,K,D]
+    views = zip(cut(q, q_views), cut(k, k_views), cut(v, k_views), calls, strict=True)
+    parts = [_sdpa(qi, ki, vi, call.mask, scale) for qi, ki, vi, (_, _, call) in views]  # [n,h,L,D] each
+    return join(parts, q_views, q.shape).view(B, T, H, -1).transpose(1, 2)
 
 
-class Blocks(NamedTuple):
-    """`count` blocks of `length` tokens from token `start` on, each with the `back` tokens before it.
-
-    The view of x [N,K,D] is [count, K, back + length, D]. Blocks overlap when back > 0; then either there is one, or
-    back is a multiple of length.
-    """
-
-    start: int
-    count: int
-    length: int
-    back: int = 0
-
-    @property
-    def tokens(self) -> int:
-        return self.count * self.length
-
-    def of(self, x: Tensor) -> Tensor:
-        token, head, dim = x.stride()
-        size = (self.count, x.shape[1], self.back + self.length, x.shape[2])
-        offset = x.storage_offset() + (self.start - self.back) * token
-        return x.as_strided(size, (self.length * token, head, token, dim), offset)
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """torch's kernel; without a mask causal, and a single query sees every key it is given."""
+    gqa = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale, enable_gqa=gqa
+    )
 
 
 class Call(NamedTuple):
-    """One SDPA call: which queries, over which keys; mask [L, back + L], True = seen, or None = causal."""
+    """One SDPA call: which queries, over which keys; mask [L, back + L] is added to the scores, None = causal."""
 
     queries: Blocks
     keys: Blocks
     mask: Tensor | None
 
 
-def _calls(
-    pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, device: torch.device
-) -> Iterator[Call]:
-    """What one half of the heads computes, in the order of the tokens."""
-    window, masked = pattern.sliding_window, set[Blocks]()
+def _calls(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, like: Tensor) -> Iterator[Call]:
+    """What one half of the heads computes, in the order of the tokens; masks in the dtype and on the device of q."""
+    window, device, joined = pattern.sliding_window, like.device, set[Blocks]()
     if document_starts is None:
         runs: Sequence[Blocks] = _unpacked_runs(pattern.group_size, half, B, T)
     else:
         lo = lower_bounds(Pattern(None, pattern.group_size), T, document_starts=document_starts.cpu())
-        runs, masked = _merge_short(_runs(lo, half, B, T), _MERGED_CPU if device.type == "cpu" else _MERGED)
-    if masked:
+        runs, joined = _join_short(_runs(lo, half, B, T), _JOINED_CPU if device.type == "cpu" else _JOINED)
+    if joined:
         lo = _flat(lower_bounds(pattern, T, document_starts=document_starts, device=device), half, B, T)
         token = torch.arange(B * T, device=device)
+    band = None if window is None else _band(window, like)
     for run in runs:
-        if run in masked:
+        if run in joined:
             q = token[run.start : run.start + run.length]
-            yield Call(run, run, (lo[q, None] <= q) & (q <= q[:, None]))
-        elif window is None or run.length <= window:
+            yield Call(run, run, _additive((lo[q, None] <= q) & (q <= q[:, None]), like))
+        elif band is None or run.length <= band.window:
             yield Call(run, run, None)
         else:
             for start in range(run.start, run.start + run.tokens, run.length):
-                yield from _banded(start, run.length, window, device)
+                yield from _banded(start, run.length, band)
 
 
-def _banded(start: int, length: int, window: int, device: torch.device) -> Iterator[Call]:
-    """One segment under a sliding window shorter than it."""
-    back_blocks = min(_BLOCKS_PER_WINDOW, max(1, window // _SMALLEST_BLOCK))
-    L = max(_SMALLEST_BLOCK, -(-window // back_blocks))
-    back = back_blocks * L  # >= W, by at most 3 for windows of 64 and more
-    first = Blocks(start, 1, min(back, length))
-    yield Call(first, first, None if first.length <= window else _band(first.length, 0, window, device))
-    if length <= back:
-        return
-    full, rest = divmod(length - back, L)
-    mask = _band(L, back, window, device)
+class Band(NamedTuple):
+    """How a window cuts long segments: a head of `back` tokens, then blocks of L over themselves and `back` keys.
+
+    head [back, back] or None where causal is enough, mask [L, back + L]: both shared by all calls of a layer.
+    """
+
+    window: int
+    L: int
+    back: int
+    head: Tensor | None
+    mask: Tensor
+
+
+def _band(window: int, like: Tensor) -> Band:
+    blocks = min(_BLOCKS_PER_WINDOW, max(1, window // _SMALLEST_BLOCK))
+    L = max(_SMALLEST_BLOCK, -(-window // blocks))
+    back = blocks * L  # >= W; windows of 64 and more: by at most 3
+    keys = torch.arange(back + L, device=like.device)
+    own, distance = keys[:back, None] - keys[:back], keys[:L, None] + back - keys  # [back,back], [L,back+L]
+    head = None if back <= window else _additive((own >= 0) & (own < window), like)
+    return Band(window, L, back, head, _additive((distance >= 0) & (distance < window), like))
+
+
+def _banded(start: int, length: int, band: Band) -> Iterator[Call]:
+    """One segment longer than the window."""
+    L, back = band.L, band.back
+    head = Blocks(start, 1, min(back, length))
+    yield Call(head, head, None if band.head is None else band.head[: head.length, : head.length])
+    full, rest = divmod(max(0, length - back), L)
     if full:
-        yield Call(Blocks(start + back, full, L), Blocks(start + back, full, L, back), mask)
+        yield Call(Blocks(start + back, full, L), Blocks(start + back, full, L, back), band.mask)
     if rest:
         last = start + back + full * L
-        yield Call(Blocks(last, 1, rest), Blocks(last, 1, rest, back), mask[:rest, : back + rest])
+        yield Call(Blocks(last, 1, rest), Blocks(last, 1, rest, back), band.mask[:rest, : back + rest])
 
 
-def _band(length: int, back: int, window: int, device: torch.device) -> Tensor:
-    """What a block sees of itself and the `back` keys before it: bool [length, back + length]."""
-    keys = torch.arange(back + length, device=device)
-    distance = keys[:length, None] + back - keys
-    return (distance >= 0) & (distance < window)
+def _additive(seen: Tensor, like: Tensor) -> Tensor:
+    """0 where seen, else -inf. torch would make one of its own from each bool mask, and keep it for the backward."""
+    return like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
 @lru_cache(maxsize=64)
@@ -194,22 +191,22 @@ def _flat(lo: Tensor, half: int, B: int, T: int) -> Tensor:
     return (lo[:, min(half, lo.shape[1] - 1)] + rows).reshape(-1)
 
 
-def _merge_short(runs: list[Blocks], limit: int) -> tuple[list[Blocks], set[Blocks]]:
+def _join_short(runs: list[Blocks], limit: int) -> tuple[list[Blocks], set[Blocks]]:
     """Join neighbouring runs while they have at most `limit` tokens together: all runs, and those now joined."""
-    merged: list[Blocks] = []
+    kept: list[Blocks] = []
     joined: set[Blocks] = set()
     for run in runs:
-        if merged and merged[-1].tokens + run.tokens <= limit:
-            before = merged.pop()
+        if kept and kept[-1].tokens + run.tokens <= limit:
+            before = kept.pop()
             joined.discard(before)
             run = Blocks(before.start, 1, before.tokens + run.tokens)
             joined.add(run)
-        merged.append(run)
-    return merged, joined
+        kept.append(run)
+    return kept, joined
 
 
-def _halves(pattern: Pattern, H: int, K: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """(query heads, key/value heads) of each half as [first, end) pairs; one entry when all heads are alike."""
+def _halves(pattern: Pattern, H: int, K: int) -> list[tuple[Heads, Heads]]:
+    """(query heads, key/value heads) of each half; one entry when all heads are alike."""
     if pattern.group_size is None:
         return [((0, H), (0, K))]
     f = first_shifted_head(H, K)
@@ -218,11 +215,16 @@ def _halves(pattern: Pattern, H: int, K: int) -> list[tuple[tuple[int, int], tup
 
 
 def _cached(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, halves: list[tuple[tuple[int, int], tuple[int, int]]],
-    document_starts: Tensor | None, scale: float | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    halves: list[tuple[Heads, Heads]],
+    document_starts: Tensor | None,
+    scale: float | None,
+) -> Tensor:
     """T < S: a few queries at a time over the keys they can reach, so that no mask exceeds a fixed size."""
-    (B, _, T, _), S, window = q.shape, k.shape[2], pattern.sliding_window
+    T, S, window = q.shape[2], k.shape[2], pattern.sliding_window
     lo = lower_bounds(pattern, T, S=S, document_starts=document_starts, device=q.device)  # [B or 1, 1 or 2, T]
     step = max(1, _MASK_ELEMENTS // (lo.shape[0] * S))
     if window is not None:
@@ -230,53 +232,14 @@ def _cached(
     rows = []
     for t0 in range(0, T, step):
         t1 = min(t0 + step, T)
-        end = S - T + t1
-        begin = 0 if window is None else max(0, end - (t1 - t0) - window + 1)
-        position, key = torch.arange(end - (t1 - t0), end, device=q.device), torch.arange(begin, end, device=q.device)
+        first, end = S - T + t0, S - T + t1  # the key indices of these queries
+        begin = 0 if window is None else max(0, first - window + 1)
+        position, key = torch.arange(first, end, device=q.device), torch.arange(begin, end, device=q.device)
+        sees_all = end - first == 1 and document_starts is None and pattern.group_size is None
         parts = []
-        for half, ((h0, h1), (k0, k1)) in enumerate(halves):
-            mask = (lo[:, half, t0:t1, None] <= key) & (key <= position[:, None])  # [B or 1, t, s]
-            everything = t1 - t0 == 1 and document_starts is None and pattern.group_size is None
-            parts.append(scaled_dot_product_attention(
-                q[:, h0:h1, t0:t1], k[:, k0:k1, begin:end], v[:, k0:k1, begin:end],
-                attn_mask=None if everything else mask[:, None], scale=scale, enable_gqa=h1 - h0 != k1 - k0,
-            ))  # fmt: skip
+        for half, ((h0, h1), (g0, g1)) in enumerate(halves):
+            mask = None if sees_all else (lo[:, half, t0:t1, None] <= key) & (key <= position[:, None])  # [B or 1,t,s]
+            own, seen = (slice(None), slice(h0, h1), slice(t0, t1)), (slice(None), slice(g0, g1), slice(begin, end))
+            parts.append(_sdpa(q[own], k[seen], v[seen], None if mask is None else mask[:, None], scale))
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows, dim=2)
-
-
-class _Cut(torch.autograd.Function):
-    """x [N,H,D] -> one view for each (first head, end head, blocks); their gradients meet in one buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, views: list[tuple[int, int, Blocks]]) -> tuple[Tensor, ...]:
-        ctx.shape, ctx.views = x.shape, views
-        return tuple(blocks.of(x[:, h0:h1]) for h0, h1, blocks in views)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        dx = grads[0].new_zeros(ctx.shape)
-        for (h0, h1, (start, count, length, back)), grad in zip(ctx.views, grads, strict=True):
-            width = length if count > 1 else back + length  # of what does not overlap
-            for offset in range(0, back + length, width):
-                target = Blocks(start - back + offset, count, width)
-                target.of(dx[:, h0:h1]).add_(grad[:, :, offset : offset + width])
-        return dx, None
-
-
-class _Join(torch.autograd.Function):
-    """The inverse for the outputs: parts [n,h,L,D] written into one [N,H,D] without a concatenation."""
-
-    @staticmethod
-    def forward(ctx: Any, shape: Sequence[int], views: list[tuple[int, int, Blocks]], *parts: Tensor) -> Tensor:
-        ctx.views = views
-        out = parts[0].new_empty(shape)
-        for (h0, h1, blocks), part in zip(views, parts, strict=True):
-            blocks.of(out[:, h0:h1]).copy_(part)
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(blocks.of(grad[:, h0:h1]) for h0, h1, blocks in ctx.views)

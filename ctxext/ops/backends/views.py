@@ -1,0 +1,86 @@
+"""Strided views of a row of tokens, whose gradients meet in one buffer.
+
+Shapes: N tokens, H heads, D head dim, n blocks of one view, L tokens in a block.
+
+Slicing by hand would be as free forward, but its backward makes a full-size zero for every slice, and a concatenation
+copies what its parts have just written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Heads = tuple[int, int]  # first, end
+
+
+class Blocks(NamedTuple):
+    """`n` blocks of `length` tokens from token `start` on, each with the `back` tokens before it.
+
+    They overlap when back > 0; then either there is one, or back is a multiple of length.
+    """
+
+    start: int
+    n: int
+    length: int
+    back: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.n * self.length
+
+    def of(self, x: Tensor) -> Tensor:
+        """The view of x [N,H,D]: [n, H, back + length, D]."""
+        token, head, dim = x.stride()
+        size = (self.n, x.shape[1], self.back + self.length, x.shape[2])
+        offset = x.storage_offset() + (self.start - self.back) * token
+        return x.as_strided(size, (self.length * token, head, token, dim), offset)
+
+
+View = tuple[Heads, Blocks]
+
+
+def cut(x: Tensor, views: list[View]) -> tuple[Tensor, ...]:
+    """x [N,H,D] -> one [n, heads, back + L, D] for each view, without a copy; views may overlap."""
+    return _Cut.apply(x, views)
+
+
+def join(parts: list[Tensor], views: list[View], shape: Sequence[int]) -> Tensor:
+    """The inverse for views that cover [N,H,D] once: parts [n, heads, L, D] written into one tensor."""
+    return _Join.apply(shape, views, *parts)
+
+
+class _Cut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, views: list[View]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.views = x.shape, views
+        return tuple(blocks.of(x[:, h0:h1]) for (h0, h1), blocks in views)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        dx = grads[0].new_zeros(ctx.shape)
+        for ((h0, h1), (start, n, length, back)), grad in zip(ctx.views, grads, strict=True):
+            width = length if n > 1 else back + length  # of what does not overlap
+            for offset in range(0, back + length, width):
+                target = Blocks(start - back + offset, n, width)
+                target.of(dx[:, h0:h1]).add_(grad[:, :, offset : offset + width])
+        return dx, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: Sequence[int], views: list[View], *parts: Tensor) -> Tensor:
+        ctx.views = views
+        out = parts[0].new_empty(shape)
+        for ((h0, h1), blocks), part in zip(views, parts, strict=True):
+            blocks.of(out[:, h0:h1]).copy_(part)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(blocks.of(grad[:, h0:h1]) for (h0, h1), blocks in ctx.views)
