@@ -37,7 +37,9 @@ def finetune(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory [default: ./runs/<time>-finetune-<name>]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the preset's")] = None,
-    original_length: Annotated[str | None, typer.Option(help="Tokens it was first trained at, if its files are wrong")] = None,
+    original_length: Annotated[
+        str | None, typer.Option(help="Tokens it was first trained at, if its files are wrong")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of the spec, as key=value; may be repeated")
     ] = None,
@@ -71,9 +73,7 @@ def finetune(
     _run(decided, run, resume, force, as_json)
 
 
-def _plan(
-    model: str | None, preset: str, given: dict[str, Any], sets: list[str], *, needs_weights: bool
-) -> RunPlan:
+def _plan(model: str | None, preset: str, given: dict[str, Any], sets: list[str], *, needs_weights: bool) -> RunPlan:
     from ctxext.config import manifest as manifests
     from ctxext.config import presets
     from ctxext.config.loader import build, parse_value, set_value

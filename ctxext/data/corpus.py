@@ -126,7 +126,7 @@ def corpus_documents(
     synthetic_fraction: float = 0.0,
     span_chars: int = 1280,
     max_chars: int | None = None,
-    kinds: Sequence[str] = tuple(synthetic.KINDS),
+    kinds: Sequence[str] = synthetic.DEFAULT_KINDS,
 ) -> Iterator[Document]:
     """The corpus as a stream of shuffled documents, the same for the same arguments on the same Python.
 

@@ -96,11 +96,26 @@ def copy(rng: random.Random, filler: Filler, chars: int) -> str:
     return "".join(parts)[:chars]
 
 
-KINDS = {"passkey": (passkey, 0.4), "key_value": (key_value, 0.2), "copy": (copy, 0.4)}  # and their weights
+def repeat(rng: random.Random, filler: Filler, chars: int) -> str:
+    """A handful of random characters again and again, nothing between: what makes looking back form at all.
+
+    Most of it is decided by what stands one short period earlier, so the first steps of training have one thing to learn.
+    """
+    segment = "".join(rng.choices(SYMBOLS, k=rng.randint(4, 24)))
+    return (segment * (chars // len(segment) + 1))[:chars]
+
+
+KINDS = {
+    "passkey": (passkey, 0.4),
+    "key_value": (key_value, 0.2),
+    "copy": (copy, 0.4),
+    "repeat": (repeat, 0.4),
+}  # with weights
+DEFAULT_KINDS = ("passkey", "key_value", "copy")
 
 
 def draw(
-    rng: random.Random, filler: Filler, span_chars: int, *, name: str, kinds: Sequence[str] = tuple(KINDS)
+    rng: random.Random, filler: Filler, span_chars: int, *, name: str, kinds: Sequence[str] = DEFAULT_KINDS
 ) -> Document:
     """One synthetic document, of one of `kinds` drawn by its weight, of 100 characters to `span_chars`.
 

@@ -81,7 +81,8 @@ def merge(
     merged_diff, tolerance = ((after - before).abs().max().item(), TOLERANCE * max(1.0, before.abs().max().item()))
     if not merged_diff <= tolerance:
         raise CheckFailed(f"merged logits differ from the live model's by {merged_diff:.3g} (allowed {tolerance:.2g})")
-    merged.to(getattr(torch, dtype))
+    for parameter in merged.parameters():  # and not the buffers: RoPE's frequencies stay in fp32
+        parameter.data = parameter.data.to(getattr(torch, dtype))
     expected = _logits(merged, ids)
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}

@@ -7,8 +7,8 @@
     attention        a pair (query, key) costs 2 D FLOPs a head for a score and 2 D for its value:
                      forward 2 · 2D a pair and head, backward 5 · 2D (dV, dP, dQ, dK and the scores again)
     full causal      T (T + 1) / 2 pairs        attention passes the layers' matrices at about T > 12 E for a Llama
-    sliding          T W - W (W - 1) / 2        3/4 sliding layers of 128 at T = 100k: half the FLOPs of dense
-    S²               about T G / 2              G = T / 4: a quarter of dense
+    sliding          T W - W (W - 1) / 2        3/4 of the layers W = 128 at 100k: a step is under half of dense
+    S²               about T G / 2              G = T / 4: a quarter of the pairs of dense
 
 Counts are exact integers. `training_memory` is an estimate, to be used as ±20%: its formulas predicted two published
 runs within -5% and +17%, none of them on the CPU.

@@ -45,7 +45,7 @@ class DataSpec:
     text_field: str = "text"
     document_mask: bool = True
     synthetic_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    synthetic_kinds: tuple[Literal["passkey", "key_value", "copy"], ...] = ("passkey", "key_value", "copy")
+    synthetic_kinds: tuple[Literal["passkey", "key_value", "copy", "repeat"], ...] = ("passkey", "key_value", "copy")
 
 
 @spec

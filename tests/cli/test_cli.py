@@ -140,7 +140,7 @@ def test_the_four_commands_as_typed_in_a_directory_of_ones_own(model_dir, tmp_pa
     done = ctxext("convert", model_dir("llama"), "--hybrid", "swa128-nope", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["gate"]["identity_max_diff"] == 0.0
     done = ctxext("finetune", "--ctx", "256", "--preset", "smoke", "--data", "text.txt", cwd=tmp_path)
-    assert "no MODEL given" in done.stderr and "no interpolation needed" in done.stderr
+    assert "no MODEL given" in done.stderr and "linear, factor 2" in done.stderr
     assert "all found again on disk" in done.stdout
     done = ctxext("eval", "--suite", "perplexity", "--lengths", "64,256", "--data", "text.txt", cwd=tmp_path)
     assert "-swa128-nope-256" in done.stdout and "hf-stride" in done.stderr

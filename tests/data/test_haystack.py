@@ -72,7 +72,11 @@ def test_the_prompt_does_not_have_the_key_after_the_needle():
 
 
 def test_cases_repeat_by_seed_and_differ_in_key_and_filler():
-    arguments = {"depths": [0.1, 0.9], "per_depth": 3, "haystack": "one two three four five six seven eight nine\n" * 20}
+    arguments = {
+        "depths": [0.1, 0.9],
+        "per_depth": 3,
+        "haystack": "one two three four five six seven eight nine\n" * 20,
+    }
     first = haystack.passkey_cases(CharacterTokenizer(), 400, seed=5, **arguments)
     assert first == haystack.passkey_cases(CharacterTokenizer(), 400, seed=5, **arguments)
     assert first != haystack.passkey_cases(CharacterTokenizer(), 400, seed=6, **arguments)

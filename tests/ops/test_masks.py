@@ -43,7 +43,7 @@ def test_lower_bounds_are_the_predicate(lengths, W, G):
 
 
 def test_the_drawing_is_true():
-    rows = re.findall(r"^    q (\d)   ((?:[x.] ){10})  (\d) +q \d   ((?:[x.] ){10})  (\d)", masks.__doc__, re.M)
+    rows = re.findall(r"^    q (\d) +((?:[x.] ){10}) +(\d) +q \d +((?:[x.] ){10}) +(\d)", masks.__doc__, re.M)
     assert len(rows) == 10
     lo = lower_bounds(Pattern(group_size=4), 10)[0]
     for q, unshifted, lo0, shifted, lo1 in rows:

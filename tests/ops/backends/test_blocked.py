@@ -68,10 +68,13 @@ def assert_twins(q, k, v, pattern, starts=None, scale=None):
 @pytest.mark.parametrize("T", [1, 2, 63, 127, 128, 129, 1000])
 @pytest.mark.parametrize("H_K", HEADS, ids=str)
 def test_twins(T, H_K):
-    for W in (None, 1, 2, 100, T, T + 5):
-        for G in (None, 2, 37, T + 2):
-            q, k, v = tensors(2 if T < 1000 else 1, *H_K, T)
-            assert_twins(q, k, v, Pattern(W, G))
+    if T < 1000:
+        patterns = [*((W, None) for W in (None, 1, 2, 100, T, T + 5)), (None, 2), (None, 37), (None, T + 2), (9, 37)]
+    else:
+        patterns = [(None, None), (100, None), (None, 250), (None, 77), (65, 333)]
+    for pattern in patterns:
+        q, k, v = tensors(2 if T < 1000 else 1, *H_K, T, D=4)
+        assert_twins(q, k, v, Pattern(*pattern))
 
 
 @pytest.mark.parametrize("T", [1, 2, 63, 128, 129, 1000])
@@ -82,8 +85,8 @@ def test_twins(T, H_K):
 )
 def test_twins_packed(T, lengths):
     starts = rows_of_documents(T, lengths)
-    for pattern in (Pattern(), Pattern(1), Pattern(2), Pattern(90), Pattern(None, 2), Pattern(None, 101), Pattern(70, 90)):
-        q, k, v = tensors(len(lengths), 4, 2, T)
+    for pattern in (Pattern(), Pattern(2), Pattern(90), Pattern(None, 2), Pattern(None, 101), Pattern(70, 90)):
+        q, k, v = tensors(len(lengths), 2, 2, T, D=4)
         assert_twins(q, k, v, pattern, starts)
 
 
@@ -103,13 +106,13 @@ def test_other_dtypes(dtype, pattern):
 
 
 @given(
-    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=8),
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=6),
     W=st.none() | st.integers(1, 200),
     G=st.none() | st.integers(2, 200),
     heads=st.sampled_from(HEADS),
     seed=st.integers(0, 9),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_twins_of_anything(lengths, W, G, heads, seed):
     T = sum(lengths)
     q, k, v = tensors(1, *heads, T, D=4, seed=seed)
@@ -174,9 +177,7 @@ def test_decoding_step_by_step_equals_the_whole(pattern):
 def test_a_long_prompt_over_a_cache_is_taken_in_pieces(pattern):
     q, k, v = (x.detach() for x in tensors(1, 1, 1, 4200, S=4300, D=4, dtype=torch.float32))
     lo = lower_bounds(pattern, 4200, S=4300)
-    torch.testing.assert_close(
-        blocked.attention(q, k, v, pattern), naive_attention(q, k, v, lo), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(blocked.attention(q, k, v, pattern), naive_attention(q, k, v, lo), rtol=1e-4, atol=1e-5)
 
 
 def test_left_padding_is_a_document_that_starts_late():

@@ -1,0 +1,88 @@
+"""Merging: the ordinary directory computes what the live bundle computed, tied stays tied, a moved base is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ctxext.config.loader import build
+from ctxext.errors import CheckFailed, InputError
+from ctxext.model import merge as merging
+from ctxext.model.convert import plan_conversion, run_conversion
+from ctxext.model.load import load_model
+from ctxext.model.source import resolve
+from ctxext.pipeline import merge_run, plan_merge
+from ctxext.train.finetune import run_finetune
+from ctxext.train.plan import plan_run
+from ctxext.train.run import start_run
+from ctxext.train.spec import FinetuneSpec
+
+
+def bundle(model: Path, place: Path, **fields) -> Path:
+    text = place / "text.txt"
+    text.write_text("A line of text, number after number: 1 2 3 4 5 6 7 8 9. " * 300)
+    data = {"ctx": 128, "steps": 3, "global_batch_size": 1, "data": {"source": str(text)},
+            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 0}}  # fmt: skip
+    plan = plan_run(resolve(str(model)), build(FinetuneSpec, data | fields, source="test"))
+    start_run(plan, place / "run")
+    run_finetune(plan, place / "run")
+    return place / "run"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("qwen2", {}), ("qwen3", {"tie_word_embeddings": True})],
+    ids=["llama", "llama-tied", "qwen2", "qwen3-tied"],
+)
+def test_a_merged_hybrid_equals_the_live_bundle_and_loads_in_stock_transformers(family, changes, model_dir, tmp_path):
+    hybrid = tmp_path / "hybrid"
+    run_conversion(plan_conversion(str(model_dir(family, **changes)), "SN", out=hybrid, sliding_window=16), gate=False)
+    run = bundle(hybrid, tmp_path)
+    report = merge_run(plan_merge(str(run), tmp_path / "merged", None, False))
+    assert report.merged_max_diff <= report.tolerance and report.saved_max_diff == 0.0
+    assert report.tied == changes.get("tie_word_embeddings", False)
+    assert report.perplexity_live == pytest.approx(report.perplexity_saved, rel=1e-4)
+    ids = torch.randint(2, 260, (1, 90), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        truth = load_model(run).model(ids).logits
+    torch.save({"ids": ids, "truth": truth}, tmp_path / "truth.pt")
+    code = (
+        "import sys; sys.modules['ctxext'] = None\n"
+        "import torch; from transformers import AutoModelForCausalLM\n"
+        "saved = torch.load('truth.pt'); model = AutoModelForCausalLM.from_pretrained('merged').eval()\n"
+        "print((model(saved['ids']).logits - saved['truth']).abs().max().item())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1e-3
+
+
+def test_positions_travel_into_the_merged_model_and_a_cast_is_reported(model_dir, tmp_path):
+    run = bundle(model_dir("llama"), tmp_path)
+    report = merge_run(plan_merge(str(run), tmp_path / "merged", "bfloat16", False))
+    assert report.dtype == "bfloat16" and report.perplexity_saved != report.perplexity_live
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_parameters"]["factor"] == 2.0 and config["max_position_embeddings"] == 128
+    assert config["dtype"] == "bfloat16" and not list((tmp_path / "merged").glob("adapter*"))
+    again = resolve(str(tmp_path / "merged"))
+    assert (again.original_length, again.usable_length, again.kind) == (64, 128, "merge")
+
+
+def test_a_merge_that_changes_the_model_is_not_written(model_dir, tmp_path, monkeypatch):
+    run = bundle(model_dir("llama"), tmp_path)
+
+    def forgetful(adapted):
+        return adapted.unload()  # the base without its adapter
+
+    monkeypatch.setattr(merging, "merge_adapter", forgetful)
+    with pytest.raises(CheckFailed, match="merged logits differ"):
+        merge_run(plan_merge(str(run), tmp_path / "merged", None, False))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_an_ordinary_model_has_nothing_to_merge(model_dir, tmp_path):
+    with pytest.raises(InputError, match="nothing to merge"):
+        plan_merge(str(model_dir("llama")), tmp_path / "merged", None, False)
