@@ -60,7 +60,9 @@ def main() -> None:
     }
     rows = table(names)
     console.table(["", "perplexity at 512", "1,024", "2,048", "passkey at 512", "1,024", "2,048"], rows)
-    console.say(f"\n{time.monotonic() - began:.0f} seconds; perplexity (hf-stride) on standard-library files held out from")
+    console.say(
+        f"\n{time.monotonic() - began:.0f} seconds; perplexity (hf-stride) on standard-library files held out from"
+    )
     console.say(f"training, passkey on {10 * PASSKEY_CASES} cases a length; everything is in {RUNS}/")
 
 
@@ -83,16 +85,22 @@ def finetune(model: str, preset: str) -> Path:
 def table(names: dict[str, str]) -> list[list[str]]:
     """A row for each model: perplexity at each length, then the share of passkeys found."""
     columns = []
-    for suite, limit, value in (("perplexity", PERPLEXITY_TOKENS, "perplexity"), ("passkey", PASSKEY_CASES, "accuracy")):
+    for suite, limit, value in (
+        ("perplexity", PERPLEXITY_TOKENS, "perplexity"),
+        ("passkey", PASSKEY_CASES, "accuracy"),
+    ):
         with console.progress() as display:
             task = display.add_task("", total=None, note="")
             plan = plan_eval(list(names), suite, LENGTHS, data="embedded", protocol="hf-stride", limit=limit, seed=0,
                              dtype="float32", out=RUNS / f"eval-{suite}", force=False)  # fmt: skip
             report = eval_models(
-                plan, progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total)
+                plan,
+                progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total),
             )
         shown = "{:.2f}" if suite == "perplexity" else "{:.0%}"
-        columns.append([[shown.format(row[value]) for result in entry.results for row in result.rows()] for entry in report.models])
+        columns.append(
+            [[shown.format(row[value]) for result in entry.results for row in result.rows()] for entry in report.models]
+        )
     return [[name, *a, *b] for name, a, b in zip(names.values(), *columns, strict=True)]
 
 

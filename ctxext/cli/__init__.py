@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 
 
 def main() -> None:
@@ -22,3 +23,11 @@ def main() -> None:
     except KeyboardInterrupt:
         console.say("interrupted")
         sys.exit(130)
+    except Exception as error:
+        from ctxext.config.output import environment_fault
+
+        fault = environment_fault(error, Path.cwd() / "runs")
+        if fault is None or console.debug:
+            raise
+        console.fail(fault)
+        sys.exit(fault.exit_code)

@@ -92,26 +92,31 @@ def _plan(model: str | None, preset: str, given: dict[str, Any], sets: list[str]
         set_value(fields, key.strip(), parse_value(value, source=f"--set {key}"))
     spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)")
     if model is None:
-        newest = manifests.newest(manifests.RUNS, ("conversion", "model", "merge"))
+        newest = manifests.newest(manifests.RUNS, ("conversion", "model"))
         console.say(f"no MODEL given: taking the newest, {newest}")
         model = str(newest)
     return plan_run(resolve(model, weights=needs_weights), spec)
 
 
 def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> None:
-    from ctxext.train.run import start_run
+    from ctxext.train.run import discard_unstarted, start_run
     from ctxext.units import format_bytes, format_duration
 
     if not resume:
         start_run(plan, run, force=force)
     console.quiet_libraries()
-    report = train_with_progress(plan, run, resume=resume)
+    try:
+        report = train_with_progress(plan, run, resume=resume)
+    except BaseException:
+        discard_unstarted(run)
+        raise
     if as_json:
         console.emit(report.as_dict())
     elif report.finished:
         rows = [
             ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"),
             ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
+            ("gradient spikes", f"{report.spikes} of {report.steps} steps scaled down"),
             ("peak memory", format_bytes(report.peak_memory)),
             ("took", format_duration(report.seconds)),
             ("written to", report.out),

@@ -44,7 +44,7 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         for path in made:
             _remove_if_empty(path)
-        fault = _environment(error, out)
+        fault = environment_fault(error, out)
         if fault is None:
             raise
         raise fault from error
@@ -85,7 +85,8 @@ def _put_in_place(partial: Path, target: Path) -> None:
         old.unlink()
 
 
-def _environment(error: BaseException, out: Path) -> EnvironmentFault | None:
+def environment_fault(error: BaseException, out: Path) -> EnvironmentFault | None:
+    """What an error of the disk or its permissions says about the environment; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in _FULL or any(text in str(error) for text in _FULL_TEXTS):
         place = next(path for path in out.absolute().parents if path.exists())

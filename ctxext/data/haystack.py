@@ -1,7 +1,7 @@
 """Passkey retrieval: five digits hidden at a chosen depth in text of an exact length, to be given back at the end.
 
-The task is that of Mohtashami & Jaggi (2023, Landmark Attention, appendix), as LongLoRA (2024, section 4.2) runs it. The
-sentences are those of the synthetic training text (synthetic.py): the format is known to a model trained on the
+The task is that of Mohtashami & Jaggi (2023, Landmark Attention, appendix), as LongLoRA (2024, section 4.2) runs it.
+The sentences are those of the synthetic training text (synthetic.py): the format is known to a model trained on the
 embedded corpus, the keys and the filler are not, as long as the filler is held-out text.
 """
 

@@ -99,7 +99,8 @@ def copy(rng: random.Random, filler: Filler, chars: int) -> str:
 def repeat(rng: random.Random, filler: Filler, chars: int) -> str:
     """A handful of random characters again and again, nothing between: what makes looking back form at all.
 
-    Most of it is decided by what stands one short period earlier, so the first steps of training have one thing to learn.
+    Most of it is decided by what stands one short period earlier, so the first steps of training have one
+    thing to learn.
     """
     segment = "".join(rng.choices(SYMBOLS, k=rng.randint(4, 24)))
     return (segment * (chars // len(segment) + 1))[:chars]

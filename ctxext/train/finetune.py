@@ -40,7 +40,10 @@ MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What a run did. `finished` is False when it was interrupted; lengths in tokens, memory in bytes."""
+    """What a run did. `finished` is False when it was interrupted; memory in bytes.
+
+    spikes    steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
+    """
 
     out: str
     finished: bool
@@ -50,6 +53,7 @@ class FinetuneReport:
     final_loss: float | None
     seconds: float
     peak_memory: int
+    spikes: int
     trained_tensors: int | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -85,6 +89,7 @@ def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Even
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (None, None)
     peak = max((line["memory"] for line in lines), default=0)
+    spikes = sum(line["gradient_scale"] < 1.0 for line in lines)
     finished = done == plan.steps
     count = None
     if finished:
@@ -100,7 +105,16 @@ def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Even
         count = save_bundle(run, plan, model, optimizer, facts)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return FinetuneReport(
-        str(run), finished, done, plan.steps, first, last, round(time.monotonic() - began, 1), peak, count
+        out=str(run),
+        finished=finished,
+        steps_done=done,
+        steps=plan.steps,
+        first_loss=first,
+        final_loss=last,
+        seconds=round(time.monotonic() - began, 1),
+        peak_memory=peak,
+        spikes=spikes,
+        trained_tensors=count,
     )
 
 

@@ -33,6 +33,13 @@ def start_run(plan: RunPlan, run: Path, *, force: bool = False) -> None:
     (run / SPEC_FILE).write_text(dump_yaml(written), "utf-8")
 
 
+def discard_unstarted(run: Path) -> None:
+    """Remove a run's directory when it failed before its first step was done: there is nothing in it to resume."""
+    metrics = run / "metrics.jsonl"
+    if (run / SPEC_FILE).is_file() and not (metrics.exists() and metrics.stat().st_size):
+        shutil.rmtree(run)
+
+
 def newest_unfinished(root: Path) -> Path:
     """The run under `root` that was started last and is not finished. Raises InputError when there is none."""
     runs = [path.parent for path in root.glob(f"*/{SPEC_FILE}") if not (path.parent / manifests.FILE_NAME).exists()]

@@ -90,7 +90,7 @@ def test_pairs_of_a_layer_follow_the_halves():
 )
 def test_step_of_a_7b_at_100k(layers, petaflop):
     """The floors worked out by hand for llama2-7b, LoRA, checkpointed, T = 100,000."""
-    assert step_flops(LLAMA2_7B, layers, 100_000) / 1e15 == pytest.approx(petaflop, rel=0.01)
+    assert step_flops(LLAMA2_7B, layers, 100_000) / 1e15 == pytest.approx(petaflop, abs=0.07)
 
 
 def test_what_a_step_adds():

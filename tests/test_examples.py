@@ -1,0 +1,24 @@
+"""The examples run on the embedded model, as a newcomer runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_the_demo_shows_that_both_routes_help_at_four_times_the_length(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "examples" / "demo.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    at_2k = {}
+    for suite, value in (("perplexity", "perplexity"), ("passkey", "accuracy")):
+        results = json.loads((tmp_path / "runs" / "demo" / f"eval-{suite}" / "results.json").read_text())
+        at_2k[suite] = [row[value] for row in results["rows"] if row["length"] == 2048]
+    source, plain, converted, healed = at_2k["perplexity"]
+    assert plain < source and healed < source and healed <= converted, at_2k
+    source, plain, converted, healed = at_2k["passkey"]
+    assert plain > source and healed > source and healed >= converted, at_2k
