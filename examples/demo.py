@@ -84,24 +84,20 @@ def finetune(model: str, preset: str) -> Path:
 
 def table(names: dict[str, str]) -> list[list[str]]:
     """A row for each model: perplexity at each length, then the share of passkeys found."""
-    columns = []
-    for suite, limit, value in (
-        ("perplexity", PERPLEXITY_TOKENS, "perplexity"),
-        ("passkey", PASSKEY_CASES, "accuracy"),
-    ):
-        with console.progress() as display:
-            task = display.add_task("", total=None, note="")
-            plan = plan_eval(list(names), suite, LENGTHS, data="embedded", protocol="hf-stride", limit=limit, seed=0,
-                             dtype="float32", out=RUNS / f"eval-{suite}", force=False)  # fmt: skip
-            report = eval_models(
-                plan,
-                progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total),
-            )
-        shown = "{:.2f}" if suite == "perplexity" else "{:.0%}"
-        columns.append(
-            [[shown.format(row[value]) for result in entry.results for row in result.rows()] for entry in report.models]
-        )
-    return [[name, *a, *b] for name, a, b in zip(names.values(), *columns, strict=True)]
+    perplexity = measure(list(names), "perplexity", PERPLEXITY_TOKENS, "perplexity", "{:.2f}")
+    passkey = measure(list(names), "passkey", PASSKEY_CASES, "accuracy", "{:.0%}")
+    return [[name, *a, *b] for name, a, b in zip(names.values(), perplexity, passkey, strict=True)]
+
+
+def measure(models: list[str], suite: str, limit: int, value: str, shown: str) -> list[list[str]]:
+    """For each model, `value` at each length, as text."""
+    plan = plan_eval(models, suite, LENGTHS, data="embedded", protocol="hf-stride", limit=limit, seed=0,
+                     dtype="float32", out=RUNS / f"eval-{suite}", force=False)  # fmt: skip
+    with console.progress() as display:
+        task = display.add_task("", total=None, note="")
+        report = eval_models(plan, progress=lambda what, done, total: display.update(
+            task, description=what, completed=done, total=total))  # fmt: skip
+    return [[shown.format(row[value]) for result in entry.results for row in result.rows()] for entry in report.models]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The embedded model is what the README says: small, trained, good at its own length, and made from what is recorded."""
+"""The embedded model is what the README says: small, trained, good at its own length, from a recorded recipe."""
 
 import pytest
 

@@ -22,6 +22,7 @@ import torch
 from ctxext.data.packing import PackedSequences
 from ctxext.errors import CheckFailed
 from ctxext.model.load import hidden_states, output_weight
+from ctxext.ops.masks import check_document_starts
 from ctxext.train.checkpoint import save_checkpoint
 from ctxext.train.loss import linear_cross_entropy
 from ctxext.train.optimizer import MasterAdamW, RelativeClip, rate_factor
@@ -71,16 +72,16 @@ def train(
             loss = 0.0
             for start in range(0, len(batch), spec.micro_batch_size):
                 micro = batch[start : start + spec.micro_batch_size]
-                tokens, starts, labels = (
-                    torch.stack(column).to(device) for column in zip(*micro, strict=True)
-                )  # (b, T)
+                tokens, starts, labels = (torch.stack(column) for column in zip(*micro, strict=True))  # (b, T)
+                check_document_starts(starts, B=len(micro), T=spec.ctx)
                 hidden = hidden_states(
                     model,
-                    tokens,
+                    tokens.to(device),
                     group_size=plan.group_size,
-                    document_starts=starts if spec.data.document_mask else None,
+                    document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
                 )  # (b, T, E)
-                loss_sum, _ = linear_cross_entropy(hidden.flatten(0, 1), output_weight(model), labels.flatten())
+                target = labels.flatten().to(device)
+                loss_sum, _ = linear_cross_entropy(hidden.flatten(0, 1), output_weight(model), target)
                 (loss_sum / labels_in_step).backward()  # every token of the step weighs the same
                 loss += loss_sum.item() / labels_in_step
             norm = optimizer.gradient_norm()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ctxext.ops import cost
 from ctxext.train.spec import FinetuneSpec
 from ctxext.units import format_bytes, format_count, format_flops, format_tokens
 
+GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
 GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx / 4
 
 
@@ -152,8 +154,9 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
     group_size = _group_size(source, spec)
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
     config = positions.apply(source.config)
-    shape, layers = source.shape, [(kind.sliding_window, group_size) for kind in source.kinds]
-    item = 2 if spec.dtype == "bfloat16" else 4
+    shape, layers = source.shape, [_pattern(kind, group_size) for kind in source.kinds]
+    gpu = shutil.which("nvidia-smi") is not None
+    item = 2 if spec.dtype == "bfloat16" or (spec.dtype == "auto" and gpu) else 4
     memory = cost.training_memory(
         shape,
         layers,
@@ -161,6 +164,7 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         min(spec.micro_batch_size, batch),
         trainable=trainables.parameters,
         item_bytes=item,
+        runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
         checkpointing=spec.gradient_checkpointing,
     )
     flops = batch * cost.step_flops(
@@ -179,6 +183,11 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         flops,
         measured_length(source),
     )
+
+
+def _pattern(kind: LayerKind, group_size: int | None) -> tuple[int | None, int | None]:
+    """(window, group) of a layer while it trains: S²-Attn is for layers without a window."""
+    return (kind.sliding_window, None) if kind.sliding_window is not None else (None, group_size)
 
 
 def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:

@@ -10,7 +10,7 @@ from ctxext.model.load import load_model
 
 @pytest.fixture(scope="module")
 def perplexity(stories, tmp_path_factory):
-    """{layout: perplexity at 512 tokens (hf-stride) on text sampled from stories260K itself: 16 x 512 tokens, seed 0}."""
+    """{layout: perplexity at 512 tokens (hf-stride) on text that stories260K itself wrote: 16 x 512 tokens, seed 0}."""
     place = tmp_path_factory.mktemp("damage")
     source = load_model(stories)
     torch.manual_seed(0)
