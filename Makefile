@@ -22,7 +22,7 @@ test-all: $(INSTALLED)
 
 # Installs nothing: a machine with an accelerator brings its own torch, and pytest.
 test-gpu:
-	python3 -m pytest -q -m gpu
+	python3 -m pytest -q -m gpu -rs
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
