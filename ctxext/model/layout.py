@@ -118,5 +118,7 @@ def _full_layers(text: str, num_layers: int) -> set[int]:
 def pattern_text(kinds: Sequence[LayerKind]) -> str:
     """The layout as letters, one a layer, and the windows in use: `SNSNSN, window 128`."""
     letters = "".join(kind.letter for kind in kinds)
+    if len(set(letters)) == 1 and len(letters) > 8:
+        letters = f"{len(letters)} x {letters[0]}"
     windows = sorted({kind.sliding_window for kind in kinds if kind.sliding_window is not None})
     return letters + (f", window {', '.join(map(str, windows))}" if windows else "")

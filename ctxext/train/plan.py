@@ -42,6 +42,7 @@ class RunPlan:
     group_size: int | None
     global_batch_size: int
     steps: int
+    dtype: str
     memory: dict[str, int]
     step_flops: int
     measured_length: int | None
@@ -72,6 +73,7 @@ class RunPlan:
             "tokens_per_step": self.tokens_per_step,
             "total_tokens": self.steps * self.tokens_per_step,
             "step_flops": self.step_flops,
+            "dtype": self.dtype,
             "memory": self.memory | {"total": sum(self.memory.values())},
             "measured_length": self.measured_length,
             "spec": asdict(self.spec),
@@ -103,7 +105,7 @@ class RunPlan:
             ("steps", f"{self.steps} ({format_tokens(self.steps * self.tokens_per_step)} tokens)"),
             (
                 "memory, estimated",
-                f"{format_bytes(sum(self.memory.values()))}: "
+                f"{format_bytes(sum(self.memory.values()))} in {self.dtype}: "
                 + ", ".join(f"{name} {format_bytes(size)}" for name, size in self.memory.items() if size),
             ),
         ]
@@ -155,15 +157,15 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
     config = positions.apply(source.config)
     shape, layers = source.shape, [_pattern(kind, group_size) for kind in source.kinds]
-    gpu = shutil.which("nvidia-smi") is not None
-    item = 2 if spec.dtype == "bfloat16" or (spec.dtype == "auto" and gpu) else 4
+    gpu = shutil.which("nvidia-smi") is not None  # torch would know for certain, and is not imported here
+    dtype = ("bfloat16" if gpu else "float32") if spec.dtype == "auto" else spec.dtype
     memory = cost.training_memory(
         shape,
         layers,
         spec.ctx,
         min(spec.micro_batch_size, batch),
         trainable=trainables.parameters,
-        item_bytes=item,
+        item_bytes=2 if dtype == "bfloat16" else 4,
         runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
         checkpointing=spec.gradient_checkpointing,
     )
@@ -171,17 +173,18 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         shape, layers, spec.ctx, checkpointing=spec.gradient_checkpointing, weights_train=spec.tuning == "full"
     )
     return RunPlan(
-        spec,
-        source,
-        config,
-        positions,
-        trainables,
-        group_size,
-        batch,
-        spec.steps,
-        memory,
-        flops,
-        measured_length(source),
+        spec=spec,
+        source=source,
+        config=config,
+        positions=positions,
+        trainables=trainables,
+        group_size=group_size,
+        global_batch_size=batch,
+        steps=spec.steps,
+        dtype=dtype,
+        memory=memory,
+        step_flops=flops,
+        measured_length=measured_length(source),
     )
 
 
