@@ -25,7 +25,7 @@ def merge(
     from ctxext.config import manifest as manifests
 
     if run is None:
-        run = str(manifests.newest(manifests.RUNS, ("finetune",), lambda path, manifest: "base" in manifest.parents))
+        run = str(manifests.newest(manifests.RUNS, ("finetune",)))
         console.say(f"no RUN given: taking the newest, {run}")
     from ctxext.pipeline import merge_run, plan_merge
 

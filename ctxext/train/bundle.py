@@ -42,7 +42,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, optimizer: MasterAdamW, fa
     write_config(run, config)
     role = "source" if plan.spec.tuning == "full" else "base"
     manifest = manifests.new(
-        "model" if plan.source.kind == "untrained" else "finetune",
+        "model" if plan.spec.tuning == "full" else "finetune",
         spec=json.loads(json.dumps(asdict(plan.spec))),
         parents={role: manifests.parent(plan.source.directory)},
         facts=facts
