@@ -53,9 +53,9 @@ class EvalPlan:
         value = "perplexity" if self.suite == "perplexity" else "accuracy"
         rows = []
         for entry in report.models:
-            cells = {row["length"]: row for row in report.rows() if row["model"] == entry.model}
-            marks = ["*" if cells[n]["extrapolated"] else "" for n in self.lengths]
-            rows.append([entry.model, *[f"{cells[n][value]:.3f}{m}" for n, m in zip(self.lengths, marks, strict=True)]])
+            cells = {row["length"]: row[value] for result in entry.results for row in result.rows()}
+            marked = [f"{cells[n]:.3f}{'*' if n > entry.usable_length else ''}" for n in self.lengths]
+            rows.append([entry.model, *marked])
         return ["model", *[format_tokens(n) for n in self.lengths]], rows
 
 

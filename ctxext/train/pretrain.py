@@ -19,6 +19,7 @@ from ctxext.config import manifest as manifests
 from ctxext.config.loader import Tokens, spec
 from ctxext.config.output import check_free, staged_output
 from ctxext.errors import InputError
+from ctxext.model.card import model_card
 from ctxext.model.source import from_directory
 from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.run import start_run
@@ -79,18 +80,25 @@ def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[R
         current = run
     with staged_output(out, force) as staging:
         for path in current.iterdir():
-            if path.name not in ("spec.yaml", "checkpoints", manifests.FILE_NAME, "README.md"):
+            if path.name not in ("spec.yaml", "metrics.jsonl", "checkpoints", manifests.FILE_NAME, "README.md"):
                 shutil.copyfile(path, staging / path.name)
-        _write_manifest(recipe, stages, current, staging)
+        describe(recipe, stages, staging, out.name)
     return out
 
 
-def _write_manifest(recipe: PretrainSpec, stages: Path, last: Path, directory: Path) -> None:
+def describe(recipe: PretrainSpec, stages: Path, directory: Path, name: str) -> None:
+    """Write the model card and the manifest: the recipe, each stage's facts, and what the corpus was."""
     from ctxext.data import corpus
 
     runs = sorted(path for path in stages.iterdir() if (path / manifests.FILE_NAME).exists())
     facts = [manifest.facts for manifest in map(manifests.read, runs) if manifest is not None]
     length = recipe.shape.length
+    rows = [
+        (f"stage {number}: {stage.ctx} tokens", f"{fact['tokens']:,} tokens, loss {fact['final_loss']:.3f}")
+        for number, (stage, fact) in enumerate(zip(recipe.stages, facts, strict=True), start=1)
+    ]
+    text = ["A small Llama trained by ctxext on this machine's Python standard library and synthetic text, for tests."]
+    (directory / "README.md").write_text(model_card(name, text, rows), "utf-8")
     manifest = manifests.new(
         "model",
         spec=json.loads(json.dumps(asdict(recipe))),
