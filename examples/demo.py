@@ -2,7 +2,7 @@
 
 Two ways to make `tiny` (trained at 512 tokens) work at 2,048, side by side:
 
-    a  plain: position interpolation, S²-Attn while training, dense attention afterwards
+    a  plain: interpolated positions (YaRN), S²-Attn while training, dense attention afterwards
     b  retrofit: sliding windows with RoPE alternate with full layers without positions; nothing is interpolated
 
 Everything goes to ./runs/demo, replaced at every start.
@@ -28,7 +28,7 @@ from ctxext.train.spec import FinetuneSpec
 
 RUNS = Path("runs/demo")
 LENGTHS = "512,1k,2k"
-PERPLEXITY_TOKENS, PASSKEY_CASES = 16_384, 2  # tokens of text; cases for each length and each of ten depths
+PERPLEXITY_TOKENS, PASSKEY_CASES = 16_384, 4  # tokens of text; cases for each length and each of five depths
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     report = run_conversion(plan_conversion("tiny", "swa128-nope", out=hybrid))
     console.pairs(report.rows(), to_stderr=True)
 
-    step("finetune a: tiny at 2,048 tokens with position interpolation and S²-Attn")
+    step("finetune a: tiny at 2,048 tokens with interpolated positions (YaRN) and S²-Attn")
     plain = finetune("tiny", "demo-plain")
     step("finetune b: the hybrid at 2,048 tokens")
     healed = finetune(str(hybrid), "demo-hybrid")
@@ -63,7 +63,7 @@ def main() -> None:
     console.say(
         f"\n{time.monotonic() - began:.0f} seconds; perplexity (hf-stride) on standard-library files held out from"
     )
-    console.say(f"training, passkey on {10 * PASSKEY_CASES} cases a length; everything is in {RUNS}/")
+    console.say(f"training, passkey on {5 * PASSKEY_CASES} cases a length; everything is in {RUNS}/")
 
 
 def step(line: str) -> None:

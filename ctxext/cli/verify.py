@@ -30,7 +30,7 @@ def verify(
     from ctxext.config.output import check_free
     from ctxext.errors import CheckFailed
     from ctxext.evals import verify as checks
-    from ctxext.units import format_tokens, parse_tokens
+    from ctxext.units import parse_tokens
 
     launch = checks.plan_launch(model, ctx=None if ctx is None else parse_tokens(ctx), attention=attention)
     out = out or default_out("verify", launch.source.name)
@@ -46,9 +46,9 @@ def verify(
     if as_json:
         console.emit(found.as_dict())
     else:
-        console.say(f"{found.model} ({found.layout}), {found.attention} at ctx {format_tokens(found.ctx)}, {found.dtype}")
-        console.table(checks.HEADER, found.rows())
-        for line in (*found.notes, f"written to {out}"):
+        console.say(f"{found.model}, {found.notes[0]}")
+        console.table(found.HEADER, found.rows())
+        for line in (*found.notes[1:], f"written to {out}"):
             console.say(line)
-    if not found.passed:
+    if found.failed:
         raise CheckFailed(f"{len(found.failed)} of {len(found.checks)} checks failed", hint=f"see {out}")
