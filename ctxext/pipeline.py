@@ -31,6 +31,7 @@ class EvalPlan:
     suite: str
     lengths: list[int]
     data: str
+    text_field: str
     protocol: str
     limit: int | None
     seed: int
@@ -71,26 +72,36 @@ def plan_eval(
     dtype: str,
     out: Path | None,
     force: bool,
+    text_field: str = "text",
 ) -> EvalPlan:
     """Find the models and read the lengths, before torch is imported."""
     if suite not in ("perplexity", "passkey"):
         raise InputError(f"--suite {suite!r}: allowed are perplexity, passkey")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype {dtype!r}: allowed are float32, bfloat16")
-    if out is not None:
-        check_free(out, force)
     sources = [resolve(model) for model in models]
+    if out is not None:
+        check_free(out, force, keep=[source.path for source in sources])
     for source in sources:
         require_tokenizer(source.directory)
     tokens = (
         sorted({parse_tokens(part) for part in lengths.split(",")})
-        if lengths
+        if lengths is not None
         else [min(s.usable_length for s in sources)]
     )
     if tokens[0] < 2:
         raise InputError(f"--lengths {lengths}: a length is at least 2 tokens")
     return EvalPlan(
-        sources, suite, tokens, data, protocol, limit, seed, dtype, out or manifests.default_out("eval", suite)
+        sources=sources,
+        suite=suite,
+        lengths=tokens,
+        data=data,
+        text_field=text_field,
+        protocol=protocol,
+        limit=limit,
+        seed=seed,
+        dtype=dtype,
+        out=out or manifests.default_out("eval", suite),
     )
 
 
@@ -105,6 +116,7 @@ def eval_models(
         plan.suite,
         lengths=plan.lengths,
         data=plan.data,
+        text_field=plan.text_field,
         limit=plan.limit,
         seed=plan.seed,
         protocol=plan.protocol,
@@ -142,7 +154,7 @@ def plan_merge(run: str, out: Path | None, dtype: str | None, force: bool) -> Me
     if source.base is None:
         raise InputError(f"{run} holds no adapter: it is an ordinary model already, nothing to merge")
     out = out or manifests.default_out("merge", source.name)
-    check_free(out, force)
+    check_free(out, force, keep=[source.path, source.base.path])
     return MergePlan(source, out, dtype, force)
 
 

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "ctxext"
 @pytest.mark.parametrize("model", presets.names("models"))
 @pytest.mark.parametrize("preset", presets.names("finetune"))
 def test_a_finetune_preset_plans_for_every_model(preset, model):
-    data = {"ctx": 102_400} | presets.find("finetune", preset).data
+    data = presets.find("finetune", preset).data | {"ctx": 102_400}
     if (
         data.get("attention", {}).get("train") == "s2" and model == "mistral-7b"
     ):  # every layer has its 4,096 window: S²-Attn would do nothing

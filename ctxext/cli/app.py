@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ctxext import __version__
-from ctxext.cli import console, convert, evaluate, finetune, merge, pretrain
+from ctxext.cli import console, convert, evaluate, finetune, merge, pretrain, verify
 
 app = typer.Typer(
     help="Take a pretrained causal LM and make it long: retrofit its layers, extend its context, prove it.",
@@ -39,4 +39,5 @@ app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
+app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)

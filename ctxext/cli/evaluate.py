@@ -27,6 +27,7 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="Text to measure on [default: the embedded corpus's held-out files]")
     ] = "embedded",
+    text_field: Annotated[str, typer.Option(help="The field with the text, of JSONL and Parquet rows")] = "text",
     protocol: Annotated[str, typer.Option(help="perplexity: hf-stride, longlora or truncate")] = "hf-stride",
     limit: Annotated[
         int | None, typer.Option(help="perplexity: tokens of text; passkey: cases for each length and depth")
@@ -46,13 +47,25 @@ def evaluate(
         console.say(f"no MODEL given: taking the newest, {newest}")
         models = [str(newest)]
     plan = plan_eval(
-        models, suite, lengths, data=data, protocol=protocol, limit=limit, seed=seed, dtype=dtype, out=out, force=force
+        models,
+        suite,
+        lengths,
+        data=data,
+        text_field=text_field,
+        protocol=protocol,
+        limit=limit,
+        seed=seed,
+        dtype=dtype,
+        out=out,
+        force=force,
     )
     console.quiet_libraries()
     with console.progress() as display:
         task = display.add_task("loading", total=None, note="")
         report = eval_models(
-            plan, progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total)
+            plan,
+            force=force,
+            progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total),
         )
     if as_json:
         console.emit(report.to_dict())

@@ -54,7 +54,7 @@ def finetune(
     from ctxext.config import manifest as manifests
 
     if resume:
-        if model or ctx or data or steps or original_length or set_ or preset != DEFAULT_PRESET:
+        if any(x is not None for x in (model, ctx, data, steps, original_length, set_)) or preset != DEFAULT_PRESET:
             raise InputError("--resume goes on with the run's own spec", hint="only --out can be given beside it")
         from ctxext.train.run import newest_unfinished, plan_resumed
 
@@ -99,17 +99,23 @@ def _plan(model: str | None, preset: str, given: dict[str, Any], sets: list[str]
 
 
 def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> None:
+    from ctxext.config.output import replacing
     from ctxext.train.run import discard_unstarted, start_run
     from ctxext.units import format_bytes, format_duration
 
-    if not resume:
-        start_run(plan, run, force=force)
-    console.quiet_libraries()
-    try:
-        report = train_with_progress(plan, run, resume=resume)
-    except BaseException:
-        discard_unstarted(run)
-        raise
+    if resume:
+        console.quiet_libraries()
+        report = train_with_progress(plan, run, resume=True)
+    else:
+        source = Path(plan.spec.data.source)
+        with replacing(run, force, keep=[plan.source.path, source if source.exists() else None]):
+            start_run(plan, run)
+            console.quiet_libraries()
+            try:
+                report = train_with_progress(plan, run, resume=False)
+            except BaseException:
+                discard_unstarted(run)
+                raise
     if as_json:
         console.emit(report.as_dict())
     elif report.finished:

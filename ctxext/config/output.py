@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,8 +50,11 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
         raise fault from error
 
 
-def check_free(out: Path, force: bool = False) -> None:
-    """Refuses an `out` that `staged_output` would refuse; call it before long work."""
+def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ()) -> None:
+    """Refuses an `out` that `staged_output` would refuse; call it before long work.
+
+    `keep` are paths the work reads from: an `out` that is or holds one of them is refused, `force` or not.
+    """
     out = Path(out)
     if out.name in ("", ".."):
         raise InputError(f"{out} cannot be an output; allowed: a new directory")
@@ -63,7 +66,7 @@ def check_free(out: Path, force: bool = False) -> None:
     if not force:
         raise InputError(f"{out} exists", hint="give --force to replace it, or another --out")
     real = out.resolve()
-    for kept in (Path.cwd(), Path.home()):
+    for kept in (Path.cwd(), Path.home(), *(path for path in keep if path is not None)):
         if kept.resolve().is_relative_to(real):
             raise InputError(f"{out} holds {kept}: even --force does not replace it", hint=_ELSEWHERE)
 
@@ -103,3 +106,19 @@ def _remove_if_empty(path: Path) -> None:
         path.rmdir()
     except OSError:
         return
+
+
+@contextmanager
+def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Iterator[None]:
+    """Room for an output that grows in its place: an older one (with `force`) is put aside, and comes back when the
+    block fails and leaves nothing at `out`."""
+    check_free(out, force, keep)
+    aside = out.absolute().with_name(f".{out.absolute().name}.old-{os.getpid()}")
+    if os.path.lexists(out):
+        out.rename(aside)
+    try:
+        yield
+    finally:
+        if aside.exists() and not os.path.lexists(out):
+            aside.rename(out)
+        shutil.rmtree(aside, ignore_errors=True)

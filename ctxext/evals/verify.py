@@ -82,9 +82,9 @@ class Certificate:
         for (name, passed, detail), checks in groups.items():
             figures = max(check.measured for check in checks), checks[0].allowed
             shown = [f"{x:,}" if isinstance(x, int) else f"{x:.1e}" for x in figures]
-            layer = "end to end" if checks[0].layer is None else f"{len(checks)} layers"
-            layer = str(checks[0].layer) if layer == "1 layers" else layer
-            rows.append([name, layer, "pass" if passed else "FAIL", *shown, detail])
+            where = "end to end" if checks[0].layer is None else str(checks[0].layer)
+            where = where if len(checks) == 1 else f"{len(checks)} layers"
+            rows.append([name, where, "pass" if passed else "FAIL", *shown, detail])
         return rows
 
     def as_dict(self) -> dict[str, Any]:
@@ -156,17 +156,14 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
 
 def _find(model: str) -> tuple[ModelSource, FinetuneSpec | None, ModelSource | None]:
     """(what is loaded, its run's spec if there is one, and what that run started from if it is not the first)."""
-    path = Path(model)
-    if (path / SPEC_FILE).is_file() and not (path / manifests.FILE_NAME).exists():
-        plan = plan_resumed(path)
+    if (Path(model) / SPEC_FILE).is_file() and not (Path(model) / manifests.FILE_NAME).exists():
+        plan = plan_resumed(Path(model))
         return plan.source, plan.spec, None
     source = resolve(model)
     data = source.manifest.spec if source.manifest else {}
     if "rope_scaling" not in data:  # no output of a finetune run
         return source, None, None
-    spec = build(
-        FinetuneSpec, data | {"rope_scaling": "auto"}, source=str(source.path)
-    )  # config.json has its positions
+    spec = build(FinetuneSpec, data | {"rope_scaling": "auto"}, source=str(source.path))  # its config.json has them
     return source, spec, source.base or source
 
 
@@ -193,7 +190,7 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = la
             for layer, (module, arguments) in enumerate(_layer_inputs(row)):
                 progress(f"row {number} of {len(rows)}, layers", layer, len(launch.source.kinds))
                 checks.append(_field(module, arguments, layer, launch, row))
-        checks += _backend(launch, rows[-1])
+            checks += _backend(launch, row)
         if launch.attention == "inference":
             checks += _cached(launch, rows[0])
     return Certificate(launch.source.name, launch.attention, launch.T, tuple(checks), launch.notes)
@@ -350,8 +347,8 @@ def _sees(pattern: Pattern, j: int, T: int, row: _Row, H: int, K: int) -> Tensor
     return sees
 
 
-def _worst(difference: Tensor) -> float:
-    return float(difference.float().abs().max().nan_to_num(nan=1e9))
+def _relative(difference: Tensor, of: Tensor) -> float:
+    return float((difference.float().abs().max() / of.float().abs().max()).nan_to_num(nan=1e9))
 
 
 def _backend(launch: Launch, row: _Row) -> list[Check]:
@@ -361,6 +358,7 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
     from ctxext.ops.attention import naive_attention
 
     model, allowed, checks = row.model, BACKEND_TOLERANCE[launch.dtype], list[Check]()
+    good = "of the largest |v|" + (", two documents" if len(row.bounds) > 2 else "")
     before, starts = model.config._attn_implementation, document_starts(row.bounds, launch.T)
     served = AttentionInterface()[before]
 
@@ -371,9 +369,8 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
         for h, g in ((h, h * K // H) for h in range(H)):
             half = int(lo.shape[1] == 2 and h >= first_shifted_head(H, K))  # lo [1, 1 or 2, T]
             truth = naive_attention(q[:, [h]], k[:, [g]], v[:, [g]], lo[:, [half]], scale=named.get("scaling"))
-            worst = max(worst, _worst(out[:, :, [h]].transpose(1, 2) - truth))
-        worst /= float(v.abs().max()) or 1.0
-        checks.append(Check("backend", module.layer_idx, worst <= allowed, "of the largest |v|", worst, allowed))
+            worst = max(worst, _relative(out[:, :, [h]].transpose(1, 2) - truth, v))
+        checks.append(Check("backend", module.layer_idx, worst <= allowed, good, worst, allowed))
         return out, weights
 
     AttentionInterface.register(COMPARING, comparing)
@@ -395,7 +392,7 @@ def _cached(launch: Launch, row: _Row) -> list[Check]:
         cache, worst = None, 0.0
         for begin, end in pairwise(sorted({0, T} | {cut for cut in cuts if 0 < cut < T})):
             out = decoder(input_ids=row.ids[:, begin:end], past_key_values=cache, use_cache=True)
-            cache, worst = out.past_key_values, max(worst, _worst(out.last_hidden_state - whole[:, begin:end]))
-        worst /= float(whole.abs().max())
+            cache, difference = out.past_key_values, out.last_hidden_state - whole[:, begin:end]
+            worst = max(worst, _relative(difference, whole))
         checks.append(Check("cached decoding", None, worst <= allowed, f"{name}, of the largest", worst, allowed))
     return checks

@@ -114,6 +114,11 @@ def _lora_modules(config: Config, name: str, lora: LoraSpec) -> LoraModules:
 
 
 def _embedding_lora(config: Config, lora: LoraSpec) -> LoraModules:
+    if lora.alpha == "curvature":
+        raise InputError(
+            "lora.alpha: curvature is derived for PEFT's initialisation of linear layers, embeddings start differently",
+            hint="use embeddings: full or frozen, or another alpha",
+        )
     return _group("embed_tokens", 1, config["vocab_size"], config["hidden_size"], lora)
 
 

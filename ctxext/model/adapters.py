@@ -20,8 +20,7 @@ from transformers import PreTrainedModel
 
 from ctxext.errors import CheckFailed, ModelError
 from ctxext.model.adapter_plan import EMBEDDINGS, Trainables
-
-ADAPTER_FILE = "adapter_model.safetensors"
+from ctxext.model.weights import ADAPTER_FILE
 
 
 def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> PeftModel:
@@ -41,10 +40,14 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
     )
     adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
     adapted.peft_config["default"].base_model_name_or_path = base  # PEFT takes the model's own, maybe relative, path
-    count = sum(parameter.numel() for parameter in trainable(adapted).values())
-    if count != plan.parameters:
+    found = trainable(adapted)
+    whole = {f"base_model.model.{module}.modules_to_save.default.weight" for module in plan.whole}
+    strangers = {name for name in found if ".lora_" not in name} ^ whole
+    count = sum(parameter.numel() for parameter in found.values())
+    if strangers or count != plan.parameters:
         raise CheckFailed(
-            f"{count:,} parameters would train, {plan.parameters:,} were planned",
+            f"{count:,} parameters would train, {plan.parameters:,} were planned; {len(strangers)} modules differ"
+            + (f", first {min(strangers)}" if strangers else ""),
             hint="please report this with your peft version",
         )
     return adapted
@@ -84,9 +87,9 @@ def open_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     adapted: PeftModel = PeftModel.from_pretrained(model, str(directory), local_files_only=True)
     stored = load_file(directory / ADAPTER_FILE)
     placed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    lost = sorted(stored.keys() - placed.keys())
+    lost = sorted(stored.keys() ^ placed.keys())
     if lost:
-        raise ModelError(f"{directory}: {len(lost)} of {len(stored)} trained tensors have no place, first {lost[0]}")
+        raise ModelError(f"{directory}: {len(lost)} trained tensors have no place, or are missing, first {lost[0]}")
     for name, tensor in stored.items():
         if not torch.equal(placed[name].cpu(), tensor.to(placed[name].dtype)):
             raise ModelError(f"{directory}: the trained tensor {name} was not taken over by the model")

@@ -112,9 +112,9 @@ def plan_conversion(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     layout = find_hybrid(hybrid, sliding_window)
+    source = sources.resolve(model, allow_pickle=allow_pickle)
     if out is not None:
-        check_free(out, force)
-    source = sources.resolve(model, weights=not allow_pickle)
+        check_free(out, force, keep=[source.path])
     if source.base is not None:
         raise InputError(f"{model} is an adapter on {source.base.name}", hint="ctxext merge it first, then convert")
     if source.config["model_type"] not in SOURCES:

@@ -87,6 +87,20 @@ FAMILIES: dict[str, Family] = {
     "smollm3": Family("smollm3", "smollm3", _smollm3_kinds),
     "mellum": Family("mellum", "mellum", _mellum_kinds, qk_norm=True),
 }
+# what transformers takes for a field that config.json leaves out, where that is not what llama's absence means
+DEFAULTS: dict[str, Config] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+}
+ROPE_FIELDS = {  # rope_type: the numbers it cannot do without
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": (),
+    "longrope": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 REQUIRED = (
     "vocab_size",
@@ -116,7 +130,7 @@ def normalise(config: Config) -> Config:
     missing = [field for field in REQUIRED if not isinstance(config.get(field), int) or config[field] < 1]
     if missing:
         raise ModelError(f"config.json: {', '.join(missing)} must be a whole number of 1 or more")
-    config = dict(config)
+    config = DEFAULTS.get(config["model_type"], {}) | config
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
@@ -128,16 +142,29 @@ def normalise(config: Config) -> Config:
         raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported, only silu is")
     config.setdefault("tie_word_embeddings", config["model_type"] == "smollm3")
     config.setdefault("rms_norm_eps", 1e-6)
-    rope = config.get("rope_parameters")
-    if rope is None:
-        rope = dict(config.pop("rope_scaling", None) or {})
-        rope.setdefault("rope_theta", config.pop("rope_theta", 10000.0))
-    if "full_attention" not in rope and "sliding_attention" not in rope:
-        rope = dict(rope)
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        rope.setdefault("rope_theta", 10000.0)
-    config["rope_parameters"] = rope
+    config["rope_parameters"] = _rope_parameters(config)
     return config
+
+
+def _rope_parameters(config: Config) -> Config:
+    """`rope_parameters` in the spelling of transformers 5, whichever spelling the (copied) config has."""
+    rope, scaling, theta = (config.pop(key, None) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if rope and scaling:
+        raise ModelError("config.json: both rope_parameters and rope_scaling; which of them holds is anybody's guess")
+    rope = rope or scaling or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"config.json: RoPE parameters must be an object, not {rope!r}")
+    if "full_attention" in rope or "sliding_attention" in rope:
+        return rope
+    rope = dict(rope)
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
+    if rope["rope_type"] not in ROPE_FIELDS:
+        raise ModelError(f"config.json: rope_type {rope['rope_type']!r}; supported are {', '.join(ROPE_FIELDS)}")
+    for field in ("rope_theta", *ROPE_FIELDS[rope["rope_type"]]):
+        if not isinstance(rope.get(field), (int, float)) or rope[field] <= 0:
+            raise ModelError(f"config.json: {rope['rope_type']} RoPE needs {field}, a positive number")
+    return rope
 
 
 def model_shape(config: Config) -> ModelShape:
@@ -226,8 +253,9 @@ def hybrid_config(source: Config, kinds: Sequence[LayerKind]) -> Config:
         "attention_bias": _qkv_bias(source),
         "attention_dropout": source.get("attention_dropout", 0.0),
     }
-    if "original_max_position_embeddings" in source:
-        config["original_max_position_embeddings"] = source["original_max_position_embeddings"]
+    for field in ("original_max_position_embeddings", "original_rope_theta"):
+        if field in source:
+            config[field] = source[field]
     if source.get("dtype") or source.get("torch_dtype"):
         config["dtype"] = source.get("dtype") or source["torch_dtype"]
     windows = {kind.sliding_window for kind in kinds} - {None}

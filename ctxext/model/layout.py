@@ -73,6 +73,8 @@ def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
         data = dict(presets.find("hybrid", name).data)
     if sliding_window is not None:
         data["sliding_window"] = sliding_window
+    if sliding_window is not None and "S" not in str(data.get("layer_pattern", "S")):
+        raise InputError(f"--sliding-window {sliding_window}: layout {name!r} has no sliding layers")
     if "S" in str(data.get("layer_pattern", "")) and data.get("sliding_window") is None:
         raise InputError(
             f"layout {name!r} has sliding layers and no window",

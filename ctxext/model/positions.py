@@ -79,9 +79,9 @@ class Yarn:
 
     type: Literal["yarn"] = "yarn"
     factor: Factor | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
 
 
 @spec
@@ -89,8 +89,8 @@ class LongRope:
     """LongRoPE with the user's factors, one for each of the head_dim / 2 frequencies."""
 
     type: Literal["longrope"] = "longrope"
-    short_factor: list[float]
-    long_factor: list[float]
+    short_factor: list[Annotated[float, Field(gt=0)]]
+    long_factor: list[Annotated[float, Field(gt=0)]]
     factor: Factor | None = None
 
 
@@ -100,8 +100,12 @@ class Llama3:
 
     type: Literal["llama3"] = "llama3"
     factor: Factor | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+
+    def __post_init__(self) -> None:
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be above low_freq_factor")
 
 
 RopeScaling = Annotated[
@@ -122,18 +126,25 @@ class PositionPlan:
 
     rope_parameters: Config | None
     max_position_embeddings: int
-    original_length: int
+    original_length: int | None
     reach: int
     factor: float
     summary: str
 
     def apply(self, config: Config) -> Config:
         """A copy of a normalised config with these positions."""
-        config = config if self.rope_parameters is None else with_rope(config, self.rope_parameters)
-        return config | {
-            "max_position_embeddings": self.max_position_embeddings,
-            "original_max_position_embeddings": self.original_length,
-        }
+        known: Config = {"max_position_embeddings": self.max_position_embeddings}
+        if self.original_length is not None:
+            known["original_max_position_embeddings"] = self.original_length
+        if self.rope_parameters is not None:
+            known["original_rope_theta"] = original_theta(config)
+            config = with_rope(config, self.rope_parameters)
+        return config | known
+
+
+def original_theta(config: Config) -> float:
+    """theta as first trained: ntk and abf rewrite `rope_theta`, and a later extension must not start from that."""
+    return float(config.get("original_rope_theta") or rope_of(config)["rope_theta"])
 
 
 def reach_of(kinds: Sequence[LayerKind], ctx: int) -> int:
@@ -153,10 +164,10 @@ def plan_positions(
     reach = reach_of(kinds, ctx)
     longest = max(ctx, config["max_position_embeddings"])
 
-    def keep(summary: str, known: int | None = original_length) -> PositionPlan:
+    def keep(summary: str) -> PositionPlan:
         # a raised max_position_embeddings would keep dynamic scaling from ever starting
         limit = config["max_position_embeddings"] if rope.get("rope_type") == "dynamic" else longest
-        return PositionPlan(None, limit, known or config["max_position_embeddings"], reach, 1.0, summary)
+        return PositionPlan(None, limit, original_length, reach, 1.0, summary)
 
     automatic = scaling.type == "auto"
     if scaling.type == "none":
@@ -173,7 +184,7 @@ def plan_positions(
         far = f"look {format_tokens(reach)} tokens back" if reach else "are none"
         return keep(f"no interpolation needed: layers with RoPE {far}, trained at {format_tokens(original_length)}")
     if automatic:
-        scaling = _same_type(rope)
+        scaling = _same_type(rope, original_theta(config))
     elif ctx <= original_length:
         raise InputError(
             f"rope_scaling {scaling.type} at ctx {format_tokens(ctx)}: the model was trained at "
@@ -182,7 +193,8 @@ def plan_positions(
         )
     default = float(math.ceil((reach if automatic else ctx) / original_length))
     factor = getattr(scaling, "factor", None) or default
-    parameters = _rope_parameters(scaling, rope, config["head_dim"], factor, original_length)
+    theta = original_theta(config)
+    parameters = _rope_parameters(scaling, theta, config["head_dim"], factor, original_length)
     if scaling.type == "dynamic":
         longest = original_length
     change = f"theta {parameters['rope_theta']:g}" if scaling.type in ("ntk", "abf") else f"factor {factor:g}"
@@ -193,7 +205,7 @@ def plan_positions(
     return PositionPlan(parameters, longest, original_length, reach, factor, summary)
 
 
-def _same_type(rope: Config) -> Any:
+def _same_type(rope: Config, theta: float) -> Any:
     """The scaling `auto` uses: a model that was trained under a scaling keeps its type, any other gets linear."""
     old = rope.get("rope_type", "default")
     if old == "llama3":
@@ -205,11 +217,12 @@ def _same_type(rope: Config) -> Any:
             "this model uses longrope: its factors hold for one length",
             hint="give rope_scaling {type: longrope, short_factor: [...], long_factor: [...]}",
         )
+    if old == "default" and rope["rope_theta"] != theta:
+        return Ntk()
     return Dynamic() if old == "dynamic" else Linear()
 
 
-def _rope_parameters(scaling: Any, rope: Config, head_dim: int, factor: float, original: int) -> Config:
-    theta = float(rope["rope_theta"])
+def _rope_parameters(scaling: Any, theta: float, head_dim: int, factor: float, original: int) -> Config:
     match scaling.type:
         case "linear" | "dynamic":
             return {"rope_type": scaling.type, "rope_theta": theta, "factor": factor}

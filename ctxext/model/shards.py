@@ -80,7 +80,7 @@ def copy_weights(
     shards = len(files) + bool(added)
     for number, path in enumerate(files, start=1):
         name = SINGLE if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        kept = _copy_shard(path, out / name, expected, dtype)
+        kept = _copy_shard(path, out / name, files, expected, dtype)
         weight_map |= dict.fromkeys(kept, name)
         progress(number, shards)
     if added:
@@ -97,14 +97,25 @@ def copy_weights(
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _copy_shard(path: Path, out: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None) -> list[str]:
+def find_tensor(files: list[Path], wanted: str) -> Tensor:
+    """One tensor, in whichever shard it lies."""
+    for path in files:
+        with open_shard(path) as (names, get):
+            if wanted in names:
+                return get(wanted)
+    raise ModelError(f"no shard has {wanted}")
+
+
+def _copy_shard(
+    path: Path, out: Path, siblings: list[Path], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
+) -> list[str]:
     with open_shard(path) as (names, get):
         kept = [name for name in names if name in expected]
         for name in names:
             tensor = get(name)
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise ModelError(f"{path}: {name} holds NaN or infinite values", hint="the checkpoint is damaged")
-            if name == HEAD and name not in expected and not torch.equal(tensor, get(EMBEDDING)):
+            if name == HEAD and name not in expected and not torch.equal(tensor, find_tensor(siblings, EMBEDDING)):
                 raise ModelError(
                     f"{path}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}",
                     hint="set tie_word_embeddings to false in config.json if the head is its own",

@@ -7,6 +7,7 @@ can decide comes before torch is imported.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from ctxext.config.manifest import Manifest
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model.families import Config, expected_tensors, family_of, model_shape, normalise
 from ctxext.model.layout import LayerKind
-from ctxext.model.weights import TensorInfo, check_tensors, read_tensors
+from ctxext.model.weights import ADAPTER_FILE, TensorInfo, check_tensors, only_pickles, read_header, read_tensors
 from ctxext.ops.cost import ModelShape
 
 CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
 
 
@@ -65,25 +67,27 @@ class ModelSource:
         return self if tokens is None else replace(self, original_length=tokens)
 
 
-def resolve(model: str, *, weights: bool = True) -> ModelSource:
+def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> ModelSource:
     """Find `model`; with `weights`, its files are checked against config.json (and fetched from the hub if need be).
 
     Raises InputError when there is no such model, ModelError when its files are incomplete or disagree, and
     EnvironmentFault when the hub cannot be reached.
     """
     if Path(model).is_dir():
-        return from_directory(Path(model), weights=weights)
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-    if looks_like_path:
+        return from_directory(Path(model), weights=weights, allow_pickle=allow_pickle)
+    if "/" in model and not HUB_ID.fullmatch(model):
         raise InputError(
             f"{model}: no such directory", hint="give a directory with a config.json, a preset or a hub id"
         )
     if "/" not in model:
-        return _from_preset(model, weights)
-    return from_directory(_download(model, None), weights=weights, name=model.split("/")[-1])
+        return _from_preset(model, weights, allow_pickle)
+    path = _download(model, None, allow_pickle)
+    return from_directory(path, weights=weights, allow_pickle=allow_pickle, name=model.split("/")[-1])
 
 
-def from_directory(path: Path, *, weights: bool = True, name: str | None = None) -> ModelSource:
+def from_directory(
+    path: Path, *, weights: bool = True, allow_pickle: bool = False, name: str | None = None
+) -> ModelSource:
     """Describe the model in a directory: a plain Hugging Face one, or any of ctxext's outputs."""
     manifest = manifests.read(path)
     raw = read_config(path)
@@ -92,7 +96,8 @@ def from_directory(path: Path, *, weights: bool = True, name: str | None = None)
     base = None
     if (path / "adapter_config.json").exists():
         base = _base_of(path, manifest)
-    elif weights:
+        _check_adapter(path, manifest)
+    elif weights and not (allow_pickle and only_pickles(path)):
         check_tensors(path, read_tensors(path), expected_tensors(config))
     facts: dict[str, Any] = manifest.facts if manifest else {}
     original = facts.get("original_length") or original_length(config)
@@ -173,7 +178,19 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
     return from_directory(base)
 
 
-def _from_preset(name: str, weights: bool) -> ModelSource:
+def _check_adapter(path: Path, manifest: Manifest | None) -> None:
+    """A bundle's files, before PEFT opens them: readable, and as many trained tensors as were saved."""
+    try:
+        json.loads((path / "adapter_config.json").read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path / 'adapter_config.json'}: not JSON ({error})") from None
+    stored = len(read_header(path / ADAPTER_FILE))
+    saved = manifest.facts.get("trained_tensors") if manifest else None
+    if stored != saved:
+        raise ModelError(f"{path / ADAPTER_FILE}: {stored} trained tensors, {saved} were saved")
+
+
+def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
     preset = presets.find("models", name)
     model = presets.model_preset(preset)
     if model.directory is not None:
@@ -181,22 +198,23 @@ def _from_preset(name: str, weights: bool) -> ModelSource:
         return from_directory(path, weights=weights, name=preset.name)
     if weights:
         assert model.hub_id is not None  # ModelPreset has a hub_id or a directory
-        path = _download(model.hub_id, model.revision)
-        found = from_directory(path, name=preset.name)
+        path = _download(model.hub_id, model.revision, allow_pickle)
+        found = from_directory(path, allow_pickle=allow_pickle, name=preset.name)
         return replace(found, original_length=model.original_length, usable_length=model.usable_length)
     assert model.shape is not None  # ModelPreset refuses a hub model without one
     config = normalise({"model_type": model.family, **asdict(model.shape)})
     return ModelSource(preset.name, None, "source", config, model.original_length, model.usable_length)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
     """A hub model in huggingface_hub's own cache, with its own token; one clear error when that cannot be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     local = "or give a local directory instead of the hub id"
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=HUB_FILES))
+        patterns = [*HUB_FILES, *(["pytorch_model*.bin"] if allow_pickle else [])]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise InputError(
             f"{hub_id} is gated and no accepted token was found",

@@ -15,6 +15,7 @@ from ctxext.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 HEAD = "lm_head.weight"
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 ITEM_BYTES = {
@@ -111,6 +112,12 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
     if lost:
         raise ModelError(f"{index}: {len(lost)} tensors are not in the shard it names, first {lost[0]!r}")
     return tensors
+
+
+def only_pickles(directory: Path) -> bool:
+    """Whether the weights are pytorch_model*.bin and nothing else."""
+    safe = (directory / INDEX).exists() or (directory / SINGLE).exists()
+    return not safe and any(directory.glob("pytorch_model*.bin"))
 
 
 def _no_weights(directory: Path) -> ModelError:

@@ -39,17 +39,21 @@ def save_checkpoint(run: Path, step: int, optimizer: MasterAdamW, clip: Relative
     (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
-    for old in sorted(root.glob("step-*"))[:-KEEP]:
+    for old in sorted(root.glob("step-*"), key=_step)[:-KEEP]:
         shutil.rmtree(old)
     return target
 
 
 def latest_checkpoint(run: Path) -> Path:
     """The newest whole checkpoint of a run. Raises InputError when there is none."""
-    found = sorted(path.parent for path in run.glob(f"checkpoints/step-*/{STATE}"))
+    found = sorted((path.parent for path in run.glob(f"checkpoints/step-*/{STATE}")), key=_step)
     if not found:
         raise InputError(f"{run}: no checkpoint to resume from", hint="start it anew, without --resume")
     return found[-1]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def load_checkpoint(checkpoint: Path, optimizer: MasterAdamW, clip: RelativeClip) -> int:

@@ -20,7 +20,7 @@ import psutil
 import torch
 
 from ctxext.data.packing import PackedSequences
-from ctxext.errors import CheckFailed
+from ctxext.errors import CheckFailed, ModelError
 from ctxext.model.load import hidden_states, output_weight
 from ctxext.ops.masks import check_document_starts
 from ctxext.train.checkpoint import save_checkpoint
@@ -85,6 +85,8 @@ def train(
                 (loss_sum / labels_in_step).backward()  # every token of the step weighs the same
                 loss += loss_sum.item() / labels_in_step
             norm = optimizer.gradient_norm()
+            if step == 0 and not math.isfinite(loss):
+                raise ModelError("the loss is not finite before anything was trained: the model's weights are damaged")
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise CheckFailed(
                     f"step {step + 1}: loss {loss}, gradient norm {norm}",
@@ -103,7 +105,7 @@ def train(
             if interrupted():
                 save_checkpoint(run, step + 1, optimizer, clip)
                 return step + 1
-            if (step + 1) % spec.save_every == 0:
+            if (step + 1) % spec.save_every == 0 or step + 1 == plan.steps:
                 save_checkpoint(run, step + 1, optimizer, clip)
     return plan.steps
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,15 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
     """Derive a run. Raises InputError or ModelError for whatever cannot be trained as asked."""
     if source.base is not None:
         raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
+    if source.config.get("attention_dropout"):
+        raise ModelError(
+            f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
+            hint="set it to 0 in config.json",
+        )
     source = source.with_original_length(spec.original_length)
+    data = Path(spec.data.source)
+    if data.exists():  # a run may be resumed from another directory
+        spec = replace(spec, data=replace(spec.data, source=str(data.absolute())))
     positions = plan_positions(
         source.config,
         spec.rope_scaling,
@@ -220,7 +228,7 @@ def measured_length(source: ModelSource, root: Path = manifests.RUNS) -> int | N
     """The longest length, in tokens, at which an eval under `root` measured the model with these weights."""
     if source.path is None or not root.is_dir():
         return None
-    path, longest = str(source.path.resolve()), 0
+    weights, longest = manifests.weight_hashes(source.path), 0
     for directory in root.iterdir():
         try:
             manifest = manifests.read(directory)
@@ -228,6 +236,6 @@ def measured_length(source: ModelSource, root: Path = manifests.RUNS) -> int | N
             continue
         if manifest is None or manifest.kind != "eval":
             continue
-        if any(str(Path(parent["path"]).resolve()) == path for parent in manifest.parents.values()):
+        if any(parent["weights"] == weights for parent in manifest.parents.values()):
             longest = max(longest, manifest.facts.get("longest", 0))
     return longest or None

@@ -65,6 +65,7 @@ def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[R
     """
     check_free(out, force)
     stages = out.with_name(f"{out.name}.stages")
+    check_free(stages, force)
     shutil.rmtree(stages, ignore_errors=True)
     current = stages / "0-untrained"
     current.mkdir(parents=True)

@@ -9,34 +9,64 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from ctxext.config import manifest as manifests
-from ctxext.config.loader import build, dump_yaml, read_yaml
+from ctxext.config.loader import build, dump_yaml, read_yaml, spec
 from ctxext.config.output import check_free
-from ctxext.errors import InputError
-from ctxext.model.source import resolve
+from ctxext.data.documents import fingerprint
+from ctxext.errors import InputError, ModelError
+from ctxext.model.source import from_directory
 from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.spec import FinetuneSpec
 
 SPEC_FILE = "spec.yaml"
 
 
-def start_run(plan: RunPlan, run: Path, *, force: bool = False) -> None:
-    """Make the run's directory with its spec.yaml. Raises InputError when it exists and `force` is not given."""
-    check_free(run, force)
-    if run.exists():
-        shutil.rmtree(run)
+def start_run(plan: RunPlan, run: Path) -> None:
+    """Make the run's directory with its spec.yaml, and what a resumed run must find unchanged.
+
+    Raises InputError when the directory exists, and for data that is not there.
+    """
+    check_free(run)
+    written = asdict(Start.of(plan))
     run.mkdir(parents=True)
-    written = {"model": str(plan.source.directory.absolute()), "spec": asdict(plan.spec)}
     (run / SPEC_FILE).write_text(dump_yaml(written), "utf-8")
+
+
+@spec
+class Start:
+    """What a run started from: spec.yaml. `weights` are the model's sha256 by file, `data` a fingerprint of files."""
+
+    model: str
+    name: str
+    original_length: int | None
+    usable_length: int
+    weights: dict[str, str]
+    data: str | None
+    spec: FinetuneSpec
+
+    @classmethod
+    def of(cls, plan: RunPlan) -> Start:
+        data = plan.spec.data
+        local = Path(data.source).exists()
+        return cls(
+            model=str(plan.source.directory.absolute()),
+            name=plan.source.name,
+            original_length=plan.source.original_length,
+            usable_length=plan.source.usable_length,
+            weights=manifests.weight_hashes(plan.source.directory),
+            data=fingerprint(data.source, text_field=data.text_field) if local else None,
+            spec=plan.spec,
+        )
 
 
 def discard_unstarted(run: Path) -> None:
     """Remove a run's directory when it failed before its first step was done: there is nothing in it to resume."""
     metrics = run / "metrics.jsonl"
-    if (run / SPEC_FILE).is_file() and not (metrics.exists() and metrics.stat().st_size):
+    started = (metrics.exists() and metrics.stat().st_size) or any(run.glob("checkpoints/step-*"))
+    if (run / SPEC_FILE).is_file() and not started:
         shutil.rmtree(run)
 
 
@@ -54,8 +84,13 @@ def plan_resumed(run: Path) -> RunPlan:
         raise InputError(f"{run}: no run to resume: it has no {SPEC_FILE}")
     if (run / manifests.FILE_NAME).exists():
         raise InputError(f"{run} is finished", hint="ctxext eval or ctxext merge it")
-    written = read_yaml(run / SPEC_FILE)
-    if set(written) != {"model", "spec"}:
-        raise InputError(f"{run / SPEC_FILE}: needs exactly model and spec, has {', '.join(written) or 'nothing'}")
-    spec = build(FinetuneSpec, written["spec"], source=str(run / SPEC_FILE))
-    return plan_run(resolve(written["model"]), spec)
+    start = build(Start, read_yaml(run / SPEC_FILE), source=str(run / SPEC_FILE))
+    source = replace(from_directory(Path(start.model)), name=start.name, original_length=start.original_length,
+                     usable_length=start.usable_length)  # fmt: skip
+    plan = plan_run(source, start.spec)
+    now = Start.of(plan)
+    if now.weights != start.weights:
+        raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
+    if now.data != start.data:
+        raise InputError(f"{start.spec.data.source}: the data changed since this run started", hint="start a new run")
+    return plan

@@ -45,7 +45,11 @@ class DataSpec:
     text_field: str = "text"
     document_mask: bool = True
     synthetic_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    synthetic_kinds: tuple[Literal["passkey", "key_value", "copy", "repeat"], ...] = ("passkey", "key_value", "copy")
+    synthetic_kinds: Annotated[tuple[Literal["passkey", "key_value", "copy", "repeat"], ...], Field(min_length=1)] = (
+        "passkey",
+        "key_value",
+        "copy",
+    )
 
 
 @spec
@@ -100,4 +104,4 @@ class FinetuneSpec:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     gradient_checkpointing: bool = True
     save_every: Positive = 50
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

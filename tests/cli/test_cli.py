@@ -12,8 +12,9 @@ import pytest
 COMMANDS = {
     "convert": "--hybrid --out --full-layers --sliding-window --dtype --gate --no-gate --allow-pickle --force --json",
     "finetune": "--ctx --preset --data --out --steps --original-length --set --plan --resume --force --json",
-    "eval": "--suite --lengths --data --protocol --limit --seed --dtype --out --force --json",
+    "eval": "--suite --lengths --data --text-field --protocol --limit --seed --dtype --out --force --json",
     "merge": "--out --dtype --force --json",
+    "verify": "--ctx --attention --out --force --json",
     "pretrain": "--preset --out --force",
 }
 
@@ -72,6 +73,13 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["eval", str(model), "--lengths", "1"], "at least 2"),
         (["merge", str(model)], "nothing to merge"),
         (["merge"], "no output"),
+        (["convert", "missing/", "--hybrid", "full"], "no such directory"),
+        (["convert", str(model), "--hybrid", "full", "--out", str(model), "--force"], "even --force"),
+        (["convert", str(model), "--hybrid", "full", "--sliding-window", "8"], "no sliding layers"),
+        (["finetune", str(model), "--ctx", "1k", "--set", "data.synthetic_kinds=[]"], "synthetic_kinds"),
+        (["eval", str(model), "--lengths", ""], "tokens"),
+        (["verify", str(model), "--ctx", "3"], "at least 16"),
+        (["verify", str(model), "--attention", "foo"], "training, inference"),
     ]
 
 

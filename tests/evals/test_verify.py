@@ -83,8 +83,8 @@ def test_conversions_pass(hybrids, family, attention):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_sources_pass_with_s2_in_bfloat16(model_dir, family):
-    """qwen2 has biases, mistral a single key/value head and an odd group."""
-    changes = {"mistral": {"num_key_value_heads": 1}}.get(family, {})
+    """qwen2 has biases, mistral here a single key/value head; the group is odd."""
+    changes = {"mistral": {"num_key_value_heads": 1, "sliding_window": None}}.get(family, {})
     launch = plan_launch(str(model_dir(family, **changes)), attention="training", ctx=100)
     launch = replace(launch, dtype="bfloat16")
     assert launch.group_size == 25
@@ -102,7 +102,7 @@ def test_a_run_is_launched_as_its_spec_says(run):
 
 
 def test_an_unfinished_run_is_the_model_it_starts_from(model_dir, tmp_path):
-    spec = FinetuneSpec(ctx=256, data={"document_mask": False})
+    spec = build(FinetuneSpec, {"ctx": 256, "data": {"document_mask": False}}, source="test")
     plan = plan_run(resolve(str(model_dir("llama"))), spec)
     start_run(plan, tmp_path / "run")
     launch = plan_launch(str(tmp_path / "run"))
@@ -129,7 +129,7 @@ def rolled(q, k, v, pattern, *, document_starts=None, scale=None):
     """S² as a roll of half of the heads under a causal mask: the last tokens come before the first."""
     if pattern.group_size is None:
         return RIGHT(q, k, v, pattern, document_starts=document_starts, scale=scale)
-    f, s, K, H = first_shifted_head(q.shape[1], k.shape[1]), pattern.group_size // 2, k.shape[1], q.shape[1]
+    f, s = first_shifted_head(q.shape[1], k.shape[1]), pattern.group_size // 2
     lo = lower_bounds(pattern, q.shape[2], document_starts=document_starts)[:, :1]
     plain = naive_attention(q, k, v, lo, scale=scale)
     q, k, v = (x.roll(-s, dims=2) for x in (q, k, v))

@@ -24,7 +24,7 @@ from ctxext.model.positions import (
 
 BASE = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "max_position_embeddings": 512,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
 SCALINGS = [
