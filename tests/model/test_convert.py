@@ -103,6 +103,18 @@ def test_sharded_checkpoints_are_copied_shard_by_shard(write_model, tmp_path):
     assert all(not after[name].any() for name in added)
 
 
+def test_a_tied_head_stored_in_another_shard_is_compared_and_left_out(write_model, tmp_path):
+    source = write_model(tmp_path / "source", "llama", shard="20KB", tie_word_embeddings=True)
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    embedding = index["weight_map"]["model.embed_tokens.weight"]
+    last = sorted(set(index["weight_map"].values()) - {embedding})[-1]
+    head = load_file(source / embedding)["model.embed_tokens.weight"]
+    save_file(load_file(source / last) | {"lm_head.weight": head}, source / last)
+    index["weight_map"]["lm_head.weight"] = last
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert convert(source, "SN", tmp_path / "out", sliding_window=8).gate["passed"]
+
+
 def test_a_cast_is_gated_against_the_source_rounded_alike(model_dir, tmp_path):
     report = convert(model_dir("llama"), "SN", tmp_path / "out", sliding_window=8, dtype="bfloat16")
     assert report.gate["identity_max_diff"] == 0.0

@@ -109,6 +109,29 @@ def test_extending_twice_starts_from_the_original_length_both_times():
     assert twice.rope_parameters["factor"] == 8.0
 
 
+@pytest.mark.parametrize("first", [Ntk(), Abf(theta=3e5)], ids=lambda s: s.type)
+def test_a_rewritten_theta_is_not_the_start_of_the_next_extension(first):
+    once = plan(first, 2048).apply(config())
+    for scaling in (Ntk(), Yarn()):
+        again = plan(scaling, 4096, source=once, original=512, usable=2048).rope_parameters
+        assert again == plan(scaling, 4096).rope_parameters
+
+
+def test_an_unknown_original_length_stays_unknown():
+    scaled = config(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, max_position_embeddings=2048
+    )
+    kept = plan(Auto(), 1024, source=scaled, original=None, usable=2048)
+    assert kept.original_length is None and "original_max_position_embeddings" not in kept.apply(scaled)
+
+
+def test_fields_that_config_json_leaves_out_are_transformers_defaults():
+    raw = BASE | {"model_type": "mistral", "num_attention_heads": 8}
+    assert normalise({k: v for k, v in raw.items() if k != "num_key_value_heads"})["sliding_window"] == 4096
+    beside = normalise(BASE | {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5})
+    assert beside["rope_parameters"]["rope_theta"] == 5e5
+
+
 def test_dynamic_keeps_the_original_max_position_embeddings_or_it_would_never_start():
     assert plan(Dynamic(), 2048).max_position_embeddings == 512
 

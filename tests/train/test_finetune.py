@@ -150,6 +150,36 @@ def test_a_resumed_run_equals_the_uninterrupted_one_to_the_bit(hybrid, text, tmp
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_a_resumed_run_is_refused_when_its_model_or_its_data_changed(write_model, text, tmp_path):
+    def interrupt(metrics):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    base, data = write_model(tmp_path / "base", "llama"), tmp_path / "data.txt"
+    data.write_text(text.read_text())
+    run(make_plan(base, data), tmp_path / "run", events=Events(on_step=interrupt))
+    assert plan_resumed(tmp_path / "run").source.original_length == 64
+    data.write_text("other text " * 2000)
+    with pytest.raises(InputError, match="the data changed"):
+        plan_resumed(tmp_path / "run")
+    write_model(base, "llama", seed=1)
+    with pytest.raises(CtxextError, match="its weights are not those"):
+        plan_resumed(tmp_path / "run")
+
+
+def test_a_run_whose_last_save_fails_keeps_its_training(hybrid, text, tmp_path, monkeypatch):
+    plan = make_plan(hybrid, text, steps=2)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ctxext.train.finetune.save_bundle", full)
+        with pytest.raises(OSError, match="No space"):
+            run(plan, tmp_path / "run")
+    report = run_finetune(plan_resumed(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert report.finished and len(losses(tmp_path / "run")) == 2
+
+
 def test_accumulated_micro_batches_equal_one_large_batch(hybrid, text, tmp_path):
     for size in (1, 3):
         run(make_plan(hybrid, text, steps=2, global_batch_size=3, micro_batch_size=size), tmp_path / str(size))
