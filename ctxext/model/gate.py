@@ -69,7 +69,10 @@ def run_gate(
     ids = torch.randint(source_config["vocab_size"], (1, tokens), generator=generator)
 
     config = AutoConfig.from_pretrained(source, local_files_only=True)
-    theirs = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    used = getattr(config, "use_sliding_window", True)
+    if getattr(config, "layer_types", None):
+        used = used and "sliding_attention" in config.layer_types
+    theirs = getattr(config, "sliding_window", None) if used else None
     if theirs not in {kind.sliding_window for kind in source_kinds}:
         raise CheckFailed(f"transformers reads a window of {theirs} from the source's config.json, ctxext another")
     config.num_hidden_layers = layers

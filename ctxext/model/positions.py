@@ -174,6 +174,8 @@ def plan_positions(
         return keep("positions untouched, as asked")
     if automatic and ctx <= usable_length:
         return keep(f"positions untouched: usable to {format_tokens(usable_length)} tokens already")
+    if not automatic and not reach:
+        raise InputError(f"rope_scaling {scaling.type}: no layer of this model uses RoPE", hint="use rope_scaling auto")
     if original_length is None:
         raise InputError(
             f"RoPE is scaled already ({rope.get('rope_type')}, factor {rope.get('factor')}) and nothing says from "

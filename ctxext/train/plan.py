@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxext.config import manifest as manifests
+from ctxext.data.documents import EMBEDDED
 from ctxext.errors import InputError, ModelError
 from ctxext.model.adapter_plan import Trainables, plan_trainables
 from ctxext.model.families import Config, family_of, rope_of
@@ -149,7 +150,7 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         )
     source = source.with_original_length(spec.original_length)
     data = Path(spec.data.source)
-    if data.exists():  # a run may be resumed from another directory
+    if spec.data.source != EMBEDDED and data.exists():  # a run may be resumed from another directory
         spec = replace(spec, data=replace(spec.data, source=str(data.absolute())))
     positions = plan_positions(
         source.config,

@@ -15,7 +15,7 @@ from pathlib import Path
 from ctxext.config import manifest as manifests
 from ctxext.config.loader import build, dump_yaml, read_yaml, spec
 from ctxext.config.output import check_free
-from ctxext.data.documents import fingerprint
+from ctxext.data.documents import EMBEDDED, fingerprint
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import from_directory
 from ctxext.train.plan import RunPlan, plan_run
@@ -37,7 +37,7 @@ def start_run(plan: RunPlan, run: Path) -> None:
 
 @spec
 class Start:
-    """What a run started from: spec.yaml. `weights` are the model's sha256 by file, `data` a fingerprint of files."""
+    """What a run started from: spec.yaml. `weights` are the model's sha256 by file, `data` a hash of what is read."""
 
     model: str
     name: str
@@ -50,14 +50,14 @@ class Start:
     @classmethod
     def of(cls, plan: RunPlan) -> Start:
         data = plan.spec.data
-        local = Path(data.source).exists()
+        known = data.source == EMBEDDED or Path(data.source).exists()  # a data set of the hub is not hashed
         return cls(
             model=str(plan.source.directory.absolute()),
             name=plan.source.name,
             original_length=plan.source.original_length,
             usable_length=plan.source.usable_length,
             weights=manifests.weight_hashes(plan.source.directory),
-            data=fingerprint(data.source, text_field=data.text_field) if local else None,
+            data=fingerprint(data.source, text_field=data.text_field) if known else None,
             spec=plan.spec,
         )
 

@@ -31,6 +31,7 @@ SOURCES = {
     "mistral-full": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen2-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+    "qwen2-window-unused": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 4}),
     "qwen3": ("qwen3", {}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
 }

@@ -151,6 +151,12 @@ def test_the_senseless_is_refused(scaling, ctx, original, words):
     assert words in f"{caught.value.message} {caught.value.hint}"
 
 
+def test_a_scaling_that_could_do_nothing_is_refused():
+    nope = normalise(hybrid_config(config(), [LayerKind(False, None)] * 2))
+    with pytest.raises(InputError, match="no layer of this model uses RoPE"):
+        plan(Linear(), 2048, source=nope)
+
+
 def test_below_the_original_length_healing_keeps_positions():
     for scaling in (Auto(), NoScaling()):
         kept = plan(scaling, 128)
