@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ctxext.config import manifest as manifests
 from ctxext.config.loader import build
 from ctxext.errors import InputError
+from ctxext.evals.certificate import Certificate, Check
 from ctxext.evals.suite import Progress
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
@@ -47,52 +48,6 @@ COMPARING = "ctxext_verify"  # the attention that measures itself, in AttentionI
 
 
 @dataclass(frozen=True)
-class Check:
-    """One thing measured, on one layer or (None) end to end; `measured` may not exceed `allowed`."""
-
-    name: str
-    layer: int | None
-    passed: bool
-    detail: str
-    measured: float  # whole: outputs that moved or stayed wrongly; else a relative difference, 1e9 for NaN
-    allowed: float
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """Every check of one launch, on a row of T tokens; `notes` say what was launched, and how the row differs."""
-
-    HEADER = ("check", "layer", "result", "measured", "allowed", "what")
-    model: str
-    attention: str
-    T: int
-    checks: tuple[Check, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if not check.passed)
-
-    def rows(self) -> list[list[str]]:
-        """Lines for a screen: layers of which the same is to be said share one, with the worst figure."""
-        groups: dict[tuple[str, bool, str], list[Check]] = {}
-        for check in self.checks:
-            groups.setdefault((check.name, check.passed, check.detail), []).append(check)
-        rows = []
-        for (name, passed, detail), checks in groups.items():
-            figures = max(check.measured for check in checks), checks[0].allowed
-            shown = [f"{x:,}" if isinstance(x, int) else f"{x:.1e}" for x in figures]
-            where = "end to end" if checks[0].layer is None else str(checks[0].layer)
-            where = where if len(checks) == 1 else f"{len(checks)} layers"
-            rows.append([name, where, "pass" if passed else "FAIL", *shown, detail])
-        return rows
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self) | {"passed": not self.failed}
-
-
-@dataclass(frozen=True)
 class Launch:
     """How the model is run. Lengths in tokens.
 
@@ -109,6 +64,7 @@ class Launch:
     document_mask: bool = False
     checkpointing: bool = False
     dtype: str = "float32"
+    backend: str = "auto"
 
     def pattern(self, layer: int) -> Pattern:
         """What this layer sees, by the model's config and the run's plan."""
@@ -151,7 +107,7 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
         return Launch(source, attention, ctx, T)
     scaled = G if G is None or ctx == T or 2 * G + 7 <= T else max(2, G * T // ctx)
     masked, checkpointing = spec.data.document_mask, spec.gradient_checkpointing
-    return Launch(source, attention, ctx, T, scaled, G, masked, checkpointing, plan.dtype)
+    return Launch(source, attention, ctx, T, scaled, G, masked, checkpointing, plan.dtype, spec.attention.backend)
 
 
 def _find(model: str) -> tuple[ModelSource, FinetuneSpec | None, ModelSource | None]:
@@ -198,7 +154,10 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = la
 
 def write_certificate(certificate: Certificate, launch: Launch, out: Path, *, force: bool = False) -> None:
     """certificate.json and ctxext.json, whether it passed or not."""
-    spec = {name: getattr(launch, name) for name in ("attention", "ctx", "T", "planned_group", "group_size", "dtype")}
+    spec = {
+        name: getattr(launch, name)
+        for name in ("attention", "ctx", "T", "planned_group", "group_size", "dtype", "backend")
+    }
     parents = {"model": manifests.parent(launch.source.directory)}
     failed = [f"{check.name}, layer {check.layer}" for check in certificate.failed]
     facts = {"passed": not failed, "checks": len(certificate.checks), "failed": failed, "notes": [*certificate.notes]}
@@ -234,7 +193,7 @@ def _rows(loaded: Any, launch: Launch) -> list[_Row]:
     if launch.document_mask:  # cut off the groups' edges, or a restart would not show
         bounds.append((0, T // 3 + 1 + (G is not None and (T // 3 + 1) % G == 0), T))
     starts = [document_starts(b, T) if launch.document_mask else None for b in bounds]  # on the CPU, as in the loop
-    run = partial(hidden_states, model, ids, group_size=G)
+    run = partial(hidden_states, model, ids, group_size=G, backend=launch.backend)
     return [_Row(model, ids, partial(run, document_starts=s), bound) for bound, s in zip(bounds, starts, strict=True)]
 
 

@@ -4,7 +4,7 @@ A layer's window comes from the stock class itself, which hands it over with eve
 bounds, S²-Attn groups on the layers without a window) travels as keyword arguments of `model.forward`, so a model
 holds no hidden state and switching back to another implementation restores it exactly:
 
-    model(input_ids, document_starts=starts, group_size=2048)
+    model(input_ids, document_starts=starts, group_size=2048, backend="auto")
 
 Not done: static caches, attention sinks, soft-capping, dropout. Each is refused, none is dropped silently.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ctxext.errors import ModelError
-from ctxext.ops.backends import blocked
+from ctxext.ops.backends import choice
 from ctxext.ops.masks import Pattern
 
 NAME = "ctxext"  # transformers treats names containing sdpa, flash or flex_attention specially: this has none
@@ -35,6 +35,7 @@ def attend(
     sliding_window: int | None = None,
     document_starts: Tensor | None = None,
     group_size: int | None = None,
+    backend: str = "auto",
     s_aux: Tensor | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -44,6 +45,7 @@ def attend(
     attention_mask   [B, S] bool from `left_padding`, or None
     document_starts  [B, T], the index within the row at which each token's document starts
     group_size       S²-Attn's G in tokens, used on layers without a window; training only
+    backend          ops/backends/choice.py
     """
     if s_aux is not None or softcap is not None:
         raise ModelError(
@@ -58,7 +60,7 @@ def attend(
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])
     pattern = Pattern(sliding_window=sliding_window, group_size=group_size if sliding_window is None else None)
-    out = blocked.attention(query, key, value, pattern, document_starts=document_starts, scale=scaling)
+    out = choice.attention(query, key, value, pattern, document_starts=document_starts, scale=scaling, backend=backend)
     return out.transpose(1, 2).contiguous(), None
 
 

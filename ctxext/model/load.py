@@ -99,7 +99,7 @@ def causal_lm(model: Any) -> PreTrainedModel:
 def hidden_states(model: Any, input_ids: Tensor, **attention_arguments: Any) -> Tensor:
     """The final hidden states [B, T, E] (after the last norm) of input_ids [B, T]; no logits are made.
 
-    `attention_arguments` go to model/attention.py: document_starts, group_size.
+    `attention_arguments` go to model/attention.py: document_starts, group_size, backend.
     """
     decoder = causal_lm(model).get_decoder()
     states: Tensor = decoder(input_ids=input_ids, use_cache=False, **attention_arguments).last_hidden_state

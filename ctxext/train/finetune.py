@@ -26,6 +26,8 @@ from ctxext.data.packing import PackedSequences, attended_share, tokenise, token
 from ctxext.errors import InputError
 from ctxext.model.adapters import attach, trainable
 from ctxext.model.load import build_model, load_tokenizer
+from ctxext.ops.backends.choice import Call, choose
+from ctxext.ops.masks import Pattern
 from ctxext.train.bundle import save_bundle
 from ctxext.train.checkpoint import latest_checkpoint, load_checkpoint
 from ctxext.train.loop import StepMetrics, train
@@ -73,8 +75,10 @@ def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Even
     events = events or Events()
     began = time.monotonic()
     torch.manual_seed(plan.spec.seed)
+    device, dtype = training_device(plan)
+    events.say(f"attention: {backends(plan, device, dtype)} ({device.type}, {str(dtype).removeprefix('torch.')})")
     sequences = prepare_data(plan, events)
-    model = _model(plan)
+    model = _model(plan, device, dtype)
     optimizer = MasterAdamW(trainable(model), plan.spec.optimizer)
     clip = RelativeClip(plan.spec.optimizer.clip)
     done = load_checkpoint(latest_checkpoint(run), optimizer, clip) if resume else 0
@@ -177,11 +181,26 @@ def _matmul_rate(like: torch.Tensor) -> float:
     return best
 
 
-def _model(plan: RunPlan) -> Any:
-    """The model with its new positions and what trains attached, on the device it trains on."""
+def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
+    """Where a plan trains here, and in what."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32}.get(plan.spec.dtype)
-    dtype = dtype or getattr(torch, plan.spec.dtype)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, default if plan.spec.dtype == "auto" else getattr(torch, plan.spec.dtype)
+
+
+def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
+    """What serves each kind of layer, in words. Raises EnvironmentFault where the backend that was named cannot."""
+    said, spec = list[str](), plan.spec
+    for window in sorted({kind.sliding_window for kind in plan.kinds}, key=lambda W: (W is None, W)):
+        pattern = Pattern(window, plan.group_size if window is None else None)
+        call = Call(device, dtype, plan.source.shape.head_dim, pattern, packed=spec.data.document_mask)
+        name = "full layers" if pattern == Pattern() else f"sliding {window}" if window else f"S² {plan.group_size}"
+        said.append(f"{name} by {choose(call, spec.attention.backend)}")
+    return ", ".join(said)
+
+
+def _model(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with its new positions and what trains attached, on the device it trains on."""
     model: Any = build_model(plan.source.directory, plan.config, dtype)
     if plan.spec.gradient_checkpointing:
         # transformers renamed it within the versions supported here

@@ -79,6 +79,7 @@ def train(
                     tokens.to(device),
                     group_size=plan.group_size,
                     document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
+                    backend=spec.attention.backend,
                 )  # (b, T, E)
                 target = labels.flatten().to(device)
                 loss_sum, _ = linear_cross_entropy(hidden.flatten(0, 1), output_weight(model), target)

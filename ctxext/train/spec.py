@@ -24,10 +24,13 @@ class AttentionSpec:
     train       auto: s2 for models with full attention everywhere, dense for hybrids, whose few full layers can
                 afford it; s2: S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)
     group_size  tokens of an S²-Attn group; None: ctx / 4
+    backend     what computes it (ops/backends/choice.py); auto: by device, dtype and pattern. One that is named
+                serves or is refused
     """
 
     train: Literal["auto", "s2", "dense"] = "auto"
     group_size: Tokens | None = None
+    backend: Literal["auto", "naive", "blocked", "varlen", "flex"] = "auto"
 
 
 @spec

@@ -4,22 +4,24 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ctxext.config.loader import build
-from ctxext.errors import CheckFailed, CtxextError, InputError
+from ctxext.errors import CheckFailed, CtxextError, EnvironmentFault, InputError
 from ctxext.model.adapters import attach, trainable
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import active_module, build_model, causal_lm, load_model, output_weight
 from ctxext.model.source import resolve
+from ctxext.ops.backends.choice import Backend
 from ctxext.train import loop
 from ctxext.train.finetune import Events, run_finetune
 from ctxext.train.plan import plan_run
 from ctxext.train.run import newest_unfinished, plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.spec import AttentionSpec, FinetuneSpec
 
 TEXT = "".join(f"Line {i} of a text that is long enough to be cut into many sequences. {i * i}\n" for i in range(400))
 
@@ -184,6 +186,24 @@ def test_accumulated_micro_batches_equal_one_large_batch(hybrid, text, tmp_path)
     for size in (1, 3):
         run(make_plan(hybrid, text, steps=2, global_batch_size=3, micro_batch_size=size), tmp_path / str(size))
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-5)
+
+
+def test_the_named_backend_trains_is_said_and_a_missing_one_is_refused_at_once(hybrid, text, tmp_path):
+    said = []
+    for name in ("auto", "naive"):
+        plan = make_plan(hybrid, text, steps=2, attention={"train": "s2", "backend": name})
+        run(plan, tmp_path / name, events=Events(said.append))
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "naive"), rel=1e-5)
+    lines = [line for line in said if line.startswith("attention:")]
+    assert lines == [f"attention: sliding 16 by {x}, S² 32 by {x} (cpu, float32)" for x in ("blocked", "naive")]
+    plan = make_plan(hybrid, text, attention={"backend": "varlen"})
+    with pytest.raises(EnvironmentFault, match="varlen cannot serve: it needs a GPU"):
+        run(plan, tmp_path / "refused")
+    assert not (tmp_path / "refused" / "metrics.jsonl").exists()
+
+
+def test_the_spec_names_the_backends_there_are():
+    assert get_args(get_type_hints(AttentionSpec)["backend"]) == get_args(Backend)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(hybrid, text, tmp_path):

@@ -26,20 +26,29 @@ Gradients are those of the SDPA calls; `views.py` hands out the views and collec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctxext.errors import InputError
-from ctxext.ops.backends.views import Blocks, Heads, cut, join
-from ctxext.ops.masks import Pattern, first_shifted_head, lower_bounds
+from ctxext.ops.backends.segments import Heads, check_shapes, flat, head_halves, segment_bounds
+from ctxext.ops.backends.views import Blocks, cut, join
+from ctxext.ops.masks import Pattern, lower_bounds
 
 _SMALLEST_BLOCK, _BLOCKS_PER_WINDOW = 64, 4  # smaller blocks compute less outside the band, and hold more key grads
 _JOINED_CPU, _JOINED = 128, 1024  # tokens of short documents under one mask: a call costs more than their triangle
 _MASK_ELEMENTS = 2**24  # of the largest mask that cached attention makes
+_HALF = (torch.bfloat16, torch.float16)
+_HOPPER_ORDER = [  # cuDNN's kernels are written for Hopper, torch's FlashAttention is version 2; not yet measured here
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def attention(
@@ -60,15 +69,9 @@ def attention(
     B > 1 are copied once. scale defaults to D ** -0.5. NaN is never hidden, and may spread within its block.
     Raises InputError for shapes that do not fit together and for S² on heads that cannot halve.
     """
+    check_shapes(q, k, v, document_starts)
     (B, H, T, _), (K, S) = q.shape, k.shape[1:3]
-    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != q.shape[3] or H % K or not 1 <= T <= S:
-        raise InputError(
-            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: expected [B,H,T,D] and twice [B,K,S,D], "
-            "K dividing H and 1 <= T <= S"
-        )
-    if document_starts is not None and document_starts.shape != (B, T):
-        raise InputError(f"document_starts has shape {list(document_starts.shape)}, the queries have [{B}, {T}]")
-    halves = _halves(pattern, H, K)
+    halves = head_halves(pattern, H, K)
     if T < S:
         return _cached(q, k, v, pattern, halves, document_starts, scale)
     window = pattern.sliding_window
@@ -90,10 +93,15 @@ def attention(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """torch's kernel; without a mask causal, and a single query sees every key it is given."""
-    gqa = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, scale=scale, enable_gqa=gqa
-    )
+    causal, gqa = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    prefer_cudnn = mask is None and q.is_cuda and q.dtype in _HALF and _is_hopper(q.device)
+    with sdpa_kernel(_HOPPER_ORDER, set_priority=True) if prefer_cudnn else nullcontext():
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+
+
+@lru_cache(maxsize=8)
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 class Call(NamedTuple):
@@ -113,7 +121,7 @@ def _calls(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor 
         lo = lower_bounds(Pattern(None, pattern.group_size), T, document_starts=document_starts.cpu())
         runs, joined = _join_short(_runs(lo, half, B, T), _JOINED_CPU if device.type == "cpu" else _JOINED)
     if joined:
-        lo = _flat(lower_bounds(pattern, T, document_starts=document_starts, device=device), half, B, T)
+        lo = flat(lower_bounds(pattern, T, document_starts=document_starts, device=device), half, B, T)
         token = torch.arange(B * T, device=device)
     band = None if window is None else _band(window, like)
     for run in runs:
@@ -175,20 +183,13 @@ def _unpacked_runs(group_size: int | None, half: int, B: int, T: int) -> tuple[B
 
 def _runs(lo: Tensor, half: int, B: int, T: int) -> list[Blocks]:
     """The segments of one half of the heads, neighbours of equal length as one; lo [B or 1, 1 or 2, T], no window."""
-    starts = (_flat(lo, half, B, T) == torch.arange(B * T)).nonzero()[:, 0]
-    lengths = torch.diff(starts, append=torch.tensor([B * T]))
+    lengths = torch.diff(segment_bounds(lo, half, B, T))
     lengths, counts = torch.unique_consecutive(lengths, return_counts=True)
     runs, start = [], 0
     for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
         runs.append(Blocks(start, count, length))
         start += count * length
     return runs
-
-
-def _flat(lo: Tensor, half: int, B: int, T: int) -> Tensor:
-    """lo of one half as indices into all N tokens, [N]."""
-    rows = torch.arange(0, B * T, T, device=lo.device)[:, None]  # [B,1]
-    return (lo[:, min(half, lo.shape[1] - 1)] + rows).reshape(-1)
 
 
 def _join_short(runs: list[Blocks], limit: int) -> tuple[list[Blocks], set[Blocks]]:
@@ -203,15 +204,6 @@ def _join_short(runs: list[Blocks], limit: int) -> tuple[list[Blocks], set[Block
             joined.add(run)
         kept.append(run)
     return kept, joined
-
-
-def _halves(pattern: Pattern, H: int, K: int) -> list[tuple[Heads, Heads]]:
-    """(query heads, key/value heads) of each half; one entry when all heads are alike."""
-    if pattern.group_size is None:
-        return [((0, H), (0, K))]
-    f = first_shifted_head(H, K)
-    g = f * K // H
-    return [((0, f), (0, g)), ((f, H), (g, K))] if K > 1 else [((0, f), (0, 1)), ((f, H), (0, 1))]
 
 
 def _cached(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Heads = tuple[int, int]  # first, end
+from ctxext.ops.backends.segments import Heads
 
 
 class Blocks(NamedTuple):

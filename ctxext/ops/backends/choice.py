@@ -1,0 +1,92 @@
+"""Which backend serves a call. `auto` reads this table; a backend asked for by name serves, or is refused.
+
+    device   dtype        call                                  auto
+    CPU      any          any                                   blocked
+    GPU      fp32, fp64   any                                   blocked
+    GPU      bf16, fp16   over cached keys (T < S)              blocked
+    GPU      bf16, fp16   full or S², one document a row        blocked: few large causal calls, SDPA's best kernels
+    GPU      bf16, fp16   sliding, or documents                 varlen where its kernel serves, else blocked
+
+naive (the truth, O(T²) memory) and flex (to be measured against varlen on a GPU first) are taken by name only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ctxext.errors import EnvironmentFault, InputError
+from ctxext.ops.attention import naive_attention
+from ctxext.ops.backends import blocked, flex, varlen
+from ctxext.ops.masks import Pattern, lower_bounds
+
+Backend = Literal["auto", "naive", "blocked", "varlen", "flex"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What decides: q's device, dtype and head dim, the pattern, whether rows hold documents, whether T < S."""
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    pattern: Pattern = Pattern()
+    packed: bool = False
+    cached: bool = False
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    document_starts: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(q kᵀ · scale) v over the pattern's keys, by the chosen backend; arguments as in `blocked.attention`."""
+    packed, cached = document_starts is not None, q.shape[2] < k.shape[2]
+    chosen = choose(Call(q.device, q.dtype, q.shape[3], pattern, packed, cached), backend)
+    if chosen == "naive":
+        T, S = q.shape[2], k.shape[2]
+        lo = lower_bounds(pattern, T, S=S, document_starts=document_starts, device=q.device)
+        return naive_attention(q, k, v, lo, scale=scale)
+    serve = {"blocked": blocked.attention, "varlen": varlen.attention, "flex": flex.attention}[chosen]
+    return serve(q, k, v, pattern, document_starts=document_starts, scale=scale)
+
+
+def choose(call: Call, backend: str = "auto") -> str:
+    """The backend that serves a call. Raises InputError for a name there is not, EnvironmentFault where it cannot."""
+    if backend not in get_args(Backend):
+        raise InputError(f"attention backend {backend!r}: allowed are {', '.join(get_args(Backend))}")
+    if backend != "auto":
+        if why := _unserved(backend, call):
+            raise EnvironmentFault(f"attention.backend: {backend} cannot serve: {why}", hint="auto picks one that can")
+        return backend
+    wants_varlen = call.packed or call.pattern.sliding_window is not None
+    return "varlen" if wants_varlen and not _unserved("varlen", call) else "blocked"
+
+
+def _unserved(backend: str, call: Call) -> str | None:
+    """Why a backend cannot serve a call; None when it can."""
+    if backend in ("naive", "blocked"):
+        return None
+    if call.device.type != "cuda":
+        return f"it needs a GPU, and the tensors are on the {call.device.type}"
+    if call.cached:
+        return "it has no attention over cached keys"
+    if backend == "flex":
+        return None
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.head_dim % 8 or call.head_dim > 256:
+        return f"it takes head dims up to 256 that 8 divides, not {call.head_dim}"
+    if torch.cuda.get_device_capability(call.device) < (8, 0):
+        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(call.device)} is older"
+    if varlen.installed_kernel() is None:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen with windows, and flash-attn is missing"
+    return None

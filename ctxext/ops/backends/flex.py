@@ -1,0 +1,96 @@
+"""Compiled FlexAttention under a BlockMask written down in closed form. GPUs; no backward exists on a CPU.
+
+Shapes: B batch, T tokens, H query heads, K key/value heads, D head dim, n = T / 128 rounded up blocks.
+
+torch's `create_block_mask` evaluates the mask at all T x T pairs to find which blocks of 128 queries by 128 keys are
+empty, full or partial. Here lo is known and does not descend, so each row of blocks is an interval, too. With a and z
+the lo of its first and last query, row i of blocks has
+
+    empty           partial         full                partial
+    ...          |  a // 128 ...  |  z / 128 up ... i-1  |  i, the diagonal   |  the future: empty
+
+and 128 numbers say all of a row. The kernel asks `lo[q] <= k <= q` in the partial blocks only. S² is one call for each
+half of the heads, since their blocks differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ctxext.ops.backends.segments import check_shapes, head_halves
+from ctxext.ops.masks import Pattern, lower_bounds
+
+BLOCK = 128  # tokens of a block's side
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    document_starts: Tensor | None = None,
+    scale: float | None = None,
+    kernel: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """As `blocked.attention`, for T = S: q [B,H,T,D], k and v [B,K,T,D] -> [B,H,T,D], always causal.
+
+    `kernel` None is torch's flex_attention, compiled on first use.
+    """
+    check_shapes(q, k, v, document_starts)
+    (_, H, T, _), K = q.shape, k.shape[1]
+    kernel = kernel or _compiled()
+    parts = []
+    for half, ((h0, h1), (g0, g1)) in enumerate(head_halves(pattern, H, K)):
+        if document_starts is None:
+            mask = _unpacked(pattern, half, T, q.device)
+        else:
+            lo = lower_bounds(pattern, T, document_starts=document_starts, device=q.device)
+            mask = block_mask(lo[:, min(half, lo.shape[1] - 1)])
+        own = q[:, h0:h1], k[:, g0:g1], v[:, g0:g1]
+        parts.append(kernel(*own, block_mask=mask, scale=scale, enable_gqa=h1 - h0 != g1 - g0))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def block_mask(lo: Tensor) -> BlockMask:
+    """The blocks of lo [B or 1, T], equal to those `create_block_mask` finds; lo must not descend along T.
+
+    As there, no block is full in a last row that T does not fill.
+    """
+    T, n = lo.shape[1], -(-lo.shape[1] // BLOCK)
+    row = torch.arange(n, device=lo.device)
+    first = lo[:, ::BLOCK] // BLOCK  # [B,n] the leftmost block that is not empty
+    last = lo[:, (row * BLOCK + BLOCK - 1).clamp_max(T - 1)]
+    full = torch.minimum((last + BLOCK - 1) // BLOCK, row)  # [B,n] full from here up to the diagonal
+    if T % BLOCK:
+        full[:, -1] = n - 1
+    partial = full - first + 1  # blocks before the full ones, and the diagonal
+    at = torch.arange(n, device=lo.device)
+    left = torch.where(at == (partial - 1)[..., None], row[:, None], (first[..., None] + at).clamp_max(n - 1))
+    inner = (full[..., None] + at).clamp_max(n - 1)
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        start = lo[b, q] if lo.shape[0] > 1 else lo[0, q]
+        return (start <= k) & (k <= q)
+
+    count, index, full_count, full_index = (x[:, None].to(torch.int32) for x in (partial, left, row - full, inner))
+    return BlockMask.from_kv_blocks(
+        count, index, full_count, full_index, BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(T, T)
+    )
+
+
+@lru_cache(maxsize=16)
+def _unpacked(pattern: Pattern, half: int, T: int, device: torch.device) -> BlockMask:
+    lo = lower_bounds(pattern, T, device=device)
+    return block_mask(lo[:, min(half, lo.shape[1] - 1)])
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,50 @@
+"""What the fast backends share: a batch as one long row of tokens, cut into segments that never see each other.
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, D head dim, N = B * T tokens.
+
+The rows of a batch, its documents and the S² groups are all segments of the same row of N tokens. A segment starts
+where lo[q] == q, whatever made it start; a window cuts nothing, it only shortens what is seen within a segment.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ctxext.errors import InputError
+from ctxext.ops.masks import Pattern, first_shifted_head
+
+Heads = tuple[int, int]  # first, end
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> None:
+    """Refuse tensors that do not fit together: q [B,H,T,D], k and v [B,K,S,D], document_starts [B,T]."""
+    (B, H, T, _), (K, S) = q.shape, k.shape[1:3]
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != q.shape[3] or H % K or not 1 <= T <= S:
+        raise InputError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: expected [B,H,T,D] and twice [B,K,S,D], "
+            "K dividing H and 1 <= T <= S"
+        )
+    if document_starts is not None and document_starts.shape != (B, T):
+        raise InputError(f"document_starts has shape {list(document_starts.shape)}, the queries have [{B}, {T}]")
+
+
+def head_halves(pattern: Pattern, H: int, K: int) -> list[tuple[Heads, Heads]]:
+    """(query heads, key/value heads) of each half, unshifted first; one entry when all heads are alike."""
+    if pattern.group_size is None:
+        return [((0, H), (0, K))]
+    f = first_shifted_head(H, K)
+    g = f * K // H
+    return [((0, f), (0, g)), ((f, H), (g, K))] if K > 1 else [((0, f), (0, 1)), ((f, H), (0, 1))]
+
+
+def flat(lo: Tensor, half: int, B: int, T: int) -> Tensor:
+    """lo [B or 1, 1 or 2, T] of one half as indices into all N tokens, [N]."""
+    rows = torch.arange(0, B * T, T, device=lo.device)[:, None]  # [B,1]
+    return (lo[:, min(half, lo.shape[1] - 1)] + rows).reshape(-1)
+
+
+def segment_bounds(lo: Tensor, half: int, B: int, T: int) -> Tensor:
+    """Where the segments of one half start, and N at the end: [segments + 1], on the CPU. lo without a window."""
+    starts = (flat(lo.cpu(), half, B, T) == torch.arange(B * T)).nonzero()[:, 0]
+    return torch.cat([starts, torch.tensor([B * T])])

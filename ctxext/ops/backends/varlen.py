@@ -1,0 +1,135 @@
+"""FlashAttention over segments of any length: one call for each half of the heads. GPUs, bf16 and fp16.
+
+Shapes: B batch, T tokens, H query heads, K key/value heads, D head dim, N = B * T tokens.
+
+The kernel takes all tokens of a batch in one row and `cu_seqlens`, where its segments start and the last one ends.
+Those are the cuts of `segments.py`, whatever made them: rows, documents or S² groups. T = 10, G = 4:
+
+    unshifted  |q q q q|q q q q|q q|    cu_seqlens 0 4 8 10        shifted  |q q|q q q q|q q q q|    0 2 6 10
+
+A window is the kernel's own and works within each segment. It counts the keys before the query, so W keys, the query
+itself included, are (W - 1, 0); (-1, 0) is causal without one. Nothing is padded and nothing masked by a tensor.
+
+The kernel is `torch.nn.attention.varlen` (from 2.11 on, which has windows) or flash-attn's, whichever is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ctxext.errors import EnvironmentFault
+from ctxext.ops.backends.segments import check_shapes, head_halves, segment_bounds
+from ctxext.ops.masks import Pattern, lower_bounds
+
+
+class Arguments(NamedTuple):
+    """cu_seqlens int32 [segments + 1], the longest segment in tokens, keys seen before the query (-1: all)."""
+
+    cu_seqlens: Tensor
+    longest: int
+    left: int
+
+
+Kernel = Callable[[Tensor, Tensor, Tensor, Arguments, float], Tensor]  # q [N,h,D], k and v [N,g,D] -> [N,h,D]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    document_starts: Tensor | None = None,
+    scale: float | None = None,
+    kernel: Kernel | None = None,
+) -> Tensor:
+    """As `blocked.attention`, for T = S: q [B,H,T,D], k and v [B,K,T,D] -> [B,H,T,D], always causal.
+
+    `kernel` None takes the installed one. Raises EnvironmentFault when there is none.
+    """
+    check_shapes(q, k, v, document_starts)
+    kernel = kernel or installed_kernel()
+    if kernel is None:
+        raise EnvironmentFault("no varlen kernel is installed", hint="torch 2.11 or newer on a GPU has one")
+    (B, H, T, D), K = q.shape, k.shape[1]
+    halves = head_halves(pattern, H, K)
+    starts = None if document_starts is None else document_starts.cpu()
+    qs = _by_heads(q, [h1 - h0 for (h0, h1), _ in halves])
+    gs = [g1 - g0 for _, (g0, g1) in halves]
+    ks, vs = (_by_heads(x, gs) if sum(gs) == K else [x.transpose(1, 2).reshape(B * T, K, D)] * 2 for x in (k, v))
+    parts = []
+    for half, (qi, ki, vi) in enumerate(zip(qs, ks, vs, strict=True)):
+        if starts is None:
+            arguments = _unpacked(pattern, half, B, T, q.device)
+        else:
+            arguments = arguments_of(pattern, half, B, T, starts, q.device)
+        parts.append(kernel(qi, ki, vi, arguments, D**-0.5 if scale is None else scale))
+    return torch.cat(parts, dim=1).view(B, T, H, D).transpose(1, 2)
+
+
+def arguments_of(
+    pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, device: torch.device
+) -> Arguments:
+    """What the kernel is told for one half of the heads; document_starts [B,T] on the CPU."""
+    lo = lower_bounds(Pattern(None, pattern.group_size), T, document_starts=document_starts)
+    bounds = segment_bounds(lo, half, B, T)
+    left = -1 if pattern.sliding_window is None else pattern.sliding_window - 1
+    return Arguments(bounds.to(device, torch.int32), int(torch.diff(bounds).max()), left)
+
+
+@lru_cache(maxsize=32)
+def _unpacked(pattern: Pattern, half: int, B: int, T: int, device: torch.device) -> Arguments:
+    return arguments_of(pattern, half, B, T, None, device)
+
+
+def _by_heads(x: Tensor, heads: list[int]) -> tuple[Tensor, ...]:
+    """[B,H,T,D] -> one [N,h,D] for each part of the heads, without a copy where x is laid out [B,T,H,D]."""
+    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3]).split(heads, dim=1)
+
+
+@lru_cache(maxsize=1)
+def installed_kernel() -> Kernel | None:
+    """torch's own where it takes windows, else flash-attn's, else None."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return _flash_attn()
+    known = signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():  # 2.10: causal or not, nothing else
+        return _flash_attn()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, scale: float) -> Tensor:
+        cu, longest, left = arguments
+        options: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
+        if "enable_gqa" in known:  # 2.12
+            options["enable_gqa"] = q.shape[1] != k.shape[1]
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        out: Any = varlen_attn(q, k, v, cu, cu, longest, longest, **options)  # a tuple only where aux is asked for
+        return out
+
+    return run
+
+
+def _flash_attn() -> Kernel | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+
+    def run(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, scale: float) -> Tensor:
+        cu, longest, left = arguments
+        options: dict[str, Any] = {
+            "softmax_scale": scale,
+            "causal": True,
+            "window_size": (left, 0 if left >= 0 else -1),
+        }
+        return flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, **options)
+
+    return run
