@@ -1,12 +1,23 @@
 """Time and memory of ctxext's attention against the ways it is usually done: one process, repetitions interleaved.
 
-    python benchmarks/attention.py                    # fp32, T = 4k, 8k, 16k; writes benchmarks/results/
-    python benchmarks/attention.py --lengths 4k,32k --dtype bfloat16
+    python benchmarks/attention.py                    # everything for this machine; writes benchmarks/results/
+    python benchmarks/attention.py --lengths 4k,32k --dtype bfloat16 --out elsewhere
 
-Rows: S² here (G = T / 4, grouped views); S² as a roll and masked SDPA; S² eager after a roll, LongLoRA's way without
-FlashAttention, written from its description: a plain triangle after the roll, so the first G / 2 tokens of half the
-heads see the last G / 2, a leak of the future that is kept because it is part of what it costs; sliding 128 here;
-sliding 128 as transformers does it (SDPA under a T x T mask); dense causal SDPA. Batch 1, 8 heads of 64.
+Batch 1, 8 heads of 64; forward alone without gradients, then forward and backward. Rows:
+
+    S², ctxext                     G = T / 4, grouped views; and with G fixed, for how it grows in T
+    S², roll + masked SDPA         the same rolled, under a mask that undoes what the roll wraps around
+    S², roll + eager (leaks)       LongLoRA's way without FlashAttention, written from its description: a plain triangle
+                                   after the roll, so the first G / 2 tokens of half the heads see the last G / 2, a
+                                   leak of the future that is kept because it is part of what it costs
+    sliding 128, ctxext            128 keys, the query's own included
+    sliding 128, transformers      its sdpa attention under its T x T mask
+    sliding 128, FlexAttention     as its documentation has it, compiled; on a CPU it has no backward
+    dense causal SDPA              torch's kernel
+    on a GPU also                  ctxext's other backends, and packed documents of 512 to 7,680 tokens
+
+Masks are made before the clock starts, since a model makes them once for all layers; their memory counts. What needs
+more memory than there is, by a formula beside each row, is not run.
 
 Memory is what was held at most beyond the inputs: the allocator's peak on a GPU; on a CPU the largest rise of the
 process's resident set, sampled every 2 ms in a repetition of its own, with every block of 64 KiB or more mapped afresh
@@ -16,29 +27,31 @@ so that nothing is reused unseen (glibc).
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import platform
-import statistics
-import threading
-import time
-from collections.abc import Callable
+import re
+import sys
+from functools import partial
 from pathlib import Path
 
-import psutil
+import measure_attention
+import report_attention
 import torch
 import transformers
+from measure_attention import Attention, Cell, D, H, Way
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask, sliding_window_causal_mask_function
 
-from ctxext.ops.backends import blocked
-from ctxext.ops.masks import Pattern
-from ctxext.units import format_tokens, parse_tokens
+from ctxext.ops.backends import blocked, choice
+from ctxext.ops.masks import Pattern, document_starts
+from ctxext.units import parse_tokens
 
-H, D, WINDOW = 8, 64, 128
-M_MMAP_THRESHOLD = -3  # malloc.h
-LARGEST_EAGER = 16 * 1024  # tokens; H T G scores and their gradients do not fit beyond
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+WINDOW, FIXED_GROUP = 128, 2048
+DOCUMENTS = (1024, 3072, 512, 7680, 4096)  # tokens of each, over and over
+LENGTHS = {"cpu": "4k,8k,16k,32k", "cuda": "16k,32k,64k,128k,256k"}
+LONGEST_FP32_GPU = 32 * 1024
 
 
 def roll_half(x: Tensor, shift: int) -> Tensor:
@@ -51,153 +64,173 @@ def grouped(x: Tensor, G: int) -> Tensor:
     return x.unflatten(2, (-1, G))[0].transpose(0, 1)
 
 
-def s2_masked_roll(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    T, G = q.shape[2], q.shape[2] // 4
-    q, k, v = (grouped(roll_half(x, -(G // 2)), G) for x in (q, k, v))
-    mask = torch.ones(T // G, H, G, G, dtype=torch.bool, device=q.device).tril()
+def s2_masked_roll(like: Tensor) -> Attention:
+    T, G = like.shape[2], like.shape[2] // 4
+    mask = torch.ones(T // G, H, G, G, dtype=torch.bool, device=like.device).tril_()
     mask[-1, H // 2 :, G // 2 :, : G // 2] = False  # what was rolled to the end does not see the tokens before it
-    out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return roll_half(out.transpose(0, 1).flatten(1, 2)[None], G // 2)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (grouped(roll_half(x, -(G // 2)), G) for x in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return roll_half(out.transpose(0, 1).flatten(1, 2)[None], G // 2)
+
+    return attention
 
 
-def s2_eager_roll(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    G = q.shape[2] // 4
-    q, k, v = (grouped(roll_half(x, -(G // 2)), G) for x in (q, k, v))
-    triangle = torch.full((G, G), float("-inf"), device=q.device, dtype=q.dtype).triu(1)
-    weights = (q @ k.transpose(-1, -2) * D**-0.5 + triangle).softmax(-1, dtype=torch.float32).to(q.dtype)
-    return roll_half((weights @ v).transpose(0, 1).flatten(1, 2)[None], G // 2)
+def s2_eager_roll(like: Tensor) -> Attention:
+    G = like.shape[2] // 4
+    triangle = torch.full((G, G), float("-inf"), device=like.device, dtype=like.dtype).triu(1)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (grouped(roll_half(x, -(G // 2)), G) for x in (q, k, v))
+        weights = (q @ k.transpose(-1, -2) * D**-0.5 + triangle).softmax(-1, dtype=torch.float32).to(q.dtype)
+        return roll_half((weights @ v).transpose(0, 1).flatten(1, 2)[None], G // 2)
+
+    return attention
 
 
-def sliding_masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    i = torch.arange(q.shape[2], device=q.device)
-    mask = (i[:, None] >= i) & (i[:, None] - i < WINDOW)
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+def sliding_transformers(like: Tensor) -> Attention:
+    T, function = like.shape[2], sliding_window_causal_mask_function(WINDOW)
+    mask = sdpa_mask(1, T, T, mask_function=function, local_size=WINDOW, device=like.device)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sdpa_attention_forward(torch.nn.Module(), q, k, v, mask)[0].transpose(1, 2)
+
+    return attention
 
 
-def s2_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return blocked.attention(q, k, v, Pattern(group_size=q.shape[2] // 4))
+def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return (q >= k) & (q - k < WINDOW)
 
 
-def sliding_here(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return blocked.attention(q, k, v, Pattern(sliding_window=WINDOW))
+compiled_flex, compiled_block_mask = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v, is_causal=True)
+def sliding_flex(like: Tensor) -> Attention:
+    T = like.shape[2]
+    mask = compiled_block_mask(seen, None, None, T, T, device=like.device.type)
+    return partial(compiled_flex, block_mask=mask)
 
 
-METHODS: dict[str, tuple[Attention, str]] = {  # name: (attention, the row its ratio is to)
-    "S², ctxext": (s2_here, "S², ctxext"),
-    "S², roll + masked SDPA": (s2_masked_roll, "S², ctxext"),
-    "S², roll + eager (leaks)": (s2_eager_roll, "S², ctxext"),
-    "sliding 128, ctxext": (sliding_here, "sliding 128, ctxext"),
-    "sliding 128, SDPA + T x T mask": (sliding_masked, "sliding 128, ctxext"),
-    "dense causal SDPA": (dense, "S², ctxext"),
-}
+def dense(like: Tensor) -> Attention:
+    return partial(scaled_dot_product_attention, is_causal=True)
 
 
-def inputs(T: int, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """q, k, v and the gradient of the output, laid out [1, T, H, D] in memory as projections are."""
-    made = [torch.randn(1, T, H, D, dtype=dtype, device=device).transpose(1, 2) for _ in range(4)]
-    return [x.requires_grad_() for x in made[:3]] + [made[3]]
+def s2_pattern(T: int) -> Pattern:
+    return Pattern(group_size=T // 4)
 
 
-def step(attention: Attention, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> float:
-    """Seconds of one forward and backward."""
-    if q.is_cuda:
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    torch.autograd.grad(attention(q, k, v), (q, k, v), weight)
-    if q.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def fixed_pattern(T: int) -> Pattern:
+    return Pattern(group_size=FIXED_GROUP)
 
 
-def peak_memory(attention: Attention, tensors: list[Tensor]) -> int:
-    """Bytes held at most beyond what was held before, in one forward and backward."""
-    gc.collect()
-    if tensors[0].is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(attention, *tensors)
-        return torch.cuda.max_memory_allocated() - before
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
-    libc.malloc_trim(0)
-    process, done = psutil.Process(), threading.Event()
-    before = process.memory_info().rss
-    seen = [before]
-
-    def watch() -> None:
-        while not done.is_set():
-            seen.append(process.memory_info().rss)
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step(attention, *tensors)
-    done.set()
-    watcher.join()
-    libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)
-    return max(seen) - before
+def sliding_pattern(T: int) -> Pattern:
+    return Pattern(sliding_window=WINDOW)
 
 
-def measure(T: int, dtype: torch.dtype, device: str, repetitions: int) -> dict[str, tuple[float, int]]:
-    """{method: (median seconds, bytes)}; one warm-up each, then the methods in turn."""
-    tensors = inputs(T, dtype, device)
-    methods = {name: fn for name, (fn, _) in METHODS.items() if fn is not s2_eager_roll or T <= LARGEST_EAGER}
-    memory = {name: peak_memory(attention, tensors) for name, attention in methods.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(repetitions):
-        for name, attention in methods.items():
-            seconds[name].append(step(attention, *tensors))
-    return {name: (statistics.median(seconds[name]), memory[name]) for name in methods}
+def here(pattern, like: Tensor) -> Attention:
+    """ctxext's attention on a CPU, and one of its backends on a GPU."""
+    return partial(blocked.attention, pattern=pattern(like.shape[2]))
 
 
-def report(lengths: list[int], results: dict[int, dict[str, tuple[float, int]]], title: str) -> str:
-    """A Markdown table: seconds and MiB, and the ratio of each to ctxext's row for the same pattern."""
-    lines = [title, "", "| | " + " | ".join(f"T = {format_tokens(T)}" for T in lengths) + " |"]
-    lines.append("|---|" + "---|" * len(lengths))
-    for name, (_, against) in METHODS.items():
-        cells = []
-        for T in lengths:
-            if name not in results[T]:
-                cells.append("does not fit")
-                continue
-            (seconds, memory), (base_seconds, base_memory) = results[T][name], results[T][against]
-            ratio = (
-                "" if name == against else f", {seconds / base_seconds:.1f}x time, {memory / base_memory:.1f}x memory"
-            )
-            cells.append(f"{seconds:.3f} s, {memory / 2**20:.0f} MiB{ratio}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    sliding = [results[T]["dense causal SDPA"][0] / results[T]["sliding 128, ctxext"][0] for T in lengths]
-    lines += ["", "Dense against sliding 128, ctxext: " + ", ".join(f"{r:.1f}x" for r in sliding) + " the time."]
-    return "\n".join(lines) + "\n"
+def by_backend(pattern, backend: str, like: Tensor) -> Attention:
+    return partial(choice.attention, pattern=pattern(like.shape[2]), backend=backend)
+
+
+def packed(backend: str, like: Tensor) -> Attention:
+    """Dense attention inside documents; where they start is kept on the CPU, as the data loader has it."""
+    T, bounds = like.shape[2], [0]
+    while bounds[-1] < T:
+        bounds.append(bounds[-1] + DOCUMENTS[(len(bounds) - 1) % len(DOCUMENTS)])
+    starts = document_starts(bounds[:-1], T)
+    return partial(choice.attention, pattern=Pattern(), document_starts=starts, backend=backend)
+
+
+def roll_mask_bytes(T: int, item: int, backward: bool) -> int:
+    """H T G booleans, and the copy in q's dtype that SDPA adds to the scores."""
+    return H * T * (T // 4) * (1 + item)
+
+
+def eager_bytes(T: int, item: int, backward: bool) -> int:
+    """H T G scores: three fp32 copies in the backward, and two more in bf16 where they are converted."""
+    copies = {(4, False): 8, (4, True): 12, (2, False): 10, (2, True): 16}[item, backward]
+    return H * T * (T // 4) * copies
+
+
+def square_mask_bytes(T: int, item: int, backward: bool) -> int:
+    """T x T booleans, and the copy in q's dtype that SDPA adds to the scores; made from three sets of booleans."""
+    return T * T * max(3, 1 + item)
+
+
+def ways(device: str) -> dict[str, Way]:
+    """The rows, in their order."""
+    rows = {
+        "S², ctxext": Way(partial(here, s2_pattern), "S²"),
+        "S², roll + masked SDPA": Way(s2_masked_roll, "S²", roll_mask_bytes),
+        "S², roll + eager (leaks)": Way(s2_eager_roll, "S²", eager_bytes),
+        f"S², G = {FIXED_GROUP:,} (fixed), ctxext": Way(partial(here, fixed_pattern), "S² fixed"),
+        "sliding 128, ctxext": Way(partial(here, sliding_pattern), "sliding"),
+        "sliding 128, transformers": Way(sliding_transformers, "sliding", square_mask_bytes),
+        "sliding 128, FlexAttention": Way(sliding_flex, "sliding", compiles=True),
+        "dense causal SDPA": Way(dense, "dense"),
+    }
+    if device == "cuda":
+        for backend in ("varlen", "flex"):
+            compiles = backend == "flex"
+            rows[f"S², ctxext {backend}"] = Way(partial(by_backend, s2_pattern, backend), "S²", compiles=compiles)
+            name = f"sliding 128, ctxext {backend}"
+            rows[name] = Way(partial(by_backend, sliding_pattern, backend), "sliding", compiles=compiles)
+        for backend in ("blocked", "varlen", "flex"):
+            name = f"documents, ctxext {backend}"
+            rows[name] = Way(partial(packed, backend), "documents", compiles=backend == "flex")
+    return rows
+
+
+def machine(device: str) -> str:
+    """What ran it, without the name of the host."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", info.read_text("utf-8"), re.MULTILINE) if info.exists() else None
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="4k,8k,16k")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--lengths", help="such as 4k,32k")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of them; both otherwise")
+    parser.add_argument("--repetitions", type=int, default=5, help="at most; slow rows get fewer, the tables say so")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="a directory")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    lengths = [parse_tokens(part) for part in (options.lengths or LENGTHS[device]).split(",")]
+    dtypes = [options.dtype] if options.dtype else ["float32", "bfloat16"]
     torch.manual_seed(0)
-    lengths = [parse_tokens(part) for part in options.lengths.split(",")]
-    results = {}
-    for T in lengths:
-        results[T] = measure(T, getattr(torch, options.dtype), device, options.repetitions)
-        print(f"T = {T}: " + ", ".join(f"{name} {s:.3f} s" for name, (s, _) in results[T].items()), flush=True)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    title = (
-        f"Forward and backward, {H} heads of {D}, batch 1, {options.dtype}, median of {options.repetitions}, "
-        f"on {machine} ({platform.machine()}), torch {torch.__version__}, transformers {transformers.__version__}."
+    rows = ways(device)
+    header = (
+        f"{H} heads of {D}, batch 1, on {machine(device)}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}."
     )
-    text = report(lengths, results, title)
-    out = options.out or Path(__file__).parent / "results" / f"attention-{device}-{options.dtype}.md"
-    out.write_text(text, "utf-8")
+    roofs = (measure_attention.copy_bandwidth(), measure_attention.matmul_flops()) if device == "cuda" else None
+    results: report_attention.Results = {(dtype, backward): {} for dtype in dtypes for backward in (False, True)}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for T in lengths:
+        for (dtype, backward), by_length in results.items():
+            if device == "cuda" and dtype == "float32" and T > LONGEST_FP32_GPU and options.dtype is None:
+                continue
+            tensors = measure_attention.inputs(T, getattr(torch, dtype), device)
+            by_length[T] = measure_attention.measure(rows, tensors, backward, options.repetitions)
+            print(f"T = {T:,}, {dtype}, {'forward + backward' if backward else 'forward'}:", file=sys.stderr)
+            for name, cell in by_length[T].items():
+                print(f"    {name}: {shown(cell)}", file=sys.stderr, flush=True)
+        text = report_attention.report(header, rows, results, roofs)
+        (options.out / f"attention-{device}.md").write_text(text, "utf-8")  # after each length: a run may be cut short
+    report_attention.plot(options.out / f"attention-{device}.png", header, rows, results)
     print(text)
+
+
+def shown(cell: Cell) -> str:
+    return cell if isinstance(cell, str) else f"{cell.seconds:.4f} s, {cell.memory / 2**20:.0f} MiB"
 
 
 if __name__ == "__main__":
