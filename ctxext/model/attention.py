@@ -56,6 +56,12 @@ def attend(
             f"attention dropout {dropout} is not supported", hint="set attention_dropout to 0 in config.json"
         )
     if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise ModelError(
+                f"an attention mask of shape {list(attention_mask.shape)}: ctxext's attention sees intervals of keys "
+                "that end at the query, and takes no T x T mask",
+                hint="give a [B, S] padding mask, or document_starts=",
+            )
         if document_starts is not None:
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from ctxext.errors import InputError
-from ctxext.ops.masks import first_shifted_head
+from ctxext.ops.masks import check_lower_bounds, first_shifted_head
 
 
 def naive_attention(
@@ -19,11 +19,13 @@ def naive_attention(
     lo [B or 1, 1 or 2, T] as from `masks.lower_bounds`: one row for all heads, or one for each half. Query i sits at
     key index S - T + i. scale defaults to D ** -0.5. Computed in fp32 (fp64 inputs stay fp64), returned in q's dtype.
     NaN propagates: a NaN key or value reaches every query that sees it, and a NaN value the others too (0 * NaN).
-    Memory is O(B H T S), on purpose. Raises InputError for heads or lengths that do not fit together.
+    Memory is O(B H T S), on purpose. Raises InputError for heads or lengths that do not fit together, and for a lo
+    that is not interval-causal.
     """
     (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
     if H % K or T > S:
         raise InputError(f"q {list(q.shape)} over k {list(k.shape)}: K must divide H, and T may not exceed S")
+    check_lower_bounds(lo, S)
     if lo.shape[1] == 2:
         f = first_shifted_head(H, K)
         lo = torch.repeat_interleave(lo, torch.tensor([f, H - f], device=lo.device), dim=1)  # [B,H,T]

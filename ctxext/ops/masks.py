@@ -100,6 +100,26 @@ def lower_bounds(
     return lo
 
 
+def check_lower_bounds(lo: torch.Tensor, S: int) -> None:
+    """Refuse a vector [.., T] that is not interval-causal: 0 <= lo <= the query's key index, never descending along T.
+
+    Queries are the last T of S tokens. A query whose lo lies after itself would see nothing, and its softmax be NaN.
+    Raises InputError naming the first value that does not fit.
+    """
+    import torch
+
+    lo = lo.to("cpu", torch.int64).flatten(0, -2)
+    position = torch.arange(S - lo.shape[-1], S)
+    descends = torch.nn.functional.pad(lo[:, 1:] < lo[:, :-1], (1, 0))
+    for wrong, why in ((lo < 0, "is negative"), (lo > position, "lies after the query"), (descends, "descends")):
+        if wrong.any():
+            row, i = wrong.nonzero()[0].tolist()
+            raise InputError(
+                f"lo[{row}, {i}] = {lo[row, i]} (query at {position[i]}) {why}: that mask is not interval-causal",
+                hint="a query sees lo up to itself, and lo never descends; masks.lower_bounds makes such vectors",
+            )
+
+
 def first_shifted_head(H: int, K: int) -> int:
     """The first of the S²-shifted query heads; they run to the last.
 

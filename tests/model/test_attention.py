@@ -111,6 +111,12 @@ def test_what_it_has_not_is_refused(given):
         attention.attend(torch.nn.Module(), q, q, q, None, **given)
 
 
+def test_a_mask_of_all_pairs_is_refused(model_dir, ids):
+    model = load_model(model_dir("llama")).model
+    with pytest.raises(ModelError, match="takes no T x T mask"):
+        model(ids, attention_mask=torch.ones(2, 1, T, T, dtype=torch.bool).tril())
+
+
 def test_right_padding_and_static_caches_are_refused():
     mask = torch.tensor([[1, 1, 0]])
     with pytest.raises(ModelError, match="left"):

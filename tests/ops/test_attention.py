@@ -64,3 +64,14 @@ def test_shapes_that_do_not_fit():
     q, k, v = tensors(1, 3, 2, 5, 5, 4)
     with pytest.raises(InputError, match="must divide"):
         naive_attention(q, k, v, lower_bounds(Pattern(), 5))
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "told"), [(3, 4, "lies after the query"), (2, -1, "is negative"), (4, 0, "descends")]
+)
+def test_a_mask_that_is_not_interval_causal_is_refused(at, value, told):
+    q, k, v = tensors(1, 2, 2, 6, 6, 4)
+    lo = lower_bounds(Pattern(3), 6).clone()
+    lo[0, 0, at] = value
+    with pytest.raises(InputError, match=rf"lo\[0, {at}\] = {value}.*{told}.*not interval-causal"):
+        naive_attention(q, k, v, lo)
