@@ -71,11 +71,31 @@ def attend(
 
 
 def left_padding(
-    *, q_length: int, kv_length: int, q_offset: int, kv_offset: int, attention_mask: Tensor | None, **kwargs: Any
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    config: Any = None,
+    **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function transformers calls once a forward: the padding of the keys at hand, [B, S] bool, or None."""
+    """The mask function transformers calls once a forward: the padding of the keys at hand, [B, S] bool, or None.
+
+    transformers says with `allow_is_causal_skip` that it wants more of a mask than causality (documents told by
+    position_ids, tokens that see each other both ways), and with a `local_size` that is not the window that it wants
+    chunks. None of it is had here, so that it is refused. (While tracing it always says so: then it cannot be told.)
+    """
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise ModelError("ctxext's attention takes transformers' dynamic cache, not a static one")
+    chunked = local_size not in (None, getattr(config, "sliding_window", None))
+    if chunked or not (allow_is_causal_skip or torch.compiler.is_compiling()):
+        raise ModelError(
+            "ctxext's attention is causal, with windows and left padding; this model or call asks for another mask",
+            hint="for packed documents give document_starts=, and no position_ids that start anew",
+        )
     if attention_mask is None:
         return None
     padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()

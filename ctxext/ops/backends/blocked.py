@@ -70,7 +70,7 @@ def attention(
     Raises InputError for shapes that do not fit together and for S² on heads that cannot halve.
     """
     check_shapes(q, k, v, document_starts)
-    (B, H, T, _), (K, S) = q.shape, k.shape[1:3]
+    (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
     halves = head_halves(pattern, H, K)
     if T < S:
         return _cached(q, k, v, pattern, halves, document_starts, scale)
@@ -78,6 +78,21 @@ def attention(
     pattern = Pattern(None if window is None or window >= T else window, pattern.group_size)
     if pattern == Pattern() and document_starts is None:
         return _sdpa(q, k, v, None, scale)
+    return _in_blocks(q, k, v, pattern, halves, document_starts, scale)
+
+
+@torch.compiler.disable  # views at offsets that depend on the data: a compiled layer breaks its graph here
+def _in_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    halves: list[tuple[Heads, Heads]],
+    document_starts: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """T = S: the calls of each half on views of its heads, gathered in one output."""
+    B, H, T, _ = q.shape
     calls = [
         (*heads, call)
         for half, heads in enumerate(halves)
@@ -93,7 +108,9 @@ def attention(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """torch's kernel; without a mask causal, and a single query sees every key it is given."""
-    causal, gqa = mask is None and q.shape[2] > 1, q.shape[1] != k.shape[1]
+    causal, gqa = False, q.shape[1] != k.shape[1]
+    if mask is None and q.shape[2] > 1:  # a plain bool: torch.compile would hand on a symbol
+        causal = True
     prefer_cudnn = mask is None and q.is_cuda and q.dtype in _HALF and _is_hopper(q.device)
     with sdpa_kernel(_HOPPER_ORDER, set_priority=True) if prefer_cudnn else nullcontext():
         return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
