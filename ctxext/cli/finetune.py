@@ -12,7 +12,7 @@ from ctxext.errors import InputError
 
 if TYPE_CHECKING:
     from ctxext.train.finetune import FinetuneReport
-    from ctxext.train.loop import StepMetrics
+    from ctxext.train.metrics import StepMetrics
     from ctxext.train.plan import RunPlan
 
 DEFAULT_PRESET = "lora-alpha"
@@ -47,24 +47,26 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run (--out, or the newest)")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing run directory")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing run; with --resume: go on with a changed spec")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON")] = False,
 ) -> None:
     """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, positions where needed."""
     from ctxext.config import manifest as manifests
 
+    given = {"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}
     if resume:
-        if any(x is not None for x in (model, ctx, data, steps, original_length, set_)) or preset != DEFAULT_PRESET:
-            raise InputError("--resume goes on with the run's own spec", hint="only --out can be given beside it")
+        if model is not None or preset != DEFAULT_PRESET:
+            raise InputError("--resume goes on with the run's own model and spec", hint="leave MODEL and --preset out")
         from ctxext.train.run import newest_unfinished, plan_resumed
 
         run = out or newest_unfinished(manifests.RUNS)
-        decided = plan_resumed(run)
+        decided = plan_resumed(run, _fields(given, set_ or []), accept=force)
     else:
         if ctx is None and preset == DEFAULT_PRESET:
             raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
-        given = {"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}
-        decided = _plan(model, preset, given, set_ or [], needs_weights=not plan)
+        decided = _plan(model, preset, _fields(given, set_ or []), needs_weights=not plan)
         run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
     if plan:
         console.emit(decided.as_dict()) if as_json else console.pairs(decided.rows())
@@ -73,23 +75,30 @@ def finetune(
     _run(decided, run, resume, force, as_json)
 
 
-def _plan(model: str | None, preset: str, given: dict[str, Any], sets: list[str], *, needs_weights: bool) -> RunPlan:
+def _fields(given: dict[str, Any], sets: list[str]) -> dict[str, Any]:
+    """What options say about the spec, by dotted path; `--set` comes last."""
+    from ctxext.config.loader import parse_value
+
+    fields = {key: value for key, value in given.items() if value is not None}
+    for assignment in sets:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment!r}: allowed is key=value, such as lora.rank=16")
+        fields[key.strip()] = parse_value(value, source=f"--set {key}")
+    return fields
+
+
+def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weights: bool) -> RunPlan:
     from ctxext.config import manifest as manifests
     from ctxext.config import presets
-    from ctxext.config.loader import build, parse_value, set_value
+    from ctxext.config.loader import build, set_value
     from ctxext.model.source import resolve
     from ctxext.train.plan import plan_run
     from ctxext.train.spec import FinetuneSpec
 
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
     for key, value in given.items():
-        if value is not None:
-            set_value(fields, key, value)
-    for assignment in sets:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment!r}: allowed is key=value, such as lora.rank=16")
-        set_value(fields, key.strip(), parse_value(value, source=f"--set {key}"))
+        set_value(fields, key, value)
     spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)")
     if model is None:
         newest = manifests.newest(manifests.RUNS, ("conversion", "model"))
@@ -123,6 +132,7 @@ def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> 
             ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"),
             ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
             ("gradient spikes", f"{report.spikes} of {report.steps} steps scaled down"),
+            ("rollbacks", str(report.rollbacks)),
             ("peak memory", format_bytes(report.peak_memory)),
             ("took", format_duration(report.seconds)),
             ("written to", report.out),
@@ -136,7 +146,8 @@ def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> 
 
 def train_with_progress(plan: RunPlan, run: Path, *, resume: bool) -> FinetuneReport:
     """Run a plan under a progress bar; a line every tenth of the way where stderr is no terminal."""
-    from ctxext.train.finetune import Events, run_finetune
+    from ctxext.train.finetune import run_finetune
+    from ctxext.train.loop import Events
     from ctxext.units import format_bytes
 
     with console.progress() as display:

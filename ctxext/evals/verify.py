@@ -106,7 +106,7 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     if plan is None:
         return Launch(source, attention, ctx, T)
     scaled = G if G is None or ctx == T or 2 * G + 7 <= T else max(2, G * T // ctx)
-    masked, checkpointing = spec.data.document_mask, spec.gradient_checkpointing
+    masked, checkpointing = spec.data.document_mask, spec.memory.checkpoint
     return Launch(source, attention, ctx, T, scaled, G, masked, checkpointing, plan.dtype, spec.attention.backend)
 
 

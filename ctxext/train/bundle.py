@@ -8,6 +8,7 @@ tuning full   an ordinary model directory
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,16 @@ from ctxext.model.convert import copy_tokenizer, write_config
 from ctxext.model.families import expected_tensors, rope_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.weights import SINGLE
-from ctxext.train.optimizer import MasterAdamW
 from ctxext.train.plan import RunPlan
 from ctxext.units import format_tokens
 
 
-def save_bundle(run: Path, plan: RunPlan, model: Any, optimizer: MasterAdamW, facts: dict[str, Any]) -> int:
+def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tensor], facts: dict[str, Any]) -> int:
     """Write the run's result into its directory; returns how many trained tensors were found again on disk."""
     if plan.spec.tuning == "full":
-        count = _save_whole(run, plan, optimizer)
+        count = _save_whole(run, plan, masters)
     else:
-        count = save_adapter(model, run, optimizer.masters)
+        count = save_adapter(model, run, masters)
     copy_tokenizer(plan.source.directory, run)
     _set_tokenizer_length(run, plan.config["max_position_embeddings"])
     (run / "README.md").write_text(_card(plan, facts), "utf-8")
@@ -66,11 +66,9 @@ def run_name(plan: RunPlan) -> str:
     return f"{plan.source.name}-{f'{ctx // 1024}k' if ctx % 1024 == 0 else ctx}"
 
 
-def _save_whole(run: Path, plan: RunPlan, optimizer: MasterAdamW) -> int:
+def _save_whole(run: Path, plan: RunPlan, masters: Mapping[str, Tensor]) -> int:
     """Every weight in fp32, in one file; reopened and compared with the masters."""
-    tensors: dict[str, Tensor] = {
-        name: master.detach().cpu().contiguous() for name, master in optimizer.masters.items()
-    }
+    tensors: dict[str, Tensor] = {name: master.detach().cpu().contiguous() for name, master in masters.items()}
     missing = expected_tensors(plan.config).keys() ^ tensors.keys()
     if missing:
         raise CheckFailed(f"{run}: {len(missing)} weights would be lost or were never asked for, first {min(missing)}")

@@ -9,11 +9,10 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,19 @@ from ctxext.data import corpus, synthetic
 from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
 from ctxext.data.packing import PackedSequences, attended_share, tokenise, tokenizer_hash
 from ctxext.errors import InputError
-from ctxext.model.adapters import attach, trainable
+from ctxext.model.adapters import attach
 from ctxext.model.load import build_model, load_tokenizer
 from ctxext.ops.backends.choice import Call, choose
 from ctxext.ops.masks import Pattern
+from ctxext.train import metrics
 from ctxext.train.bundle import save_bundle
-from ctxext.train.checkpoint import latest_checkpoint, load_checkpoint
-from ctxext.train.loop import StepMetrics, train
-from ctxext.train.optimizer import MasterAdamW, RelativeClip
+from ctxext.train.checkpoint import Progress, load_newest
+from ctxext.train.engine import LocalEngine
+from ctxext.train.loop import Events, train
 from ctxext.train.plan import RunPlan
 from ctxext.units import format_duration, format_flops
 
+NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from its first step"
 LITTLE_HISTORY = 0.05  # of the tokens; below this share a run at this ctx teaches next to nothing long
 MATMUL_SHARE = 0.5  # of a large matmul's speed that a step reaches, as a first guess; the progress bar knows better
 MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer runs repeat it
@@ -44,7 +45,8 @@ MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer
 class FinetuneReport:
     """What a run did. `finished` is False when it was interrupted; memory in bytes.
 
-    spikes    steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
+    spikes     steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
+    rollbacks  times it went back to a checkpoint because the loss or the gradient went wrong
     """
 
     out: str
@@ -56,18 +58,11 @@ class FinetuneReport:
     seconds: float
     peak_memory: int
     spikes: int
+    rollbacks: int
     trained_tensors: int | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass
-class Events:
-    """Where a run talks while it works; each is called with what its name says."""
-
-    say: Callable[[str], None] = lambda line: None
-    on_step: Callable[[StepMetrics], None] = lambda metrics: None
 
 
 def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Events | None = None) -> FinetuneReport:
@@ -79,18 +74,18 @@ def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Even
     events.say(f"attention: {backends(plan, device, dtype)} ({device.type}, {str(dtype).removeprefix('torch.')})")
     sequences = prepare_data(plan, events)
     model = _model(plan, device, dtype)
-    optimizer = MasterAdamW(trainable(model), plan.spec.optimizer)
-    clip = RelativeClip(plan.spec.optimizer.clip)
-    done = load_checkpoint(latest_checkpoint(run), optimizer, clip) if resume else 0
-    if done:
-        events.say(f"resuming after step {done} of {plan.steps}")
+    engine = LocalEngine(model, plan.spec.optimizer)
+    progress = load_newest(run, engine, events.say) if resume else None
+    if resume:
+        events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
+    progress = progress or Progress()
     rate = MATMUL_SHARE * _matmul_rate(next(model.parameters()))
-    estimate = (plan.steps - done) * plan.step_flops / rate
+    estimate = (plan.steps - progress.done) * plan.step_flops / rate
     events.say(
         f"estimated time: {format_duration(estimate)} (at {format_flops(rate)}/s, half of a matmul's speed here)"
     )
-    done = train(model, optimizer, clip, sequences, plan, run, done=done, on_step=events.on_step)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    progress = train(engine, sequences, plan, run, progress, events)
+    done, lines = progress.done, metrics.read(run)
     first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (None, None)
     peak = max((line["memory"] for line in lines), default=0)
     spikes = sum(line["gradient_scale"] < 1.0 for line in lines)
@@ -104,9 +99,10 @@ def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Even
             "tokens": done * plan.tokens_per_step,
             "seconds": round(time.monotonic() - began, 1),
             "peak_memory": peak,
+            "rollbacks": list(progress.rollbacks),
             "data": {"source": plan.spec.data.source, "fingerprint": sequences.store.meta.source},
         }
-        count = save_bundle(run, plan, model, optimizer, facts)
+        count = save_bundle(run, plan, model, engine.masters(), facts)
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return FinetuneReport(
         out=str(run),
@@ -118,6 +114,7 @@ def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Even
         seconds=round(time.monotonic() - began, 1),
         peak_memory=peak,
         spikes=spikes,
+        rollbacks=len(progress.rollbacks),
         trained_tensors=count,
     )
 
@@ -202,7 +199,7 @@ def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
 def _model(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with its new positions and what trains attached, on the device it trains on."""
     model: Any = build_model(plan.source.directory, plan.config, dtype)
-    if plan.spec.gradient_checkpointing:
+    if plan.spec.memory.checkpoint:
         # transformers renamed it within the versions supported here
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})

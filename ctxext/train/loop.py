@@ -5,118 +5,140 @@ Shapes: b sequences of a micro-batch, T tokens (ctx), E model width, V vocabular
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import psutil
 import torch
 
-from ctxext.data.packing import PackedSequences
+from ctxext.data.packing import Packed, PackedSequences
 from ctxext.errors import CheckFailed, ModelError
 from ctxext.model.load import hidden_states, output_weight
 from ctxext.ops.masks import check_document_starts
-from ctxext.train.checkpoint import save_checkpoint
+from ctxext.train.checkpoint import Progress, discard_after, load_newest, save_checkpoint
+from ctxext.train.engine import Engine
 from ctxext.train.loss import linear_cross_entropy
-from ctxext.train.optimizer import MasterAdamW, RelativeClip, rate_factor
+from ctxext.train.metrics import MetricsLog, StepMetrics, memory
+from ctxext.train.optimizer import rate_factor
 from ctxext.train.plan import RunPlan
 
+LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # of the running mean that a spike is judged by
 
-@dataclass(frozen=True)
-class StepMetrics:
-    """One line of metrics.jsonl. Loss in nats a token, norm before clipping, memory in bytes, seconds of this step."""
 
-    step: int
-    loss: float
-    learning_rate_factor: float
-    gradient_norm: float
-    gradient_scale: float
-    tokens: int
-    tokens_per_second: float
-    memory: int
-    seconds: float
+@dataclass
+class Events:
+    """Where a run talks while it works; each is called with what its name says."""
+
+    say: Callable[[str], None] = lambda line: None
+    on_step: Callable[[StepMetrics], None] = lambda metrics: None
 
 
 def train(
-    model: Any,
-    optimizer: MasterAdamW,
-    clip: RelativeClip,
-    sequences: PackedSequences,
-    plan: RunPlan,
-    run: Path,
-    *,
-    done: int = 0,
-    on_step: Callable[[StepMetrics], None] = lambda metrics: None,
-) -> int:
-    """Train from step `done` to the plan's last; returns the number of steps done.
+    engine: Engine, sequences: PackedSequences, plan: RunPlan, run: Path, progress: Progress, events: Events
+) -> Progress:
+    """Train from `progress` to the plan's last step, or to Ctrl-C or SIGTERM; returns how far it came.
 
-    Ctrl-C (or SIGTERM) finishes the step at hand, saves a checkpoint and returns early. Raises CheckFailed when the
-    loss or a gradient is no longer finite; the last checkpoint is then the one to go back to.
+    Either way a checkpoint of the last step done lies on the disk. A loss or gradient that is not finite and a spike
+    of the loss end in a rollback or in CheckFailed, as the spec says.
     """
-    spec, device = plan.spec, next(model.parameters()).device
-    model.train()
-    metrics_file = _metrics_file(run, done)
-    with _interruption() as interrupted, metrics_file.open("a", encoding="utf-8") as log:
-        for step in range(done, plan.steps):
-            began = time.monotonic()
+    faults, optimizer, saved_at = plan.spec.faults, plan.spec.optimizer, time.monotonic()
+    engine.model.train()
+    with _interruption() as interrupted, closing(MetricsLog(run, progress.done, writes=engine.rank == 0)) as log:
+        while progress.done < plan.steps:
+            began, step = time.monotonic(), progress.done
             first = step * plan.global_batch_size
-            batch = [sequences.sequence(first + i) for i in range(plan.global_batch_size)]
-            labels_in_step = sum(int((packed.labels >= 0).sum()) for packed in batch)
-            loss = 0.0
-            for start in range(0, len(batch), spec.micro_batch_size):
-                micro = batch[start : start + spec.micro_batch_size]
-                tokens, starts, labels = (torch.stack(column) for column in zip(*micro, strict=True))  # (b, T)
-                check_document_starts(starts, B=len(micro), T=spec.ctx)
-                hidden = hidden_states(
-                    model,
-                    tokens.to(device),
-                    group_size=plan.group_size,
-                    document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
-                    backend=spec.attention.backend,
-                )  # (b, T, E)
-                target = labels.flatten().to(device)
-                loss_sum, _ = linear_cross_entropy(hidden.flatten(0, 1), output_weight(model), target)
-                (loss_sum / labels_in_step).backward()  # every token of the step weighs the same
-                loss += loss_sum.item() / labels_in_step
-            norm = optimizer.gradient_norm()
+            mine = range(first + engine.rank, first + plan.global_batch_size, engine.world)
+            loss = forward_backward(engine, [sequences.sequence(i) for i in mine], plan)
             if step == 0 and not math.isfinite(loss):
                 raise ModelError("the loss is not finite before anything was trained: the model's weights are damaged")
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise CheckFailed(
-                    f"step {step + 1}: loss {loss}, gradient norm {norm}",
-                    hint="lower optimizer.learning_rate or lora.multiplier, then resume or start anew",
-                )
-            factor, scale = rate_factor(step, plan.steps, spec.optimizer), clip.scale(norm)
-            optimizer.step(factor, scale)
-            seconds = time.monotonic() - began
-            count = plan.tokens_per_step
+            why, factor = _spike(loss, progress, faults.spike), progress.rate * rate_factor(step, plan.steps, optimizer)
+            if why is None:
+                norm, scale = engine.step(factor)
+                why = None if math.isfinite(norm) else f"the gradient norm is {norm}"
+            if why is not None:
+                progress = _roll_back(f"step {step + 1}: {why}", engine, progress, plan, run, events)
+                log.cut_back(progress.done)
+                continue
+            progress = _advance(progress, loss)
+            seconds, tokens = time.monotonic() - began, plan.tokens_per_step
             metrics = StepMetrics(
-                step + 1, loss, factor, norm, scale, (step + 1) * count, count / seconds, _memory(device), seconds
+                step + 1,
+                loss,
+                factor,
+                norm,
+                scale,
+                (step + 1) * tokens,
+                tokens / seconds,
+                memory(engine.device),
+                seconds,
             )
-            log.write(json.dumps(asdict(metrics)) + "\n")
-            log.flush()
-            on_step(metrics)
-            if interrupted():
-                save_checkpoint(run, step + 1, optimizer, clip)
-                return step + 1
-            if (step + 1) % spec.save_every == 0 or step + 1 == plan.steps:
-                save_checkpoint(run, step + 1, optimizer, clip)
-    return plan.steps
+            log.append(metrics)
+            events.on_step(metrics)
+            late = faults.save_minutes is not None and time.monotonic() - saved_at >= 60 * faults.save_minutes
+            stop, late = (flag > 0 for flag in engine.total(interrupted(), late))  # one rank's word is every rank's
+            if stop or late or step == 0 or progress.done % faults.save_steps == 0 or progress.done == plan.steps:
+                save_checkpoint(run, progress, engine, keep=faults.keep, say=events.say)
+                saved_at = time.monotonic()
+            if stop:
+                break
+    return progress
 
 
-def _metrics_file(run: Path, done: int) -> Path:
-    """metrics.jsonl cut back to the steps done, so that a resumed run writes each step once."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= done), "utf-8")
-    return path
+def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan) -> float:
+    """Add up the gradient of one step over this rank's sequences; the loss of all ranks, in nats a token."""
+    spec, device = plan.spec, engine.device
+    (labels_in_step,) = engine.total(sum(int((packed.labels >= 0).sum()) for packed in batch))
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(batch), spec.micro_batch_size):
+        micro = batch[start : start + spec.micro_batch_size]
+        tokens, starts, labels = (torch.stack(column) for column in zip(*micro, strict=True))  # (b, T)
+        check_document_starts(starts, B=len(micro), T=spec.ctx)
+        hidden = hidden_states(
+            engine.model,
+            tokens.to(device),
+            group_size=plan.group_size,
+            document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
+            backend=spec.attention.backend,
+        )  # (b, T, E)
+        target = labels.flatten().to(device)
+        loss_sum, _ = linear_cross_entropy(hidden.flatten(0, 1), output_weight(engine.model), target)
+        engine.backward(loss_sum / labels_in_step)  # every token of the step weighs the same
+        loss += loss_sum.detach()
+    (total,) = engine.total(loss.item())
+    return total / labels_in_step
+
+
+def _spike(loss: float, progress: Progress, most: float) -> str | None:
+    """Why a loss is not to be learned from, in words; None for an ordinary one."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if progress.loss_seen >= LOSS_WARM_STEPS and loss > progress.loss_mean + most:
+        return f"the loss is {loss:.2f}, its running mean {progress.loss_mean:.2f}"
+    return None
+
+
+def _advance(progress: Progress, loss: float) -> Progress:
+    weight = max(1 - LOSS_MEMORY, 1 / (progress.loss_seen + 1))
+    mean = progress.loss_mean + weight * (loss - progress.loss_mean)
+    return replace(progress, done=progress.done + 1, loss_mean=mean, loss_seen=progress.loss_seen + 1)
+
+
+def _roll_back(why: str, engine: Engine, progress: Progress, plan: RunPlan, run: Path, events: Events) -> Progress:
+    """Back to the newest checkpoint at half the learning rates, once; then, or by policy, stop."""
+    hint = "lower optimizer.learning_rate or lora.multiplier; the checkpoints before it are kept"
+    if plan.spec.faults.on_divergence == "stop" or progress.rollbacks:
+        raise CheckFailed(f"{why}; stopped" + (", having rolled back once" if progress.rollbacks else ""), hint=hint)
+    restored = load_newest(run, engine, events.say)
+    if restored is None:
+        raise CheckFailed(f"{why}; there is no checkpoint to go back to", hint=hint)
+    events.say(f"{why}: back to step {restored.done}, with the learning rates halved from here on")
+    discard_after(run, restored.done)
+    return replace(restored, rate=restored.rate / 2, rollbacks=(*restored.rollbacks, why))
 
 
 @contextmanager
@@ -137,8 +159,3 @@ def _interruption() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes in use: the process's resident set on a CPU, the allocator's peak on a GPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

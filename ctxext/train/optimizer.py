@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.train.spec import OptimizerSpec
 
-LORA_MARK = ".lora_"
+LORA_MARK, MASTER = ".lora_", "master"
 WSD_DECAY = 0.2  # of the steps
 
 
@@ -40,7 +42,7 @@ class MasterAdamW:
             {"params": params, "lr": rate, "rate": rate, "weight_decay": decay}
             for (rate, decay), params in groups.items()
         ]
-        self.adamw = torch.optim.AdamW(options, betas=(spec.beta1, spec.beta2), fused=True)
+        self.adamw = _adamw(spec.name, options, (spec.beta1, spec.beta2))
 
     def gradient_norm(self) -> float:
         """The 2-norm of all gradients together, before any clipping."""
@@ -59,12 +61,59 @@ class MasterAdamW:
         self.adamw.zero_grad(set_to_none=True)
         self.write_back()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and moments, to be saved: `master/<name>`, `exp_avg/<name>` and what else the optimizer keeps."""
+        found = {f"{MASTER}/{name}": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state.get(master, {}).items():
+                found[f"{key}/{name}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return found
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` gave. Raises ModelError where these are of another set of parameters."""
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            moments.setdefault(name, {})[kind] = tensor
+        if moments.keys() != self.masters.keys():
+            strange = sorted(moments.keys() ^ self.masters.keys())
+            raise ModelError(
+                f"the checkpoint holds {len(moments)} trained tensors, this run has {len(self.masters)}, "
+                f"first difference {strange[0]}"
+            )
+        for name, master in self.masters.items():
+            master.copy_(moments[name].pop(MASTER))
+            # torch keeps `step` as a tensor on the CPU, bitsandbytes as a number
+            whole = {"step": (lambda x: x) if isinstance(self.adamw, torch.optim.AdamW) else (lambda x: int(x))}
+            self.adamw.state[master] = {
+                key: whole[key](value) if key in whole else value.to(master.device)
+                for key, value in moments[name].items()
+            }
+        self.write_back()
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Round the masters into the model's own parameters."""
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 self.parameters[name].copy_(master)
+
+
+def _adamw(name: str, options: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
+    """The optimizer of a name in the spec. Raises EnvironmentFault where bitsandbytes is needed and missing."""
+    if name == "adamw":
+        return torch.optim.AdamW(options, betas=betas, fused=True)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"optimizer.name: {name} needs bitsandbytes, which is not installed ({error})",
+            hint="install bitsandbytes, or train with optimizer.name=adamw",
+        ) from error
+    kinds = {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged_adamw8bit": bitsandbytes.optim.PagedAdamW8bit}
+    optimizer: torch.optim.Optimizer = kinds[name](options, betas=betas)
+    return optimizer
 
 
 def _master(parameter: Tensor) -> Tensor:

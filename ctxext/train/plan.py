@@ -176,10 +176,10 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         trainable=trainables.parameters,
         item_bytes=2 if dtype == "bfloat16" else 4,
         runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
-        checkpointing=spec.gradient_checkpointing,
+        checkpointing=spec.memory.checkpoint,
     )
     flops = batch * cost.step_flops(
-        shape, layers, spec.ctx, checkpointing=spec.gradient_checkpointing, weights_train=spec.tuning == "full"
+        shape, layers, spec.ctx, checkpointing=spec.memory.checkpoint, weights_train=spec.tuning == "full"
     )
     return RunPlan(
         spec=spec,

@@ -2,18 +2,20 @@
 
 run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
 run/metrics.jsonl   one line a step
-run/checkpoints/    the newest two
+run/checkpoints/    the newest few
 run/...             the bundle (train/bundle.py), written when the last step is done, ctxext.json last
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from ctxext.config import manifest as manifests
-from ctxext.config.loader import build, dump_yaml, read_yaml, spec
+from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
 from ctxext.config.output import check_free
 from ctxext.data.documents import EMBEDDED, fingerprint
 from ctxext.errors import InputError, ModelError
@@ -30,9 +32,16 @@ def start_run(plan: RunPlan, run: Path) -> None:
     Raises InputError when the directory exists, and for data that is not there.
     """
     check_free(run)
-    written = asdict(Start.of(plan))
+    start = Start.of(plan)
     run.mkdir(parents=True)
-    (run / SPEC_FILE).write_text(dump_yaml(written), "utf-8")
+    write_spec(run, start)
+
+
+def write_spec(run: Path, start: Start) -> None:
+    """spec.yaml, whole or not at all."""
+    partial = run / f".{SPEC_FILE}.partial"
+    partial.write_text(dump_yaml(asdict(start)), "utf-8")
+    partial.rename(run / SPEC_FILE)
 
 
 @spec
@@ -78,19 +87,52 @@ def newest_unfinished(root: Path) -> Path:
     return max(runs, key=lambda run: (run / SPEC_FILE).stat().st_mtime_ns)
 
 
-def plan_resumed(run: Path) -> RunPlan:
-    """The plan of an existing run. Raises InputError when the directory is none, or the run is finished."""
+def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept: bool = False) -> RunPlan:
+    """The plan of an existing run; `changes` are fields of its spec by dotted path, such as optimizer.learning_rate.
+
+    Raises InputError when the directory is no run, or the run is finished, or a change alters the spec and is not to
+    be accepted; ModelError when the model it started from is not what it was.
+    """
     if not (run / SPEC_FILE).is_file():
         raise InputError(f"{run}: no run to resume: it has no {SPEC_FILE}")
     if (run / manifests.FILE_NAME).exists():
         raise InputError(f"{run} is finished", hint="ctxext eval or ctxext merge it")
     start = build(Start, read_yaml(run / SPEC_FILE), source=str(run / SPEC_FILE))
+    new = _changed(run, start.spec, changes or {}, accept)
     source = replace(from_directory(Path(start.model)), name=start.name, original_length=start.original_length,
                      usable_length=start.usable_length)  # fmt: skip
-    plan = plan_run(source, start.spec)
+    plan = plan_run(source, new)
     now = Start.of(plan)
     if now.weights != start.weights:
         raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
-    if now.data != start.data:
+    if now.data != start.data and new.data == start.spec.data:
         raise InputError(f"{start.spec.data.source}: the data changed since this run started", hint="start a new run")
+    if new != start.spec:
+        write_spec(run, now)
     return plan
+
+
+def _changed(run: Path, old: FinetuneSpec, changes: Mapping[str, Any], accept: bool) -> FinetuneSpec:
+    """The run's spec with `changes`, if they change nothing or are accepted."""
+    fields = asdict(old)
+    for path, value in changes.items():
+        set_value(fields, path, value)
+    new = build(FinetuneSpec, fields, source="the run's spec with what was given")
+    differ = _differences(asdict(old), asdict(new))
+    if differ and not accept:
+        raise InputError(
+            f"{run} was started with another spec: {', '.join(differ)}",
+            hint="leave them out to go on as before, or add --force to go on with what is given",
+        )
+    return new
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in old | new:
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name} was {a}, is {b}")
+    return found

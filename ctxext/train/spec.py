@@ -59,6 +59,8 @@ class DataSpec:
 class OptimizerSpec:
     """AdamW on fp32 master weights.
 
+    name                   adamw, or bitsandbytes' adamw8bit (moments in 8 bits) and paged_adamw8bit (on the host when
+                           the GPU is full; on a CPU the same as adamw8bit)
     learning_rate          of the LoRA matrices, or of everything under `tuning: full`
     whole_learning_rate    of embeddings and norms; None: learning_rate
     warmup_steps           optimizer steps of linear warm-up
@@ -66,6 +68,7 @@ class OptimizerSpec:
     clip                   the gradient norm may be this many times its running mean; larger ones are scaled down
     """
 
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     learning_rate: Rate = 2e-5
     whole_learning_rate: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -74,6 +77,45 @@ class OptimizerSpec:
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     schedule: Literal["constant", "cosine", "wsd"] = "constant"
     clip: Annotated[float, Field(gt=1)] = 3.0
+
+
+@spec
+class MemorySpec:
+    """What is kept, recomputed, moved or made smaller. Every knob but `quantize` gives the same numbers.
+
+    checkpoint  True: a layer keeps its input alone, and is computed again in the backward pass (no: everything is kept)
+    keep        attention: full and S² layers keep their attention's output and logsumexp as well, instead of
+                computing the attention twice; sliding layers are cheap and are recomputed whole
+    tiles       tokens of a tile in which sliding and S² layers are recomputed and differentiated, so that the work
+                memory of a layer is that of a tile; None: whole rows
+    offload     the layers' inputs wait on the host (pinned, copied beside the computation on a GPU)
+    quantize    the frozen weights of the linear layers in 4 (nf4, double quantisation) or 8 bits, through bitsandbytes
+    """
+
+    checkpoint: bool = True
+    keep: Literal["nothing", "attention"] = "nothing"
+    tiles: Tokens | None = None
+    offload: bool = False
+    quantize: Literal["none", "nf4", "int8"] = "none"
+
+
+@spec
+class FaultSpec:
+    """What survives, and what happens when training goes wrong.
+
+    save_steps      optimizer steps between checkpoints; the first step is always saved
+    save_minutes    minutes between checkpoints, whichever comes first; None: by steps alone
+    keep            checkpoints kept, the newest
+    on_divergence   a loss or gradient that is not finite, or a spike: rollback goes back to the newest checkpoint once,
+                    with the learning rates halved, and stops the second time; stop stops
+    spike           nats a token by which a step's loss may exceed its running mean
+    """
+
+    save_steps: Positive = 50
+    save_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    keep: Positive = 2
+    on_divergence: Literal["rollback", "stop"] = "rollback"
+    spike: Rate = 3.0
 
 
 @spec
@@ -89,7 +131,6 @@ class FinetuneSpec:
     global_batch_size  sequences per optimizer step
     micro_batch_size   sequences per forward
     dtype              of the frozen weights and activations; auto: bfloat16 on a GPU, float32 on a CPU
-    save_every         optimizer steps between checkpoints
     """
 
     ctx: Tokens
@@ -105,6 +146,6 @@ class FinetuneSpec:
     global_batch_size: Positive | None = None
     micro_batch_size: Positive = 1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    gradient_checkpointing: bool = True
-    save_every: Positive = 50
+    memory: MemorySpec = MemorySpec()
+    faults: FaultSpec = FaultSpec()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -1,0 +1,260 @@
+"""What goes wrong in a run, planted: kills, full disks, damaged checkpoints, losses that jump."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctxext.config.loader import build
+from ctxext.errors import CheckFailed, InputError
+from ctxext.model.source import resolve
+from ctxext.train import checkpoint, loop
+from ctxext.train.finetune import run_finetune
+from ctxext.train.loop import Events
+from ctxext.train.plan import plan_run
+from ctxext.train.run import plan_resumed, start_run
+from ctxext.train.spec import FinetuneSpec
+
+RESULT = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(400)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plan(model_dir, text):
+    fields = {
+        "ctx": 64,
+        "steps": 8,
+        "global_batch_size": 1,
+        "data": {"source": str(text)},
+        "faults": {"save_steps": 2, "keep": 3},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
+    }
+    return plan_run(resolve(str(model_dir("llama"))), build(FinetuneSpec, fields, source="test"))
+
+
+@pytest.fixture(scope="module")
+def whole(plan, tmp_path_factory) -> Path:
+    """The run as it is when nothing goes wrong."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    start_run(plan, out)
+    run_finetune(plan, out)
+    return out
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(run: Path, whole: Path) -> None:
+    assert losses(run) == losses(whole)
+    ours, theirs = load_file(run / RESULT), load_file(whole / RESULT)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def stop_after(steps: int) -> Events:
+    def stop(metrics):
+        if metrics.step == steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    return Events(on_step=stop)
+
+
+def resumed(run: Path) -> list[str]:
+    said: list[str] = []
+    assert run_finetune(plan_resumed(run), run, resume=True, events=Events(said.append)).finished
+    return said
+
+
+# Divergence
+
+
+def jumping(at: set[int], by: float):
+    """forward_backward whose loss jumps at the given calls (from 1)."""
+    real, calls = loop.forward_backward, iter(range(1, 1000))
+
+    def planted(*arguments):
+        loss = real(*arguments)
+        return loss + by if next(calls) in at else loss
+
+    return planted
+
+
+@pytest.mark.parametrize("by", [100.0, float("nan")], ids=["spike", "nan"])
+def test_a_jump_rolls_back_once_halves_the_rate_and_goes_on(by, plan, whole, tmp_path, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(loop, "forward_backward", jumping({8}, by))  # step 8; steps 7 and 8 are done again
+    start_run(plan, tmp_path / "run")
+    report = run_finetune(plan, tmp_path / "run", events=Events(said.append))
+    assert report.finished and report.rollbacks == 1
+    assert losses(tmp_path / "run")[:7] == losses(whole)[:7]
+    rates = [json.loads(line)["learning_rate_factor"] for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert rates == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
+    assert any("back to step 6, with the learning rates halved" in line for line in said)
+    manifest = json.loads((tmp_path / "run/ctxext.json").read_text())
+    assert len(manifest["facts"]["rollbacks"]) == 1 and "step 8" in manifest["facts"]["rollbacks"][0]
+
+
+def test_a_second_jump_stops_for_good(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "forward_backward", jumping({7, 9}, 100.0))
+    start_run(plan, tmp_path / "run")
+    with pytest.raises(CheckFailed, match="having rolled back once"):
+        run_finetune(plan, tmp_path / "run")
+    assert not (tmp_path / "run/ctxext.json").exists()
+
+
+def test_by_policy_the_first_jump_stops(model_dir, text, tmp_path, monkeypatch):
+    fields = {"ctx": 64, "steps": 8, "global_batch_size": 1, "data": {"source": str(text)}}
+    fields["faults"] = {"on_divergence": "stop"}
+    plan = plan_run(resolve(str(model_dir("llama"))), build(FinetuneSpec, fields, source="test"))
+    monkeypatch.setattr(loop, "forward_backward", jumping({7}, 100.0))
+    start_run(plan, tmp_path / "run")
+    with pytest.raises(CheckFailed, match=r"step 7: the loss is .*; stopped"):
+        run_finetune(plan, tmp_path / "run")
+
+
+def test_a_gradient_that_is_not_finite_is_no_step(model_dir, text, tmp_path):
+    fields = {"ctx": 64, "steps": 20, "global_batch_size": 1, "data": {"source": str(text)}}
+    fields["optimizer"] = {"learning_rate": 1e30, "warmup_steps": 0}
+    plan = plan_run(resolve(str(model_dir("llama"))), build(FinetuneSpec, fields, source="test"))
+    start_run(plan, tmp_path / "run")
+    with pytest.raises(CheckFailed, match="stopped, having rolled back once"):
+        run_finetune(plan, tmp_path / "run")
+    assert not (tmp_path / "run" / "ctxext.json").exists()
+
+
+# Checkpoints
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(plan, whole, tmp_path):
+    for damage in ("flip", "cut", "no state"):
+        run = tmp_path / damage
+        start_run(plan, run)
+        assert run_finetune(plan, run, events=stop_after(5)).steps_done == 5
+        newest = run / "checkpoints/step-000005"
+        content = (newest / checkpoint.TENSORS).read_bytes()
+        if damage == "flip":
+            middle = len(content) // 2
+            (newest / checkpoint.TENSORS).write_bytes(
+                content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+            )
+        elif damage == "cut":
+            (newest / checkpoint.TENSORS).write_bytes(content[:-100])
+        else:
+            (newest / checkpoint.STATE).unlink()
+        said = resumed(run)
+        assert any("step-000005 is damaged" in line for line in said) and "resuming after step 4 of 8" in said
+        assert_equal(run, whole)
+
+
+def test_a_full_disk_during_a_save_keeps_the_last_checkpoint_and_trains_on(plan, whole, tmp_path, monkeypatch):
+    real, calls, said = checkpoint.save_file, iter(range(1, 100)), list[str]()
+
+    def full(tensors, path):
+        if next(calls) == 3:  # steps 1, 2, then 4
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run = tmp_path / "run"
+    start_run(plan, run)
+    report = run_finetune(plan, run, events=Events(said.append, stop_after(5).on_step))
+    assert any("step 4 was not written" in line and "No space" in line for line in said)
+    assert report.steps_done == 5 and not list(run.glob("checkpoints/.*"))
+    assert [path.name for path in sorted(run.glob("checkpoints/*"))] == ["step-000001", "step-000002", "step-000005"]
+    resumed(run)
+    assert_equal(run, whole)
+
+
+def test_the_newest_checkpoints_are_kept_and_minutes_count_too(model_dir, text, tmp_path):
+    fields = {"ctx": 64, "steps": 6, "global_batch_size": 1, "data": {"source": str(text)}}
+    fields["faults"] = {"save_steps": 100, "save_minutes": 1e-9, "keep": 2}
+    plan = plan_run(resolve(str(model_dir("llama"))), build(FinetuneSpec, fields, source="test"))
+    start_run(plan, tmp_path / "run")
+    run_finetune(plan, tmp_path / "run", events=stop_after(5))
+    assert [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())] == ["step-000004", "step-000005"]
+
+
+@pytest.mark.parametrize("name", ["adamw8bit", "paged_adamw8bit"])
+def test_8_bit_moments_resume_exactly(name, model_dir, text, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    fields = {"ctx": 64, "steps": 4, "global_batch_size": 1, "data": {"source": str(text)}}
+    fields["optimizer"] = {"name": name, "learning_rate": 1e-3, "warmup_steps": 0}
+    plan = plan_run(resolve(str(model_dir("llama", hidden_size=64))), build(FinetuneSpec, fields, source="test"))
+    for directory, events in (("whole", Events()), ("cut", stop_after(2))):
+        start_run(plan, tmp_path / directory)
+        run_finetune(plan, tmp_path / directory, events=events)
+    saved = load_file(tmp_path / "cut/checkpoints/step-000002" / checkpoint.TENSORS)
+    assert any(tensor.dtype == torch.uint8 for key, tensor in saved.items() if key.startswith("state1/"))
+    resumed(tmp_path / "cut")
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
+
+
+# A changed spec
+
+
+def test_a_changed_spec_is_refused_by_name_and_taken_when_told(plan, tmp_path):
+    run = tmp_path / "run"
+    start_run(plan, run)
+    run_finetune(plan, run, events=stop_after(2))
+    changes = {"steps": 3, "optimizer.learning_rate": 5e-4}
+    with pytest.raises(InputError, match=r"optimizer.learning_rate was 0.001, is 0.0005, steps was 8, is 3"):
+        plan_resumed(run, changes)
+    assert plan_resumed(run, {"steps": 8}).spec == plan.spec
+    assert plan_resumed(run, changes, accept=True).steps == 3
+    assert run_finetune(plan_resumed(run), run, resume=True).steps_done == 3
+
+
+# Kills
+
+
+def child(plan, run: Path, *options: str) -> subprocess.Popen:
+    code = "import sys; from ctxext.cli import main; sys.exit(main())"
+    arguments = ["finetune", "--resume", "--out", str(run), *options]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)
+
+
+def kill_and_resume(plan, whole: Path, run: Path, delay: float) -> str:
+    """SIGKILL `delay` seconds after the first step, then resume until it is done; what the resumed run said."""
+    start_run(plan, run)
+    victim = child(plan, run)
+    while victim.poll() is None and not (run / "metrics.jsonl").exists():
+        time.sleep(0.005)
+    time.sleep(delay)
+    victim.kill()
+    victim.communicate()
+    if (run / "ctxext.json").exists():
+        return "it was done before the kill"
+    done = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+    said = resumed(run)
+    after = [int(line.split()[3]) for line in said if line.startswith("resuming after step")]
+    assert done - (after[0] if after else 0) <= 2, f"{done} steps were done, resumed after {after}"
+    assert_equal(run, whole)
+    return "\n".join(said)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
+def test_a_killed_run_loses_at_most_the_interval(delay, plan, whole, tmp_path):
+    kill_and_resume(plan, whole, tmp_path / "run", delay)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments(plan, whole, tmp_path):
+    moments = random.Random(0)
+    said = [kill_and_resume(plan, whole, tmp_path / f"{i}", moments.uniform(0, 0.5)) for i in range(20)]
+    assert sum("resuming after step" in line for line in said) >= 10, said
