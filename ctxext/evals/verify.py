@@ -9,7 +9,7 @@ backend           each layer's output beside `naive_attention` on this model's o
 cached decoding   hidden states with a cache, token by token and in chunks, beside those without; inference only
 
 What a layer should see is written down once more here (`_sees`), so that an error in ops/masks.py is found too.
-Training runs as its loop does: arguments, dtype, train mode, gradient checkpointing; one row, forward only. Shapes: T
+Training runs as its loop does: arguments, dtype, train mode, checkpointing (whole rows); one row, forward only. Shapes: T
 tokens, E model width, H heads over K key/value heads, D head dim. torch is imported in functions: refusals come first.
 """
 
@@ -32,9 +32,10 @@ from ctxext.evals.suite import Progress
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.ops.masks import Pattern, document_starts, first_shifted_head, lower_bounds
+from ctxext.train import recompute
 from ctxext.train.plan import plan_run
 from ctxext.train.run import SPEC_FILE, plan_resumed
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.spec import FinetuneSpec, MemorySpec
 from ctxext.units import format_tokens
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Launch:
     group_size: int | None = None
     planned_group: int | None = None
     document_mask: bool = False
-    checkpointing: bool = False
+    memory: MemorySpec = MemorySpec()
     dtype: str = "float32"
     backend: str = "auto"
 
@@ -106,8 +107,8 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     if plan is None:
         return Launch(source, attention, ctx, T)
     scaled = G if G is None or ctx == T or 2 * G + 7 <= T else max(2, G * T // ctx)
-    masked, checkpointing = spec.data.document_mask, spec.memory.checkpoint
-    return Launch(source, attention, ctx, T, scaled, G, masked, checkpointing, plan.dtype, spec.attention.backend)
+    masked, memory = spec.data.document_mask, replace(spec.memory, quantize="none", tiles=None)
+    return Launch(source, attention, ctx, T, scaled, G, masked, memory, plan.dtype, spec.attention.backend)
 
 
 def _find(model: str) -> tuple[ModelSource, FinetuneSpec | None, ModelSource | None]:
@@ -136,9 +137,8 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = la
     loaded = load_model(launch.source, dtype=launch.dtype, device=device)
     if launch.attention == "training":
         model = loaded.model.train()
-        if launch.checkpointing:  # transformers renamed it within the versions supported here
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+        patterns = [launch.pattern(layer) for layer in range(len(launch.source.kinds))]
+        recompute.enable(model, launch.memory, patterns)
     checks: list[Check] = []
     with torch.no_grad():
         for number, row in enumerate(rows := _rows(loaded, launch), start=1):

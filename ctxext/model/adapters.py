@@ -43,7 +43,7 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
     found = trainable(adapted)
     whole = {f"base_model.model.{module}.modules_to_save.default.weight" for module in plan.whole}
     strangers = {name for name in found if ".lora_" not in name} ^ whole
-    count = sum(parameter.numel() for parameter in found.values())
+    count = sum(full_shape(parameter).numel() for parameter in found.values())
     if strangers or count != plan.parameters:
         raise CheckFailed(
             f"{count:,} parameters would train, {plan.parameters:,} were planned; {len(strangers)} modules differ"
@@ -56,6 +56,12 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
 def trainable(model: Any) -> dict[str, Tensor]:
     """Every tensor that trains, by its name in the model; a tied head counts once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where ZeRO-3 has left a part of it, flat, on this rank."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
 
 
 def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor]) -> int:

@@ -35,6 +35,7 @@ def attend(
     sliding_window: int | None = None,
     document_starts: Tensor | None = None,
     group_size: int | None = None,
+    shift: int | None = None,
     backend: str = "auto",
     s_aux: Tensor | None = None,
     softcap: float | None = None,
@@ -45,6 +46,7 @@ def attend(
     attention_mask   [B, S] bool from `left_padding`, or None
     document_starts  [B, T], the index within the row at which each token's document starts
     group_size       S²-Attn's G in tokens, used on layers without a window; training only
+    shift            tokens that the shifted heads' groups are moved by; None is G // 2
     backend          ops/backends/choice.py
     """
     if s_aux is not None or softcap is not None:
@@ -65,7 +67,7 @@ def attend(
         if document_starts is not None:
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])
-    pattern = Pattern(sliding_window=sliding_window, group_size=group_size if sliding_window is None else None)
+    pattern = Pattern(None, group_size, shift) if sliding_window is None else Pattern(sliding_window)
     out = choice.attention(query, key, value, pattern, document_starts=document_starts, scale=scaling, backend=backend)
     return out.transpose(1, 2).contiguous(), None
 

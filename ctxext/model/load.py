@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxext.errors import ModelError
+from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.model import attention
 from ctxext.model.adapters import open_adapter
 from ctxext.model.families import Config
@@ -59,8 +60,14 @@ def load_model(model: str | Path | ModelSource, *, dtype: str = "float32", devic
     return LoadedModel(built.to(where).eval(), load_tokenizer(source.directory), source, where)
 
 
-def build_model(weights: Path, config: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """The stock class of a normalised config, filled from the checkpoint in `weights`, RoPE checked as realised."""
+def build_model(
+    weights: Path, config: Config, dtype: torch.dtype, *, quantize: str = "none", device: torch.device | None = None
+) -> PreTrainedModel:
+    """The stock class of a normalised config, filled from the checkpoint in `weights`, RoPE checked as realised.
+
+    `quantize` nf4 or int8 stores the linear layers' weights through bitsandbytes as they are read, on `device`; the
+    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing or left over.
+    """
     name = attention.register()
     hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -70,6 +77,7 @@ def build_model(weights: Path, config: Config, dtype: torch.dtype) -> PreTrained
         attn_implementation=name,
         local_files_only=True,
         output_loading_info=True,
+        **({} if quantize == "none" else quantization(quantize, dtype, device or torch.device("cpu"))),
     )
     lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     stray = [key for key in sorted(info["unexpected_keys"]) if not ignored(key) and key != HEAD]
@@ -80,6 +88,24 @@ def build_model(weights: Path, config: Config, dtype: torch.dtype) -> PreTrained
         )
     check_realised(model, config)
     return model
+
+
+def quantization(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Arguments of from_pretrained for nf4 (QLoRA, arXiv 2305.14314: NormalFloat, double quantisation) or int8.
+
+    Raises EnvironmentFault where bitsandbytes is missing.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise EnvironmentFault(
+            f"memory.quantize: {name} needs bitsandbytes, which is not installed",
+            hint="install bitsandbytes, or train with memory.quantize=none",
+        )
+    from transformers import BitsAndBytesConfig
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**four, bnb_4bit_compute_dtype=dtype) if name == "nf4" else None
+    config = config or BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

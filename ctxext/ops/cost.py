@@ -128,35 +128,68 @@ def training_memory(
     micro_batch: int = 1,
     *,
     trainable: int,
+    moment_bytes: int = 8,
     item_bytes: int = 2,
     checkpointing: bool = True,
     chunk: int | None = None,
+    quantized: float | None = None,
+    keep_attention: bool = False,
+    tiles: int | None = None,
+    offload: bool = False,
     runtime: int = 2_500_000_000,
 ) -> dict[str, int]:
     """Bytes of a training step on one device by what holds them, an estimate (±20%); the total is the sum.
 
     trainable    parameters that train: fp32 master, gradient and two AdamW moments, 16 bytes each
+    moment_bytes of the two moments together: 8, or 2 for 8-bit AdamW
     item_bytes   of a stored weight and of an activation
+    quantized    bytes of an entry of the layers' matrices where these are quantised: about 0.52 for 4 bits, 1 for 8
     chunk        tokens of logits held at a time (default: `loss_chunk`)
     runtime      an accelerator's context, libraries and allocator slack
-    The number of layers is what checkpointing stores; their patterns do not matter to the kernels used here, which
-    hold no scores. Without checkpointing, what a layer stores is our count and was not measured.
+    keep_attention, tiles (tokens), offload are the knobs of the training spec. Offloaded checkpoints are not counted:
+    they are on the host, `len(layers) * X` bytes of it, but for the two on their way.
+    The patterns of the layers matter to tiles alone: the kernels used here hold no scores. Without checkpointing, what
+    a layer stores is our count and was not measured.
     """
     tokens, E, F = T * micro_batch, shape.hidden_size, shape.intermediate_size
     X = tokens * E * item_bytes
     kv = shape.num_kv_heads / shape.num_heads
-    mlp = tokens * F * item_bytes
-    stored = X if checkpointing else (9 + 2 * kv) * X + 4 * mlp
+    stored = X if checkpointing else (9 + 2 * kv) * X + 4 * tokens * F * item_bytes
+    if checkpointing and offload:
+        stored = X * min(1.0, 2 / len(layers))
+    kept = [window is None for window, _ in layers].count(True) if keep_attention else 0
     c = loss_chunk(shape.vocab_size) if chunk is None else chunk
-    return {
-        "weights": item_bytes * parameter_count(shape),
-        "trainable": 16 * trainable,
+    matrices = shape.num_layers * layer_matrices(shape)
+    items = {
+        "weights": int(item_bytes * (parameter_count(shape) - matrices) + (quantized or item_bytes) * matrices),
+        "trainable": (8 + moment_bytes) * trainable,
         "checkpoints" if checkpointing else "activations": int(len(layers) * stored),
-        "layer": int(max((8 + 4 * kv) * X, 3 * X + 6 * mlp + 3 * X)),
+        "kept attention": kept * tokens * shape.num_heads * (shape.head_dim * item_bytes + 4),
+        "layer": max(_layer_work(shape, T, micro_batch, layer, item_bytes, tiles) for layer in layers),
         "loss": 10 * min(c, tokens) * shape.vocab_size + X,
         "positions": tokens * (8 * shape.head_dim + 32),
         "runtime": runtime,
     }
+    return {name: size for name, size in items.items() if size}
+
+
+def _layer_work(shape: ModelShape, T: int, batch: int, layer: Layer, item_bytes: int, tiles: int | None) -> int:
+    """Bytes in use at most while one layer is recomputed and differentiated."""
+    E, F, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads / shape.num_heads
+
+    def attention(tokens: int) -> float:
+        return (8 + 4 * kv) * tokens * E * item_bytes
+
+    def mlp(tokens: int) -> float:
+        return (6 * F + 3 * E) * tokens * item_bytes
+
+    X, window, group = T * batch * E * item_bytes, *layer
+    if tiles is None:
+        return int(max(attention(T * batch), 3 * X + mlp(T * batch)))
+    if window is None and group is None:
+        return int(max(attention(T * batch), 3 * X + mlp(min(tiles, T) * batch)))
+    tile = min(T, tiles + window if window is not None else 2 * -(-tiles // (group or 1)) * (group or 1))
+    return int(2 * X + max(attention(tile * batch), mlp(tile * batch)))
 
 
 def loss_chunk(V: int) -> int:

@@ -54,16 +54,26 @@ if TYPE_CHECKING:
 class Pattern:
     """What a query may see, in tokens: `sliding_window` keys, itself included, and its own S² group of `group_size`.
 
-    Both None is full causal attention; both set is the intersection. Raises InputError for a window under 1 or a
-    group under 2 (a group of one token has no half to shift by).
+    Both None is full causal attention; both set is the intersection. `shift` is the tokens by which the groups of the
+    shifted heads begin earlier, from 1 to G - 1; None is G // 2, as published. Raises InputError for a window under 1,
+    a group under 2 (a group of one token has no half to shift by), and a shift that is none of a group's.
     """
 
     sliding_window: int | None = None
     group_size: int | None = None
+    shift: int | None = None
 
     def __post_init__(self) -> None:
         _check_whole("sliding_window", self.sliding_window, smallest=1)
         _check_whole("group_size", self.group_size, smallest=2)
+        _check_whole("shift", self.shift, smallest=1)
+        if self.shift is not None and (self.group_size is None or self.shift >= self.group_size):
+            raise InputError(f"shift = {self.shift}: 1 to group_size - 1, and group_size is {self.group_size}")
+
+    @property
+    def shifts(self) -> tuple[int, int]:
+        """s of the unshifted and of the shifted heads, in tokens."""
+        return 0, (self.group_size or 0) // 2 if self.shift is None else self.shift
 
 
 def lower_bounds(
@@ -79,7 +89,9 @@ def lower_bounds(
     Query i is the token at key index S - T + i (S = T unless earlier keys are cached) and sees lo[..., i] up to
     itself. The middle axis is the half of the heads: unshifted, then shifted (`first_shifted_head`).
     `document_starts` [B, T] has the key index of each query's first visible document token; it is not checked here,
-    see `check_document_starts`. The result is on `device`, by default that of `document_starts`.
+    see `check_document_starts`. A negative one is of a document that began that many tokens before the row, which is
+    then a piece of a longer one: groups are counted from there, and what is seen is cut at the row's first token.
+    The result is on `device`, by default that of `document_starts`.
     """
     import torch
 
@@ -93,11 +105,11 @@ def lower_bounds(
     lo = d
     if pattern.group_size is not None:
         G = pattern.group_size
-        s = torch.tensor([0, G // 2], device=device).view(1, 2, 1)
+        s = torch.tensor(pattern.shifts, device=device).view(1, 2, 1)
         lo = d + ((q - d + s) // G * G - s).clamp_min(0)  # [B,2,T]
     if pattern.sliding_window is not None:
         lo = torch.maximum(lo, q - pattern.sliding_window + 1)
-    return lo
+    return lo if document_starts is None else lo.clamp_min(0)
 
 
 def check_lower_bounds(lo: torch.Tensor, S: int) -> None:

@@ -95,7 +95,7 @@ def test_sources_pass_with_s2_in_bfloat16(model_dir, family):
 def test_a_run_is_launched_as_its_spec_says(run):
     launch = plan_launch(str(run))
     assert (launch.attention, launch.ctx, launch.T) == ("training", 96, 96)
-    assert (launch.group_size, launch.document_mask, launch.checkpointing) == (G, True, True)
+    assert (launch.group_size, launch.document_mask, launch.memory.checkpoint) == (G, True, True)
     certificate = verify(launch, device="cpu")
     assert certificate.failed == () and names(certificate) == TRAINING
     assert plan_launch(str(run), attention="inference").group_size is None

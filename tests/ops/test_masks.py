@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ctxext.errors import InputError
 from ctxext.ops import masks
+from ctxext.ops.backends import blocked
 from ctxext.ops.masks import Pattern, check_document_starts, document_starts, first_shifted_head, lower_bounds
 
 
@@ -27,15 +28,17 @@ def sees(q: int, k: int, bounds: list[int], W: int | None, G: int | None, s: int
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
     W=st.none() | st.integers(1, 20),
     G=st.none() | st.integers(2, 12),
+    shift=st.none() | st.integers(1, 11),
 )
-@settings(max_examples=150, deadline=None)
-def test_lower_bounds_are_the_predicate(lengths, W, G):
+@settings(max_examples=200, deadline=None)
+def test_lower_bounds_are_the_predicate(lengths, W, G, shift):
+    shift = None if G is None or shift is None else min(shift, G - 1)
     T = sum(lengths)
     bounds = [sum(lengths[:i]) for i in range(len(lengths))]
-    lo = lower_bounds(Pattern(W, G), T, document_starts=document_starts(bounds, T))
+    lo = lower_bounds(Pattern(W, G, shift), T, document_starts=document_starts(bounds, T))
     assert lo.dtype == torch.int64 and lo.shape == (1, 1 if G is None else 2, T)
     for half in range(lo.shape[1]):
-        s = 0 if half == 0 else G // 2
+        s = 0 if half == 0 else shift or G // 2
         want = [next(k for k in range(q + 1) if sees(q, k, bounds, W, G, s)) for q in range(T)]
         assert lo[0, half].tolist() == want, f"half {half}"
         for q in range(T):  # what is seen has no gaps: the lower bound tells all
@@ -86,6 +89,9 @@ def test_document_starts_takes_starts_or_cu_seqlens():
         (lambda: Pattern(sliding_window=2.0), "sliding_window = 2.0"),
         (lambda: Pattern(group_size=1), "group_size = 1"),
         (lambda: Pattern(group_size=True), "group_size = True"),
+        (lambda: Pattern(group_size=4, shift=4), "shift = 4"),
+        (lambda: Pattern(group_size=4, shift=0), "shift = 0"),
+        (lambda: Pattern(shift=1), "shift = 1"),
         (lambda: lower_bounds(Pattern(), 0), "T = 0"),
         (lambda: lower_bounds(Pattern(), 5, S=4), "S = 4"),
         (lambda: document_starts([], 4), "starts at 0"),
@@ -138,3 +144,35 @@ def test_first_shifted_head(H, K, first):
 def test_heads_that_cannot_halve(H, K):
     with pytest.raises(InputError):
         first_shifted_head(H, K)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    W=st.none() | st.integers(1, 20),
+    G=st.none() | st.integers(2, 30),
+    cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_piece_of_a_row_sees_what_it_saw_in_the_row(lengths, W, G, cut):
+    """Starts relative to the piece, negative for a document that began before it."""
+    T, pattern = sum(lengths), Pattern(W, G)
+    starts = document_starts([sum(lengths[:i]) for i in range(len(lengths))], T)
+    begin, end = sorted(min(int(part * T), T - 1) for part in cut)
+    piece = lower_bounds(pattern, end + 1 - begin, document_starts=starts[:, begin : end + 1] - begin)
+    whole = lower_bounds(pattern, T, document_starts=starts)[..., begin : end + 1]
+    assert torch.equal(piece, (whole - begin).clamp_min(0))
+    masks.check_lower_bounds(piece, end + 1 - begin)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(9), Pattern(None, 24), Pattern(None, 15), Pattern(9, 24)], ids=str)
+def test_blocked_attention_of_a_piece_is_that_of_the_row(pattern):
+    T, end = 150, 140
+    q, k, v = torch.randn(3, 2, 4, T, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    starts = torch.cat([document_starts([0, 50, 51, 84], T), document_starts([0, 9], T)])
+    whole = blocked.attention(q, k, v, pattern, document_starts=starts)
+    for start in (1, 23, 50, 60, 100):
+        begin = int(lower_bounds(pattern, T, document_starts=starts)[..., start].min())
+        own = (x[:, :, begin:end] for x in (q, k, v))
+        piece = blocked.attention(*own, pattern, document_starts=starts[:, begin:end] - begin)
+        assert piece.isfinite().all(), "the halo"
+        torch.testing.assert_close(piece[:, :, start - begin :], whole[:, :, start:end], rtol=1e-12, atol=1e-12)

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -75,13 +76,13 @@ def attention(
     if T < S:
         return _cached(q, k, v, pattern, halves, document_starts, scale)
     window = pattern.sliding_window
-    pattern = Pattern(None if window is None or window >= T else window, pattern.group_size)
+    pattern = replace(pattern, sliding_window=None if window is None or window >= T else window)
     if pattern == Pattern() and document_starts is None:
         return _sdpa(q, k, v, None, scale)
     return _in_blocks(q, k, v, pattern, halves, document_starts, scale)
 
 
-@torch.compiler.disable  # views at offsets that depend on the data: a compiled layer breaks its graph here
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # views at offsets that depend on the data
 def _in_blocks(
     q: Tensor,
     k: Tensor,
@@ -133,9 +134,9 @@ def _calls(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor 
     """What one half of the heads computes, in the order of the tokens; masks in the dtype and on the device of q."""
     window, device, joined = pattern.sliding_window, like.device, set[Blocks]()
     if document_starts is None:
-        runs: Sequence[Blocks] = _unpacked_runs(pattern.group_size, half, B, T)
+        runs: Sequence[Blocks] = _unpacked_runs(replace(pattern, sliding_window=None), half, B, T)
     else:
-        lo = lower_bounds(Pattern(None, pattern.group_size), T, document_starts=document_starts.cpu())
+        lo = lower_bounds(replace(pattern, sliding_window=None), T, document_starts=document_starts.cpu())
         runs, joined = _join_short(_runs(lo, half, B, T), _JOINED_CPU if device.type == "cpu" else _JOINED)
     if joined:
         lo = flat(lower_bounds(pattern, T, document_starts=document_starts, device=device), half, B, T)
@@ -194,8 +195,8 @@ def _additive(seen: Tensor, like: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _unpacked_runs(group_size: int | None, half: int, B: int, T: int) -> tuple[Blocks, ...]:
-    return tuple(_runs(lower_bounds(Pattern(None, group_size), T), half, B, T))
+def _unpacked_runs(groups: Pattern, half: int, B: int, T: int) -> tuple[Blocks, ...]:
+    return tuple(_runs(lower_bounds(groups, T), half, B, T))
 
 
 def _runs(lo: Tensor, half: int, B: int, T: int) -> list[Blocks]:

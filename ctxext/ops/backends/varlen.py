@@ -16,6 +16,7 @@ The kernel is `torch.nn.attention.varlen` (from 2.11 on, which has windows) or f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from inspect import signature
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def arguments_of(
     pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, device: torch.device
 ) -> Arguments:
     """What the kernel is told for one half of the heads; document_starts [B,T] on the CPU."""
-    lo = lower_bounds(Pattern(None, pattern.group_size), T, document_starts=document_starts)
+    lo = lower_bounds(replace(pattern, sliding_window=None), T, document_starts=document_starts)
     bounds = segment_bounds(lo, half, B, T)
     left = -1 if pattern.sliding_window is None else pattern.sliding_window - 1
     return Arguments(bounds.to(device, torch.int32), int(torch.diff(bounds).max()), left)

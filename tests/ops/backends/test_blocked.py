@@ -69,9 +69,16 @@ def assert_twins(q, k, v, pattern, starts=None, scale=None):
 @pytest.mark.parametrize("H_K", HEADS, ids=str)
 def test_twins(T, H_K):
     if T < 1000:
-        patterns = [*((W, None) for W in (None, 1, 2, 100, T, T + 5)), (None, 2), (None, 37), (None, T + 2), (9, 37)]
+        patterns = [
+            *((W, None) for W in (None, 1, 2, 100, T, T + 5)),
+            (None, 2),
+            (None, 37),
+            (None, T + 2),
+            (9, 37),
+            (None, 37, 5),
+        ]
     else:
-        patterns = [(None, None), (100, None), (None, 250), (None, 77), (65, 333)]
+        patterns = [(None, None), (100, None), (None, 250), (None, 77), (65, 333), (None, 250, 249)]
     for pattern in patterns:
         q, k, v = tensors(2 if T < 1000 else 1, *H_K, T, D=4)
         assert_twins(q, k, v, Pattern(*pattern))

@@ -12,7 +12,16 @@ from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import varlen
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
 
-PATTERNS = [Pattern(), Pattern(1), Pattern(2), Pattern(90), Pattern(None, 2), Pattern(None, 37), Pattern(30, 64)]
+PATTERNS = [
+    Pattern(),
+    Pattern(1),
+    Pattern(2),
+    Pattern(90),
+    Pattern(None, 2),
+    Pattern(None, 37),
+    Pattern(30, 64),
+    Pattern(None, 37, 5),
+]
 
 
 def simulated(q, k, v, arguments, scale):

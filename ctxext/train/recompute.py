@@ -1,0 +1,202 @@
+"""What a decoder layer keeps for the backward pass: set up layer by layer, through transformers' own checkpointing.
+
+Shapes: B batch, T tokens, E model width, H query heads, D head dim.
+
+A stock layer under gradient checkpointing calls `_gradient_checkpointing_func(call, x)` instead of computing
+y = call(x) [B,T,E] itself; `enable` gives each layer the function that MemorySpec asks for:
+
+    checkpoint        x [B,T,E] is kept, the layer is computed again            torch's checkpoint, non-reentrant
+    keep: attention   and the attention's output [B,H,T,D] and logsumexp        torch's selective checkpoint
+                      of full and S² layers, whose kernel then runs once
+    tiles             x is kept, the layer is computed again tile by tile       train/tiles.py; keep goes with it
+    offload           x waits on the host, whichever of these keeps it          `HostInputs`, around any of them
+
+torch's checkpoint stops as soon as the backward pass has what it needs, before the last linear layer of the MLP; tiles
+compute that one again as well.
+
+Not done: keeping the attention of the backends naive and flex, which are no single kernel; it is computed twice.
+torch is imported inside the functions that use it, so that a planner can call `check` without it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ctxext.errors import InputError, ModelError
+from ctxext.ops.masks import Pattern
+from ctxext.train.spec import MemorySpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+KERNELS = {  # the attention kernels that `keep: attention` runs once; each returns its output and logsumexp
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+}
+
+
+def check(memory: MemorySpec) -> None:
+    """Refuse what says how to recompute where nothing is recomputed. Raises InputError."""
+    asked = {
+        "keep: attention": memory.keep != "nothing",
+        f"tiles: {memory.tiles}": memory.tiles is not None,
+        "offload: true": memory.offload,
+    }
+    useless = [name for name, given in asked.items() if given]
+    if useless and not memory.checkpoint:
+        raise InputError(
+            f"memory.checkpoint: false keeps everything on the device, and {', '.join(useless)} says what to recompute",
+            hint="set memory.checkpoint: true, or leave the others out",
+        )
+
+
+def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[str]:
+    """Set up every decoder layer of a stock or PEFT-wrapped causal LM; patterns[i] is what layer i sees in training.
+
+    Returns notes on what could not be done as asked: layers that cannot be tiled are recomputed whole. With
+    `checkpoint: false` nothing is done. Raises InputError as `check` does, ModelError where the patterns are not the
+    model's.
+    """
+    from ctxext.model.load import causal_lm
+    from ctxext.train import tiles
+
+    check(memory)
+    if not memory.checkpoint:
+        return []
+    base = causal_lm(model)
+    layers = base.get_decoder().layers
+    _check_patterns(layers, patterns)
+    # transformers renamed it within the versions supported here
+    switch_on = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    switch_on({"use_reentrant": False})
+    host, whole = HostInputs() if memory.offload else None, []
+    for index, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
+        keep = keeping if memory.keep == "attention" and pattern.sliding_window is None else None
+        if memory.tiles is not None and tiles.fits(layer):
+            run: Any = partial(tiles.run, layer, pattern, memory.tiles, keep)
+        else:
+            run = partial(_checkpoint, keep)
+            whole += [index] if memory.tiles is not None else []
+        layer._gradient_checkpointing_func = run if host is None else partial(host.run, run, index == 0)
+    if not whole:
+        return []
+    return [f"memory.tiles: {len(whole)} layers are not of the shape that can be tiled, first {whole[0]}: left whole"]
+
+
+def _check_patterns(layers: Any, patterns: Sequence[Pattern]) -> None:
+    if len(layers) != len(patterns):
+        raise ModelError(f"{len(patterns)} attention patterns for a model of {len(layers)} layers")
+    for index, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
+        window = getattr(getattr(layer, "self_attn", None), "sliding_window", None)
+        if window != pattern.sliding_window:
+            raise ModelError(f"layer {index} has the window {window}, its pattern says {pattern.sliding_window}")
+
+
+def _checkpoint(keep: Callable[[], tuple[Any, Any]] | None, call: Any, x: Tensor) -> Tensor:
+    """The layer as torch's checkpoint computes it. Nothing in it is random: dropout is refused elsewhere."""
+    from torch.utils.checkpoint import checkpoint
+
+    options: dict[str, Any] = {} if keep is None else {"context_fn": keep}
+    return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def keeping() -> tuple[Any, Any]:
+    """Two contexts, for computing and for computing again: the attention kernels run in the first alone."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        named = operation._schema.name in KERNELS
+        return CheckpointPolicy.MUST_SAVE if named else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+class HostInputs:
+    """The layers' inputs, on the host between the passes; one for a model.
+
+    On a GPU they are copied to pinned memory by a side stream, beside the computation; in the backward pass each
+    layer's input is fetched while the layer above it computes. On a CPU a copy is made, which saves nothing.
+    The GPU part was written without one: tests/gpu/test_recompute.py runs it.
+    """
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._last: weakref.ref[_HostInput] | None = None  # the graph owns the inputs: it frees them
+
+    def run(self, function: Any, first: bool, call: Any, x: Tensor) -> Tensor:
+        """function(call, x), what it saves for the backward pass on the host; `first`: the model's first layer."""
+        from torch.autograd.graph import saved_tensors_hooks
+
+        if first:
+            self._last = None
+        with saved_tensors_hooks(self._put, self._get):
+            y: Tensor = function(call, x)
+        return y
+
+    def _put(self, x: Tensor) -> Tensor | _HostInput:
+        import torch
+
+        if not x.numel():  # torch's checkpoint saves an empty tensor beside its input
+            return x
+        if x.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)
+        below = self._last() if self._last is not None else None
+        kept = _HostInput(x, self._stream, below)
+        self._last = weakref.ref(kept)
+        return kept
+
+    def _get(self, kept: Tensor | _HostInput) -> Tensor:
+        return kept.get() if isinstance(kept, _HostInput) else kept
+
+
+class _HostInput:
+    """One layer's input [B,T,E]; `below` is that of the layer before it, which the backward pass asks for next."""
+
+    def __init__(self, x: Tensor, stream: torch.cuda.Stream | None, below: _HostInput | None):
+        import torch
+
+        self.device, self.stream, self.below = x.device, stream, below
+        self.fetched: tuple[Tensor, torch.cuda.Event] | None = None
+        if stream is None:
+            self.host = x.clone()
+            return
+        self.host = torch.empty_like(x, device="cpu", pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(x.device))  # x has to be computed
+        with torch.cuda.stream(stream):
+            self.host.copy_(x, non_blocking=True)
+        x.record_stream(stream)  # its memory is not given to others before it is copied
+
+    def fetch(self) -> None:
+        """Begin to copy it back; the side stream takes its copies in order, so it is on the host by then."""
+        import torch
+
+        if self.stream is None or self.fetched is not None:
+            return
+        with torch.cuda.stream(self.stream):
+            x = self.host.to(self.device, non_blocking=True)
+            self.fetched = x, self.stream.record_event()
+
+    def get(self) -> Tensor:
+        """It, on its device; the layer below begins to be fetched."""
+        import torch
+
+        self.fetch()
+        if self.below is not None:
+            self.below.fetch()
+            self.below = None
+        if self.fetched is None:
+            return self.host
+        (x, event), self.fetched = self.fetched, None
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(event)
+        x.record_stream(stream)
+        return x
