@@ -45,6 +45,9 @@ def test_the_wheel_brings_every_preset(environment):
     found = run(environment / "env" / "bin" / "python", "-c", code, cwd=environment).split()
     ours = sorted(f"{path.parent.name}/{path.stem}" for path in (ROOT / "presets").glob("*/*.yaml"))
     assert found == ours
+    code = "from ctxext.train.parallel import read_zero, zero_names; print(*zero_names()); read_zero('3_offload')"
+    found = run(environment / "env" / "bin" / "python", "-c", code, cwd=environment).split()
+    assert found == sorted(path.stem.removeprefix("zero") for path in (ROOT / "deepspeed_configs").glob("*.json"))
 
 
 @pytest.mark.slow

@@ -13,14 +13,24 @@ from ctxext.errors import InputError
 if TYPE_CHECKING:
     from ctxext.train.finetune import FinetuneReport
     from ctxext.train.metrics import StepMetrics
+    from ctxext.train.parallel import Launch
     from ctxext.train.plan import RunPlan
 
 DEFAULT_PRESET = "lora-alpha"
+ZeroOption = Annotated[str | None, typer.Option(help="DeepSpeed ZeRO: 1, 2, 3, 2_offload, 3_offload or a JSON file")]
+ProcessesOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Processes, under ZeRO 2 unless --zero says otherwise [default: 1, or the GPUs]"),
+]
+HostfileOption = Annotated[
+    Path | None, typer.Option(help="Hosts with one file system, reached by ssh: lines `name slots=N`")
+]
 EXAMPLES = """Examples:\n
   ctxext finetune --ctx 100k\n
   ctxext finetune llama2-7b --ctx 32k --preset longlora --data books/\n
   ctxext finetune tiny --ctx 2k --preset smoke\n
   ctxext finetune llama2-7b --ctx 100k --plan\n
+  ctxext finetune llama2-7b --ctx 100k --zero 3 --nproc 8\n
   ctxext finetune --resume --out runs/20260101T000000.000000Z-finetune-tiny"""
 
 
@@ -29,7 +39,8 @@ def finetune(
         str | None, typer.Argument(help="A directory, preset or hub id [default: the newest conversion]")
     ] = None,
     ctx: Annotated[
-        str | None, typer.Option(help="Training context in tokens, such as 8192, 32k, 100k (k = 1024)")
+        str | None,
+        typer.Option(help="Training context in tokens, such as 8192, 100k (k = 1024), or stages: 8k,32k,100k"),
     ] = None,
     preset: Annotated[str, typer.Option(help="A finetune preset or a YAML file")] = DEFAULT_PRESET,
     data: Annotated[
@@ -43,6 +54,9 @@ def finetune(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of the spec, as key=value; may be repeated")
     ] = None,
+    zero: ZeroOption = None,
+    nproc: ProcessesOption = None,
+    hostfile: HostfileOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print every derived number and stop")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run (--out, or the newest)")
@@ -68,11 +82,15 @@ def finetune(
             raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
         decided = _plan(model, preset, _fields(given, set_ or []), needs_weights=not plan)
         run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
+    from ctxext.train.parallel import plan_launch
+
+    launch = plan_launch(decided, zero, nproc, hostfile, resume=resume)
+    rows = decided.rows() + ([("processes", launch.summary())] if launch else [])
     if plan:
-        console.emit(decided.as_dict()) if as_json else console.pairs(decided.rows())
+        console.emit(decided.as_dict()) if as_json else console.pairs(rows)
         return
-    console.pairs(decided.rows(), to_stderr=True)
-    _run(decided, run, resume, force, as_json)
+    console.pairs(rows, to_stderr=True)
+    _run(decided, run, resume, force, as_json, launch)
 
 
 def _fields(given: dict[str, Any], sets: list[str]) -> dict[str, Any]:
@@ -80,6 +98,8 @@ def _fields(given: dict[str, Any], sets: list[str]) -> dict[str, Any]:
     from ctxext.config.loader import parse_value
 
     fields = {key: value for key, value in given.items() if value is not None}
+    if "," in (fields.get("ctx") or ""):
+        *fields["stages"], fields["ctx"] = [part.strip() for part in fields["ctx"].split(",")]
     for assignment in sets:
         key, equals, value = assignment.partition("=")
         if not equals:
@@ -107,29 +127,30 @@ def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weight
     return plan_run(resolve(model, weights=needs_weights), spec)
 
 
-def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> None:
+def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, launch: Launch | None) -> None:
     from ctxext.config.output import replacing
+    from ctxext.train.launch import LOGS
     from ctxext.train.run import discard_unstarted, start_run
     from ctxext.units import format_bytes, format_duration
 
     if resume:
-        console.quiet_libraries()
-        report = train_with_progress(plan, run, resume=True)
+        report = train_with_progress(plan, run, resume=True, launch=launch)
     else:
         source = Path(plan.spec.data.source)
         with replacing(run, force, keep=[plan.source.path, source if source.exists() else None]):
             start_run(plan, run)
-            console.quiet_libraries()
             try:
-                report = train_with_progress(plan, run, resume=False)
+                report = train_with_progress(plan, run, resume=False, launch=launch)
             except BaseException:
-                discard_unstarted(run)
+                if not (run / LOGS).exists():  # which have the traceback of a process that died
+                    discard_unstarted(run)
                 raise
     if as_json:
         console.emit(report.as_dict())
     elif report.finished:
         rows = [
             ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"),
+            ("held-out loss", _held_out(report)),
             ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
             ("gradient spikes", f"{report.spikes} of {report.steps} steps scaled down"),
             ("rollbacks", str(report.rollbacks)),
@@ -144,10 +165,15 @@ def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool) -> 
         raise typer.Exit(130)
 
 
-def train_with_progress(plan: RunPlan, run: Path, *, resume: bool) -> FinetuneReport:
+def _held_out(report: FinetuneReport) -> str:
+    if report.held_out is None:
+        return "not measured"
+    return f"{report.held_out[0]:.3f} -> {report.held_out[1]:.3f}, under the attention it runs with"
+
+
+def train_with_progress(plan: RunPlan, run: Path, *, resume: bool, launch: Launch | None = None) -> FinetuneReport:
     """Run a plan under a progress bar; a line every tenth of the way where stderr is no terminal."""
-    from ctxext.train.finetune import run_finetune
-    from ctxext.train.loop import Events
+    from ctxext.train.launch import launch_run
     from ctxext.units import format_bytes
 
     with console.progress() as display:
@@ -160,4 +186,11 @@ def train_with_progress(plan: RunPlan, run: Path, *, resume: bool) -> FinetuneRe
             if display.disable and metrics.step % max(1, plan.steps // 10) == 0:
                 console.say(f"step {metrics.step}/{plan.steps}  {note}")
 
+        fields = launch_run(run, launch, console.say, on_step) if launch else None
+        console.quiet_libraries()
+        from ctxext.train.finetune import FinetuneReport, run_finetune
+        from ctxext.train.loop import Events
+
+        if fields is not None:
+            return FinetuneReport(**fields)
         return run_finetune(plan, run, resume=resume, events=Events(console.say, on_step))

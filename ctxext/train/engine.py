@@ -1,27 +1,33 @@
 """What moves the weights: one interface, so that the loop reads the same on one process and on many.
 
-`Engine` is what the loop needs; `LocalEngine` is one process without DeepSpeed, the simple default. Ranks share one
-step: each runs some of its sequences, gradients are summed over all of them, and what is saved does not depend on how
-many there were.
+`Engine` is what the loop needs; `LocalEngine` is one process without DeepSpeed, the simple default, `ZeroEngine`
+(train/zero.py) many with it. Ranks share one step: each runs some of its sequences, gradients are summed over all of
+them, and what is saved does not depend on how many there were.
+
+Shapes: b sequences of a micro-batch, T tokens, E model width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctxext.model.adapters import trainable
+from ctxext.model.load import hidden_states, output_weight
+from ctxext.train.loss import linear_cross_entropy, token_losses
 from ctxext.train.optimizer import MASTER, MasterAdamW, RelativeClip
 from ctxext.train.spec import OptimizerSpec
 
 
 class Engine(Protocol):
-    """`model` is what is called forward, of which `rank` 0 to `world` - 1 has a part or a copy; `clip` is remembered.
+    """`model` is the LM, of which `rank` 0 to `world` - 1 has a part or a copy; `clip` is remembered.
 
-    All methods but `backward` are collective: every rank calls them, in the same order.
+    All methods are collective: every rank calls them, in the same order and equally often. `model` itself is called
+    by nobody: under ZeRO-3 it has no weights outside `loss`.
     """
 
     model: Any
@@ -34,6 +40,10 @@ class Engine(Protocol):
 
     def total(self, *values: float) -> list[float]:
         """Each value summed over the ranks."""
+
+    def loss(self, ids: Tensor, labels: Tensor, *, each: bool = False, **attention: Any) -> Tensor:
+        """Cross entropy of ids, labels (b, T), in nats, summed over the labels that count; with `each` and without
+        gradients, that of every token (b, T). `attention` goes to model.load.hidden_states."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the step's loss; the shares of all ranks sum to the loss."""
@@ -54,13 +64,42 @@ class Engine(Protocol):
         """Put `tensors` back; every rank is given all of them."""
 
 
+class LossModel(nn.Module):
+    """An LM whose forward pass ends in the loss, so that one forward is all that uses its weights.
+
+    DeepSpeed gathers a module's weights around that module's forward. The head's weight is used without calling the
+    head (train/loss.py), so it is `head` here for which it is gathered, and its gradient arrives as any other does.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model, self.head = model, LossHead(model)
+
+    def forward(self, ids: Tensor, labels: Tensor, each: bool = False, **attention: Any) -> Tensor:
+        hidden = hidden_states(self.model, ids, **attention)  # (b, T, E)
+        losses: Tensor = self.head(hidden.flatten(0, 1), labels.flatten(), each)
+        return losses.view_as(labels) if each else losses
+
+
+class LossHead(nn.Module):
+    """The loss of hidden states by a model's own head, whose weight stays the model's: this module has none."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.weight = partial(output_weight, model)
+
+    def forward(self, hidden: Tensor, labels: Tensor, each: bool) -> Tensor:
+        weight = self.weight()
+        return token_losses(hidden, weight, labels) if each else linear_cross_entropy(hidden, weight, labels)[0]
+
+
 class LocalEngine:
     """One process: fp32 masters and AdamW in torch."""
 
     rank, world = 0, 1
 
     def __init__(self, model: Any, spec: OptimizerSpec):
-        self.model = model
+        self.model, self.loss = model, LossModel(model)
         self.optimizer = MasterAdamW(trainable(model), spec)
         self.clip = RelativeClip(spec.clip)
 

@@ -8,13 +8,14 @@ rounded into the model. A parameter that is fp32 already is its own master.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ctxext.errors import EnvironmentFault, ModelError
+from ctxext.model.adapters import full_shape
 from ctxext.train.spec import OptimizerSpec
 
 LORA_MARK, MASTER = ".lora_", "master"
@@ -31,17 +32,7 @@ class MasterAdamW:
     def __init__(self, trainable: Mapping[str, Tensor], spec: OptimizerSpec):
         self.parameters = dict(trainable)
         self.masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
-        adapter = any(LORA_MARK in name for name in self.masters)
-        whole_rate = spec.whole_learning_rate or spec.learning_rate
-        rates = {name: whole_rate if adapter and LORA_MARK not in name else spec.learning_rate for name in self.masters}
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for name, master in self.masters.items():
-            decay = spec.weight_decay if master.ndim > 1 else 0.0  # norms and biases are not decayed
-            groups.setdefault((rates[name], decay), []).append(master)
-        options = [
-            {"params": params, "lr": rate, "rate": rate, "weight_decay": decay}
-            for (rate, decay), params in groups.items()
-        ]
+        options = parameter_groups(self.masters, spec)
         self.adamw = _adamw(spec.name, options, (spec.beta1, spec.beta2))
 
     def gradient_norm(self) -> float:
@@ -72,16 +63,7 @@ class MasterAdamW:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what `tensors` gave. Raises ModelError where these are of another set of parameters."""
-        moments: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            kind, _, name = key.partition("/")
-            moments.setdefault(name, {})[kind] = tensor
-        if moments.keys() != self.masters.keys():
-            strange = sorted(moments.keys() ^ self.masters.keys())
-            raise ModelError(
-                f"the checkpoint holds {len(moments)} trained tensors, this run has {len(self.masters)}, "
-                f"first difference {strange[0]}"
-            )
+        moments = by_parameter(tensors, self.masters)
         for name, master in self.masters.items():
             master.copy_(moments[name].pop(MASTER))
             # torch keeps `step` as a tensor on the CPU, bitsandbytes as a number
@@ -98,6 +80,35 @@ class MasterAdamW:
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 self.parameters[name].copy_(master)
+
+
+def by_parameter(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of each parameter, by kind. Raises ModelError where it is of other `names`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        found.setdefault(name, {})[kind] = tensor
+    strange = sorted(found.keys() ^ set(names))
+    if strange:
+        raise ModelError(
+            f"the checkpoint holds {len(found)} trained tensors, this run has {len(names)}, "
+            f"first difference {strange[0]}"
+        )
+    return found
+
+
+def parameter_groups(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> list[dict[str, Any]]:
+    """The optimizer's groups by learning rate and weight decay; a group's `rate` is its rate before any schedule."""
+    adapter = any(LORA_MARK in name for name in tensors)
+    whole_rate = spec.whole_learning_rate or spec.learning_rate
+    groups: dict[tuple[float, float], list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        rate = whole_rate if adapter and LORA_MARK not in name else spec.learning_rate
+        decay = spec.weight_decay if len(full_shape(tensor)) > 1 else 0.0  # norms and biases are not decayed
+        groups.setdefault((rate, decay), []).append(tensor)
+    return [
+        {"params": params, "lr": rate, "rate": rate, "weight_decay": decay} for (rate, decay), params in groups.items()
+    ]
 
 
 def _adamw(name: str, options: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
@@ -159,9 +170,14 @@ class RelativeClip:
     def __init__(self, limit: float, mean: float = 0.0, seen: int = 0):
         self.limit, self.mean, self.seen = limit, mean, seen
 
+    @property
+    def allowed(self) -> float:
+        """The largest norm that the next gradient may have."""
+        return math.inf if self.seen < self.WARM_STEPS else self.limit * self.mean
+
     def scale(self, norm: float) -> float:
         """The factor for a gradient of this norm, 1.0 when it is ordinary; remembers it. NaN is for the caller."""
-        clipped = norm if self.seen < self.WARM_STEPS else min(norm, self.limit * self.mean)
+        clipped = min(norm, self.allowed)
         weight = max(1 - self.DECAY, 1 / (self.seen + 1))
         self.mean += weight * (clipped - self.mean)
         self.seen += 1

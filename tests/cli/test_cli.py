@@ -11,7 +11,8 @@ import pytest
 
 COMMANDS = {
     "convert": "--hybrid --out --full-layers --sliding-window --dtype --gate --no-gate --allow-pickle --force --json",
-    "finetune": "--ctx --preset --data --out --steps --original-length --set --plan --resume --force --json",
+    "finetune": "--ctx --preset --data --out --steps --original-length --set --zero --nproc --hostfile --plan --resume "
+    "--force --json",
     "eval": "--suite --lengths --data --text-field --protocol --limit --seed --dtype --out --force --json",
     "merge": "--out --dtype --force --json",
     "verify": "--ctx --attention --out --force --json",

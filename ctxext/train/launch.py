@@ -1,0 +1,306 @@
+"""One run on many processes: started, watched, stopped, reported. No torch in the process that does it.
+
+Each process is told its place by torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and the
+rest by the run's directory, which all hosts see under one path. torchrun's own agent is not used: it kills 30 seconds
+after a signal, before a long step is done and saved, and who died is known to it and not to its parent.
+
+run/launch.json           the ZeRO configuration and the hosts
+run/logs/rank-0.log       what a process printed; its traceback
+run/logs/events.jsonl     what rank 0 says, line by line
+run/logs/report.json      what rank 0 returns
+run/logs/error-0.json     what a process refused, with a message and a hint
+run/logs/died.json        on several hosts: the process that ended first, for the others' hosts to stop theirs
+run/logs/stop             made when the run is to save and end
+
+run/logs is removed when nothing in it is left to be read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+
+from ctxext.errors import CheckFailed, CtxextError, DataError, EnvironmentFault, InputError, ModelError
+from ctxext.train.parallel import Launch, gpus
+
+LAUNCH, LOGS = "launch.json", "logs"
+EVENTS, REPORT, DIED, STOP = "events.jsonl", "report.json", "died.json", "stop"  # in LOGS
+PORT = 29500  # of the first host, when there are several; MASTER_PORT names another
+GRACE, KILL_AFTER, TICK = 5.0, 3.0, 0.1  # seconds: for others to end by themselves; after SIGTERM; between two looks
+# to hosts reached by ssh: variables that begin so
+PASSED_ON = (
+    "NCCL_",
+    "GLOO_",
+    "MASTER_",
+    "OMP_",
+    "TORCH_",
+    "PYTHONPATH",
+    "LD_LIBRARY_PATH",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+)
+BUILDERS = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
+FRESH = 60.0  # seconds: a lock of this age may be of a build that starts
+KINDS = {kind.__name__: kind for kind in (InputError, ModelError, DataError, EnvironmentFault, CheckFailed)}
+
+
+@dataclass(frozen=True)
+class Death:
+    """The process that ended first, and how: `code` is its exit code, or minus a signal."""
+
+    name: str
+    code: int
+
+    def words(self) -> str:
+        how = f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
+        return f"{self.name} died ({how})"
+
+
+def launch_run(run: Path, launch: Launch, say: Callable[[str], None], on_step: Callable[[Any], None]) -> dict[str, Any]:
+    """Carry out run/spec.yaml on all processes; the fields of the FinetuneReport.
+
+    Ctrl-C or SIGTERM lets the run save and end; the second one kills it. Raises what rank 0, or whichever process was
+    first, refused, and EnvironmentFault for one that died.
+    """
+    check_environment(launch)
+    logs = run.absolute() / LOGS
+    shutil.rmtree(logs, ignore_errors=True)
+    logs.mkdir()
+    (run / LAUNCH).write_text(launch.dump(), "utf-8")
+    tail = _events(logs / EVENTS, say, on_step)
+    processes = {}
+    with _stopping(logs / STOP) as stopping:
+        try:
+            processes = _start(run.absolute(), launch)
+            death = watch(processes, lambda: next(tail))
+        except KeyboardInterrupt:
+            shutil.rmtree(logs)
+            raise
+        finally:
+            kill(processes)
+        next(tail)
+    if (logs / DIED).exists():
+        death = Death(**json.loads((logs / DIED).read_text("utf-8")))
+    if death is not None:
+        if stopping() and death.code == -signal.SIGTERM:  # before the first step, when there is nothing to save
+            shutil.rmtree(logs)
+            raise KeyboardInterrupt
+        raise _fault(logs, death)
+    report: dict[str, Any] = json.loads((logs / REPORT).read_text("utf-8"))
+    shutil.rmtree(logs)
+    return report | {"out": str(run)}
+
+
+def check_environment(launch: Launch) -> None:
+    """Refuse to start what cannot run here: DeepSpeed, a compiler, a stale lock, a port. Raises EnvironmentFault."""
+    if find_spec("deepspeed") is None:
+        raise EnvironmentFault("DeepSpeed is not installed", hint="pip install deepspeed, or leave --zero out")
+    if launch.compiles:
+        needed = (os.environ.get("CXX", "c++"), "ninja")
+        missing = [name for name in needed if shutil.which(name, path=_environment(launch)["PATH"]) is None]
+        if missing:
+            raise EnvironmentFault(
+                f"{' and '.join(missing)} not found: DeepSpeed compiles its CPU optimizer when it first runs",
+                hint="install a C++ compiler and ninja, or use a ZeRO configuration without offload_optimizer",
+            )
+        _check_locks()
+    first = launch.hosts[0]
+    if len(launch.hosts) > 1 and first.local:
+        port = int(os.environ.get("MASTER_PORT", PORT))
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise port_in_use(first.name, port) from error
+
+
+def port_in_use(host: str, port: int | str) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"port {port} of {host}, where the processes meet, is in use",
+        hint="another run may be on: end it, or choose a port with MASTER_PORT=29501",
+    )
+
+
+def _check_locks() -> None:
+    """A build that was killed leaves a lock, and every later run waits for it without a word."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
+    old = [lock for lock in sorted(root.glob("**/lock")) if time.time() - lock.stat().st_mtime > FRESH]
+    if old and not any(process.info["name"] in BUILDERS for process in psutil.process_iter(["name"])):
+        raise EnvironmentFault(
+            f"{old[0]} was left by a build that was killed; DeepSpeed would wait for it for ever",
+            hint=f"rm {shlex.quote(str(old[0]))}",
+        )
+
+
+def _start(run: Path, launch: Launch) -> dict[str, subprocess.Popen[bytes]]:
+    """The ranks, where they are all of this host; otherwise one process a host, which starts its own."""
+    if len(launch.hosts) == 1 and launch.hosts[0].local:
+        return start_ranks(run, launch, 0, "127.0.0.1", _free_port())
+    processes = {}
+    for node, host in enumerate(launch.hosts):
+        command = [sys.executable, "-m", "ctxext.train.worker", str(run), str(node)]
+        if not host.local:
+            known = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(PASSED_ON)]
+            remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *known, *command])}"
+            command = ["ssh", "-o", "BatchMode=yes", host.name, remote]
+        with (run / LOGS / f"host-{node}.log").open("wb") as log:
+            processes[f"host {host.name}"] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+    return processes
+
+
+def start_ranks(run: Path, launch: Launch, node: int, address: str, port: int) -> dict[str, subprocess.Popen[bytes]]:
+    """The processes of one host. Their output goes to run/logs; Ctrl-C at a terminal does not reach them."""
+    first = sum(host.slots for host in launch.hosts[:node])
+    slots, processes = launch.hosts[node].slots, {}
+    for local in range(slots):
+        rank = first + local
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": local,
+            "WORLD_SIZE": launch.world,
+            "LOCAL_WORLD_SIZE": slots,
+            "MASTER_ADDR": address,
+            "MASTER_PORT": port,
+        }
+        environment = _environment(launch, slots) | {key: str(value) for key, value in place.items()}
+        with (run / LOGS / f"rank-{rank}.log").open("wb") as log:
+            processes[f"rank {rank}"] = subprocess.Popen(
+                [sys.executable, "-m", "ctxext.train.worker", str(run)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+    return processes
+
+
+def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
+    """This process's variables, with what the ranks need besides; those that are set already stay."""
+    known = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots)),
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not gpus():
+        known["DS_ACCELERATOR"] = "cpu"
+    if launch.stage == 3:
+        known["MALLOC_MMAP_THRESHOLD_"] = str(1024**2)  # or glibc keeps the weights that other ranks were given
+    path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"  # pip puts ninja beside python
+    return known | os.environ | {"PATH": path}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def watch(processes: Mapping[str, subprocess.Popen[bytes]], look: Callable[[], object]) -> Death | None:
+    """Wait until all have ended; who ended first, if not well: the others then get GRACE to say why, too.
+
+    `look` is called all the while; what it raises ends the wait.
+    """
+    while True:
+        look()
+        codes = {name: process.poll() for name, process in processes.items()}
+        bad = [Death(name, code) for name, code in codes.items() if code]
+        if bad:
+            death = min(bad, key=lambda death: death.code)  # who was killed died first: the others notice, and raise
+            until = time.monotonic() + GRACE
+            while time.monotonic() < until and any(process.poll() is None for process in processes.values()):
+                time.sleep(TICK)
+            return death
+        if all(code == 0 for code in codes.values()):
+            return None
+        time.sleep(TICK)
+
+
+def kill(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    """End what still runs: without the others a rank cannot save, and waits. A host's process ends its own ranks."""
+    for process in processes.values():
+        if process.poll() is None:
+            process.terminate()
+    until = time.monotonic() + KILL_AFTER
+    for process in processes.values():
+        try:
+            process.wait(max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _fault(logs: Path, death: Death) -> CtxextError:
+    """What to say of a run that failed: a refusal if there is one, or who died and where its traceback is."""
+    refusals = sorted(logs.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    if refusals:
+        data = json.loads(refusals[0].read_text("utf-8"))
+        shutil.rmtree(logs)
+        refusal: CtxextError = KINDS[data["type"]](data["message"], hint=data["hint"])
+        return refusal
+    log = logs / f"{death.name.replace(' ', '-')}.log"
+    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
+    last = next((line for line in reversed(lines) if line.strip() and death.code > 0), None)
+    return EnvironmentFault(
+        f"{death.words()}; the others were stopped" + (f": {last.strip()[:200]}" if last else ""),
+        hint="killed from outside, often for want of memory (dmesg says so)"
+        if death.code == -signal.SIGKILL
+        else f"its traceback is in {log}",
+    )
+
+
+@contextmanager
+def _stopping(flag: Path) -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into the file `flag`, which rank 0 waits for; the next acts as it always did."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        flag.touch()
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield flag.exists
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _events(path: Path, say: Callable[[str], None], on_step: Callable[[Any], None]) -> Iterator[None]:
+    """Each `next` tells what rank 0 wrote since the last one."""
+    done = 0
+    while True:
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(done)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    done += len(line)
+                    event = json.loads(line)
+                    on_step(SimpleNamespace(**event["step"])) if "step" in event else say(event["say"])
+        yield

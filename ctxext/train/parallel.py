@@ -1,0 +1,226 @@
+"""--zero, --nproc and --hostfile -> Launch: how many processes, where, and how ZeRO partitions. No torch.
+
+A file of --zero (deepspeed_configs/) says how to partition and communicate. What it could say about batch, rates,
+clip, precision or recomputation would be said twice, so it is refused there and belongs to the training spec.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from os import environ
+from pathlib import Path
+from typing import Any
+
+from ctxext.config.presets import shipped
+from ctxext.errors import InputError, SpecError
+from ctxext.train.plan import RunPlan
+
+FOLDER, DEFAULT = "deepspeed_configs", "2"
+ALLOWED = ("zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown")
+BELONGS = {  # DeepSpeed's keys, and where the training spec says the same
+    "optimizer": "optimizer",
+    "scheduler": "optimizer.schedule",
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size and micro_batch_size",
+    "gradient_clipping": "optimizer.clip",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "amp": "dtype",
+    "data_types": "dtype",
+    "activation_checkpointing": "memory",
+}
+_HOST = re.compile(r"(?P<name>[A-Za-z0-9_.:-]+)\s+slots=(?P<slots>[1-9][0-9]*)")
+
+
+@dataclass(frozen=True)
+class Host:
+    """A machine and the processes it gets."""
+
+    name: str
+    slots: int
+
+    @property
+    def local(self) -> bool:
+        return self.name in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
+
+
+@dataclass(frozen=True)
+class Launch:
+    """launch.json: `zero` is DeepSpeed's configuration, less all that the spec says."""
+
+    zero: dict[str, Any]
+    hosts: tuple[Host, ...]
+    resume: bool = False
+
+    @property
+    def world(self) -> int:
+        return sum(host.slots for host in self.hosts)
+
+    @property
+    def stage(self) -> int:
+        stage: int = self.zero["zero_optimization"]["stage"]
+        return stage
+
+    @property
+    def compiles(self) -> bool:
+        """Whether DeepSpeed compiles its optimizer for the CPU when it first runs."""
+        return "offload_optimizer" in self.zero["zero_optimization"]
+
+    def summary(self) -> str:
+        """One line for the screen."""
+        offload = ", ".join(
+            name.removeprefix("offload_") for name in self.zero["zero_optimization"] if name.startswith("offload_")
+        )
+        where = f" on {len(self.hosts)} hosts" if len(self.hosts) > 1 else ""
+        processes = "1 process" if self.world == 1 else f"{self.world} processes"
+        return f"ZeRO {self.stage}, {processes}{where}" + (f", {offload} offloaded" if offload else "")
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> Launch:
+        data = json.loads(path.read_text("utf-8"))
+        return cls(**(data | {"hosts": tuple(Host(**host) for host in data["hosts"])}))
+
+
+def plan_launch(
+    plan: RunPlan, zero: str | None, nproc: int | None, hostfile: Path | None, *, resume: bool = False
+) -> Launch | None:
+    """What the three options ask for; None for the simple default, one process without DeepSpeed."""
+    if hostfile is not None and nproc is not None:
+        raise InputError("--nproc and --hostfile both say how many processes", hint="write slots=N in the hostfile")
+    if hostfile is None and zero is None and nproc in (None, 1):
+        return None
+    hosts = read_hostfile(hostfile) if hostfile else (Host("localhost", gpus() or 1 if nproc is None else nproc),)
+    launch = Launch(read_zero(zero or DEFAULT), hosts, resume)
+    _check(plan, launch)
+    return launch
+
+
+def _check(plan: RunPlan, launch: Launch) -> None:
+    """Refuse what this plan cannot do on several processes."""
+    world, spec = launch.world, plan.spec
+    here = launch.hosts[0].slots
+    if launch.hosts[0].local and 0 < gpus() < here:
+        raise InputError(f"{here} processes on a machine of {gpus()} GPUs: one GPU serves one process")
+    if len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
+        far = [host.name for host in launch.hosts if not host.local]
+        if far:
+            raise InputError(f"{far[0]} cannot reach the first host as {launch.hosts[0].name}", hint="write its name")
+    for stage in (*plan.earlier, plan):
+        _check_batch(stage.global_batch_size, world)
+    if spec.optimizer.name != "adamw":
+        raise InputError(f"optimizer.name {spec.optimizer.name} under ZeRO: allowed is adamw, which ZeRO partitions")
+    if spec.memory.quantize != "none":
+        raise InputError(f"memory.quantize {spec.memory.quantize} under ZeRO is not supported", hint="use one process")
+    if spec.memory.tiles is not None and launch.stage == 3:
+        raise InputError(
+            "memory.tiles under ZeRO 3: tiles use weights that stage 3 has not gathered", hint="use --zero 2"
+        )
+
+
+def _check_batch(batch: int, world: int) -> None:
+    """Every process runs the same number of sequences: under ZeRO-3 each forward pass is of all of them."""
+    if batch % world:
+        below, above = batch // world * world, -(-batch // world) * world
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise InputError(
+            f"a step has {batch} sequences, which {world} processes cannot share equally",
+            hint=f"--set global_batch_size={above}; the nearest that would do: {nearest}",
+        )
+
+
+def gpus() -> int:
+    """GPUs that processes started here can use; torch would know for certain, and is not imported here."""
+    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    if listed is not None:
+        return len([name for name in listed.split(",") if name.strip() not in ("", "-1")])
+    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+
+
+def read_hostfile(path: Path) -> tuple[Host, ...]:
+    """Lines `name slots=N`; # starts a comment."""
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the hostfile {path}: {error}") from error
+    hosts, faults = list[Host](), list[str]()
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        match = _HOST.fullmatch(text)
+        if match:
+            hosts.append(Host(match["name"], int(match["slots"])))
+        elif text:
+            faults.append(f"line {number}: {text!r}; allowed: a host's name and slots=N")
+    if faults or not hosts:
+        raise SpecError(str(path), faults or ["no host in it; allowed: lines such as node1 slots=8"])
+    return tuple(hosts)
+
+
+def read_zero(name: str) -> dict[str, Any]:
+    """The configuration --zero names: a path, ./deepspeed_configs, or the one that was shipped.
+
+    Raises InputError when there is none, SpecError with all that does not belong into it.
+    """
+    path = _find(name)
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpecError(str(path), [f"not JSON: {error}"]) from error
+    if not isinstance(data, dict):
+        raise SpecError(str(path), ["allowed: an object of DeepSpeed's keys"])
+    faults = [
+        f"{key}: belongs to the training spec: {BELONGS[key]}"
+        if key in BELONGS
+        else f"{key}: unknown key; allowed: {', '.join(ALLOWED)}"
+        for key in data
+        if key not in ALLOWED
+    ]
+    faults += [f'{key}: "auto" is filled in by nobody here; leave the key out' for key in _autos(data, "")]
+    zero = data.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        faults.append("zero_optimization.stage: missing; allowed: 1, 2, 3")
+    else:
+        for key in ("offload_optimizer", "offload_param"):
+            if key in zero and (not isinstance(zero[key], dict) or zero[key].get("device") != "cpu"):
+                faults.append(f'zero_optimization.{key}.device: allowed: "cpu"; leave {key} out for none')
+    if faults:
+        raise SpecError(str(path), faults)
+    return data
+
+
+def _find(name: str) -> Path:
+    if name.endswith(".json"):
+        if not Path(name).is_file():
+            raise InputError(f"no file {name}", hint=f"names known without a path: {', '.join(zero_names())}")
+        return Path(name)
+    for root in (Path(FOLDER), shipped(FOLDER)):
+        path = root / f"zero{name.removeprefix('zero')}.json"
+        if "/" not in name and path.is_file():
+            return path
+    raise InputError(f"--zero {name}: allowed are {', '.join(zero_names())}, or a JSON file")
+
+
+def zero_names() -> list[str]:
+    """What --zero knows by name, sorted."""
+    found = [path for root in (Path(FOLDER), shipped(FOLDER)) for path in root.glob("zero*.json")]
+    return sorted({path.stem.removeprefix("zero") for path in found})
+
+
+def _autos(value: Any, path: str) -> Iterator[str]:
+    if value == "auto":
+        yield path
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _autos(inner, f"{path}.{key}" if path else key)

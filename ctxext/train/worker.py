@@ -1,0 +1,121 @@
+"""What train/launch.py starts: `python -m ctxext.train.worker RUN` is one rank, `... RUN NODE` one host's ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ctxext.errors import CtxextError, InputError, SpecError
+from ctxext.train.launch import (
+    DIED,
+    EVENTS,
+    LAUNCH,
+    LOGS,
+    PORT,
+    REPORT,
+    STOP,
+    TICK,
+    kill,
+    port_in_use,
+    start_ranks,
+    watch,
+)
+from ctxext.train.parallel import Launch
+
+
+def run_rank(run: Path) -> None:
+    """Train as the rank that the environment names. Rank 0 tells the run's directory how it goes."""
+    from ctxext.train.finetune import run_finetune
+    from ctxext.train.loop import Events
+    from ctxext.train.run import plan_resumed
+
+    launch, logs = Launch.read(run / LAUNCH), run / LOGS
+    events = Events()
+    if os.environ["RANK"] == "0":
+        tell = _teller(logs / EVENTS)
+        events = Events(lambda line: tell(say=line), lambda metrics: tell(step=asdict(metrics)))
+        threading.Thread(target=_heed, args=(logs / STOP, os.getppid()), daemon=True).start()
+    report = run_finetune(plan_resumed(run), run, resume=launch.resume, events=events, zero=launch.zero)
+    if os.environ["RANK"] == "0":
+        _write(logs / REPORT, report.as_dict())
+
+
+def run_host(run: Path, node: int) -> int:
+    """Start and watch the ranks of one of several hosts, and stop them when another host lost one."""
+    launch, died = Launch.read(run / LAUNCH), run / LOGS / DIED
+    port, parent = int(os.environ.get("MASTER_PORT", PORT)), os.getppid()
+
+    def look() -> None:
+        if died.exists() or os.getppid() != parent:
+            raise SystemExit(1)
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
+    processes = start_ranks(run, launch, node, launch.hosts[0].name, port)
+    try:
+        death = watch(processes, look)
+    finally:
+        kill(processes)
+    if death is not None and not died.exists():
+        _write(died, asdict(death))
+    return 0 if death is None else 1
+
+
+def _teller(path: Path) -> Callable[..., None]:
+    file = path.open("a", encoding="utf-8")
+
+    def tell(**event: Any) -> None:
+        file.write(json.dumps(event) + "\n")
+        file.flush()
+
+    return tell
+
+
+def _heed(flag: Path, parent: int) -> None:
+    """SIGTERM to ourselves when the run is to stop, or nobody is left who started it: the loop saves, and all end."""
+    while not flag.exists() and os.getppid() == parent:
+        time.sleep(TICK)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _write(path: Path, data: Any) -> None:
+    """JSON, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(json.dumps(data), "utf-8")
+    partial.rename(path)
+
+
+def _refusal(error: BaseException) -> CtxextError | None:
+    """What an exception says to the user, if it says anything."""
+    if isinstance(error, SpecError):
+        return InputError(error.message, hint=error.hint)
+    if "EADDRINUSE" in str(error):
+        return port_in_use(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    return error if isinstance(error, CtxextError) else None
+
+
+def main(arguments: list[str]) -> int:
+    run = Path(arguments[0])
+    if len(arguments) > 1:
+        return run_host(run, int(arguments[1]))
+    try:
+        run_rank(run)
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        data = {"type": type(refusal).__name__, "message": refusal.message, "hint": refusal.hint}
+        _write(run / LOGS / f"error-{os.environ['RANK']}.json", data)
+        return refusal.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

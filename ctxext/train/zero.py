@@ -1,0 +1,217 @@
+"""DeepSpeed ZeRO behind the Engine protocol: what is partitioned here is whole again in everything that is saved.
+
+Gradients: a rank's loss is its share of the step's loss; DeepSpeed averages over ranks, so a loss counts `world` times,
+and the sum over micro-batches and ranks is the gradient of the step's loss, as on one process. Learning rates, groups,
+clip and batch are the spec's: the file of --zero says how to partition and nothing else (train/launch.py).
+
+Tensors of a checkpoint are gathered one parameter at a time, in fp32, under the names that one process gives them, so a
+run goes on under any stage, on any number of processes, or without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ctxext.model.adapters import trainable
+from ctxext.model.load import causal_lm, output_weight
+from ctxext.model.positions import check_realised
+from ctxext.train.engine import LossModel
+from ctxext.train.optimizer import MASTER, RelativeClip, by_parameter, parameter_groups
+from ctxext.train.plan import RunPlan
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PATIENCE = timedelta(hours=12)  # of a rank for the others: rank 0 may be tokenising; a dead one ends the run at once
+
+
+def join(zero: Mapping[str, Any], plan: RunPlan, dtype: torch.dtype) -> Ranks:
+    """Meet the other ranks, which torchrun started. From here on, models of stage 3 are partitioned as they load."""
+    import deepspeed
+
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        # DeepSpeed's communication in shared memory takes a minute to compile, and is used for inference alone.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=PATIENCE, verbose=False)
+    return Ranks(zero, plan, dtype)
+
+
+class Ranks:
+    """This process among the others, and DeepSpeed's configuration for a plan; keep it while the model is in use."""
+
+    def __init__(self, zero: Mapping[str, Any], plan: RunPlan, dtype: torch.dtype):
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.accumulation = -(-plan.global_batch_size // (self.world * plan.spec.micro_batch_size))
+        self.config: dict[str, Any] = {
+            **zero,
+            "train_micro_batch_size_per_gpu": plan.spec.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+        self.stage: int = zero["zero_optimization"]["stage"]
+        self.loading: Any = None
+        if self.stage == 3:
+            from transformers.integrations import HfDeepSpeedConfig
+
+            self.loading = HfDeepSpeedConfig(self.config)  # transformers remembers it weakly
+
+    @contextmanager
+    def one_a_host_first(self) -> Iterator[None]:
+        """The block on one rank of each host, then on its others, which find in the host's cache what it left."""
+        waits = int(os.environ["LOCAL_RANK"]) > 0
+        if waits:
+            dist.barrier()
+        yield
+        if not waits:
+            dist.barrier()
+
+
+class ZeroEngine:
+    """One of many processes under ZeRO stage 1, 2 or 3."""
+
+    def __init__(self, model: Any, plan: RunPlan, ranks: Ranks):
+        import deepspeed
+
+        self.ranks, self.rank, self.world = ranks, ranks.rank, ranks.world
+        self.model, self.clip = model, RelativeClip(plan.spec.optimizer.clip)
+        self.parameters = trainable(model)
+        self.waiting = 0  # backward passes since the last step
+        groups = parameter_groups(self.parameters, plan.spec.optimizer)
+        betas = (plan.spec.optimizer.beta1, plan.spec.optimizer.beta2)
+        losses = LossModel(model)
+        if ranks.stage == 3 and ranks.config["bf16"]["enabled"]:
+            # One dtype is all that stage 3 partitions. Stages 1 and 2 round by themselves what PEFT made in fp32.
+            for parameter in self.parameters.values():
+                parameter.data = parameter.data.bfloat16()
+        optimizer: torch.optim.Optimizer
+        if "offload_optimizer" in ranks.config["zero_optimization"]:
+            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
+        self.engine, self.zero, *_ = deepspeed.initialize(model=losses, optimizer=optimizer, config=ranks.config)
+        if ranks.stage == 3:
+            deepspeed.zero.register_external_parameter(losses.head, output_weight(model))
+        check_realised(causal_lm(model), plan.config)  # a DeepSpeed that rounds buffers would spoil long positions
+        self._set_step(0)
+        if ranks.stage < 3:
+            # A step does this after its first group alone; the parameters of the others never find their moments.
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.engine.device
+        return device
+
+    def total(self, *values: float) -> list[float]:
+        summed = torch.tensor([0.0, *values], dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return [float(value) for value in summed[1:]]
+
+    def loss(self, ids: Tensor, labels: Tensor, *, each: bool = False, **attention: Any) -> Tensor:
+        losses: Tensor = self.engine(ids, labels, each=each, **attention)
+        return losses
+
+    def backward(self, loss: Tensor) -> None:
+        self.waiting += 1
+        self.engine.set_gradient_accumulation_boundary(self.waiting == self.ranks.accumulation)
+        self.engine.backward(loss * self.world, scale_wrt_gas=False)
+
+    def step(self, rate_factor: float) -> tuple[float, float]:
+        for group in self.zero.param_groups:
+            group["lr"] = group["rate"] * rate_factor
+        self.zero.clip_grad = self.clip.allowed if math.isfinite(self.clip.allowed) else 0.0
+        self.engine.step()
+        self.waiting = 0
+        norm = float(self.engine.get_global_grad_norm())
+        if not 0 <= norm < math.inf:  # DeepSpeed says -1 for NaN
+            return math.inf, 0.0
+        return norm, self.clip.scale(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        found = {f"{MASTER}/{name}": master for name, master in self.masters().items()}
+        step = next(float(state["step"]) for state in self.zero.optimizer.state.values())
+        for name, parameter in self.parameters.items():
+            for kind in MOMENTS:
+                self._keep(found, f"{kind}/{name}", safe_get_full_optimizer_state(parameter, kind))
+            self._keep(found, f"step/{name}", torch.tensor(step))
+        return found
+
+    def masters(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            self._keep(found, name, safe_get_full_fp32_param(parameter))
+        return found
+
+    def _keep(self, found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+        if self.rank == 0:
+            found[name] = tensor.detach().to("cpu", torch.float32, copy=True)
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        held = by_parameter(tensors, self.parameters)
+        if self.waiting:  # a step uses up gradients that were not wanted; all that it changes is loaded below
+            self.engine.step()
+            self.waiting = 0
+        self._set_step(next(iter(held.values()))["step"].item())
+        for name, parameter in self.parameters.items():
+            for kind, tensor in held[name].items():
+                if kind != "step":
+                    self._put(parameter, kind, tensor)
+            self._put_weight(parameter, held[name][MASTER])
+
+    def _set_step(self, step: float) -> None:
+        """Put AdamW after so many steps, with moments of zero where it has none yet."""
+        names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+        flat = next(getattr(self.zero, name) for name in names if hasattr(self.zero, name))  # stage 3; 1 and 2; 1, bf16
+        for part in flat:
+            state = self.zero.optimizer.state[part]
+            for kind in MOMENTS:
+                state.setdefault(kind, torch.zeros_like(part))
+            in_torch = isinstance(self.zero.optimizer, torch.optim.AdamW)
+            state["step"] = torch.tensor(step, dtype=torch.float32, device=part.device) if in_torch else int(step)
+
+    def _put(self, parameter: Tensor, kind: str, tensor: Tensor) -> None:
+        """This rank's part of a master or moment."""
+        from deepspeed import utils
+
+        if self.ranks.stage < 3:
+            if kind == MASTER:
+                utils.safe_set_full_fp32_param(parameter, tensor)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, tensor, kind)
+            return
+        size = parameter.ds_tensor.numel()
+        whole = pad(tensor.flatten(), (0, size * self.world - tensor.numel()))
+        part = whole[self.rank * size : (self.rank + 1) * size]
+        if kind == MASTER:
+            utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, part, kind)
+
+    def _put_weight(self, parameter: Tensor, master: Tensor) -> None:
+        """The model's own weight, in the dtype it computes in."""
+        import deepspeed
+
+        if self.ranks.stage < 3:
+            parameter.copy_(master)
+            return
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            if self.rank == 0:
+                parameter.copy_(master)
