@@ -13,8 +13,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,10 @@ class Progress:
     """Where a run is. `done` steps; `rate` is what rollbacks left of the learning rates; `rollbacks` says why.
 
     loss_mean, loss_seen   the running mean of the loss that a spike is judged by, in nats a token, and its steps
+    first_loss             of the first step at this ctx
+    validation             before it, as `Validation.as_dict` gives it; None where there is none
+    best_step, best_loss   the best validation at this ctx; its checkpoint is kept, None is the start's
+    short_first            held-out loss at the original length before the run
     """
 
     done: int = 0
@@ -38,6 +43,15 @@ class Progress:
     loss_mean: float = 0.0
     loss_seen: int = 0
     rollbacks: tuple[str, ...] = ()
+    first_loss: float = 0.0
+    validation: dict[str, Any] | None = None
+    best_step: int | None = None
+    best_loss: float | None = None
+    short_first: float | None = None
+
+    def at_next_ctx(self) -> Progress:
+        """Where a longer context begins: its losses are not to be compared with those before."""
+        return replace(self, loss_mean=0.0, loss_seen=0, validation=None, best_step=None, best_loss=None)
 
 
 def save_checkpoint(run: Path, progress: Progress, engine: Engine, *, keep: int, say: Callable[[str], None]) -> bool:
@@ -68,16 +82,19 @@ def save_checkpoint(run: Path, progress: Progress, engine: Engine, *, keep: int,
         say(f"warning: the checkpoint after step {progress.done} was not written ({error}); the one before it stays")
         return False
     for old in _checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        if _step(old) != progress.best_step:
+            shutil.rmtree(old)
     return True
 
 
-def load_newest(run: Path, engine: Engine, say: Callable[[str], None]) -> Progress | None:
+def load_newest(run: Path, engine: Engine, say: Callable[[str], None], *, step: int | None = None) -> Progress | None:
     """Put the newest whole checkpoint into place; None when there is none. A damaged one is said and passed over.
 
-    Raises ModelError when it is of another set of trained tensors.
+    `step` takes the one of that step alone. Raises ModelError when it is of another set of trained tensors.
     """
     for checkpoint in reversed(_checkpoints(run)):
+        if step is not None and _step(checkpoint) != step:
+            continue
         try:
             state, tensors = _read(checkpoint)
         except (OSError, ValueError, KeyError, EnvironmentFault) as error:
@@ -90,6 +107,11 @@ def load_newest(run: Path, engine: Engine, say: Callable[[str], None]) -> Progre
     return None
 
 
+def newest_step(run: Path) -> int:
+    """The step of the newest checkpoint, whole or not; 0 where there is none."""
+    return max((_step(checkpoint) for checkpoint in _checkpoints(run)), default=0)
+
+
 def discard_after(run: Path, step: int) -> None:
     """Remove the checkpoints of later steps: what a rollback went back behind."""
     for checkpoint in _checkpoints(run):
@@ -97,7 +119,7 @@ def discard_after(run: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-def _read(checkpoint: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = json.loads((checkpoint / STATE).read_text("utf-8"))
     if _sha256(checkpoint / TENSORS) != state.pop("sha256"):
         raise EnvironmentFault(f"{TENSORS} is not what was written: its sha256 differs")

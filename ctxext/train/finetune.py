@@ -8,43 +8,44 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ctxext.data import corpus, synthetic
-from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
-from ctxext.data.packing import PackedSequences, attended_share, tokenise, tokenizer_hash
-from ctxext.errors import InputError
+from ctxext.data.packing import PackedSequences
 from ctxext.model.adapters import attach
-from ctxext.model.load import build_model, load_tokenizer
+from ctxext.model.load import build_model
 from ctxext.ops.backends.choice import Call, choose
-from ctxext.ops.masks import Pattern
-from ctxext.train import metrics
+from ctxext.train import metrics, recompute
 from ctxext.train.bundle import save_bundle
-from ctxext.train.checkpoint import Progress, load_newest
-from ctxext.train.engine import LocalEngine
+from ctxext.train.checkpoint import Progress, load_newest, newest_step
+from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
+from ctxext.train.memory import is_out_of_memory, out_of_memory
 from ctxext.train.plan import RunPlan
+from ctxext.train.prepare import prepare_data
+from ctxext.train.telemetry import telling
+from ctxext.train.validation import check_short
+from ctxext.train.zero import ZeroEngine, join
 from ctxext.units import format_duration, format_flops
 
 NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from its first step"
-LITTLE_HISTORY = 0.05  # of the tokens; below this share a run at this ctx teaches next to nothing long
 MATMUL_SHARE = 0.5  # of a large matmul's speed that a step reaches, as a first guess; the progress bar knows better
-MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer runs repeat it
 
 
 @dataclass(frozen=True)
 class FinetuneReport:
     """What a run did. `finished` is False when it was interrupted; memory in bytes.
 
+    held_out   loss on held-out text before the first and after the last step, under the attention it runs with
     spikes     steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
     rollbacks  times it went back to a checkpoint because the loss or the gradient went wrong
     """
@@ -55,6 +56,7 @@ class FinetuneReport:
     steps: int
     first_loss: float | None
     final_loss: float | None
+    held_out: tuple[float, float] | None
     seconds: float
     peak_memory: int
     spikes: int
@@ -65,106 +67,124 @@ class FinetuneReport:
         return asdict(self)
 
 
-def run_finetune(plan: RunPlan, run: Path, *, resume: bool = False, events: Events | None = None) -> FinetuneReport:
-    """Train and save. Ctrl-C ends it early with a checkpoint; `resume` goes on from the newest one, exactly."""
-    events = events or Events()
+def run_finetune(
+    plan: RunPlan,
+    run: Path,
+    *,
+    resume: bool = False,
+    events: Events | None = None,
+    zero: Mapping[str, Any] | None = None,
+) -> FinetuneReport:
+    """Train and save. Ctrl-C ends it early with a checkpoint; `resume` goes on from the newest one, exactly.
+
+    With `zero`, DeepSpeed's configuration, this is one of the processes of a run (train/launch.py).
+    """
     began = time.monotonic()
+    events = telling(events or Events(), plan, run) if zero is None or os.environ["RANK"] == "0" else Events()
+    done = newest_step(run) if resume else 0
+    while True:
+        stage = plan.stage_of(done)  # of a context, and most runs have one
+        engine, sequences, held_out = set_up(stage, events, zero)
+        progress = load_newest(run, engine, events.say) if resume or done else None
+        if resume:
+            events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
+        progress = progress or Progress()
+        if plan.stage_of(progress.done) is not stage:  # the newest checkpoint was damaged
+            done = progress.done
+            continue
+        if 0 < progress.done == stage.first:
+            progress = progress.at_next_ctx()
+        try:
+            progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(stage, error) from error
+            raise
+        done, resume = progress.done, False
+        if stopped or done == plan.steps:
+            break
+        del engine
+        gc.collect()
+    count = None
+    if done == plan.steps:
+        known = {"data": sequences.store.meta.source, "seconds": time.monotonic() - began}
+        count = finish(plan, run, engine, progress, events, known)
+    return report(plan, run, progress, count, time.monotonic() - began)
+
+
+def set_up(
+    plan: RunPlan, events: Events, zero: Mapping[str, Any] | None
+) -> tuple[Engine, PackedSequences, PackedSequences | None]:
+    """Everything the loop needs at one context: (the model in its engine, what trains, what is held out)."""
     torch.manual_seed(plan.spec.seed)
     device, dtype = training_device(plan)
     events.say(f"attention: {backends(plan, device, dtype)} ({device.type}, {str(dtype).removeprefix('torch.')})")
-    sequences = prepare_data(plan, events)
+    ranks = None if zero is None else join(zero, plan, dtype)
+    with ranks.one_a_host_first() if ranks else nullcontext():
+        sequences, held_out = prepare_data(plan, events)
     model = _model(plan, device, dtype)
-    engine = LocalEngine(model, plan.spec.optimizer)
-    progress = load_newest(run, engine, events.say) if resume else None
-    if resume:
-        events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
-    progress = progress or Progress()
-    rate = MATMUL_SHARE * _matmul_rate(next(model.parameters()))
-    estimate = (plan.steps - progress.done) * plan.step_flops / rate
-    events.say(
-        f"estimated time: {format_duration(estimate)} (at {format_flops(rate)}/s, half of a matmul's speed here)"
-    )
-    progress = train(engine, sequences, plan, run, progress, events)
-    done, lines = progress.done, metrics.read(run)
-    first, last = (lines[0]["loss"], lines[-1]["loss"]) if lines else (None, None)
-    peak = max((line["memory"] for line in lines), default=0)
-    spikes = sum(line["gradient_scale"] < 1.0 for line in lines)
-    finished = done == plan.steps
-    count = None
-    if finished:
-        facts = {
-            "first_loss": first,
-            "final_loss": last,
-            "steps": done,
-            "tokens": done * plan.tokens_per_step,
-            "seconds": round(time.monotonic() - began, 1),
-            "peak_memory": peak,
-            "rollbacks": list(progress.rollbacks),
-            "data": {"source": plan.spec.data.source, "fingerprint": sequences.store.meta.source},
-        }
-        count = save_bundle(run, plan, model, engine.masters(), facts)
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    for note in recompute.enable(model, plan.spec.memory, plan.patterns):
+        events.say(f"warning: {note}")
+    engine = ZeroEngine(model, plan, ranks) if ranks else LocalEngine(model, plan.spec.optimizer)
+    rate = MATMUL_SHARE * engine.world * _matmul_rate(next(model.parameters()))
+    seconds = (plan.stop - plan.first) * plan.step_flops / rate
+    events.say(f"estimated time: {format_duration(seconds)} (at {format_flops(rate)}/s, half of a matmul's speed here)")
+    return engine, sequences, held_out
+
+
+def finish(
+    plan: RunPlan, run: Path, engine: Engine, progress: Progress, events: Events, known: dict[str, Any]
+) -> int | None:
+    """Gates, then the bundle; the checkpoints are removed. Returns how many trained tensors were found again."""
+    spec, validations = plan.spec.validation, metrics.read(run / metrics.VALIDATIONS)
+    if validations:
+        check_short(progress.short_first, validations[-1]["short"], spec.max_short_ppl_increase)
+    step = progress.done
+    if spec.result == "best" and progress.validation and progress.best_step != step:
+        if progress.best_step is not None and load_newest(run, engine, events.say, step=progress.best_step):
+            step = progress.best_step
+            events.say(f"the result is that of step {step}, the best by held-out loss ({progress.best_loss:.4f})")
+        else:
+            events.say("warning: no step had a lower held-out loss than the start; the last weights are the result")
+    lines = metrics.read(run / metrics.STEPS)
+    facts = {
+        "first_loss": lines[0]["loss"],
+        "final_loss": lines[-1]["loss"],
+        "steps": progress.done,
+        "result_step": step,
+        "tokens": plan.tokens,
+        "seconds": round(known["seconds"], 1),
+        "peak_memory": max(line["memory"] for line in lines),
+        "rollbacks": list(progress.rollbacks),
+        "validation": [progress.validation, validations[-1]] if progress.validation and validations else None,
+        "data": {"source": plan.spec.data.source, "fingerprint": known["data"]},
+    }
+    masters = engine.masters()
+    if engine.rank > 0:
+        return None
+    count = save_bundle(run, plan, engine.model, masters, facts)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return count
+
+
+def report(plan: RunPlan, run: Path, progress: Progress, count: int | None, seconds: float) -> FinetuneReport:
+    """What the run's files say it did."""
+    lines = metrics.read(run / metrics.STEPS)
+    held_out = [line["loss"] for line in metrics.read(run / metrics.VALIDATIONS)]
     return FinetuneReport(
         out=str(run),
-        finished=finished,
-        steps_done=done,
+        finished=progress.done == plan.steps,
+        steps_done=progress.done,
         steps=plan.steps,
-        first_loss=first,
-        final_loss=last,
-        seconds=round(time.monotonic() - began, 1),
-        peak_memory=peak,
-        spikes=spikes,
+        first_loss=lines[0]["loss"] if lines else None,
+        final_loss=lines[-1]["loss"] if lines else None,
+        held_out=(held_out[0], held_out[-1]) if held_out else None,
+        seconds=round(seconds, 1),
+        peak_memory=max((line["memory"] for line in lines), default=0),
+        spikes=sum(line["gradient_scale"] < 1.0 for line in lines),
         rollbacks=len(progress.rollbacks),
         trained_tensors=count,
     )
-
-
-def prepare_data(plan: RunPlan, events: Events) -> PackedSequences:
-    """Tokenise what the spec names, once, into the user's cache; sequences of exactly ctx tokens."""
-    spec = plan.spec
-    tokenizer = load_tokenizer(plan.source.directory)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{plan.source.name}: its tokenizer has no EOS token, which ends every document")
-    documents, print_ = _documents(plan, tokenizer)
-    key = hashlib.sha256(f"{print_} {tokenizer_hash(tokenizer)}".encode()).hexdigest()[:24]
-    store = tokenise(documents, tokenizer, _cache() / key, eos_id=tokenizer.eos_token_id, source_fingerprint=print_)
-    if spec.data.source == EMBEDDED:
-        events.say(
-            f"data: the embedded corpus (this Python's standard library, {spec.data.synthetic_fraction:.0%} of it "
-            f"synthetic: {', '.join(spec.data.synthetic_kinds)})"
-        )
-    share = attended_share(store, spec.ctx)
-    if spec.data.document_mask and share < LITTLE_HISTORY:
-        events.say(
-            f"warning: only {share:.1%} of the tokens see half of ctx: the documents are short, little of "
-            f"{spec.ctx:,} tokens will be learned; longer documents, or data.document_mask=false"
-        )
-    return PackedSequences(store, spec.ctx, seed=spec.seed, document_mask=spec.data.document_mask)
-
-
-def _documents(plan: RunPlan, tokenizer: Any) -> tuple[Iterator[Document], str]:
-    """What to tokenise, and a hash of it."""
-    data = plan.spec.data
-    if data.source != EMBEDDED:
-        return read_documents(data.source, text_field=data.text_field), fingerprint(
-            data.source, text_field=data.text_field
-        )
-    sample = "".join(document.text for document in corpus.stdlib_documents("held-out")[:8])
-    per_token = len(sample) / len(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
-    needed = plan.steps * plan.tokens_per_step * per_token * 1.2 + plan.spec.ctx * per_token
-    arguments: dict[str, Any] = {
-        "seed": plan.spec.seed,
-        "synthetic_fraction": data.synthetic_fraction,
-        "kinds": data.synthetic_kinds,
-        "span_chars": max(int(plan.spec.ctx * per_token), synthetic.MIN_SPAN_CHARS),
-        "max_chars": int(min(needed, MOST_CHARACTERS)),
-    }
-    print_ = hashlib.sha256(f"{corpus.fingerprint()['sha256']} {arguments}".encode()).hexdigest()
-    return corpus.corpus_documents("train", **arguments), print_
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "tokens"
 
 
 def _matmul_rate(like: torch.Tensor) -> float:
@@ -188,23 +208,21 @@ def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
 def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
     """What serves each kind of layer, in words. Raises EnvironmentFault where the backend that was named cannot."""
     said, spec = list[str](), plan.spec
-    for window in sorted({kind.sliding_window for kind in plan.kinds}, key=lambda W: (W is None, W)):
-        pattern = Pattern(window, plan.group_size if window is None else None)
+    for pattern in sorted(set(plan.patterns), key=lambda pattern: pattern.sliding_window or plan.spec.ctx):
+        W, G = pattern.sliding_window, pattern.group_size
+        name = f"sliding {W}" if W else f"S² {G}" if G else "full layers"
         call = Call(device, dtype, plan.source.shape.head_dim, pattern, packed=spec.data.document_mask)
-        name = "full layers" if pattern == Pattern() else f"sliding {window}" if window else f"S² {plan.group_size}"
         said.append(f"{name} by {choose(call, spec.attention.backend)}")
     return ", ".join(said)
 
 
 def _model(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with its new positions and what trains attached, on the device it trains on."""
-    model: Any = build_model(plan.source.directory, plan.config, dtype)
-    if plan.spec.memory.checkpoint:
-        # transformers renamed it within the versions supported here
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    quantize = plan.spec.memory.quantize
+    model: Any = build_model(plan.source.directory, plan.config, dtype, quantize=quantize, device=device)
     if plan.spec.tuning == "lora":
+        torch.manual_seed(plan.spec.seed)  # loading may draw numbers or not; the adapter is the same on every rank
         model = attach(model, plan.trainables, plan.spec.lora.rank, str(plan.source.directory.absolute()))
     else:
         model.requires_grad_(True)
-    return model.to(device)
+    return model if quantize != "none" else model.to(device)  # bitsandbytes has put it there

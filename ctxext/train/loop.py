@@ -1,6 +1,6 @@
 """The training loop, top to bottom. What it needs is handed in; what it learns goes to metrics.jsonl.
 
-Shapes: b sequences of a micro-batch, T tokens (ctx), E model width, V vocabulary.
+Shapes: b sequences of a micro-batch, T tokens (ctx).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -18,14 +18,13 @@ import torch
 
 from ctxext.data.packing import Packed, PackedSequences
 from ctxext.errors import CheckFailed, ModelError
-from ctxext.model.load import hidden_states, output_weight
 from ctxext.ops.masks import check_document_starts
 from ctxext.train.checkpoint import Progress, discard_after, load_newest, save_checkpoint
 from ctxext.train.engine import Engine
-from ctxext.train.loss import linear_cross_entropy
-from ctxext.train.metrics import MetricsLog, StepMetrics, memory
+from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, memory_in_use
 from ctxext.train.optimizer import rate_factor
 from ctxext.train.plan import RunPlan
+from ctxext.train.validation import Validation, complaint, validate
 
 LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # of the running mean that a spike is judged by
 
@@ -36,96 +35,120 @@ class Events:
 
     say: Callable[[str], None] = lambda line: None
     on_step: Callable[[StepMetrics], None] = lambda metrics: None
+    on_validation: Callable[[Validation], None] = lambda validation: None
 
 
 def train(
-    engine: Engine, sequences: PackedSequences, plan: RunPlan, run: Path, progress: Progress, events: Events
-) -> Progress:
-    """Train from `progress` to the plan's last step, or to Ctrl-C or SIGTERM; returns how far it came.
+    engine: Engine,
+    sequences: PackedSequences,
+    held_out: PackedSequences | None,
+    plan: RunPlan,
+    run: Path,
+    progress: Progress,
+    events: Events,
+) -> tuple[Progress, bool]:
+    """Train from `progress` to the plan's `stop`, or to Ctrl-C or SIGTERM: (how far it came, whether it was stopped).
 
     Either way a checkpoint of the last step done lies on the disk. A loss or gradient that is not finite and a spike
-    of the loss end in a rollback or in CheckFailed, as the spec says.
+    of the loss end in a rollback or in CheckFailed, as the spec says. `held_out` None is no validation.
     """
-    faults, optimizer, saved_at = plan.spec.faults, plan.spec.optimizer, time.monotonic()
+    spec, steps, saved_at, writes = plan.spec, plan.steps, time.monotonic(), engine.rank == 0
+    log = JsonLines(run / STEPS, progress.done, writes=writes)
+    held_out_log = JsonLines(run / VALIDATIONS, progress.done, writes=writes)
     engine.model.train()
-    with _interruption() as interrupted, closing(MetricsLog(run, progress.done, writes=engine.rank == 0)) as log:
-        while progress.done < plan.steps:
+    with _interruption() as interrupted, closing(log), closing(held_out_log):
+        if held_out and progress.validation is None:
+            first = validate(engine, held_out, plan, progress.done)
+            held_out_log.append(first.as_dict())
+            short = first.short if progress.short_first is None else progress.short_first
+            progress = replace(progress, validation=first.as_dict(), best_loss=first.loss, short_first=short)
+        while progress.done < plan.stop:
             began, step = time.monotonic(), progress.done
-            first = step * plan.global_batch_size
-            mine = range(first + engine.rank, first + plan.global_batch_size, engine.world)
-            loss = forward_backward(engine, [sequences.sequence(i) for i in mine], plan)
+            start = step * plan.global_batch_size
+            mine = range(start + engine.rank, start + plan.global_batch_size, engine.world)
+            loss = forward_backward(engine, [sequences.sequence(i) for i in mine], plan, step)
             if step == 0 and not math.isfinite(loss):
                 raise ModelError("the loss is not finite before anything was trained: the model's weights are damaged")
-            why, factor = _spike(loss, progress, faults.spike), progress.rate * rate_factor(step, plan.steps, optimizer)
+            why, factor = _spike(loss, progress, plan), progress.rate * rate_factor(step, steps, spec.optimizer)
             if why is None:
                 norm, scale = engine.step(factor)
                 why = None if math.isfinite(norm) else f"the gradient norm is {norm}"
             if why is not None:
                 progress = _roll_back(f"step {step + 1}: {why}", engine, progress, plan, run, events)
                 log.cut_back(progress.done)
+                held_out_log.cut_back(progress.done)
                 continue
-            progress = _advance(progress, loss)
-            seconds, tokens = time.monotonic() - began, plan.tokens_per_step
-            metrics = StepMetrics(
-                step + 1,
-                loss,
-                factor,
-                norm,
-                scale,
-                (step + 1) * tokens,
-                tokens / seconds,
-                memory(engine.device),
-                seconds,
-            )
-            log.append(metrics)
+            progress = _advance(progress, loss, plan)
+            seconds, tokens, memory = time.monotonic() - began, plan.tokens_per_step, memory_in_use(engine.device)
+            speeds = tokens / seconds, plan.step_flops / seconds
+            metrics = StepMetrics(step + 1, loss, factor, norm, scale, (step + 1) * tokens, *speeds, memory, seconds)
+            log.append(asdict(metrics))
             events.on_step(metrics)
-            late = faults.save_minutes is not None and time.monotonic() - saved_at >= 60 * faults.save_minutes
+            last, every = progress.done == plan.stop, spec.validation.every_steps
+            if held_out and (last or (every is not None and progress.done % every == 0)):
+                now = validate(engine, held_out, plan, progress.done)
+                held_out_log.append(now.as_dict())
+                progress = _note_validation(now, progress, events)
+            late = spec.faults.save_minutes is not None and time.monotonic() - saved_at >= 60 * spec.faults.save_minutes
             stop, late = (flag > 0 for flag in engine.total(interrupted(), late))  # one rank's word is every rank's
-            if stop or late or step == 0 or progress.done % faults.save_steps == 0 or progress.done == plan.steps:
-                save_checkpoint(run, progress, engine, keep=faults.keep, say=events.say)
+            best = progress.best_step == progress.done
+            if last or stop or late or best or step == 0 or progress.done % spec.faults.save_steps == 0:
+                save_checkpoint(run, progress, engine, keep=spec.faults.keep, say=events.say)
                 saved_at = time.monotonic()
             if stop:
-                break
-    return progress
+                return progress, True
+    return progress, False
 
 
-def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan) -> float:
+def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: int) -> float:
     """Add up the gradient of one step over this rank's sequences; the loss of all ranks, in nats a token."""
     spec, device = plan.spec, engine.device
+    group_size, shift = plan.attention_at(step)
     (labels_in_step,) = engine.total(sum(int((packed.labels >= 0).sum()) for packed in batch))
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(batch), spec.micro_batch_size):
         micro = batch[start : start + spec.micro_batch_size]
         tokens, starts, labels = (torch.stack(column) for column in zip(*micro, strict=True))  # (b, T)
         check_document_starts(starts, B=len(micro), T=spec.ctx)
-        hidden = hidden_states(
-            engine.model,
+        loss_sum = engine.loss(
             tokens.to(device),
-            group_size=plan.group_size,
+            labels.to(device),
+            group_size=group_size,
+            shift=shift,
             document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
             backend=spec.attention.backend,
-        )  # (b, T, E)
-        target = labels.flatten().to(device)
-        loss_sum, _ = linear_cross_entropy(hidden.flatten(0, 1), output_weight(engine.model), target)
+        )
         engine.backward(loss_sum / labels_in_step)  # every token of the step weighs the same
         loss += loss_sum.detach()
     (total,) = engine.total(loss.item())
     return total / labels_in_step
 
 
-def _spike(loss: float, progress: Progress, most: float) -> str | None:
+def _spike(loss: float, progress: Progress, plan: RunPlan) -> str | None:
     """Why a loss is not to be learned from, in words; None for an ordinary one."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
-    if progress.loss_seen >= LOSS_WARM_STEPS and loss > progress.loss_mean + most:
+    if progress.loss_seen >= LOSS_WARM_STEPS and loss > progress.loss_mean + plan.spec.faults.spike:
         return f"the loss is {loss:.2f}, its running mean {progress.loss_mean:.2f}"
     return None
 
 
-def _advance(progress: Progress, loss: float) -> Progress:
+def _advance(progress: Progress, loss: float, plan: RunPlan) -> Progress:
     weight = max(1 - LOSS_MEMORY, 1 / (progress.loss_seen + 1))
     mean = progress.loss_mean + weight * (loss - progress.loss_mean)
-    return replace(progress, done=progress.done + 1, loss_mean=mean, loss_seen=progress.loss_seen + 1)
+    first = loss if progress.done == plan.first else progress.first_loss
+    return replace(progress, done=progress.done + 1, loss_mean=mean, loss_seen=progress.loss_seen + 1, first_loss=first)
+
+
+def _note_validation(now: Validation, progress: Progress, events: Events) -> Progress:
+    """Say what it says, and remember the best."""
+    events.say(f"step {now.step}: held-out loss {now.loss:.4f}")
+    events.on_validation(now)
+    if progress.validation and (text := complaint(Validation(**progress.validation), now, progress)):
+        events.say(text)
+    if progress.best_loss is None or now.loss < progress.best_loss:
+        return replace(progress, best_step=now.step, best_loss=now.loss)
+    return progress
 
 
 def _roll_back(why: str, engine: Engine, progress: Progress, plan: RunPlan, run: Path, events: Events) -> Progress:
@@ -137,7 +160,9 @@ def _roll_back(why: str, engine: Engine, progress: Progress, plan: RunPlan, run:
     if restored is None:
         raise CheckFailed(f"{why}; there is no checkpoint to go back to", hint=hint)
     events.say(f"{why}: back to step {restored.done}, with the learning rates halved from here on")
-    discard_after(run, restored.done)
+    engine.total()  # no rank is reading any longer
+    if engine.rank == 0:
+        discard_after(run, restored.done)
     return replace(restored, rate=restored.rate / 2, rollbacks=(*restored.rollbacks, why))
 
 

@@ -1,21 +1,24 @@
-"""metrics.jsonl: one line a step, whatever happened between two of them."""
+"""metrics.jsonl and validation.jsonl: one line a step, or a validation, whatever happened between two of them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 import torch
 
-FILE_NAME = "metrics.jsonl"
+STEPS, VALIDATIONS = "metrics.jsonl", "validation.jsonl"
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line. Loss in nats a token, norm before clipping, memory in bytes, seconds of this step."""
+    """One line. Loss in nats a token, norm before clipping, memory in bytes, seconds of this step.
+
+    flops_per_second   by the plan's count, recomputation included; beside a matmul's rate it is the utilisation
+    """
 
     step: int
     loss: float
@@ -24,22 +27,23 @@ class StepMetrics:
     gradient_scale: float
     tokens: int
     tokens_per_second: float
+    flops_per_second: float
     memory: int
     seconds: float
 
 
-class MetricsLog:
-    """The file, with one line for each of the first `done` steps: what a killed run wrote beyond is cut off."""
+class JsonLines:
+    """A file of a run with lines of the first `done` steps: what a killed run wrote beyond is cut off."""
 
-    def __init__(self, run: Path, done: int, *, writes: bool = True):
-        self.path, self.writes = run / FILE_NAME, writes
+    def __init__(self, path: Path, done: int, *, writes: bool = True):
+        self.path, self.writes = path, writes
         self.file: IO[str] | None = None
         self.cut_back(done)
 
-    def append(self, metrics: StepMetrics) -> None:
-        """Write a line, at once; on ranks that do not write, nothing."""
+    def append(self, line: dict[str, Any]) -> None:
+        """Write a line, which has its `step`, at once; on ranks that do not write, nothing."""
         if self.file is not None:
-            self.file.write(json.dumps(asdict(metrics)) + "\n")
+            self.file.write(json.dumps(line) + "\n")
             self.file.flush()
 
     def cut_back(self, done: int) -> None:
@@ -47,7 +51,7 @@ class MetricsLog:
         if not self.writes:
             return
         self.close()
-        kept = [line for line in read(self.path.parent) if line["step"] <= done]
+        kept = [line for line in read(self.path) if line["step"] <= done]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
         self.file = self.path.open("a", encoding="utf-8")
 
@@ -56,9 +60,9 @@ class MetricsLog:
             self.file.close()
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics; one that a kill cut in half is left out."""
-    path, lines = run / FILE_NAME, list[dict[str, Any]]()
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of such a file; one that a kill cut in half is left out."""
+    lines = list[dict[str, Any]]()
     for line in path.read_text("utf-8").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
@@ -67,6 +71,6 @@ def read(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def memory(device: torch.device) -> int:
+def memory_in_use(device: torch.device) -> int:
     """Bytes in use: the process's resident set on a CPU, the allocator's peak on a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

@@ -15,6 +15,7 @@ from ctxext.errors import CtxextError, EnvironmentFault, InputError
 from ctxext.model.adapters import attach, trainable
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import active_module, build_model, causal_lm, load_model, output_weight
+from ctxext.model.merge import merge
 from ctxext.model.source import resolve
 from ctxext.ops.backends.choice import Backend
 from ctxext.train import loop
@@ -195,6 +196,23 @@ def test_accumulated_micro_batches_equal_one_large_batch(hybrid, text, tmp_path)
     assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "3"), rel=1e-5)
 
 
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_base_trains_and_merges_into_the_full_weights(quantize, model_dir, text, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    source = model_dir("llama", hidden_size=64, intermediate_size=128)
+    plain, plan = (make_plan(source, text, memory={"quantize": name}) for name in ("none", quantize))
+    assert plan.memory["weights"] < plain.memory["weights"]
+    for name, planned in (("plain", plain), (quantize, plan)):
+        run(planned, tmp_path / name)
+    assert losses(tmp_path / quantize) != losses(tmp_path / "plain")  # other weights are what it ran on
+    assert losses(tmp_path / quantize) == pytest.approx(losses(tmp_path / "plain"), rel=0.05)
+    merge(resolve(str(tmp_path / quantize)), tmp_path / "merged", dtype=None, force=False, measure=lambda loaded: 1.0)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
 def test_the_named_backend_trains_is_said_and_a_missing_one_is_refused_at_once(hybrid, text, tmp_path):
     said = []
     for name in ("auto", "naive"):
@@ -233,6 +251,8 @@ def test_a_bundle_whose_base_moved_is_refused(write_model, text, tmp_path):
         ({"ctx": 32, "rope_scaling": "linear"}, "nothing needs scaling"),
         ({"ctx": "3.5q"}, "is no number of tokens"),
         ({"ctx": 0}, "ctx"),
+        ({"memory": {"quantize": "nf4"}}, "widths that 64 divides"),
+        ({"tuning": "full", "memory": {"quantize": "nf4"}}, "freezes the weights"),
         ({"lora": {"rnk": 8}}, "lora.rnk"),
         ({"lora": {"target_modules": ["wq"]}}, "q_proj"),
         ({"lora": {"embeddings": "frozen", "norms": "frozen"}, "tuning": "lora", "steps": 0}, "steps"),

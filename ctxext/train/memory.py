@@ -1,0 +1,48 @@
+"""Out of memory: which of a plan's items is the largest, and the next knob to turn against it. No torch."""
+
+from __future__ import annotations
+
+from ctxext.errors import EnvironmentFault
+from ctxext.train.plan import RunPlan
+from ctxext.units import format_bytes, format_tokens
+
+TILE = 4096  # tokens; the suggestion for memory.tiles
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch's own on a GPU, its allocator's or Python's on a CPU."""
+    named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:
+    """What to tell: the largest item as estimated, and what makes it smaller."""
+    ranked = sorted(plan.memory.items(), key=lambda item: -item[1])
+    largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked[:3])
+    return EnvironmentFault(
+        f"out of memory at ctx {format_tokens(plan.spec.ctx)}: {' '.join(str(error).split())[:200]}. Estimated: "
+        f"{format_bytes(sum(plan.memory.values()))}, most of it {largest}",
+        hint=f"try {next_knob(plan)}, with --resume --force --set to go on from the last checkpoint",
+    )
+
+
+def next_knob(plan: RunPlan) -> str:
+    """The `--set` that lowers the largest item that can still be lowered; what changes results comes last."""
+    spec, tried = plan.spec, list[str]()
+    memory = spec.memory
+    if spec.micro_batch_size > 1:
+        return "micro_batch_size=1"
+    knobs = {
+        "activations": "memory.checkpoint=true" if not memory.checkpoint else None,
+        "layer": f"memory.tiles={TILE}" if memory.checkpoint and (memory.tiles or 2 * TILE) > TILE else None,
+        "checkpoints": "memory.offload=true" if memory.checkpoint and not memory.offload else None,
+        "kept attention": "memory.keep=nothing" if memory.keep != "nothing" else None,
+        "trainable": "optimizer.name=adamw8bit, or --zero 2 over several cards" if spec.optimizer.name == "adamw"
+        else "--zero 2 over several cards",
+        "weights": {"lora": "memory.quantize=nf4", "full": "--zero 3 over several cards"}[spec.tuning]
+        if memory.quantize == "none" else None,
+    }  # fmt: skip
+    for name in sorted(plan.memory, key=lambda name: -plan.memory[name]):
+        if knob := knobs.get(name):
+            tried.append(knob)
+    return tried[0] if tried else "a smaller --ctx"

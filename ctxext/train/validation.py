@@ -1,0 +1,110 @@
+"""Held-out loss while a model trains, always under the attention it will run with: dense, or sliding where sliding.
+
+Training under S²-Attn can lower its own loss and raise this one. The tokens are held out of training, the same ones
+every time; `by_position` says where in the sequence a loss is, `short` is the loss at the model's original length.
+
+Shapes: T tokens of a sequence, E model width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ctxext.data.packing import Packed, PackedSequences
+from ctxext.errors import CheckFailed
+from ctxext.train.checkpoint import Progress
+from ctxext.train.engine import Engine
+from ctxext.train.loss import IGNORED
+from ctxext.train.plan import RunPlan
+
+FIRST_BUCKET = 64  # positions 0..63; each bucket after it is as wide as all before
+WORSE = 0.02  # nats a token above the start that are called worse: well above rounding, below what anyone would want
+
+
+@dataclass(frozen=True)
+class Validation:
+    """After `step` steps at `ctx`: losses in nats a token; `by_position` maps a bucket's first position to its loss."""
+
+    step: int
+    ctx: int
+    loss: float
+    short: float | None
+    by_position: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def validate(engine: Engine, held_out: PackedSequences, plan: RunPlan, step: int) -> Validation:
+    """Measure; every rank runs its share of the sequences, one at a time."""
+    T, short = plan.spec.ctx, min(plan.positions.original_length, plan.spec.ctx)
+    edges = [0, FIRST_BUCKET]
+    while edges[-1] < T:
+        edges.append(2 * edges[-1])
+    training = engine.model.training
+    engine.model.eval()
+    sums = torch.zeros(len(edges), 2, dtype=torch.float64)  # (nats, tokens) by bucket; the last row is `short`
+    for first in range(0, len(held_out), engine.world):
+        i = first + engine.rank
+        if i >= len(held_out):  # every rank runs equally often, for ZeRO-3's sake; this one's labels do not count
+            packed = held_out.sequence(first)
+            packed = packed._replace(labels=torch.full_like(packed.labels, IGNORED))
+        else:
+            packed = held_out.sequence(i)
+        losses = _losses(engine, packed, plan)  # [T]
+        scored = packed.labels != IGNORED
+        bucket = torch.bucketize(torch.arange(T), torch.tensor(edges[1:]), right=True)
+        sums[:-1, 0].index_add_(0, bucket, losses)
+        sums[:-1, 1].index_add_(0, bucket, scored.double())
+        if short < T:  # the first tokens of the sequence as a row of their own
+            head = Packed(packed.tokens[:short], packed.document_starts[:short], packed.labels[:short])
+            sums[-1] += torch.stack((_losses(engine, head, plan).sum(), scored[:short].sum().double()))
+    engine.model.train(training)
+    flat = torch.tensor(engine.total(*sums.flatten().tolist())).view(-1, 2)
+    means = {str(start): _mean(row) for start, row in zip(edges, flat[:-1], strict=False) if row[1] > 0}
+    return Validation(step, T, _mean(flat[:-1].sum(0)), _mean(flat[-1]) if flat[-1, 1] > 0 else None, means)
+
+
+def complaint(first: Validation, now: Validation, progress: Progress) -> str | None:
+    """What is to be said when the held-out loss rose while the training loss fell; None when all is well."""
+    first_loss, loss = progress.first_loss, progress.loss_mean
+    if now.loss <= first.loss + WORSE or loss >= first_loss:
+        return None
+    return (
+        f"warning: step {now.step}: with the attention it will run with, the held-out loss is {now.loss:.3f} and was "
+        f"{first.loss:.3f} at the start, while the training loss fell from {first_loss:.3f} to {loss:.3f}: what is "
+        "being learned does not carry over; try attention.train=dense, attention.dense_last, or a lower rate"
+    )
+
+
+def check_short(first: float | None, last: float | None, most: float | None) -> None:
+    """Raises CheckFailed where perplexity at the original length rose by more than the share `most`.
+
+    `first` and `last` are losses before and after the run, in nats a token.
+    """
+    if most is None or first is None or last is None:
+        return
+    rise = math.exp(last - first) - 1
+    if rise > most:
+        raise CheckFailed(
+            f"perplexity at the original length rose by {rise:.1%}, from {math.exp(first):.2f} to "
+            f"{math.exp(last):.2f}; validation.max_short_ppl_increase allows {most:.1%}. Nothing was exported",
+            hint="the run's checkpoints are kept; resume with a higher limit (--set, --force) to export it anyway",
+        )
+
+
+@torch.no_grad()
+def _losses(engine: Engine, packed: Packed, plan: RunPlan) -> torch.Tensor:
+    """The loss of every token of one sequence, fp64 [T] on the CPU, 0 where nothing is predicted."""
+    starts = packed.document_starts[None] if plan.spec.data.document_mask else None
+    ids, labels = (x[None].to(engine.device) for x in (packed.tokens, packed.labels))
+    backend = plan.spec.attention.backend
+    return engine.loss(ids, labels, each=True, document_starts=starts, backend=backend)[0].double().cpu()
+
+
+def _mean(row: torch.Tensor) -> float:
+    return float(row[0] / row[1])

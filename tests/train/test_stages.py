@@ -1,0 +1,124 @@
+"""A context curriculum: positions, groups and batches of each context, one optimizer, and resuming in the middle."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ctxext.config.loader import build
+from ctxext.errors import SpecError
+from ctxext.model.source import resolve
+from ctxext.train import finetune
+from ctxext.train.checkpoint import TENSORS
+from ctxext.train.finetune import run_finetune
+from ctxext.train.loop import Events
+from ctxext.train.plan import plan_run
+from ctxext.train.run import plan_resumed, start_run
+from ctxext.train.spec import FinetuneSpec
+
+
+@pytest.fixture(scope="module")
+def plan(model_dir, tmp_path_factory):
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(400)))
+    fields = {
+        "ctx": 256,
+        "stages": [64, 128],
+        "steps": 6,
+        "tokens_per_step": 256,
+        "data": {"source": str(text)},
+        "faults": {"save_steps": 1, "keep": 10},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2, "schedule": "cosine"},
+    }
+    return plan_run(resolve(str(model_dir("llama"))), build(FinetuneSpec, fields, source="test"))
+
+
+@pytest.fixture(scope="module")
+def whole(plan, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    start_run(plan, out)
+    assert run_finetune(plan, out).finished
+    return out
+
+
+def lines(run, name="metrics.jsonl"):
+    return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def test_each_context_has_its_own_positions_groups_and_batch(plan):
+    stages = [plan.stage_of(done) for done in range(7)]
+    assert [stage.spec.ctx for stage in stages] == [64, 64, 128, 128, 256, 256, 256]
+    assert [stage.positions.factor for stage in stages[::2]] == [1.0, 2.0, 4.0, 4.0]
+    assert [stage.group_size for stage in stages[::2]] == [16, 32, 64, 64]
+    assert [stage.global_batch_size for stage in stages[::2]] == [4, 2, 1, 1]
+    assert plan.tokens == 6 * 256 and stages[-1] is plan
+    assert [row["steps"] for row in plan.as_dict()["stages"]] == [2, 2, 2]
+
+
+def test_the_model_of_each_stage_has_its_rope_and_the_optimizer_goes_on(plan, tmp_path, monkeypatch):
+    seen, real = [], finetune.train
+
+    def watch(engine, sequences, held_out, stage, run, progress, events):
+        config = engine.model.config
+        steps = {key: float(x) for key, x in engine.tensors().items() if key.startswith("step/")}
+        seen.append((config.rope_parameters.get("factor"), sequences.seq_len, progress.done, set(steps.values())))
+        return real(engine, sequences, held_out, stage, run, progress, events)
+
+    monkeypatch.setattr(finetune, "train", watch)
+    start_run(plan, tmp_path / "run")
+    run_finetune(plan, tmp_path / "run")
+    assert seen == [(None, 64, 0, set()), (2.0, 128, 2, {2.0}), (4.0, 256, 4, {4.0})]
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["rope_parameters"]["factor"] == 4.0 and config["max_position_embeddings"] == 256
+    rates = [line["learning_rate_factor"] for line in lines(tmp_path / "run")]
+    assert rates[:2] == [0.5, 1.0] and rates[2:] == sorted(rates[2:], reverse=True)
+    validated = [(line["step"], line["ctx"]) for line in lines(tmp_path / "run", "validation.jsonl")]
+    assert validated == [(0, 64), (2, 64), (2, 128), (4, 128), (4, 256), (6, 256)]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_a_run_resumed_in_any_stage_equals_the_uninterrupted_one(step, plan, whole, tmp_path):
+    def stop(metrics):
+        if metrics.step == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    run = tmp_path / "run"
+    start_run(plan, run)
+    assert run_finetune(plan, run, events=Events(on_step=stop)).steps_done == step
+    assert run_finetune(plan_resumed(run), run, resume=True).finished
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (run, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_damage_that_goes_back_into_an_earlier_stage(plan, whole, tmp_path):
+    def stop(metrics):
+        if metrics.step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    run = tmp_path / "run"
+    start_run(plan, run)
+    run_finetune(plan, run, events=Events(on_step=stop))
+    for step in (4, 5):
+        (run / f"checkpoints/step-{step:06d}" / TENSORS).write_bytes(b"")
+    said = []
+    assert run_finetune(plan_resumed(run), run, resume=True, events=Events(said.append)).finished
+    assert sum("is damaged" in line for line in said) >= 2
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"stages": [256]}, "must ascend"),
+        ({"stages": [128, 64]}, "must ascend"),
+        ({"stages": [64], "steps": 1}, "2 contexts"),
+    ],
+)
+def test_contexts_that_do_not_ascend_are_refused(fields, told):
+    with pytest.raises(SpecError, match=told):
+        build(FinetuneSpec, {"ctx": 256, **fields}, source="test")
