@@ -30,6 +30,7 @@ import argparse
 import platform
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return (q >= k) & (q - k < WINDOW)
 
 
-compiled_flex, compiled_block_mask = torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask)
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+compiled_block_mask = torch.compile(create_block_mask, dynamic=False)
 
 
 def sliding_flex(like: Tensor) -> Attention:
@@ -128,12 +130,12 @@ def sliding_pattern(T: int) -> Pattern:
     return Pattern(sliding_window=WINDOW)
 
 
-def here(pattern, like: Tensor) -> Attention:
+def here(pattern: Callable[[int], Pattern], like: Tensor) -> Attention:
     """ctxext's attention on a CPU, and one of its backends on a GPU."""
     return partial(blocked.attention, pattern=pattern(like.shape[2]))
 
 
-def by_backend(pattern, backend: str, like: Tensor) -> Attention:
+def by_backend(pattern: Callable[[int], Pattern], backend: str, like: Tensor) -> Attention:
     return partial(choice.attention, pattern=pattern(like.shape[2]), backend=backend)
 
 
@@ -163,7 +165,7 @@ def square_mask_bytes(T: int, item: int, backward: bool) -> int:
 
 
 def ways(device: str) -> dict[str, Way]:
-    """The rows, in their order."""
+    """The rows, those of one pattern together."""
     rows = {
         "S², ctxext": Way(partial(here, s2_pattern), "S²"),
         "S², roll + masked SDPA": Way(s2_masked_roll, "S²", roll_mask_bytes),
@@ -183,7 +185,7 @@ def ways(device: str) -> dict[str, Way]:
         for backend in ("blocked", "varlen", "flex"):
             name = f"documents, ctxext {backend}"
             rows[name] = Way(partial(packed, backend), "documents", compiles=backend == "flex")
-    return rows
+    return dict(sorted(rows.items(), key=lambda row: list(report_attention.COLOURS).index(row[1].family)))
 
 
 def machine(device: str) -> str:
@@ -192,7 +194,7 @@ def machine(device: str) -> str:
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*: (.*)$", info.read_text("utf-8"), re.MULTILINE) if info.exists() else None
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} thread(s)"
 
 
 def main() -> None:

@@ -37,6 +37,12 @@ LIGHT_FILES = {
     "model/adapter_plan.py",
     "train/spec.py",
     "train/plan.py",
+    "train/schedule.py",
+    "train/recompute.py",
+    "train/memory.py",
+    "train/parallel.py",
+    "train/launch.py",
+    "train/worker.py",
 }
 DRAWERS = {"utils", "util", "common", "base", "registry", "helpers", "helper", "misc"}
 FILE_LINES, OPS_FILE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 300, 60, 120

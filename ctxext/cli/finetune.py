@@ -136,8 +136,8 @@ def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, lau
     if resume:
         report = train_with_progress(plan, run, resume=True, launch=launch)
     else:
-        source = Path(plan.spec.data.source)
-        with replacing(run, force, keep=[plan.source.path, source if source.exists() else None]):
+        read = [Path(part.source) for part in plan.spec.data.parts]
+        with replacing(run, force, keep=[plan.source.path, *(path for path in read if path.exists())]):
             start_run(plan, run)
             try:
                 report = train_with_progress(plan, run, resume=False, launch=launch)

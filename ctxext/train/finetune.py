@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ctxext.data.packing import PackedSequences
+from ctxext.data.mixture import Sequences
 from ctxext.model.adapters import attach
 from ctxext.model.load import build_model
 from ctxext.ops.backends.choice import Call, choose
@@ -112,9 +112,7 @@ def run_finetune(
     return report(plan, run, progress, count, time.monotonic() - began)
 
 
-def set_up(
-    plan: RunPlan, events: Events, zero: Mapping[str, Any] | None
-) -> tuple[Engine, PackedSequences, PackedSequences | None]:
+def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tuple[Engine, Sequences, Sequences | None]:
     """Everything the loop needs at one context: (the model in its engine, what trains, what is held out)."""
     torch.manual_seed(plan.spec.seed)
     device, dtype = training_device(plan)
@@ -157,7 +155,7 @@ def finish(
         "peak_memory": max(line["memory"] for line in lines),
         "rollbacks": list(progress.rollbacks),
         "validation": [progress.validation, validations[-1]] if progress.validation and validations else None,
-        "data": {"source": plan.spec.data.source, "fingerprint": known["data"]},
+        "data": {"source": plan.spec.data.described, "fingerprint": known["data"]},
     }
     masters = engine.masters()
     if engine.rank > 0:

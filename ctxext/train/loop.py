@@ -16,7 +16,8 @@ from types import FrameType
 
 import torch
 
-from ctxext.data.packing import Packed, PackedSequences
+from ctxext.data.mixture import Sequences
+from ctxext.data.packing import Packed
 from ctxext.errors import CheckFailed, ModelError
 from ctxext.ops.masks import check_document_starts
 from ctxext.train.checkpoint import Progress, discard_after, load_newest, save_checkpoint
@@ -40,8 +41,8 @@ class Events:
 
 def train(
     engine: Engine,
-    sequences: PackedSequences,
-    held_out: PackedSequences | None,
+    sequences: Sequences,
+    held_out: Sequences | None,
     plan: RunPlan,
     run: Path,
     progress: Progress,

@@ -16,13 +16,19 @@ from ctxext.errors import InputError, ModelError
 from ctxext.model.adapter_plan import Trainables, plan_trainables
 from ctxext.model.families import Config, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
-from ctxext.model.positions import PositionPlan, plan_positions
+from ctxext.model.positions import Auto, PositionPlan, plan_positions
 from ctxext.model.source import ModelSource
 from ctxext.ops import cost
-from ctxext.train.spec import FinetuneSpec
+from ctxext.ops.masks import Pattern
+from ctxext.train import recompute
+from ctxext.train.schedule import Attention, attention_at, phases
+from ctxext.train.spec import AttentionSpec, FinetuneSpec
 from ctxext.units import format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
+QUANTIZED = {"none": None, "nf4": 0.52, "int8": 1.0}  # bytes of a weight, scales included
+NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels take whole ones alone
+S2_ONLY = ("group_size", "grow", "shift", "dense_last")  # of AttentionSpec
 GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx / 4
 
 
@@ -32,6 +38,8 @@ class RunPlan:
 
     config             the model's normalised config with its new positions
     group_size         G where full layers train with S²-Attn, None where they train dense
+    first, stop        the steps at this ctx, from `first` (from 0) up to, not including, `stop`; `earlier` has the
+                       plans of the shorter contexts before it, whose positions, groups and batches are their own
     measured_length    the longest length this model was evaluated at, of what lies under ./runs; None if never
     """
 
@@ -47,6 +55,18 @@ class RunPlan:
     memory: dict[str, int]
     step_flops: int
     measured_length: int | None
+    first: int
+    stop: int
+    earlier: tuple[RunPlan, ...] = ()
+
+    def stage_of(self, done: int) -> RunPlan:
+        """The plan of the step after `done` steps; the last one's once all are done."""
+        return next((plan for plan in self.earlier if done < plan.stop), self)
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole run."""
+        return sum(plan.tokens_per_step * (plan.stop - plan.first) for plan in (*self.earlier, self))
 
     @property
     def tokens_per_step(self) -> int:
@@ -55,6 +75,17 @@ class RunPlan:
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         return family_of(self.config).kinds(self.config)
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        """What each layer sees in training, before the schedule."""
+        windows = [kind.sliding_window for kind in self.kinds]
+        return tuple(Pattern(None, self.group_size) if W is None else Pattern(W) for W in windows)
+
+    def attention_at(self, step: int) -> Attention:
+        """(group_size, shift) of the full layers at a step; None, None is dense."""
+        spec = self.spec
+        return attention_at(spec.attention, self.group_size, spec.ctx, step, self.steps, spec.seed)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
@@ -72,7 +103,8 @@ class RunPlan:
             "accumulation": -(-self.global_batch_size // self.spec.micro_batch_size),
             "steps": self.steps,
             "tokens_per_step": self.tokens_per_step,
-            "total_tokens": self.steps * self.tokens_per_step,
+            "total_tokens": self.tokens,
+            "stages": [{"ctx": plan.spec.ctx, "steps": plan.stop - plan.first} for plan in (*self.earlier, self)],
             "step_flops": self.step_flops,
             "dtype": self.dtype,
             "memory": self.memory | {"total": sum(self.memory.values())},
@@ -103,7 +135,11 @@ class RunPlan:
                 f"{self.global_batch_size} sequences, {format_tokens(self.tokens_per_step)} tokens, "
                 f"{accumulation} forwards of {self.spec.micro_batch_size}, {format_flops(self.step_flops)}",
             ),
-            ("steps", f"{self.steps} ({format_tokens(self.steps * self.tokens_per_step)} tokens)"),
+            ("steps", f"{self.steps} ({format_tokens(self.tokens)} tokens)"),
+            *(
+                ("  at ctx", f"{format_tokens(plan.spec.ctx)} to step {plan.stop}; {plan.positions.summary}")
+                for plan in ((*self.earlier, self) if self.earlier else ())
+            ),
             (
                 "memory, estimated",
                 f"{format_bytes(sum(self.memory.values()))} in {self.dtype}: "
@@ -123,8 +159,17 @@ class RunPlan:
         if not any(kind.sliding_window is None for kind in self.kinds):
             return "none: every layer is sliding"
         if self.group_size is None:
-            return "dense, as they run"
-        return f"with S²-Attn, groups of {format_tokens(self.group_size)} tokens; they run dense"
+            other, name = max(2, self.spec.ctx // GROUPS_PER_CTX), "S²-Attn"
+        else:
+            other, name = None, "dense"
+        flops = self.global_batch_size * _flops(self.source, self.spec, other)
+        costs = f"{name}: {format_flops(flops)} a step, {flops / self.step_flops:.2f}x"
+        if self.group_size is None:
+            return f"dense, as they run ({costs})"
+        spec, text = self.spec.attention, f"with S²-Attn, groups of {format_tokens(self.group_size)} tokens"
+        text += " that grow" * spec.grow + ", shifted by a draw each step" * (spec.shift == "random")
+        text += f", the last {spec.dense_last:.0%} of the steps dense" if spec.dense_last else ""
+        return f"{text}; they run dense ({costs})"
 
     def _trainables_row(self) -> str:
         parts = self.trainables
@@ -141,17 +186,10 @@ class RunPlan:
 
 def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
     """Derive a run. Raises InputError or ModelError for whatever cannot be trained as asked."""
-    if source.base is not None:
-        raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
-    if source.config.get("attention_dropout"):
-        raise ModelError(
-            f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
-            hint="set it to 0 in config.json",
-        )
+    _refuse(source, spec)
     source = source.with_original_length(spec.original_length)
-    data = Path(spec.data.source)
-    if spec.data.source != EMBEDDED and data.exists():  # a run may be resumed from another directory
-        spec = replace(spec, data=replace(spec.data, source=str(data.absolute())))
+    mixture = tuple(replace(part, source=_absolute(part.source)) for part in spec.data.mixture)
+    spec = replace(spec, data=replace(spec.data, source=_absolute(spec.data.source), mixture=mixture))
     positions = plan_positions(
         source.config,
         spec.rope_scaling,
@@ -174,13 +212,16 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         spec.ctx,
         min(spec.micro_batch_size, batch),
         trainable=trainables.parameters,
+        moment_bytes=8 if spec.optimizer.name == "adamw" else 2,
         item_bytes=2 if dtype == "bfloat16" else 4,
+        quantized=QUANTIZED[spec.memory.quantize],
+        keep_attention=spec.memory.keep == "attention",
+        tiles=spec.memory.tiles,
+        offload=spec.memory.offload,
         runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
         checkpointing=spec.memory.checkpoint,
     )
-    flops = batch * cost.step_flops(
-        shape, layers, spec.ctx, checkpointing=spec.memory.checkpoint, weights_train=spec.tuning == "full"
-    )
+    flops = batch * _mean_flops(source, spec, group_size)
     return RunPlan(
         spec=spec,
         source=source,
@@ -194,7 +235,64 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         memory=memory,
         step_flops=flops,
         measured_length=measured_length(source),
+        first=len(spec.stages) * spec.steps // (len(spec.stages) + 1),
+        stop=spec.steps,
+        earlier=_earlier(source, spec),
     )
+
+
+def _absolute(source: str) -> str:
+    """A path of data from the root: a run may be resumed from another directory."""
+    return str(Path(source).absolute()) if source != EMBEDDED and Path(source).exists() else source
+
+
+def _earlier(source: ModelSource, spec: FinetuneSpec) -> tuple[RunPlan, ...]:
+    """The plans of the shorter contexts: groups are a part of their ctx, and positions stretch where they have to."""
+    plans, count = list[RunPlan](), len(spec.stages) + 1
+    for number, ctx in enumerate(spec.stages):
+        attention = replace(spec.attention, group_size=None)
+        scaling = spec.rope_scaling if ctx > source.usable_length else Auto()
+        plan = plan_run(source, replace(spec, ctx=ctx, stages=(), attention=attention, rope_scaling=scaling))
+        first, stop = (k * spec.steps // count for k in (number, number + 1))
+        plans.append(replace(plan, first=first, stop=stop))
+    return tuple(plans)
+
+
+def _refuse(source: ModelSource, spec: FinetuneSpec) -> None:
+    """What no arithmetic is needed to refuse."""
+    if source.base is not None:
+        raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
+    if source.config.get("attention_dropout"):
+        raise ModelError(
+            f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
+            hint="set it to 0 in config.json",
+        )
+    recompute.check(spec.memory)
+    if spec.memory.quantize != "none" and spec.tuning == "full":
+        raise InputError(
+            f"memory.quantize: {spec.memory.quantize} freezes the weights that tuning: full would train",
+            hint="train with tuning=lora, or memory.quantize=none",
+        )
+    odd = [width for width in (source.shape.hidden_size, source.shape.intermediate_size) if width % NF4_BLOCK]
+    if spec.memory.quantize == "nf4" and odd and shutil.which("nvidia-smi") is None:
+        raise InputError(
+            f"memory.quantize: nf4 on a CPU needs widths that {NF4_BLOCK} divides, {source.name} has {odd[0]}",
+            hint="use memory.quantize=int8",
+        )
+
+
+def _mean_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> int:
+    """FLOPs of a sequence's step, on average over the attention schedule."""
+    total = 0
+    for size, steps in phases(spec.attention, group_size, spec.ctx, spec.steps).items():
+        total += steps * _flops(source, spec, size)
+    return total // spec.steps
+
+
+def _flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> int:
+    """FLOPs of a sequence's step with full layers in groups of `group_size`, or dense."""
+    layers, trains = [_pattern(kind, group_size) for kind in source.kinds], spec.tuning == "full"
+    return cost.step_flops(source.shape, layers, spec.ctx, checkpointing=spec.memory.checkpoint, weights_train=trains)
 
 
 def _pattern(kind: LayerKind, group_size: int | None) -> tuple[int | None, int | None]:
@@ -209,10 +307,12 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
     if wanted == "auto":
         wanted = "s2" if all(full) else "dense"
     if wanted == "dense":
-        if spec.attention.group_size is not None:
+        default = AttentionSpec()
+        given = [name for name in S2_ONLY if getattr(spec.attention, name) != getattr(default, name)]
+        if given:
             raise InputError(
-                "attention.group_size is given, but full layers train dense",
-                hint="add --set attention.train=s2, or leave the group size out",
+                f"{', '.join(f'attention.{name}' for name in given)}: given, but full layers train dense",
+                hint="add --set attention.train=s2, or leave it out",
             )
         return None
     if not any(full):

@@ -8,6 +8,7 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from ctxext.data.documents import EMBEDDED, fingerprint
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import from_directory
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.spec import DataSpec, FinetuneSpec
 
 SPEC_FILE = "spec.yaml"
 
@@ -58,17 +59,27 @@ class Start:
 
     @classmethod
     def of(cls, plan: RunPlan) -> Start:
-        data = plan.spec.data
-        known = data.source == EMBEDDED or Path(data.source).exists()  # a data set of the hub is not hashed
         return cls(
             model=str(plan.source.directory.absolute()),
             name=plan.source.name,
             original_length=plan.source.original_length,
             usable_length=plan.source.usable_length,
             weights=manifests.weight_hashes(plan.source.directory),
-            data=fingerprint(data.source, text_field=data.text_field) if known else None,
+            data=data_hash(plan.spec.data),
             spec=plan.spec,
         )
+
+
+def data_hash(data: DataSpec) -> str | None:
+    """A hash of what is read, of all parts of a mixture; None where that is a data set of the hub, which has none."""
+    hashes = [
+        fingerprint(part.source, text_field=part.text_field, format=part.format)
+        for part in data.parts
+        if part.source == EMBEDDED or Path(part.source).exists()
+    ]
+    if len(hashes) < 2:
+        return hashes[0] if hashes else None
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def discard_unstarted(run: Path) -> None:
@@ -106,7 +117,9 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
     if now.weights != start.weights:
         raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
     if now.data != start.data and new.data == start.spec.data:
-        raise InputError(f"{start.spec.data.source}: the data changed since this run started", hint="start a new run")
+        raise InputError(
+            f"{start.spec.data.described}: the data changed since this run started", hint="start a new run"
+        )
     if new != start.spec:
         write_spec(run, now)
     return plan

@@ -10,11 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ctxext.config.loader import Tokens, spec
+from ctxext.data.documents import EMBEDDED
 from ctxext.model.adapter_plan import LoraSpec
 from ctxext.model.positions import Auto, RopeScaling
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+Format = Literal["text", "messages", "prompt", "prompt_chat"]
 
 
 @spec
@@ -24,13 +26,39 @@ class AttentionSpec:
     train       auto: s2 for models with full attention everywhere, dense for hybrids, whose few full layers can
                 afford it; s2: S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)
     group_size  tokens of an S²-Attn group; None: ctx / 4
+    grow        groups double, in equal parts of the S²-Attn steps, up to half of ctx and more
+    shift       half: the shifted heads' groups are moved by G // 2, as published; random: by a draw at each step
+    dense_last  the last share of the steps trains dense
     backend     what computes it (ops/backends/choice.py); auto: by device, dtype and pattern. One that is named
                 serves or is refused
     """
 
     train: Literal["auto", "s2", "dense"] = "auto"
     group_size: Tokens | None = None
+    grow: bool = False
+    shift: Literal["half", "random"] = "half"
+    dense_last: Annotated[float, Field(ge=0, le=1)] = 0.0
     backend: Literal["auto", "naive", "blocked", "varlen", "flex"] = "auto"
+
+
+def _check_format(source: str, format: Format, text_field: str) -> None:
+    if format != "text" and source == EMBEDDED:
+        raise ValueError(f"format: {format}, but the embedded corpus is text")
+    if format != "text" and text_field != "text":
+        raise ValueError(f"text_field: given, but rows of format: {format} have fields of their own")
+
+
+@spec
+class MixturePart:
+    """One source of a mixture: `weight` is its share of the sequences beside the others'; the rest as in DataSpec."""
+
+    source: str
+    weight: Rate = 1.0
+    format: Format = "text"
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        _check_format(self.source, self.format, self.text_field)
 
 
 @spec
@@ -38,14 +66,24 @@ class DataSpec:
     """Where text comes from.
 
     source              a file or directory of .txt, .md, .jsonl, .parquet; a `datasets` id; or `embedded`
+    format              what a JSONL or Parquet row is: text; messages (of roles, by the tokenizer's chat template);
+                        prompt (`prompt` and `completion`, joined as they are) or prompt_chat (these as a user's and an
+                        assistant's message). Of all but text the loss is on the answers alone (data/chat.py)
     text_field          the field of a JSONL or Parquet row that holds the text
+    mixture             several sources in proportion to weights, instead of `source`, `format` and `text_field`
+    min_tokens          of a document; shorter ones are left out
+    max_tokens          of a document; longer ones are left out
     document_mask       True: tokens do not see other documents packed into the same sequence
     synthetic_fraction  of the embedded corpus: the share of synthetic text
     synthetic_kinds     which synthetic texts (data/synthetic.py)
     """
 
-    source: str = "embedded"
+    source: str = EMBEDDED
+    format: Format = "text"
     text_field: str = "text"
+    mixture: tuple[MixturePart, ...] = ()
+    min_tokens: Tokens | None = None
+    max_tokens: Tokens | None = None
     document_mask: bool = True
     synthetic_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
     synthetic_kinds: Annotated[tuple[Literal["passkey", "key_value", "copy", "repeat"], ...], Field(min_length=1)] = (
@@ -53,6 +91,41 @@ class DataSpec:
         "key_value",
         "copy",
     )
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}")
+        if not self.mixture:
+            _check_format(self.source, self.format, self.text_field)
+            return
+        given = [
+            name
+            for name, default in (("source", EMBEDDED), ("format", "text"), ("text_field", "text"))
+            if getattr(self, name) != default
+        ]
+        if given:
+            raise ValueError(f"{', '.join(given)}: given beside mixture, whose parts have their own")
+        whole = sum(part.weight for part in self.mixture)
+        seen = set[tuple[str, str, str]]()
+        for part in self.mixture:
+            if part.weight < whole / 1000:
+                raise ValueError(f"mixture: {part.source} has less than a thousandth of the weight ({part.weight:g})")
+            key = (part.source, part.format, part.text_field)
+            if key in seen:
+                raise ValueError(f"mixture: {part.source} stands there twice")
+            seen.add(key)
+
+    @property
+    def parts(self) -> tuple[MixturePart, ...]:
+        """Every source as a part; one where there is no mixture."""
+        return self.mixture or (MixturePart(source=self.source, format=self.format, text_field=self.text_field),)
+
+    @property
+    def described(self) -> str:
+        """The sources in words."""
+        if not self.mixture:
+            return self.source
+        return "a mixture of " + ", ".join(f"{part.source} ({part.weight:g})" for part in self.mixture)
 
 
 @spec
@@ -119,10 +192,39 @@ class FaultSpec:
 
 
 @spec
+class ValidationSpec:
+    """Held-out loss during training, always under the attention the model will run with, never S²-Attn.
+
+    every_steps             optimizer steps between two; also before the first and after the last. None: never
+    sequences               of ctx tokens; of a user's text at most a tenth
+    result                  what a run leaves: the last weights, or the best by held-out loss
+    max_short_ppl_increase  share by which perplexity at the original length may rise, such as 0.1; None: any
+    """
+
+    every_steps: Positive | None = 50
+    sequences: Positive = 2
+    result: Literal["last", "best"] = "last"
+    max_short_ppl_increase: Annotated[float, Field(gt=0)] | None = None
+
+
+@spec
+class TelemetrySpec:
+    """Where else the numbers of metrics.jsonl and validation.jsonl go; each needs its package.
+
+    tensorboard  event files in the run's directory
+    wandb        a project of Weights & Biases
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@spec
 class FinetuneSpec:
     """One run.
 
-    ctx                tokens of a training sequence
+    ctx                tokens of a training sequence, and what the result is made for
+    stages             shorter contexts to train at first, ascending, each for an equal share of the steps
     rope_scaling       see model/positions.py; always from the original trained length
     original_length    tokens; overrides what the model's files say
     tuning             lora (adapter plus embeddings and norms) or full
@@ -134,6 +236,7 @@ class FinetuneSpec:
     """
 
     ctx: Tokens
+    stages: tuple[Tokens, ...] = ()
     rope_scaling: RopeScaling = Auto()
     original_length: Tokens | None = None
     tuning: Literal["lora", "full"] = "lora"
@@ -141,6 +244,7 @@ class FinetuneSpec:
     attention: AttentionSpec = AttentionSpec()
     data: DataSpec = DataSpec()
     optimizer: OptimizerSpec = OptimizerSpec()
+    validation: ValidationSpec = ValidationSpec()
     steps: Positive = 200
     tokens_per_step: Tokens = 512 * 1024
     global_batch_size: Positive | None = None
@@ -148,4 +252,12 @@ class FinetuneSpec:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     memory: MemorySpec = MemorySpec()
     faults: FaultSpec = FaultSpec()
+    telemetry: TelemetrySpec = TelemetrySpec()
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    def __post_init__(self) -> None:
+        contexts = [*self.stages, self.ctx]
+        if sorted(set(contexts)) != contexts:
+            raise ValueError(f"stages: contexts must ascend to ctx, got {', '.join(map(str, contexts))}")
+        if self.steps < len(contexts):
+            raise ValueError(f"steps: {len(contexts)} contexts need as many steps, got {self.steps}")

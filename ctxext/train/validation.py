@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ctxext.data.packing import Packed, PackedSequences
+from ctxext.data.mixture import Sequences
+from ctxext.data.packing import Packed
 from ctxext.errors import CheckFailed
 from ctxext.train.checkpoint import Progress
 from ctxext.train.engine import Engine
@@ -39,7 +40,7 @@ class Validation:
         return asdict(self)
 
 
-def validate(engine: Engine, held_out: PackedSequences, plan: RunPlan, step: int) -> Validation:
+def validate(engine: Engine, held_out: Sequences, plan: RunPlan, step: int) -> Validation:
     """Measure; every rank runs its share of the sequences, one at a time."""
     T, short = plan.spec.ctx, min(plan.positions.original_length, plan.spec.ctx)
     edges = [0, FIRST_BUCKET]

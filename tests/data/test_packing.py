@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ctxext.data.documents import Document
-from ctxext.data.packing import NO_LABEL, PackedSequences, TokenStore, _permuted, attended_share, tokenise
+from ctxext.data.packing import NO_LABEL, PackedSequences, _permuted, attended_share
+from ctxext.data.store import TokenStore, tokenise
 from ctxext.errors import DataError, InputError
 
 EOS = 0
@@ -118,6 +119,21 @@ def test_refusals(tmp_path: Path) -> None:
     assert not (tmp_path / "t").exists()
     with pytest.raises(DataError, match="the data has 4 tokens; one sequence needs 5"):
         PackedSequences(make(tmp_path / "t", [3]), 5, seed=0, document_mask=True)
+
+
+def test_documents_of_other_lengths_are_left_out_and_counted(tmp_path: Path) -> None:
+    lengths = [5, 1, 0, 9, 2, 30]
+    for shortest, longest, kept in [(2, None, [5, 9, 2, 30]), (None, 9, [5, 1, 9, 2]), (5, 9, [5, 9]), (5, 5, [5])]:
+        limits = {"min_tokens": shortest, "max_tokens": longest, "source_fingerprint": "a"}
+        store = make(tmp_path / "t", lengths, **limits)
+        assert not store.reused, "tokens of other limits were taken"
+        ids = [token for token in stream(lengths) if token]
+        assert [np.count_nonzero(part) for part in np.split(store.read(0, store.meta.tokens), store.bounds[1:])] == kept
+        assert set(store.read(0, store.meta.tokens).tolist()) <= {EOS, *ids}
+        assert (store.meta.documents, store.meta.left_out) == (len(kept), 5 - len(kept))
+        assert make(tmp_path / "t", lengths, **limits).reused
+    with pytest.raises(DataError, match="all 5 documents are left out: none has 31 tokens or more, at most 40"):
+        make(tmp_path / "t", lengths, min_tokens=31, max_tokens=40)
 
 
 def naive(tokens: list[int], starts: list[int], first: int, seq_len: int, mask: bool) -> tuple[list[int], ...]:

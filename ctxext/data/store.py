@@ -1,0 +1,337 @@
+"""Tokens on disk, once, with the bounds of their documents and, of chat data, which of them are scored.
+
+Offsets are tokens from the beginning of the whole stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctxext.data.documents import Document
+from ctxext.errors import DataError, EnvironmentFault, InputError
+
+_FORMAT = 2
+_META, _BOUNDS = "meta.json", "bounds.npy"
+_OURS = re.compile(r"(tokens|scored)-\d{5,}\.bin|bounds\.npy|meta\.json")
+_BATCH_CHARACTERS = 1 << 20  # documents handed to the tokenizer together, at least one
+
+
+@dataclass(frozen=True)
+class StoreMeta:
+    """What `meta.json` says: the counts, and what decides whether the tokens still hold.
+
+    scored                  tokens that training scores; None: all of them, and nothing is written beside them
+    min_tokens, max_tokens  of the documents that were let in, and `left_out` how many were not
+    """
+
+    tokenizer: str  # tokenizer_hash
+    source: str  # fingerprint of what was read
+    eos_id: int
+    dtype: str  # uint16 or uint32
+    tokens: int
+    documents: int
+    text_bytes: int  # UTF-8 bytes of the documents
+    shard_tokens: int
+    scored: int | None = None
+    min_tokens: int | None = None
+    max_tokens: int | None = None
+    left_out: int = 0
+    format: int = _FORMAT
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """Token shards in one directory, memory-mapped: opening costs nothing, whatever the size.
+
+    `bounds` [documents] int64 has the offset of each document's first token, ascending from 0. Each document
+    ends with the EOS that follows it. `scored` has a byte for each token of `shards`, 1 where training scores it; None
+    where it scores all. `reused` says that `tokenise` found these tokens and made none.
+    """
+
+    directory: Path
+    meta: StoreMeta
+    bounds: np.ndarray
+    shards: tuple[np.ndarray, ...] = field(repr=False)
+    scored: tuple[np.ndarray, ...] | None = field(default=None, repr=False)
+    reused: bool = False
+
+    @classmethod
+    def open(cls, directory: Path, *, reused: bool = False) -> TokenStore:
+        """Opens what `tokenise` has written. DataError where it is absent, unfinished or cut short."""
+        directory = Path(directory)
+        meta = _read_meta(directory)
+        if meta is None:
+            raise DataError(
+                f"{directory} holds no finished tokens ({_META} is missing or of another version)",
+                hint="tokenise the data again",
+            )
+        counts = [min(meta.shard_tokens, meta.tokens - start) for start in range(0, meta.tokens, meta.shard_tokens)]
+        try:
+            shards = _mapped(directory, "tokens", meta.dtype, counts)
+            scored = None if meta.scored is None else _mapped(directory, "scored", "uint8", counts)
+            bounds = np.load(directory / _BOUNDS, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"the tokens in {directory} are damaged: {error}",
+                hint="remove the directory and tokenise the data again",
+            ) from error
+        if len(bounds) != meta.documents:
+            raise DataError(
+                f"{directory} has bounds for {len(bounds):,} documents, {_META} says {meta.documents:,}",
+                hint="remove the directory and tokenise the data again",
+            )
+        return cls(directory, meta, bounds, shards, scored, reused)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start <= offset < stop, int64 [stop - start], across shards."""
+        return self._read(self.shards, start, stop).astype(np.int64)
+
+    def read_scored(self, start: int, stop: int) -> np.ndarray:
+        """Whether training scores them, bool [stop - start]."""
+        if self.scored is None:
+            return np.ones(stop - start, dtype=bool)
+        return self._read(self.scored, start, stop).astype(bool)
+
+    def _read(self, shards: tuple[np.ndarray, ...], start: int, stop: int) -> np.ndarray:
+        if not 0 <= start <= stop <= self.meta.tokens:
+            raise IndexError(f"tokens {start}..{stop} of {self.meta.tokens}")
+        size, parts = self.meta.shard_tokens, []
+        while start < stop:
+            shard, at = divmod(start, size)
+            count = min(stop - start, size - at)
+            parts.append(shards[shard][at : at + count])
+            start += count
+        return np.concatenate(parts) if parts else np.empty(0, dtype=shards[0].dtype)
+
+
+def _mapped(directory: Path, stream: str, dtype: str, counts: list[int]) -> tuple[np.ndarray, ...]:
+    return tuple(
+        np.memmap(_shard_path(directory, i, stream), dtype=dtype, mode="r", shape=(count,))
+        for i, count in enumerate(counts)
+    )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of what decides the tokens of a text: the fast tokenizer's state, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{type(tokenizer).__name__}\0{state}".encode()).hexdigest()
+
+
+def tokenise(
+    documents: Iterable[Document],
+    tokenizer: Any,
+    directory: Path,
+    *,
+    eos_id: int,
+    source_fingerprint: str = "",
+    min_tokens: int | None = None,
+    max_tokens: int | None = None,
+    shard_tokens: int = 1 << 28,
+    progress: Callable[[int, int], None] | None = None,
+) -> TokenStore:
+    """Writes the tokens of `documents`, each followed by `eos_id`, to `directory`, and opens them.
+
+    No BOS is added. Documents that have no tokens are passed over, and those with fewer than `min_tokens` or more than
+    `max_tokens` (EOS not counted) are left out. Ids are uint16 where the vocabulary has at most 65,535 entries, else
+    uint32. `source_fingerprint` (documents.fingerprint) names what is read: where `directory` holds finished tokens of
+    the same fingerprint, tokenizer, EOS and lengths, nothing is read and the result has `reused` True; other tokens of
+    ours are replaced. An empty fingerprint never matches. `progress(documents, tokens)` is called with the totals.
+
+    Where documents have `answers`, a token is scored when its characters overlap one, and EOS when the token before it
+    is. EOS is not repeated where such a document ends with one: templates write it.
+
+    The tokens are written beside `directory` and renamed when whole; `meta.json` is written last.
+    Errors: InputError (no EOS in the vocabulary, a directory of something else, answers and a slow tokenizer),
+    DataError (no document, documents with answers beside others), EnvironmentFault (the disk).
+    """
+    directory = Path(directory)
+    vocab = len(tokenizer)
+    if not 0 <= eos_id < vocab:
+        raise InputError(
+            f"eos_id {eos_id} is outside the vocabulary of {vocab:,} tokens",
+            hint="give the id of a token that ends a document",
+        )
+    if shard_tokens < 1:
+        raise InputError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    key = (tokenizer_hash(tokenizer), source_fingerprint, eos_id)
+    lengths = (min_tokens, max_tokens)
+    found = _read_meta(directory)
+    same = found and (found.tokenizer, found.source, found.eos_id) == key
+    if found and same and source_fingerprint and (found.min_tokens, found.max_tokens) == lengths:
+        return TokenStore.open(directory, reused=True)
+    _refuse_foreign(directory)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(partial, documents, tokenizer, key, lengths, shard_tokens, progress)
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.rename(directory)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the tokens cannot be written to {directory}: {error.strerror or error}",
+            hint="free some space, or give a directory on another disk",
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return TokenStore.open(directory)
+
+
+def _write(
+    directory: Path,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    key: tuple[str, str, int],
+    lengths: tuple[int | None, int | None],
+    shard_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Fills an empty directory; `key` is (tokenizer hash, source fingerprint, EOS)."""
+    eos_id, (shortest, longest), left_out = key[2], lengths, 0
+    dtype = "uint16" if len(tokenizer) <= 65_535 else "uint32"
+    with _Writer(directory, dtype, shard_tokens) as writer:
+        for ids, marks, size in _encode(documents, tokenizer):
+            if len(ids) < (shortest or 0) or (longest is not None and len(ids) > longest):
+                left_out += 1
+                continue
+            if marks is None or ids[-1] != eos_id:
+                ids = [*ids, eos_id]
+                marks = marks if marks is None else np.append(marks, marks[-1])
+            writer.add(ids, marks, size)
+            if progress is not None:
+                progress(len(writer.bounds), writer.tokens)
+    if not writer.tokens and left_out:
+        allowed = f"{shortest or 1:,} tokens or more" + (f", at most {longest:,}" if longest is not None else "")
+        raise DataError(
+            f"all {left_out:,} documents are left out: none has {allowed}",
+            hint="change data.min_tokens and data.max_tokens",
+        )
+    if not writer.tokens:
+        raise DataError("no document has a token", hint="give data that holds text")
+    np.save(directory / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
+    counts = (writer.tokens, len(writer.bounds), writer.text_bytes, shard_tokens, writer.scored)
+    meta = StoreMeta(*key, dtype, *counts, *lengths, left_out)
+    (directory / _META).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Only a directory with nothing but token files may be replaced."""
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; the tokens need a directory", hint="give another path")
+    foreign = [path.name for path in directory.glob("*") if not _OURS.fullmatch(path.name)]
+    if foreign:
+        raise InputError(
+            f"{directory} holds other files than tokens, such as {min(foreign)}", hint="give a directory of its own"
+        )
+
+
+class _Writer:
+    """Appends to the shards in turn, each of exactly `shard_tokens` tokens but the last.
+
+    The first document says whether there are marks, and all others have to do as it does.
+    """
+
+    def __init__(self, directory: Path, dtype: str, shard_tokens: int):
+        self.directory, self.dtype, self.shard_tokens = directory, dtype, shard_tokens
+        self.bounds = array("q")
+        self.tokens = self.text_bytes = 0
+        self.scored: int | None = None
+        self._files: dict[str, Any] = {}
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def add(self, ids: list[int], marks: np.ndarray | None, text_bytes: int) -> None:
+        if not self.tokens:
+            self.scored = None if marks is None else 0
+        if (marks is None) != (self.scored is None):
+            raise DataError("some documents have answers and others have none", hint="give them as two sources")
+        self.bounds.append(self.tokens)
+        self.text_bytes += text_bytes
+        streams = {"tokens": np.asarray(ids, dtype=self.dtype)}
+        if marks is not None and self.scored is not None:
+            streams["scored"] = marks.astype(np.uint8)
+            self.scored += int(marks.sum())
+        done = 0
+        while done < len(ids):
+            shard, at = divmod(self.tokens, self.shard_tokens)
+            count = min(len(ids) - done, self.shard_tokens - at)
+            for stream, values in streams.items():
+                if at == 0:
+                    if stream in self._files:
+                        self._files[stream].close()
+                    self._files[stream] = _shard_path(self.directory, shard, stream).open("wb")
+                self._files[stream].write(values[done : done + count].tobytes())
+            done += count
+            self.tokens += count
+
+
+def _encode(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray | None, int]]:
+    """(ids, which of them are scored, UTF-8 bytes of the text) of each document that has any token."""
+    for batch in _batches(documents):
+        options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        if any(document.answers is not None for document in batch):
+            if not getattr(tokenizer, "is_fast", False):
+                raise InputError(
+                    f"{type(tokenizer).__name__} does not say which characters a token has: answers are not found",
+                    hint="give the model a fast tokenizer (tokenizer.json)",
+                )
+            options["return_offsets_mapping"] = True
+        encoded = tokenizer([document.text for document in batch], **options)
+        offsets = encoded.get("offset_mapping", [None] * len(batch))
+        for document, ids, spans in zip(batch, encoded["input_ids"], offsets, strict=True):
+            if ids:
+                marks = None if document.answers is None else scored_tokens(spans, document.answers)
+                yield ids, marks, len(document.text.encode())
+
+
+def scored_tokens(spans: list[tuple[int, int]], answers: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Which tokens overlap an answer, bool [tokens]; `spans` are the characters of each, as a fast tokenizer says."""
+    begin, stop = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    begin = np.minimum(begin, stop - 1)  # spaces that were trimmed to nothing stand for the last of them
+    starts, stops = np.array(answers, dtype=np.int64).reshape(-1, 2).T
+    at = np.searchsorted(stops, begin, side="right")  # the first answer that ends after the token begins
+    return np.append(starts, np.iinfo(np.int64).max)[at] < stop
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _shard_path(directory: Path, index: int, stream: str) -> Path:
+    return directory / f"{stream}-{index:05d}.bin"
+
+
+def _read_meta(directory: Path) -> StoreMeta | None:
+    """None where there are no finished tokens that this version can read."""
+    try:
+        meta = StoreMeta(**json.loads((directory / _META).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return meta if meta.format == _FORMAT else None

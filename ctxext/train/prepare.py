@@ -1,0 +1,171 @@
+"""From what the spec names to sequences: tokenised once into the user's cache, some of it held out for validation."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxext.data import corpus, synthetic
+from ctxext.data.chat import chat_rows, template_hash
+from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
+from ctxext.data.mixture import Mixture, Sequences, apportion, slots_of
+from ctxext.data.packing import PackedSequences, attended_share
+from ctxext.data.store import TokenStore, tokenise, tokenizer_hash
+from ctxext.errors import InputError
+from ctxext.model.load import load_tokenizer
+from ctxext.train.loop import Events
+from ctxext.train.plan import RunPlan
+from ctxext.train.spec import MixturePart
+
+LITTLE_HISTORY = 0.05  # of the tokens; below this share a run at this ctx teaches next to nothing long
+MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer runs repeat it
+MOST_HELD_OUT = 0.1  # of the sequences of a user's text
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A part of the data and its documents, not yet read, with a hash of them.
+
+    `share` is its part of the run's sequences, `wanted` how many are to be held out, `held_out` the documents for that
+    where they are others than those that train.
+    """
+
+    name: str
+    embedded: bool
+    share: float
+    wanted: int
+    documents: Iterator[Document]
+    print_: str
+    held_out: tuple[Iterator[Document], str] | None = None
+
+
+def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | None]:
+    """(what trains, what is held out for validation): sequences of exactly ctx tokens.
+
+    Of the embedded corpus, files are held out; of other text, the last sequences; of a mixture, some of each part. None
+    where validation is off, or the text is too short for it (which is said).
+    """
+    spec = plan.spec
+    tokenizer = load_tokenizer(plan.source.directory)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{plan.source.name}: its tokenizer has no EOS token, which ends every document")
+    slots = slots_of([part.weight for part in spec.data.parts])
+    wanted = spec.validation.sequences if spec.validation.every_steps else 0
+    counts = apportion(wanted, slots, least=1)
+    sources = [
+        _source(plan, part, tokenizer, share / sum(slots), count)
+        for part, share, count in zip(spec.data.parts, slots, counts, strict=True)
+    ]  # all are found before the first is read
+    pairs = [_split(plan, source, tokenizer, events) for source in sources]
+    if not spec.data.mixture:
+        return pairs[0]
+    held_out = [held for _, held in pairs if held is not None]
+    training = Mixture([train for train, _ in pairs], slots, seed=spec.seed)
+    return training, Mixture(held_out, [len(held) for held in held_out], seed=spec.seed) if held_out else None
+
+
+def _split(
+    plan: RunPlan, source: _Source, tokenizer: Any, events: Events
+) -> tuple[PackedSequences, PackedSequences | None]:
+    """A source's sequences, and those of it that are held out."""
+    spec = plan.spec
+    options: dict[str, Any] = {"seed": spec.seed, "document_mask": spec.data.document_mask}
+    store = _store(plan, source.documents, source.print_, tokenizer)
+    whole = PackedSequences(store, spec.ctx, **options)
+    _describe(plan, source, whole, events)
+    if source.held_out is not None:
+        held = PackedSequences(_store(plan, *source.held_out, tokenizer), spec.ctx, **options)
+        return whole, held.part(0, min(source.wanted, len(held)))
+    count = min(source.wanted, int(len(whole) * MOST_HELD_OUT))
+    if source.wanted and not count:
+        of = f" on {source.name}" if spec.data.mixture else ""
+        events.say(f"no validation{of}: {len(whole)} sequences of text are too few to hold some out")
+    if not count:
+        return whole, None
+    return whole.part(0, len(whole) - count), whole.part(len(whole) - count, count)
+
+
+def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer: Any) -> TokenStore:
+    data = plan.spec.data
+    what = f"{print_} {tokenizer_hash(tokenizer)} {data.min_tokens} {data.max_tokens}"
+    return tokenise(
+        documents,
+        tokenizer,
+        _cache() / hashlib.sha256(what.encode()).hexdigest()[:24],
+        eos_id=tokenizer.eos_token_id,
+        source_fingerprint=print_,
+        min_tokens=data.min_tokens,
+        max_tokens=data.max_tokens,
+    )
+
+
+def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events: Events) -> None:
+    """What there is to learn from a source, in lines that begin with its name."""
+    spec, store = plan.spec, sequences.store
+    name = f"data, {source.name} ({source.share:.1%} of the sequences)" if spec.data.mixture else "data"
+    if source.embedded:
+        events.say(
+            f"{name}: the embedded corpus (this Python's standard library, {spec.data.synthetic_fraction:.0%} of it "
+            f"synthetic: {', '.join(spec.data.synthetic_kinds)})"
+        )
+    if store.meta.left_out:
+        given = (("min_tokens", spec.data.min_tokens), ("max_tokens", spec.data.max_tokens))
+        limits = ", ".join(f"data.{limit}={value:,}" for limit, value in given if value is not None)
+        every = store.meta.left_out + store.meta.documents
+        events.say(f"{name}: {store.meta.left_out:,} of {every:,} documents are left out by {limits}")
+    if store.meta.scored is not None:
+        events.say(f"{name}: loss on {store.meta.scored / store.meta.tokens:.1%} of the tokens: the answers")
+    if sequences.without_answer:
+        every = sequences.without_answer + len(sequences)
+        events.say(f"{name}: {sequences.without_answer:,} of {every:,} sequences have no answer and are left out")
+    share = attended_share(store, spec.ctx)
+    events.say(f"{name}: {share:.1%} of the tokens see at least half of ctx in their own document")
+    if spec.data.document_mask and share < LITTLE_HISTORY:
+        events.say(
+            f"warning: only {share:.1%} of the tokens see half of ctx: the documents are short, little of "
+            f"{spec.ctx:,} tokens will be learned; longer documents, or data.document_mask=false"
+        )
+
+
+def _source(plan: RunPlan, part: MixturePart, tokenizer: Any, share: float, wanted: int) -> _Source:
+    """Where a part is read from. Raises what can be known before reading."""
+    spec, embedded = plan.spec, part.source == EMBEDDED
+    if embedded:
+        tokens = plan.steps * plan.tokens_per_step * 1.2 * share + spec.ctx
+        documents, print_ = _embedded(plan, tokenizer, "train", spec.seed, tokens)
+        held_out = None
+        if wanted:  # of the other split, and synthetic text of another seed
+            held_out = _embedded(plan, tokenizer, "held-out", spec.seed + 1, (1.5 * wanted + 1) * spec.ctx)
+        return _Source(part.source, embedded, share, wanted, documents, print_, held_out)
+    rows = None if part.format == "text" else chat_rows(part.format, tokenizer)
+    documents = read_documents(part.source, text_field=part.text_field, rows=rows)
+    print_ = fingerprint(part.source, text_field=part.text_field, format=part.format)
+    if part.format in ("messages", "prompt_chat"):
+        print_ = hashlib.sha256(f"{print_} {template_hash(tokenizer)}".encode()).hexdigest()
+    return _Source(Path(part.source).name, embedded, share, wanted, documents, print_)
+
+
+def _embedded(
+    plan: RunPlan, tokenizer: Any, split: corpus.Split, seed: int, tokens: float
+) -> tuple[Iterator[Document], str]:
+    """About `tokens` tokens of a split of the embedded corpus."""
+    data = plan.spec.data
+    sample = "".join(document.text for document in corpus.stdlib_documents("held-out")[:8])
+    per_token = len(sample) / len(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+    arguments: dict[str, Any] = {
+        "seed": seed,
+        "synthetic_fraction": data.synthetic_fraction,
+        "kinds": data.synthetic_kinds,
+        "span_chars": max(int(plan.spec.ctx * per_token), synthetic.MIN_SPAN_CHARS),
+        "max_chars": int(min(tokens * per_token, MOST_CHARACTERS)),
+    }
+    print_ = hashlib.sha256(f"{corpus.fingerprint()['sha256']} {split} {arguments}".encode()).hexdigest()
+    return corpus.corpus_documents(split, **arguments), print_
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "tokens"
