@@ -9,8 +9,9 @@ backend           each layer's output beside `naive_attention` on this model's o
 cached decoding   hidden states with a cache, token by token and in chunks, beside those without; inference only
 
 What a layer should see is written down once more here (`_sees`), so that an error in ops/masks.py is found too.
-Training runs as its loop does: arguments, dtype, train mode, checkpointing (whole rows); one row, forward only. torch is
-imported in functions: refusals come first. Shapes: T tokens, E model width, H heads over K key/value heads, D head dim.
+Training runs as its loop does: arguments, dtype, train mode, checkpointing (whole rows); one row, forward only. torch
+is imported in functions: refusals come first. Shapes: T tokens, E model width, H heads over K key/value heads, D head
+dim.
 """
 
 from __future__ import annotations
