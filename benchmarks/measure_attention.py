@@ -20,7 +20,7 @@ from torch import Tensor
 from ctxext.errors import CtxextError
 
 H, D = 8, 64
-BUDGET = 36.0  # seconds for the repetitions of one way: the quick ones get all that were asked for, the slowest one
+BUDGET = 12.0  # seconds for the repetitions of one way: the quick ones get all that were asked for, the slowest one
 BATCH_GPU = 0.05  # seconds of work that a GPU gets in one repetition, so that waiting for it does not count
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
