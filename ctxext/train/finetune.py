@@ -45,7 +45,7 @@ MATMUL_SHARE = 0.5  # of a large matmul's speed that a step reaches, as a first 
 class FinetuneReport:
     """What a run did. `finished` is False when it was interrupted; memory in bytes.
 
-    held_out   loss on held-out text before the first and after the last step, under the attention it runs with
+    held_out   loss on held-out text before the first and after the last step at ctx, under the attention it runs with
     spikes     steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
     rollbacks  times it went back to a checkpoint because the loss or the gradient went wrong
     """
@@ -168,7 +168,8 @@ def finish(
 def report(plan: RunPlan, run: Path, progress: Progress, count: int | None, seconds: float) -> FinetuneReport:
     """What the run's files say it did."""
     lines = metrics.read(run / metrics.STEPS)
-    held_out = [line["loss"] for line in metrics.read(run / metrics.VALIDATIONS)]
+    validations = metrics.read(run / metrics.VALIDATIONS)
+    held_out = [line["loss"] for line in validations if line["ctx"] == plan.spec.ctx]
     return FinetuneReport(
         out=str(run),
         finished=progress.done == plan.steps,
