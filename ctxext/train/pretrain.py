@@ -26,6 +26,7 @@ from ctxext.train.run import start_run
 from ctxext.train.spec import FinetuneSpec, Positive
 
 EOS = "<|end|>"
+OF_THE_RUN = ("spec.yaml", "metrics.jsonl", "validation.jsonl", manifests.FILE_NAME, "README.md")  # not of the model
 TOKENIZER_CHARACTERS = 6_000_000  # of the embedded corpus, to learn the merges from
 
 
@@ -81,7 +82,7 @@ def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[R
         current = run
     with staged_output(out, force) as staging:
         for path in current.iterdir():
-            if path.name not in ("spec.yaml", "metrics.jsonl", "checkpoints", manifests.FILE_NAME, "README.md"):
+            if path.is_file() and path.name not in OF_THE_RUN:
                 shutil.copyfile(path, staging / path.name)
         describe(recipe, stages, staging, out.name)
     return out
