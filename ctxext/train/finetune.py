@@ -2,7 +2,7 @@
 
 run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
 run/metrics.jsonl   one line a step
-run/checkpoints/    the newest two
+run/checkpoints/    the newest few, and the best by held-out loss
 run/...             the bundle (train/bundle.py), written when the last step is done
 """
 

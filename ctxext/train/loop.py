@@ -164,6 +164,8 @@ def _roll_back(why: str, engine: Engine, progress: Progress, plan: RunPlan, run:
     engine.total()  # no rank is reading any longer
     if engine.rank == 0:
         discard_after(run, restored.done)
+    if 0 < restored.done == plan.first:  # of the shorter context before: its losses are none to judge this one by
+        restored = restored.at_next_ctx()
     return replace(restored, rate=restored.rate / 2, rollbacks=(*restored.rollbacks, why))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ctxext.config.loader import build
 from ctxext.errors import SpecError
 from ctxext.model.source import resolve
-from ctxext.train import finetune
+from ctxext.train import finetune, loop
 from ctxext.train.checkpoint import TENSORS
 from ctxext.train.finetune import run_finetune
 from ctxext.train.loop import Events
@@ -109,6 +109,19 @@ def test_damage_that_goes_back_into_an_earlier_stage(plan, whole, tmp_path):
     assert run_finetune(plan_resumed(run), run, resume=True, events=Events(said.append)).finished
     assert sum("is damaged" in line for line in said) >= 2
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
+
+
+def test_a_rollback_to_where_a_context_began_forgets_the_losses_before(plan, tmp_path, monkeypatch):
+    real, calls = loop.forward_backward, iter(range(1, 100))
+    monkeypatch.setattr(
+        loop, "forward_backward", lambda *given: real(*given) + (float("nan") if next(calls) == 3 else 0)
+    )
+    seen, save = [], loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda run, progress, *rest, **named: (
+        seen.append((progress.done, progress.loss_seen)), save(run, progress, *rest, **named)))  # fmt: skip
+    start_run(plan, tmp_path / "run")
+    assert run_finetune(plan, tmp_path / "run").rollbacks == 1
+    assert seen == [(1, 1), (2, 2), (3, 1), (4, 2), (5, 1), (6, 2)]
 
 
 @pytest.mark.parametrize(
