@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ import torch
 import transformers
 from peak import held_at_most
 from peft import LoraConfig, get_peft_model
+from report_train import plot, verdicts
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -109,6 +112,12 @@ def timed(device: torch.device, work: Callable[[], object]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 4096) -> float:
+    """FLOPs a second of a matrix product of n x n, the best of five."""
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype).unbind()
+    return max(2 * n**3 / timed(device, lambda: a @ b) for _ in range(5))
 
 
 @lru_cache(maxsize=1)
@@ -221,7 +230,14 @@ def main() -> None:
                 f"({platform.machine()}), torch {torch.__version__}, transformers {transformers.__version__}."
             )
             options.out.mkdir(parents=True, exist_ok=True)
-            (options.out / f"train-{device.type}.md").write_text(text := table(results, title), "utf-8")
+            raw = {"title": title, "baseline": BASELINE, "flops_per_second": matmul_rate(device, dtype),
+                   "shape": asdict(resolve(str(plain)).shape), "results": results}  # fmt: skip
+            path = options.out / f"train-{device.type}.json"
+            path.write_text(json.dumps(raw, indent=1) + "\n", "utf-8")
+            raw = json.loads(path.read_text("utf-8"))
+            text = table(results, title) + ("" if gpu else "\n" + verdicts(raw))
+            path.with_suffix(".md").write_text(text, "utf-8")
+            plot(raw, path.with_suffix(".png"))
     print(text)
 
 
