@@ -2,137 +2,128 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
-from ctxext.config.output import check_free, staged_output
+from ctxext.config.output import check_free, replacing
+from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.errors import InputError
+from ctxext.evals.spec import EvalSpec, asked
+from ctxext.evals.suite import check_suites, with_lengths
 from ctxext.model.convert import DTYPES
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from ctxext.evals.suite import EvalReport
     from ctxext.model.merge import MergeReport
 
+REQUEST = "request.json"  # of an evaluation: what was asked of which weights
 MERGE_LENGTH = 512  # tokens of a window; and at most so many windows of text
 MERGE_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """An evaluation whose models were found and whose arguments make sense. Lengths in tokens."""
+    """An evaluation whose models were found and whose spec makes sense.
+
+    against   the index in `sources` of the model that the others are compared with
+    resumes   `out` holds an unfinished evaluation of the same request: what it has is not run again
+    """
 
     sources: list[ModelSource]
-    suite: str
-    lengths: list[int]
-    data: str
-    text_field: str
-    protocol: str
-    limit: int | None
-    seed: int
-    dtype: str
+    spec: EvalSpec
+    against: int | None
     out: Path
+    resumes: bool
 
     @property
-    def caption(self) -> str:
-        """What the numbers of `table` are."""
-        text = "this Python's standard library, files held out from training" if self.data == "embedded" else self.data
-        if self.suite == "perplexity":
-            return f"perplexity, protocol {self.protocol}, {self.dtype}, on {text}; * beyond the usable length"
-        return (
-            f"passkey: share of keys found (teacher-forced exact match), seed {self.seed}, {self.dtype}, "
-            f"hidden in {text}; * beyond the usable length"
-        )
-
-    def table(self, report: EvalReport) -> tuple[list[str], list[list[str]]]:
-        """Header and rows: a model a row, a length a column."""
-        value = "perplexity" if self.suite == "perplexity" else "accuracy"
-        rows = []
-        for entry in report.models:
-            cells = {row["length"]: row[value] for result in entry.results for row in result.rows()}
-            marked = [f"{cells[n]:.3f}{'*' if n > entry.usable_length else ''}" for n in self.lengths]
-            rows.append([entry.model, *marked])
-        return ["model", *[format_tokens(n) for n in self.lengths]], rows
+    def request(self) -> dict[str, Any]:
+        """What makes two evaluations the same: the spec, and the models by their weights."""
+        models = [manifests.parent(source.directory) for source in self.sources]
+        return json.loads(json.dumps({"spec": asdict(self.spec), "against": self.against, "models": models}))
 
 
 def plan_eval(
     models: list[str],
     suite: str,
-    lengths: str | None,
+    given: dict[str, Any] | None = None,
     *,
-    data: str,
-    protocol: str,
-    limit: int | None,
-    seed: int,
-    dtype: str,
-    out: Path | None,
-    force: bool,
-    text_field: str = "text",
+    against: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
 ) -> EvalPlan:
-    """Find the models and read the lengths, before torch is imported."""
-    if suite not in ("perplexity", "passkey"):
-        raise InputError(f"--suite {suite!r}: allowed are perplexity, passkey")
-    if dtype not in ("float32", "bfloat16"):
-        raise InputError(f"--dtype {dtype!r}: allowed are float32, bfloat16")
+    """Find the models and read the spec (evals/spec.py, `asked`), before torch is imported.
+
+    Without `out`, an unfinished evaluation of the same request under ./runs is gone on with. `against` is one of the
+    models, or one more.
+    """
+    spec = asked(suite, given or {})
     sources = [resolve(model) for model in models]
-    if out is not None:
-        check_free(out, force, keep=[source.path for source in sources])
+    number = None
+    if against is not None:
+        other = resolve(against)
+        paths = [source.path for source in sources]
+        sources += [other] if other.path not in paths else []
+        number = [source.path for source in sources].index(other.path)
+        if len(sources) < 2:
+            raise InputError(f"--against {against} is the only model", hint="name the model to compare with it as well")
     for source in sources:
         require_tokenizer(source.directory)
-    tokens = (
-        sorted({parse_tokens(part) for part in lengths.split(",")})
-        if lengths is not None
-        else [min(s.usable_length for s in sources)]
-    )
-    if tokens[0] < 2:
-        raise InputError(f"--lengths {lengths}: a length is at least 2 tokens")
-    return EvalPlan(
-        sources=sources,
-        suite=suite,
-        lengths=tokens,
-        data=data,
-        text_field=text_field,
-        protocol=protocol,
-        limit=limit,
-        seed=seed,
-        dtype=dtype,
-        out=out or manifests.default_out("eval", suite),
-    )
+    spec = with_lengths(spec, sources)
+    check_suites(spec)
+    plan = EvalPlan(sources, spec, number, out or manifests.default_out("eval", suite), False)
+    if out is None:
+        found = [path.parent for path in sorted(manifests.RUNS.glob(f"*/{REQUEST}")) if _unfinished(path.parent, plan)]
+        return replace(plan, out=found[-1], resumes=True) if found else plan
+    if _unfinished(out, plan) and not force:
+        return replace(plan, resumes=True)
+    check_free(out, force, keep=[source.path for source in sources])
+    return plan
+
+
+def _unfinished(place: Path, plan: EvalPlan) -> bool:
+    """Whether an evaluation of the plan's request began at `place`, has not ended, and is nobody's now."""
+    if not (place / REQUEST).is_file() or (place / manifests.FILE_NAME).exists():
+        return False
+    with (place / REQUEST).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return bool(json.load(file) == plan.request)
+        except (OSError, ValueError):
+            return False
 
 
 def eval_models(
-    plan: EvalPlan, *, force: bool = False, progress: Callable[[str, int, int], None] | None = None
+    plan: EvalPlan,
+    *,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> EvalReport:
-    """Run the suite and write results.json and ctxext.json."""
+    """Run the suites. `out` grows as items are done (request.json first); results.json and ctxext.json come last."""
     from ctxext.evals.suite import evaluate
 
-    report = evaluate(
-        plan.sources,
-        plan.suite,
-        lengths=plan.lengths,
-        data=plan.data,
-        text_field=plan.text_field,
-        limit=plan.limit,
-        seed=plan.seed,
-        protocol=plan.protocol,
-        dtype=plan.dtype,
-        progress=progress,
-    )
-    with staged_output(plan.out, force) as staging:
-        (staging / "results.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", "utf-8")
-        parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
-        spec: dict[str, Any] = json.loads(json.dumps(asdict(report.request)))
-        manifests.write(
-            staging,
-            manifests.new(
-                "eval", spec=spec, parents=parents, facts={"longest": plan.lengths[-1], "rows": report.rows()}
-            ),
-        )
+    keep = [source.path for source in plan.sources]
+    with nullcontext() if plan.resumes else replacing(plan.out, force, keep):
+        plan.out.mkdir(parents=True, exist_ok=True)
+        if not plan.resumes:
+            (plan.out / REQUEST).write_text(json.dumps(plan.request, indent=2) + "\n", "utf-8")
+        with (plan.out / REQUEST).open() as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            report = evaluate(
+                plan.sources, plan.spec, against=plan.against, place=plan.out, progress=progress, notice=notice
+            )
+            results = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
+            (plan.out / "results.json").write_text(results, "utf-8")
+            parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
+            facts = {"seconds": report.seconds, "numbers": len(report.rows())}
+            manifests.write(plan.out, manifests.new("eval", spec=plan.request["spec"], parents=parents, facts=facts))
     return report
 
 
@@ -160,13 +151,13 @@ def plan_merge(run: str, out: Path | None, dtype: str | None, force: bool) -> Me
 
 def merge_run(plan: MergePlan) -> MergeReport:
     """Merge, with the perplexity on held-out embedded text before and after the cast."""
-    from ctxext.evals.suite import evaluate
+    from ctxext.evals.perplexity import encode, perplexity
     from ctxext.model.merge import merge
 
     length = min(MERGE_LENGTH, plan.source.usable_length)
 
     def measure(loaded: Any) -> float:
-        report = evaluate([loaded], "perplexity", lengths=[length], limit=MERGE_TOKENS)
-        return float(report.rows()[0]["perplexity"])
+        documents = read_documents(EMBEDDED, split="held-out")
+        return perplexity(loaded, encode(documents, loaded.tokenizer, max_tokens=MERGE_TOKENS), length).perplexity
 
     return merge(plan.source, plan.out, dtype=plan.dtype, force=plan.force, measure=measure)

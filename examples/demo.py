@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ctxext.cli import console
 from ctxext.cli.finetune import train_with_progress
@@ -27,7 +28,7 @@ from ctxext.train.run import start_run
 from ctxext.train.spec import FinetuneSpec
 
 RUNS = Path("runs/demo")
-LENGTHS = "512,1k,2k"
+LENGTHS = [512, "1k", "2k"]
 PERPLEXITY_TOKENS, PASSKEY_CASES = 16_384, 4  # tokens of text; cases for each length and each of five depths
 
 
@@ -84,20 +85,20 @@ def finetune(model: str, preset: str) -> Path:
 
 def table(names: dict[str, str]) -> list[list[str]]:
     """A row for each model: perplexity at each length, then the share of passkeys found."""
-    perplexity = measure(list(names), "perplexity", PERPLEXITY_TOKENS, "perplexity", "{:.2f}")
-    passkey = measure(list(names), "passkey", PASSKEY_CASES, "accuracy", "{:.0%}")
+    perplexity = measure(list(names), "perplexity", {"limit": PERPLEXITY_TOKENS}, "{:.2f}")
+    passkey = measure(list(names), "passkey", {"cases": PASSKEY_CASES}, "{:.0%}")
     return [[name, *a, *b] for name, a, b in zip(names.values(), perplexity, passkey, strict=True)]
 
 
-def measure(models: list[str], suite: str, limit: int, value: str, shown: str) -> list[list[str]]:
-    """For each model, `value` at each length, as text."""
-    plan = plan_eval(models, suite, LENGTHS, data="embedded", protocol="hf-stride", limit=limit, seed=0,
-                     dtype="float32", out=RUNS / f"eval-{suite}", force=False)  # fmt: skip
+def measure(models: list[str], suite: str, given: dict[str, Any], shown: str) -> list[list[str]]:
+    """For each model, the suite's figure at each length, as text."""
+    asked = {**given, "lengths": LENGTHS, "extrapolate": True}
+    plan = plan_eval(models, suite, asked, out=RUNS / f"eval-{suite}")
     with console.progress() as display:
         task = display.add_task("", total=None, note="")
         report = eval_models(plan, progress=lambda what, done, total: display.update(
             task, description=what, completed=done, total=total))  # fmt: skip
-    return [[shown.format(row[value]) for result in entry.results for row in result.rows()] for entry in report.models]
+    return [[shown.format(row.value) for row in model.suites[0].rows] for model in report.models]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import pytest
 
 from ctxext.config import manifest as manifests
+from ctxext.config.loader import build
+from ctxext.evals.spec import EvalSpec
 from ctxext.evals.suite import evaluate
 from ctxext.model.source import resolve
 
@@ -22,10 +24,12 @@ def test_it_is_a_small_ordinary_llama_that_says_where_it_came_from(tiny):
 
 
 def test_at_its_own_length_it_predicts_and_retrieves_and_past_it_it_fails(tiny):
-    (result,) = evaluate([tiny], "perplexity", lengths=[512, 2048], limit=8192).models
-    at_512, at_2k = (entry.perplexity for entry in result.results)
+    both = {"lengths": [512, 2048]}
+    suites = [{"suite": "perplexity", "limit": 8192} | both, {"suite": "passkey", "cases": 2} | both]
+    spec = build(EvalSpec, {"suites": suites, "extrapolate": True}, source="test")
+    by_suite, passkeys = (suite.rows for suite in evaluate([tiny], spec).models[0].suites)
+    at_512, at_2k = (row.value for row in by_suite)
     assert at_512 < 30, at_512  # a unigram model of the same text has more than 200
     assert at_2k > 1.3 * at_512, (at_512, at_2k)
-    (result,) = evaluate([tiny], "passkey", lengths=[512, 2048], limit=2).models
-    found = {row["length"]: row["accuracy"] for row in result.results[0].rows()}
+    found = {row.length: row.value for row in passkeys}
     assert found[512] >= 0.5 and found[2048] <= 0.2, found  # chance is 1 in 90,000

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ctxext.cli import console
+from ctxext.errors import InputError
 
 EXAMPLES = """Examples:\n
   ctxext eval --suite perplexity\n
-  ctxext eval tiny runs/20260101T000000.000000Z-convert-tiny --suite passkey --lengths 512,1k,2k\n
-  ctxext eval ./my-model --suite perplexity --lengths 8k,32k --data book.txt --json"""
+  ctxext eval --suite smoke tiny\n
+  ctxext eval ./converted ./merged --against tiny --suite passkey,niah --lengths 512,1k,2k --extrapolate\n
+  ctxext eval ./my-model --suite perplexity --protocol longlora --lengths 8k,32k --data book.txt --json\n
+  ctxext eval ./my-model --suite ruler --lengths 4k,8k --limit 260 --set ruler.seed=1"""
 
 
 def evaluate(
@@ -20,20 +23,35 @@ def evaluate(
         list[str] | None,
         typer.Argument(metavar="[MODEL]...", help="Directories, presets or hub ids [default: the newest output]"),
     ] = None,
-    suite: Annotated[str, typer.Option(help="perplexity or passkey")] = "perplexity",
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="perplexity, longppl, passkey, niah, ruler, longbench, short, several joined by commas, "
+            "or an eval preset such as smoke"
+        ),
+    ] = "perplexity",
     lengths: Annotated[
         str | None, typer.Option(help="Lengths in tokens, such as 2k,4k,8k [default: the usable length]")
     ] = None,
+    against: Annotated[str | None, typer.Option(help="A model to compare the others with, pair by pair")] = None,
     data: Annotated[
-        str, typer.Option(help="Text to measure on [default: the embedded corpus's held-out files]")
-    ] = "embedded",
-    text_field: Annotated[str, typer.Option(help="The field with the text, of JSONL and Parquet rows")] = "text",
-    protocol: Annotated[str, typer.Option(help="perplexity: hf-stride, longlora or truncate")] = "hf-stride",
-    limit: Annotated[
-        int | None, typer.Option(help="perplexity: tokens of text; passkey: cases for each length and depth")
+        str | None, typer.Option(help="Text to measure on or hide in [default: the embedded corpus's held-out files]")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the passkey cases")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    text_field: Annotated[str | None, typer.Option(help="The field with the text, of JSONL and Parquet rows")] = None,
+    protocol: Annotated[str | None, typer.Option(help="perplexity: hf-stride, longlora or truncate")] = None,
+    evaluator: Annotated[str | None, typer.Option(help="longppl: the model that finds the key tokens")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="perplexity: tokens of text; longppl: documents; else cases in all, evenly by length"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the cases")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: float32]")] = None,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Also measure at lengths beyond what a model bears")
+    ] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any field, as key=value or suite.key=value; may be repeated")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-eval-<suite>]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
@@ -46,19 +64,12 @@ def evaluate(
         newest = manifests.newest(manifests.RUNS, ("conversion", "model", "finetune", "merge"))
         console.say(f"no MODEL given: taking the newest, {newest}")
         models = [str(newest)]
-    plan = plan_eval(
-        models,
-        suite,
-        lengths,
-        data=data,
-        text_field=text_field,
-        protocol=protocol,
-        limit=limit,
-        seed=seed,
-        dtype=dtype,
-        out=out,
-        force=force,
-    )
+    given = {"data": data, "text_field": text_field, "protocol": protocol, "evaluator": evaluator, "limit": limit,
+             "seed": seed, "dtype": dtype, "extrapolate": extrapolate or None}  # fmt: skip
+    fields = _fields(given, lengths, set_ or [])
+    plan = plan_eval(models, suite, fields, against=against, out=out, force=force)
+    if plan.resumes:
+        console.say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
     console.quiet_libraries()
     with console.progress() as display:
         task = display.add_task("loading", total=None, note="")
@@ -66,10 +77,36 @@ def evaluate(
             plan,
             force=force,
             progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total),
+            notice=console.say,
         )
     if as_json:
         console.emit(report.to_dict())
-        return
-    console.say(plan.caption)
-    console.table(*plan.table(report))
-    console.say(f"written to {plan.out}")
+    else:
+        _show(report, plan.out)
+
+
+def _fields(given: dict[str, Any], lengths: str | None, sets: list[str]) -> dict[str, Any]:
+    from ctxext.config.loader import parse_value
+
+    fields = {key: value for key, value in given.items() if value is not None}
+    if lengths is not None:
+        fields["lengths"] = [part.strip() for part in lengths.split(",")]
+    for assignment in sets:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise InputError(f"--set {assignment!r}: allowed is key=value, such as passkey.cases=4")
+        fields[key.strip()] = parse_value(value, source=f"--set {key}")
+    return fields
+
+
+def _show(report: Any, out: Path) -> None:
+    from ctxext.evals.suite import tables
+
+    for caption, header, rows in tables(report):
+        console.say(f"\n{caption}; * beyond what the model bears")
+        console.table(header, rows)
+    if report.differences:
+        console.say("\ndifferences, paired by item, with 95% bootstrap intervals")
+        names = ["model", "suite", "length", "less that of", "difference", "from", "to", "p", "n", "called"]
+        console.table(names, [difference.cells() for difference in report.differences if not difference.task])
+    console.say(f"written to {out}")

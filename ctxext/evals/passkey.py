@@ -5,168 +5,93 @@ B batch, T tokens of a case, A answer tokens of a batch together, E model width,
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ctxext.data.cases import evenly
 from ctxext.data.haystack import Case, passkey_cases
-from ctxext.errors import InputError
+from ctxext.errors import ModelError
+from ctxext.evals.engine import Job, Ledger, Outcome, Row, rates, run_job
+from ctxext.evals.haystacks import haystack
+from ctxext.evals.spec import Passkey
+from ctxext.model.decode import generate
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 
-DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-HAYSTACKS = ("held-out", "grass")
-
 
 @dataclass(frozen=True)
-class Score:
-    """`hits` of `n` cases; `low` and `high` bound the true rate with 95% confidence (Wilson 1927)."""
+class Question:
+    """A case with the id that pairs it with another model's."""
 
-    n: int
-    hits: int
-    accuracy: float
-    low: float
-    high: float
+    id: str
+    case: Case
 
-
-@dataclass(frozen=True)
-class Cell:
-    """One square of the grid. `answer_nats` is the mean loss of an answer token; None when decoded."""
-
-    length: int
-    depth: float
-    score: Score
-    answer_nats: float | None
+    @property
+    def size(self) -> int:
+        return self.case.length
 
 
-@dataclass(frozen=True)
-class PasskeyResult:
-    """Accuracy is the share of cases whose whole answer is right. `chance` is that of guessing the digits."""
+def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
+    """`spec.cases` at each of its lengths (tokens) and depths (0 first, 1 last), or `limit` of them.
 
-    protocol: str  # passkey-teacher-forced or passkey-decoded
-    haystack: str
-    seed: int
-    chance: float
-    overall: Score
-    by_length: dict[int, Score]
-    by_depth: dict[float, Score]
-    cells: list[Cell] = field(repr=False)
+    Greedy decoding gives the answer if and only if, with the answer itself fed in, every answer token is the
+    argmax at its place: up to the first wrong token both have seen the same. So a case costs ONE forward, and
+    only the answer's places go through the head. `decode` generates instead; the two differ only where rounding turns
+    two nearly equal logits about.
 
-    def rows(self) -> list[dict[str, Any]]:
-        """A flat row a length, for a table."""
-        return [
-            {
-                "length": length,
-                "protocol": self.protocol,
-                "haystack": self.haystack,
-                "accuracy": score.accuracy,
-                "low": score.low,
-                "high": score.high,
-                "n": score.n,
-                "chance": self.chance,
-                "seed": self.seed,
-            }
-            for length, score in self.by_length.items()
-        ]
+    Cases of a length have that many tokens exactly. Errors: InputError (a length too short for needle and question,
+    a text that is not there), ModelError (logits that are not finite).
+    """
+    assert spec.lengths is not None
+    where, text = haystack(spec.data, spec.text_field)
+    questions = []
+    for length in spec.lengths:
+        cases = passkey_cases(
+            loaded.tokenizer, length, depths=spec.depths, per_depth=spec.cases, seed=spec.seed, haystack=text
+        )
+        count = dict.fromkeys(spec.depths, 0)
+        for case in cases:
+            questions.append(Question(f"{length}/{case.depth}/{count[case.depth]}", case))
+            count[case.depth] += 1
+    questions = evenly(questions, spec.limit, lambda q: (q.case.length, q.case.depth))
+    how = "decoded greedily" if spec.decode else "teacher-forced"
+    protocol = f"passkey, exact match, {how}, hidden in {where}, seed {spec.seed}"
+    chance = 10.0 ** -len(questions[0].case.key)
 
+    def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+        made = rates("passkey", protocol, "accuracy", outcomes, seed=spec.seed, haystack=where, chance=chance)
+        return [replace(row, details={**row.details, **_nats(outcomes, row.length)}) for row in made]
 
-@dataclass(frozen=True)
-class _Outcome:
-    length: int
-    depth: float
-    hit: bool
-    nats: float  # summed over the answer
-    tokens: int
+    loaded.model.eval()
+    return Job(questions, partial(_decoded if spec.decode else _teacher_forced, loaded.model), rows)
 
 
 def passkey(
     loaded: LoadedModel,
-    lengths: Sequence[int],
+    spec: Passkey,
     *,
-    depths: Sequence[float] = DEPTHS,
-    per_depth: int = 10,
-    seed: int = 0,
-    haystack: str = "held-out",
-    haystack_text: str | None = None,
-    decode: bool = False,
     tokens_per_batch: int = 16_384,
-    progress: Callable[[int, int], None] | None = None,
-) -> PasskeyResult:
-    """Exact-match accuracy on `per_depth` cases for each of `lengths` (tokens) x `depths` (0 first, 1 last).
-
-    Greedy decoding gives the answer if and only if, with the answer itself fed in, every answer token is the
-    argmax at its place: up to the first wrong token both have seen the same. So a case costs ONE forward, and
-    only the answer's places go through the head. `decode` runs `generate` with its cache instead, one case at
-    a time; the two differ only where rounding turns two nearly equal logits about.
-
-    `haystack` is "held-out" (of the embedded corpus) or "grass" (repeated sentences), or the name to report
-    for `haystack_text`, a text of one's own. Cases of a length have that many tokens exactly, so no padding.
-    `progress(cases done, cases in all)`. The model is left in eval mode. Sampling is never used.
-
-    Errors: InputError (a haystack, a depth, or a length too short for needle and question).
-    """
-    if haystack_text is None and haystack not in HAYSTACKS:
-        raise InputError(f"haystack {haystack!r} is unknown; allowed are {', '.join(HAYSTACKS)}, or a text")
-    if per_depth < 1 or not lengths or not depths:
-        raise InputError(
-            "passkey needs at least one length, one depth and one case for each", hint="give a limit of at least 1"
-        )
-    loaded.model.eval()
-    run = _decoded if decode else _teacher_forced
-    outcomes: list[_Outcome] = []
-    digits = 1
-    for length in lengths:
-        cases = passkey_cases(
-            loaded.tokenizer,
-            length,
-            depths=depths,
-            per_depth=per_depth,
-            seed=seed,
-            haystack=haystack if haystack_text is None else haystack_text,
-        )
-        digits = len(cases[0].key)
-        for batch in _batches(cases, 1 if decode else max(1, tokens_per_batch // length)):
-            outcomes += run(loaded.model, batch)
-            if progress is not None:
-                progress(len(outcomes), len(lengths) * len(cases))
-    protocol = "passkey-decoded" if decode else "passkey-teacher-forced"
-    return _result(outcomes, protocol, haystack, seed, 10.0**-digits)
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Row]:
+    """The rows of one spec on one model, nothing written: a row a length."""
+    return run_job(job(loaded, spec, Path()), Ledger(), tokens_per_batch, progress)
 
 
-def _result(outcomes: list[_Outcome], protocol: str, haystack: str, seed: int, chance: float) -> PasskeyResult:
-    lengths = dict.fromkeys(o.length for o in outcomes)
-    depths = dict.fromkeys(o.depth for o in outcomes)
-    return PasskeyResult(
-        protocol,
-        haystack,
-        seed,
-        chance,
-        _score(outcomes),
-        {length: _score([o for o in outcomes if o.length == length]) for length in lengths},
-        {depth: _score([o for o in outcomes if o.depth == depth]) for depth in depths},
-        [_cell(length, depth, outcomes) for length in lengths for depth in depths],
-    )
-
-
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """The 95% interval of a rate, by Wilson's score; (0, 1) where nothing was tried."""
-    if n == 0:
-        return 0.0, 1.0
-    z = 1.959964
-    middle = (hits + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _batches(cases: list[Case], count: int) -> Iterator[list[Case]]:
-    yield from (cases[i : i + count] for i in range(0, len(cases), count))
+def _nats(outcomes: Sequence[Outcome], length: int) -> dict[str, float]:
+    """The mean loss of an answer's token, where answers were fed in."""
+    mine = [o.details for o in outcomes if o.length == length and "nats" in o.details]
+    tokens = sum(details["tokens"] for details in mine)
+    return {"answer_nats": sum(details["nats"] for details in mine) / tokens} if tokens else {}
 
 
 @torch.no_grad()
-def _teacher_forced(model: torch.nn.Module, cases: list[Case]) -> list[_Outcome]:
+def _teacher_forced(model: Any, questions: Sequence[Question]) -> list[Outcome]:
     weight = output_weight(model)
+    cases = [question.case for question in questions]
     ids = torch.tensor([case.prompt_ids + case.answer_ids for case in cases], device=weight.device)  # [B, T]
     hidden = hidden_states(model, ids[:, :-1])  # [B, T - 1, E]
     counts = [len(case.answer_ids) for case in cases]
@@ -175,42 +100,26 @@ def _teacher_forced(model: torch.nn.Module, cases: list[Case]) -> list[_Outcome]
     logits = torch.nn.functional.linear(
         rows, weight.to(rows.dtype)
     )  # [A, V], in the model's dtype as `generate` has them
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            f"logits that are not finite at length {cases[0].length:,}", hint="evaluate the model in float32"
+        )
     right = (logits.argmax(-1) == answers).split(counts)
     nats = torch.nn.functional.cross_entropy(logits.float(), answers, reduction="none").split(counts)
     return [
-        _Outcome(case.length, case.depth, bool(r.all()), float(loss.sum()), count)
-        for case, r, loss, count in zip(cases, right, nats, counts, strict=True)
+        _outcome(question, bool(r.all()), nats=float(loss.sum()), tokens=count)
+        for question, r, loss, count in zip(questions, right, nats, counts, strict=True)
     ]
 
 
-@torch.no_grad()
-def _decoded(model: Any, cases: list[Case]) -> list[_Outcome]:
-    outcomes = []
-    for case in cases:
-        prompt = torch.tensor([case.prompt_ids], device=model.device)
-        # Explicit, because what is unset here is filled in from the checkpoint's own generation_config.
-        given = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=len(case.answer_ids),
-            use_cache=True,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=0,
-        )
-        hit = tuple(given[0, prompt.shape[1] :].tolist()) == tuple(case.answer_ids)
-        outcomes.append(_Outcome(case.length, case.depth, hit, math.nan, 0))
-    return outcomes
+def _decoded(model: Any, questions: Sequence[Question]) -> list[Outcome]:
+    most = max(len(question.case.answer_ids) for question in questions)
+    answers = generate(model, [question.case.prompt_ids for question in questions], most)
+    return [
+        _outcome(question, tuple(given[: len(question.case.answer_ids)]) == tuple(question.case.answer_ids))
+        for question, given in zip(questions, answers, strict=True)
+    ]
 
 
-def _score(outcomes: Sequence[_Outcome]) -> Score:
-    n, hits = len(outcomes), sum(o.hit for o in outcomes)
-    return Score(n, hits, hits / n if n else 0.0, *wilson(hits, n))
-
-
-def _cell(length: int, depth: float, outcomes: Sequence[_Outcome]) -> Cell:
-    mine = [o for o in outcomes if (o.length, o.depth) == (length, depth)]
-    tokens = sum(o.tokens for o in mine)
-    return Cell(length, depth, _score(mine), sum(o.nats for o in mine) / tokens if tokens else None)
+def _outcome(question: Question, hit: bool, **details: Any) -> Outcome:
+    return Outcome(question.id, "", question.case.length, float(hit), details={"depth": question.case.depth, **details})

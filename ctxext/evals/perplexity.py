@@ -8,26 +8,35 @@
 - `truncate`: whole windows side by side, all positions. Cheap, and pessimistic: half of the tokens have
   less than length / 2 before them.
 
+A window is an item: its id names length, text and place, so that models with one tokenizer are compared by windows.
+
 B batch, T tokens of a window, E model width, N tokens of a text or scored tokens of a batch.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ctxext.data.documents import Document
+from ctxext.data.documents import EMBEDDED, Document, read_documents
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals import PROTOCOLS
+from ctxext.evals.engine import Job, Ledger, Outcome, Row, run_job
+from ctxext.evals.spec import Perplexity
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.train.loss import token_losses
+from ctxext.units import format_duration
 
 LONGLORA_STRIDE = 256
+DEFAULT_TOKENS = 32_768  # of text; at least twice the greatest length
 _FIRST_BUCKET = 64  # positions 1..63; from there each bucket is as wide as all before it
 
 
@@ -73,33 +82,38 @@ class PerplexityResult:
     buckets: list[Bucket] = field(repr=False)
     seed: None = None  # nothing is drawn at random
 
-    def rows(self) -> list[dict[str, Any]]:
-        """One flat row for a table."""
-        return [
-            {
-                "length": self.length,
-                "protocol": self.protocol,
-                "stride": self.stride,
-                "perplexity": self.perplexity,
-                "nats_per_token": self.nats_per_token,
-                "bits_per_byte": self.bits_per_byte,
-                "tokens_scored": self.tokens_scored,
-            }
-        ]
+    def row(self, data: str) -> Row:
+        """As a row of a report; `data` says of what text."""
+        protocol = f"{self.protocol}, stride {self.stride:,}, on {data}"
+        details = {
+            name: value for name, value in asdict(self).items() if name not in ("protocol", "length", "perplexity")
+        }
+        return Row(
+            "perplexity", protocol, "", self.length, "perplexity", self.perplexity, self.tokens_scored, details=details
+        )
 
 
 @dataclass(frozen=True)
-class _Window:
+class Window:
     """Tokens begin <= i < end of one text go in; the targets first <= i < end are scored."""
 
+    length: int
     text: int
     begin: int
     end: int
     first: int
 
     @property
+    def id(self) -> str:
+        return f"{self.length}/{self.text}/{self.begin}"
+
+    @property
+    def size(self) -> int:
+        return self.end - self.begin
+
+    @property
     def shape(self) -> tuple[int, int]:
-        return self.end - self.begin, self.first - self.begin
+        return self.size, self.first - self.begin
 
 
 def encode(documents: Iterable[Document], tokenizer: Any, *, max_tokens: int | None = None) -> list[EncodedText]:
@@ -130,7 +144,7 @@ def perplexity(
     stride: int | None = None,
     alone_from: int | None = None,
     tokens_per_batch: int = 16_384,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> PerplexityResult:
     """Perplexity of `texts` (see `encode`) when the model sees at most `length` tokens.
 
@@ -147,67 +161,121 @@ def perplexity(
     Errors: InputError (protocol, length, stride), DataError (not enough text), ModelError (a loss that is
     not finite).
     """
-    stride = _checked_stride(protocol, length, stride)
-    alone_from = length if alone_from is None else max(length, alone_from)
-    segments, counts = _segments(texts, alone_from, loaded.tokenizer.eos_token_id)
-    windows = [
-        window for i, (ids, _) in enumerate(segments) for window in _windows(i, len(ids), protocol, length, stride)
+    cut = cut_windows(texts, length, loaded.tokenizer.eos_token_id, protocol, stride, alone_from)
+    run = partial(_run_windows, loaded, [ids for ids, _ in cut.segments])
+    ledger = Ledger()
+    run_job(Job(cut.windows, run, lambda _: []), ledger, tokens_per_batch, progress)
+    return summed(cut, [ledger.outcomes[window.id] for window in cut.windows])
+
+
+def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
+    """Every length of a spec on the same text: the same documents are texts of their own at each."""
+    assert spec.lengths is not None
+    longest = max(spec.lengths)
+    split = "held-out" if spec.data == EMBEDDED else None
+    documents = read_documents(spec.data, text_field=spec.text_field, split=split)
+    texts = encode(documents, loaded.tokenizer, max_tokens=spec.limit or max(DEFAULT_TOKENS, 2 * longest))
+    eos = loaded.tokenizer.eos_token_id
+    cuts = [cut_windows(texts, length, eos, spec.protocol, spec.stride, longest) for length in spec.lengths]
+    where = "held-out embedded text" if spec.data == EMBEDDED else spec.data
+
+    def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+        by_id = {outcome.id: outcome for outcome in outcomes}
+        return [summed(cut, [by_id[window.id] for window in cut.windows]).row(where) for cut in cuts]
+
+    items = [window for cut in cuts for window in cut.windows]
+    tokens = sum(window.size for window in items)
+    notes = [f"perplexity: {len(items):,} windows, {tokens:,} tokens to run ({spec.protocol})"]
+    # The texts of the cuts are the same, so any cut's segments serve all windows.
+    run = partial(_run_windows, loaded, [ids for ids, _ in cuts[0].segments])
+    if spec.protocol == "longlora":
+        began = time.perf_counter()
+        run(items[:1])
+        seconds = (time.perf_counter() - began) * tokens / items[0].size
+        notes.append(
+            f"longlora runs a token about length / 256 times: some {format_duration(seconds)}, by the time that the "
+            "first window took"
+        )
+    return Job(items, run, rows, tuple(notes))
+
+
+def summed(cut: Cut, outcomes: Sequence[Outcome]) -> PerplexityResult:
+    """The outcomes of a cut's windows, in order, as one result."""
+    edges = _bucket_edges(cut.length).tolist()
+    nats, counts = [0.0] * (len(edges) - 1), [0] * (len(edges) - 1)
+    for outcome in outcomes:
+        for i, (sum_, count) in enumerate(outcome.details["buckets"]):
+            nats[i] += sum_
+            counts[i] += count
+    buckets = [
+        Bucket(start, stop, n, total / n if n else None)
+        for start, stop, n, total in zip(edges[:-1], edges[1:], counts, nats, strict=True)
     ]
-    buckets = _score(loaded, windows, [ids for ids, _ in segments], length, tokens_per_batch, progress)
-    tokens = sum(bucket.tokens for bucket in buckets)
-    nats = sum(bucket.tokens * (bucket.nats_per_token or 0.0) for bucket in buckets) / tokens
-    text_tokens = sum(len(ids) for ids, _ in segments)
-    bits = nats / math.log(2) * text_tokens / sum(size for _, size in segments)
+    tokens, text_tokens = sum(counts), sum(len(ids) for ids, _ in cut.segments)
+    per_token = sum(nats) / tokens
     return PerplexityResult(
-        protocol=protocol,
-        length=length,
-        stride=stride,
-        windows=len(windows),
+        protocol=cut.protocol,
+        length=cut.length,
+        stride=cut.stride,
+        windows=len(cut.windows),
         tokens_scored=tokens,
-        nats_per_token=nats,
-        perplexity=_exp(nats),
-        bits_per_byte=bits,
-        documents_alone=counts[0],
-        documents_joined=counts[1],
-        dropped_tokens=counts[2],
+        nats_per_token=per_token,
+        perplexity=_exp(per_token),
+        bits_per_byte=per_token / math.log(2) * text_tokens / sum(size for _, size in cut.segments),
+        documents_alone=cut.documents[0],
+        documents_joined=cut.documents[1],
+        dropped_tokens=cut.documents[2],
         text_tokens=text_tokens,
         buckets=buckets,
     )
 
 
-def _score(
-    loaded: LoadedModel,
-    windows: list[_Window],
-    texts: list[torch.Tensor],
-    length: int,
-    tokens_per_batch: int,
-    progress: Callable[[int, int], None] | None,
-) -> list[Bucket]:
-    """Runs every window and sums its losses by how many tokens each target has before it."""
-    edges = _bucket_edges(length)
-    sums = torch.zeros(len(edges) - 1, dtype=torch.float64)
-    tokens = torch.zeros(len(edges) - 1, dtype=torch.int64)
-    done = 0
-    if progress is not None:
-        progress(0, len(windows))
-    for batch in _batches(windows, tokens_per_batch):
-        losses = _window_losses(loaded.model, batch, texts)  # [B, scored] fp64
+def _run_windows(loaded: LoadedModel, texts: list[torch.Tensor], batch: Sequence[Window]) -> list[Outcome]:
+    """Losses of windows, those of one shape together, summed by how many tokens each target has before it."""
+    outcomes = []
+    for (size, first), same in groupby(batch, key=lambda window: window.shape):
+        windows = list(same)
+        losses = _window_losses(loaded.model, windows, texts)  # [B, scored] fp64
         if not bool(torch.isfinite(losses).all()):
             raise ModelError(
-                f"{loaded.name} gives a loss that is not finite at length {length:,}",
+                f"{loaded.name} gives a loss that is not finite at length {windows[0].length:,}",
                 hint="its weights or activations overflow: evaluate it in float32",
             )
-        size, first = batch[0].shape
+        edges = _bucket_edges(windows[0].length)
         bucket = torch.bucketize(torch.arange(first, size), edges, right=True) - 1
-        sums.index_add_(0, bucket, losses.sum(0))
-        tokens.index_add_(0, bucket, torch.full_like(bucket, len(batch)))
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(windows))
-    return [
-        Bucket(int(a), int(b), int(n), float(s / n) if n else None)
-        for a, b, n, s in zip(edges[:-1], edges[1:], tokens, sums, strict=True)
-    ]
+        counts = torch.bincount(bucket, minlength=len(edges) - 1).tolist()
+        sums = losses.new_zeros(len(windows), len(edges) - 1).index_add_(1, bucket, losses).tolist()
+        for window, row in zip(windows, sums, strict=True):
+            details = {"buckets": [[nats, count] for nats, count in zip(row, counts, strict=True)]}
+            outcomes.append(Outcome(window.id, "", window.length, sum(row), size - first, details))
+    return outcomes
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Texts cut into windows: segments are (ids, bytes); documents are those alone, those joined, tokens dropped."""
+
+    protocol: str
+    length: int
+    stride: int
+    segments: list[tuple[torch.Tensor, float]]
+    windows: list[Window]
+    documents: tuple[int, int, int]
+
+
+def cut_windows(
+    texts: Sequence[EncodedText],
+    length: int,
+    eos_id: int | None,
+    protocol: str = "hf-stride",
+    stride: int | None = None,
+    alone_from: int | None = None,
+) -> Cut:
+    """The windows that `perplexity` runs. Errors as there."""
+    stride = _checked_stride(protocol, length, stride)
+    segments, counts = _segments(texts, max(length, alone_from or length), eos_id)
+    windows = [w for i, (ids, _) in enumerate(segments) for w in _windows(i, len(ids), protocol, length, stride)]
+    return Cut(protocol, length, stride, segments, windows, counts)
 
 
 def _checked_stride(protocol: str, length: int, stride: int | None) -> int:
@@ -258,28 +326,20 @@ def _enough(segments: list[tuple[torch.Tensor, float]], had: int, needed: int) -
     return segments
 
 
-def _windows(text: int, size: int, protocol: str, length: int, stride: int) -> Iterator[_Window]:
+def _windows(text: int, size: int, protocol: str, length: int, stride: int) -> Iterator[Window]:
     if protocol != "hf-stride":
         for begin in range(0, size - length + 1, stride):
-            yield _Window(text, begin, begin + length, begin + 1)
+            yield Window(length, text, begin, begin + length, begin + 1)
         return
     begin, scored = 0, 1
     while scored < size:
         end = min(begin + length, size)
-        yield _Window(text, begin, end, scored)
+        yield Window(length, text, begin, end, scored)
         begin, scored = begin + stride, end
 
 
-def _batches(windows: list[_Window], tokens: int) -> Iterator[list[_Window]]:
-    """Neighbours of one shape, at most `tokens` together."""
-    for (size, _), group in groupby(windows, key=lambda window: window.shape):
-        same = list(group)
-        count = max(1, tokens // size)
-        yield from (same[i : i + count] for i in range(0, len(same), count))
-
-
 @torch.no_grad()
-def _window_losses(model: torch.nn.Module, batch: list[_Window], texts: list[torch.Tensor]) -> torch.Tensor:
+def _window_losses(model: torch.nn.Module, batch: Sequence[Window], texts: list[torch.Tensor]) -> torch.Tensor:
     """Loss of each scored target, fp64 [B, scored] on the CPU."""
     model.eval()
     weight = output_weight(model)

@@ -3,206 +3,336 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.data import documents
-from ctxext.errors import InputError
-from ctxext.evals import PROTOCOLS
-from ctxext.model.source import ModelSource, resolve
+from ctxext.errors import EnvironmentFault, InputError
+from ctxext.evals.engine import Job, Ledger, Outcome, Progress, Row, run_job
+from ctxext.evals.haystacks import GRASS
+from ctxext.evals.spec import EvalSpec
+from ctxext.model.layout import pattern_text
+from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.train.memory import is_out_of_memory
+from ctxext.units import format_tokens
 
 if TYPE_CHECKING:  # torch comes with these: it is imported when every argument has been found good
-    from ctxext.evals.passkey import PasskeyResult
-    from ctxext.evals.perplexity import PerplexityResult
+    from ctxext.evals.compare import Difference
     from ctxext.model.load import LoadedModel
 
-EMBEDDED_SPLIT = "held-out"
-GRASS = "grass"  # the haystack of repeated sentences
-DEFAULT_TOKENS = 32_768  # of text, for perplexity; at least twice the greatest length
-DEFAULT_CASES = 10  # for passkey, at each length and depth
-_HAYSTACK_CHARACTERS = 2 << 20
 
-Progress = Callable[[str, int, int], None]  # (what, done, in all)
+def _silent(what: str, done: int, total: int) -> None:
+    return None
 
 
 @dataclass(frozen=True)
-class Request:
-    """What `evaluate` was asked; `limit` is None or tokens of text (perplexity), cases a cell (passkey)."""
+class SuiteResult:
+    """The rows of one suite on one model, and what is to be said beside them."""
 
     suite: str
-    lengths: tuple[int, ...]
-    data: str
-    limit: int | None
-    seed: int
-    protocol: str
-    text_field: str
-    decode: bool
+    notes: tuple[str, ...]
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What one model did. `usable_length` is what it bears by its own config, in tokens."""
+    """What one model did. Lengths in tokens: `usable_length` by its own config, `original_length` it was first trained
+    at. `layout` and `positions` say what its layers see."""
 
     model: str
+    path: str
     usable_length: int
-    results: list[PerplexityResult] | list[PasskeyResult]
+    original_length: int | None
+    layout: str
+    positions: str
+    suites: list[SuiteResult] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """All results of one `evaluate`; `data_fingerprint` says which text they are of."""
+    """All results of one `evaluate`."""
 
-    request: Request
-    data_fingerprint: str
-    models: list[ModelResult] = field(default_factory=list)
+    spec: EvalSpec
+    seconds: float
+    models: list[ModelResult]
+    differences: list[Difference] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat row for each model and length; `extrapolated` where the model does not bear the length."""
+        """A flat row for each number; `extrapolated` where the model does not bear the length."""
         return [
-            {"model": entry.model, **row, "extrapolated": row["length"] > entry.usable_length}
-            for entry in self.models
-            for result in entry.results
-            for row in result.rows()
+            {"model": model.model, **asdict(row), "extrapolated": row.length > model.usable_length}
+            for model in self.models
+            for suite in model.suites
+            for row in suite.rows
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return {**asdict(self), "rows": self.rows()}
+        data = asdict(self)
+        for model in data["models"]:
+            for row in (row for suite in model["suites"] for row in suite["rows"]):
+                row["extrapolated"] = row["length"] > model["usable_length"]
+        return data
 
 
 def evaluate(
     models: Sequence[Any],
-    suite: str,
+    spec: EvalSpec,
     *,
-    lengths: Sequence[int],
-    data: str = documents.EMBEDDED,
-    limit: int | None = None,
-    seed: int = 0,
-    protocol: str = "hf-stride",
-    text_field: str = "text",
-    decode: bool = False,
-    dtype: str = "float32",
+    against: int | None = None,
+    place: Path | None = None,
     device: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = _silent,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> EvalReport:
-    """Runs `suite` ("perplexity" or "passkey") on each model, one in memory at a time, at each of `lengths`.
+    """Runs the suites of `spec` on each model, one in memory at a time.
 
-    `models` are names, paths or sources for `ctxext.model.load`, or models already loaded. `data` is a source
-    for `read_documents`; the embedded corpus gives its held-out part; for passkey it is the text to hide in,
-    and may also be "grass". `protocol` is perplexity's; `decode` is passkey's (see there). Every length of
-    perplexity is measured on the same text, cut where it is at least as long as the greatest length.
+    `models` are names, paths or sources for `ctxext.model.load`, or models already loaded. `against` is the index of
+    the one that the others are compared with (compare.py). In `place`, a directory, stand the cases, keys and outcomes;
+    what stands there already is not run again (the caller answers for its being of the same request). None: nothing is
+    kept.
 
-    A length beyond a model's usable length is run, and its row says `extrapolated`: that is how damage is
-    shown. Errors: InputError and ModelError for what arguments and the models' files can decide, all before
-    torch is imported; those of the data and of loading as they come.
+    `progress(what, done, in all)` and `notice(line)` are told on the way. A length beyond a model's usable length is
+    refused unless `spec.extrapolate`, and then its rows say `extrapolated`. Errors: InputError and ModelError for what
+    arguments and the models' files can decide, all before torch is imported; those of the data and of loading as they
+    come; EnvironmentFault where memory runs out (what was done is in `place`).
     """
-    request = Request(suite, tuple(sorted(set(lengths))), data, limit, seed, protocol, text_field, decode)
-    _check(request)
     if not models:
         raise InputError("no model was given to evaluate")
-    report = EvalReport(request, _fingerprint(request))
     found = [resolve(str(model)) if isinstance(model, str | Path) else model for model in models]
-    for model in found:
-        loaded = model if hasattr(model, "tokenizer") else _load(model, dtype, device)
-        results = SUITES[suite](loaded, request, progress)
-        report.models.append(ModelResult(loaded.name, loaded.usable_length, results))
+    spec = with_lengths(spec, [_source(model) for model in found])
+    began = time.monotonic()
+    if place is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return evaluate(found, spec, against=against, place=Path(scratch), device=device, progress=progress,
+                            notice=notice)  # fmt: skip
+    for suite in spec.suites:
+        if suite.suite in PREPARE:
+            PREPARE[suite.suite](suite, place, spec.dtype, device, progress)
+    results: list[ModelResult] = []
+    names = _names([_source(model) for model in found])
+    outcomes: list[list[list[Outcome]]] = []  # of each model, of each suite
+    for number, model in enumerate(found):
+        loaded = model if hasattr(model, "tokenizer") else _load(model, spec.dtype, device)
+        results.append(_described(names[number], loaded))
+        outcomes.append([])
+        for index, suite in enumerate(spec.suites):
+            ledger = Ledger(place / "outcomes" / f"{index}-{suite.suite}-{number}.jsonl")
+            job = JOBS[suite.suite](loaded, suite, place)
+            for note in job.notes:
+                notice(f"{names[number]}: {note}")
+            with _memory_runs_out(names[number], suite.suite):
+                told = partial(progress, f"{names[number]} {suite.suite}")
+                rows = run_job(job, ledger, spec.tokens_per_batch, told)
+            results[-1].suites.append(SuiteResult(suite.suite, job.notes, tuple(rows)))
+            outcomes[-1].append([ledger.outcomes[item.id] for item in job.items])
         del loaded
         gc.collect()
-    return report
+    report = EvalReport(spec, time.monotonic() - began, results)
+    return report if against is None else replace(report, differences=_compared(report, outcomes, against))
 
 
-def _check(request: Request) -> None:
-    if request.suite not in SUITES:
-        raise InputError(f"suite {request.suite!r} is unknown; allowed are {', '.join(SUITES)}")
-    if request.protocol not in PROTOCOLS:
-        raise InputError(f"protocol {request.protocol!r} is unknown; allowed are {', '.join(PROTOCOLS)}")
-    if not request.lengths or request.lengths[0] < 2:
-        raise InputError(f"lengths are {list(request.lengths)}: give at least one, each of at least 2 tokens")
-    if request.limit is not None and request.limit < 1:
-        raise InputError(f"limit is {request.limit}; it must be at least 1, or left out")
-    longest = request.lengths[-1]
-    if request.suite == "perplexity" and request.limit is not None and request.limit < longest:
+@contextmanager
+def _memory_runs_out(model: str, suite: str) -> Iterator[None]:
+    """Where memory runs out, say what helps; the outcomes so far are on disk."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EnvironmentFault(
+            f"out of memory in {suite} of {model}: {' '.join(str(error).split())[:200]}",
+            hint="--set tokens_per_batch=1 runs row by row, --dtype bfloat16 halves the cache; the same command goes "
+            "on where this one ended",
+        ) from error
+
+
+def with_lengths(spec: EvalSpec, sources: Sequence[ModelSource]) -> EvalSpec:
+    """The spec with every length filled in, ascending. InputError where one is beyond what a model bears."""
+    shortest = min(source.usable_length for source in sources)
+    suites = []
+    for suite in spec.suites:
+        if hasattr(suite, "lengths"):
+            lengths = tuple(sorted(set(suite.lengths or (shortest,))))
+            if lengths[0] < 2:
+                raise InputError(f"{suite.suite}: lengths are {list(lengths)}; each is at least 2 tokens")
+            suite = replace(suite, lengths=lengths)
+            for source in sources:
+                _check_length(source, lengths[-1], spec.extrapolate)
+        suites.append(suite)
+    return replace(spec, suites=tuple(suites))
+
+
+def _check_length(source: ModelSource, length: int, extrapolate: bool) -> None:
+    if length <= source.usable_length or extrapolate:
+        return
+    raise InputError(
+        f"{source.name} bears {format_tokens(source.usable_length)} tokens, and length {format_tokens(length)} was "
+        "asked for: its layers with RoPE would meet distances they were never trained on, and the numbers be of that",
+        hint="give --extrapolate to measure just this, or lengths up to what it bears",
+    )
+
+
+def _source(model: Any) -> Any:
+    """What is known of a model without its weights: a source, or a loaded model itself."""
+    return model if not hasattr(model, "source") else model.source
+
+
+def _names(sources: Sequence[Any]) -> list[str]:
+    """One for each, told apart where two models have the same: by the end of their paths, or by a number."""
+    names = [source.name for source in sources]
+    for parts in (2, 3):
+        tails = ["/".join(Path(source.path or source.name).absolute().parts[-parts:]) for source in sources]
+        names = [tail if names.count(name) > 1 else name for name, tail in zip(names, tails, strict=True)]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _described(name: str, loaded: LoadedModel) -> ModelResult:
+    source = loaded.source
+    rope = source.config["rope_parameters"]
+    return ModelResult(
+        name,
+        str(source.path),
+        loaded.usable_length,
+        source.original_length,
+        pattern_text(source.kinds),
+        ", ".join(f"{key} {value}" for key, value in rope.items()) if rope else "none",
+    )
+
+
+def _compared(report: EvalReport, outcomes: list[list[list[Outcome]]], against: int) -> list[Difference]:
+    from ctxext.evals.compare import differences
+
+    names = [model.model for model in report.models]
+    return [
+        difference
+        for number, of_model in enumerate(outcomes)
+        if number != against
+        for suite, mine, others in zip(report.spec.suites, of_model, outcomes[against], strict=True)
+        for difference in differences(suite.suite, names[number], mine, names[against], others)
+    ]
+
+
+def _perplexity(loaded: LoadedModel, spec: Any, place: Path) -> Job:
+    from ctxext.evals.perplexity import job
+
+    return job(loaded, spec, place)
+
+
+def _passkey(loaded: LoadedModel, spec: Any, place: Path) -> Job:
+    from ctxext.evals.passkey import job
+
+    return job(loaded, spec, place)
+
+
+def _niah(loaded: LoadedModel, spec: Any, place: Path) -> Job:
+    from ctxext.evals.niah import job
+
+    return job(loaded, spec, place)
+
+
+def _longppl(loaded: LoadedModel, spec: Any, place: Path) -> Job:
+    from ctxext.evals.longppl import job
+
+    return job(loaded, spec, place)
+
+
+def _ruler(loaded: LoadedModel, spec: Any, place: Path) -> Job:
+    from ctxext.evals.ruler import job
+
+    return job(loaded, spec, place)
+
+
+def _longbench(loaded: LoadedModel, spec: Any, place: Path) -> Job:
+    from ctxext.evals.longbench import job
+
+    return job(loaded, spec, place)
+
+
+def _short(loaded: LoadedModel, spec: Any, place: Path) -> Job:
+    from ctxext.evals.short import job
+
+    return job(loaded, spec, place)
+
+
+JOBS: dict[str, Callable[[Any, Any, Path], Job]] = {
+    "perplexity": _perplexity,
+    "longppl": _longppl,
+    "passkey": _passkey,
+    "niah": _niah,
+    "ruler": _ruler,
+    "longbench": _longbench,
+    "short": _short,
+}
+
+
+def _longppl_keys(spec: Any, place: Path, dtype: str, device: str | None, progress: Progress) -> None:
+    from ctxext.evals.longppl import prepare
+
+    prepare(spec, place, dtype, device, progress)
+
+
+PREPARE: dict[str, Callable[[Any, Path, str, str | None, Progress], None]] = {"longppl": _longppl_keys}
+
+
+def check_suites(spec: EvalSpec) -> None:
+    """What of each suite can be refused without torch: data that is not there, an evaluator that is missing."""
+    for suite in spec.suites:
+        if suite.suite in CHECKS:
+            CHECKS[suite.suite](suite)
+
+
+def _enough_for_a_window(suite: Any) -> None:
+    _data_is_there(suite)
+    if suite.limit is not None and suite.limit < max(suite.lengths):
         raise InputError(
-            f"a limit of {request.limit:,} tokens is less than one window of {longest:,}",
+            f"a limit of {suite.limit:,} tokens is less than one window of {max(suite.lengths):,}",
             hint="raise the limit, or leave it out",
         )
 
 
-def _perplexity(loaded: LoadedModel, request: Request, progress: Progress | None) -> list[PerplexityResult]:
-    from ctxext.evals import perplexity
-
-    longest = request.lengths[-1]
-    limit = request.limit or max(DEFAULT_TOKENS, 2 * longest)
-    texts = perplexity.encode(_read(request), loaded.tokenizer, max_tokens=limit)
-    return [
-        perplexity.perplexity(
-            loaded,
-            texts,
-            length,
-            protocol=request.protocol,
-            alone_from=longest,
-            progress=_named(progress, f"{loaded.name} perplexity at {length:,}"),
-        )
-        for length in request.lengths
-    ]
+def _data_is_there(suite: Any) -> None:
+    if suite.data not in (documents.EMBEDDED, GRASS):
+        documents.fingerprint(suite.data, text_field=suite.text_field)
 
 
-def _passkey(loaded: LoadedModel, request: Request, progress: Progress | None) -> list[PasskeyResult]:
-    from ctxext.evals import passkey
-
-    haystack, text = request.data, None
-    if request.data == documents.EMBEDDED:
-        haystack = "held-out"
-    elif request.data != GRASS:
-        text = _beginning(_read(request), _HAYSTACK_CHARACTERS)
-    return [
-        passkey.passkey(
-            loaded,
-            request.lengths,
-            per_depth=request.limit or DEFAULT_CASES,
-            seed=request.seed,
-            haystack=haystack,
-            haystack_text=text,
-            decode=request.decode,
-            progress=_named(progress, f"{loaded.name} passkey"),
-        )
-    ]
-
-
-SUITES: dict[str, Callable[[Any, Request, Progress | None], Any]] = {"perplexity": _perplexity, "passkey": _passkey}
+CHECKS: dict[str, Callable[[Any], None]] = {
+    "perplexity": _enough_for_a_window,
+    "passkey": _data_is_there,
+    "niah": _data_is_there,
+}
 
 
 def _load(model: ModelSource, dtype: str, device: str | None) -> LoadedModel:
     from ctxext.model.load import load_model
 
+    require_tokenizer(model.directory)
     return load_model(model, dtype=dtype, device=device)
 
 
-def _split(data: str) -> str | None:
-    return EMBEDDED_SPLIT if data == documents.EMBEDDED else None
+def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
+    """A table a suite and task: (caption, header, rows), a model a row, a length a column; * beyond what it bears."""
+    made = []
+    flat = sorted(report.rows(), key=lambda row: (row["suite"], row["task"] != "", row["task"]))
+    for (suite, task), group in groupby(flat, key=lambda row: (row["suite"], row["task"])):
+        rows = list(group)
+        lengths = sorted({row["length"] for row in rows})
+        cells = {(row["model"], row["length"]): row for row in rows}
+        names = list(dict.fromkeys(row["model"] for row in rows))
+        body = [[name, *[_cell(cells.get((name, length))) for length in lengths]] for name in names]
+        caption = f"{rows[0]['metric']}: {rows[0]['protocol']}" + (f", task {task}" if task else "")
+        made.append((caption, [suite, *[format_tokens(length) for length in lengths]], body))
+    return made
 
 
-def _fingerprint(request: Request) -> str:
-    if request.suite == "passkey" and request.data == GRASS:
-        return GRASS
-    return documents.fingerprint(request.data, text_field=request.text_field, split=_split(request.data))
-
-
-def _read(request: Request) -> Iterable[documents.Document]:
-    return documents.read_documents(request.data, text_field=request.text_field, split=_split(request.data))
-
-
-def _beginning(texts: Iterable[documents.Document], characters: int) -> str:
-    parts, size = [], 0
-    for document in texts:
-        parts.append(document.text)
-        size += len(document.text)
-        if size >= characters:
-            break
-    return "\n".join(parts)[:characters]
-
-
-def _named(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
-    return None if progress is None else lambda done, total: progress(what, done, total)
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None or row["value"] is None:
+        return "none"
+    return f"{row['value']:.3f}{'*' if row['extrapolated'] else ''}"

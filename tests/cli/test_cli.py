@@ -13,10 +13,12 @@ COMMANDS = {
     "convert": "--hybrid --out --full-layers --sliding-window --dtype --gate --no-gate --allow-pickle --force --json",
     "finetune": "--ctx --preset --data --out --steps --original-length --set --zero --nproc --hostfile --plan --resume "
     "--force --json",
-    "eval": "--suite --lengths --data --text-field --protocol --limit --seed --dtype --out --force --json",
+    "eval": "--suite --lengths --against --data --text-field --protocol --evaluator --limit --seed --dtype "
+    "--extrapolate --set --out --force --json",
     "merge": "--out --dtype --force --json",
     "verify": "--ctx --attention --out --force --json",
     "pretrain": "--preset --out --force",
+    "report": "--out --title --force --json",
 }
 
 
@@ -70,7 +72,11 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["finetune", str(model), "--ctx", "1k", "--set", "lora.rnk=8", "--set", "stepps=3"], "stepps"),
         (["finetune", str(model), "--ctx", "1k", "--set", "lora.rank"], "key=value"),
         (["finetune", "--resume"], "no unfinished run"),
-        (["eval", str(model), "--suite", "mmlu"], "perplexity, passkey"),
+        (["eval", str(model), "--suite", "mmlu"], "perplexity, longppl, passkey"),
+        (["eval", str(model), "--lengths", "1k"], "bears 64 tokens"),
+        (["eval", str(model), "--against", str(model)], "the only model"),
+        (["eval", str(model), "--set", "passkey.cases=2"], "passkey, niah, ruler has cases"),
+        (["eval", str(model), "--suite", "passkey", "--data", "no.txt", "--lengths", "64"], "no such file"),
         (["eval", str(model), "--lengths", "1"], "at least 2"),
         (["merge", str(model)], "nothing to merge"),
         (["merge"], "no output"),
@@ -80,6 +86,8 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["finetune", str(model), "--ctx", "1k", "--set", "data.synthetic_kinds=[]"], "synthetic_kinds"),
         (["eval", str(model), "--lengths", ""], "tokens"),
         (["verify", str(model), "--ctx", "3"], "at least 16"),
+        (["report", "./nowhere"], "no such directory"),
+        (["report", str(model)], "no output of ctxext"),
         (["verify", str(model), "--attention", "foo"], "training, inference"),
     ]
 
@@ -158,4 +166,4 @@ def test_the_four_commands_as_typed_in_a_directory_of_ones_own(model_dir, tmp_pa
     kinds = [json.loads(path.read_text())["kind"] for path in sorted((tmp_path / "runs").glob("*/ctxext.json"))]
     assert kinds == ["conversion", "finetune", "eval", "merge"]
     done = ctxext("eval", "--suite", "passkey", "--lengths", "192", "--limit", "1", "--json", cwd=tmp_path)
-    assert json.loads(done.stdout)["rows"][0]["model"].endswith("-merged")
+    assert json.loads(done.stdout)["models"][0]["model"].endswith("-merged")

@@ -13,7 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ctxext.data.haystack import Case, passkey_cases
 from ctxext.errors import InputError
-from ctxext.evals.passkey import _decoded, _teacher_forced, passkey, wilson
+from ctxext.evals.engine import wilson
+from ctxext.evals.passkey import Question, _decoded, _teacher_forced, passkey
+from ctxext.evals.spec import Passkey
 
 LENGTHS = (300, 451)
 
@@ -50,33 +52,40 @@ def copier(loaded: Any, stand_in: Any) -> Any:
     return stand_in(shell, loaded.tokenizer, name="copier")
 
 
+def spec(lengths: tuple[int, ...] = LENGTHS, **fields: Any) -> Passkey:
+    return Passkey(lengths=lengths, **{"data": "grass", "depths": (0.0, 1.0), "cases": 2, **fields})
+
+
 def test_a_copier_is_perfect_and_a_short_sighted_one_is_not(copier: Any) -> None:
-    result = passkey(copier, LENGTHS, depths=(0.0, 0.5, 1.0), per_depth=2, haystack="grass")
-    assert (result.overall.n, result.overall.hits) == (12, 12), result.cells
+    rows = passkey(copier, spec(depths=(0.0, 0.5, 1.0)))
+    assert [(row.length, row.n, row.value) for row in rows] == [(300, 6, 1.0), (451, 6, 1.0)]
     copier.model.model.reach = 150
-    near = passkey(copier, LENGTHS, depths=(0.0, 1.0), per_depth=2, haystack="grass")
-    assert near.by_depth[1.0].accuracy == 1.0, near.cells
-    assert near.by_depth[0.0].accuracy == 0.0, near.cells
-    assert near.overall.accuracy == 0.5
+    near = passkey(copier, spec())
+    assert [row.details["by_depth"] for row in near] == [{"0.0": 0.0, "1.0": 1.0}] * 2
+    assert [row.value for row in near] == [0.5, 0.5]
 
 
 def test_a_random_model_is_at_chance(loaded: Any) -> None:
-    result = passkey(loaded, LENGTHS, depths=(0.0, 1.0), per_depth=5)
-    assert result.chance == pytest.approx(1e-5)
-    assert result.overall.low <= result.chance <= result.overall.high
-    assert result.overall.hits == 0
-    assert all(cell.answer_nats is not None and cell.answer_nats > 1 for cell in result.cells)
+    for row in passkey(loaded, spec(cases=5, data="embedded")):
+        assert row.details["chance"] == pytest.approx(1e-5)
+        assert row.low is not None and row.high is not None
+        assert row.low <= row.details["chance"] <= row.high
+        assert row.value == 0.0
+        assert row.details["answer_nats"] > 1
 
 
-def test_the_grid_is_accounted_for(loaded: Any) -> None:
-    result = passkey(loaded, LENGTHS, depths=(0.0, 0.3, 1.0), per_depth=2, seed=5, haystack="grass")
-    assert {length: score.n for length, score in result.by_length.items()} == {300: 6, 451: 6}
-    assert {depth: score.n for depth, score in result.by_depth.items()} == {0.0: 4, 0.3: 4, 1.0: 4}
-    assert [(cell.length, cell.depth, cell.score.n) for cell in result.cells] == [
-        (length, depth, 2) for length in LENGTHS for depth in (0.0, 0.3, 1.0)
+def test_rows_say_what_they_are_of(loaded: Any) -> None:
+    rows = passkey(loaded, spec(depths=(0.0, 0.3, 1.0), seed=5))
+    assert [(row.suite, row.task, row.metric, row.length, row.n) for row in rows] == [
+        ("passkey", "", "accuracy", length, 6) for length in LENGTHS
     ]
-    assert (result.haystack, result.seed, result.protocol) == ("grass", 5, "passkey-teacher-forced")
-    assert [row["length"] for row in result.rows()] == list(LENGTHS)
+    assert rows[0].protocol == "passkey, exact match, teacher-forced, hidden in repeated grass sentences, seed 5"
+    assert list(rows[0].details["by_depth"]) == ["0.0", "0.3", "1.0"]
+
+
+def test_a_limit_is_spread_over_lengths_and_depths(loaded: Any) -> None:
+    rows = passkey(loaded, spec(cases=4, limit=6))
+    assert [(row.length, row.n, len(row.details["by_depth"])) for row in rows] == [(300, 3, 2), (451, 3, 2)]
 
 
 def greedy(model: LlamaForCausalLM, prompt: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -97,16 +106,16 @@ def test_one_forward_agrees_with_decoding(loaded: Any) -> None:
         place = rng.randrange(count)
         other = (*said[:place], (said[place] + 1) % 260, *said[place + 1 :])
         cases += [replace(case, answer_ids=said), replace(case, answer_ids=other), case]
-    forced = [outcome.hit for outcome in _teacher_forced(loaded.model, cases)]
+    questions = [Question(str(i), case) for i, case in enumerate(cases)]
+    forced = [bool(outcome.score) for outcome in _teacher_forced(loaded.model, questions)]
     assert forced == [True, False, False] * 8
-    assert [outcome.hit for outcome in _decoded(loaded.model, cases)] == forced
+    assert [bool(outcome.score) for outcome in _decoded(loaded.model, questions)] == forced
 
 
 def test_decode_reports_its_own_protocol(loaded: Any) -> None:
-    decoded = passkey(loaded, [160], depths=(0.5,), per_depth=2, haystack="grass", decode=True)
-    assert decoded.protocol == "passkey-decoded"
-    assert decoded.cells[0].answer_nats is None
-    assert decoded.overall.n == 2
+    (row,) = passkey(loaded, spec((160,), depths=(0.5,), decode=True))
+    assert "decoded greedily" in row.protocol and row.n == 2
+    assert "answer_nats" not in row.details
 
 
 def test_answers_of_unequal_length_share_a_batch(loaded: Any) -> None:
@@ -114,18 +123,16 @@ def test_answers_of_unequal_length_share_a_batch(loaded: Any) -> None:
     shorter = replace(
         cases[0], prompt_ids=cases[0].prompt_ids + cases[0].answer_ids[:2], answer_ids=cases[0].answer_ids[2:]
     )
-    together = _teacher_forced(loaded.model, [shorter, *cases[1:]])
-    apart = [_teacher_forced(loaded.model, [case])[0] for case in [shorter, *cases[1:]]]
-    assert [o.tokens for o in together] == [3, 5, 5]
-    assert [o.nats for o in together] == pytest.approx([o.nats for o in apart], rel=1e-4)
+    questions = [Question(str(i), case) for i, case in enumerate([shorter, *cases[1:]])]
+    together = _teacher_forced(loaded.model, questions)
+    apart = [_teacher_forced(loaded.model, [question])[0] for question in questions]
+    assert [o.details["tokens"] for o in together] == [3, 5, 5]
+    assert [o.details["nats"] for o in together] == pytest.approx([o.details["nats"] for o in apart], rel=1e-4)
 
 
 def test_the_size_of_batches_changes_nothing(copier: Any) -> None:
-    results = [
-        passkey(copier, [300], depths=(0.0, 1.0), per_depth=2, haystack="grass", tokens_per_batch=size)
-        for size in (1, 10**6)
-    ]
-    assert results[0].cells == results[1].cells
+    results = [passkey(copier, spec((300,)), tokens_per_batch=size) for size in (1, 10**6)]
+    assert [row.value for row in results[0]] == [row.value for row in results[1]]
 
 
 def test_wilson() -> None:
@@ -135,13 +142,6 @@ def test_wilson() -> None:
     assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
-def test_refusals(loaded: Any) -> None:
-    for arguments, options in [
-        (([300],), {"haystack": "hay"}),
-        (([300],), {"depths": (1.5,)}),
-        (([20],), {}),
-        (([],), {}),
-        (([300],), {"per_depth": 0}),
-    ]:
-        with pytest.raises(InputError):
-            passkey(loaded, *arguments, **options)
+def test_a_length_without_room_is_refused(loaded: Any) -> None:
+    with pytest.raises(InputError, match="at least"):
+        passkey(loaded, spec((20,)))

@@ -1,4 +1,4 @@
-"""One report for many models and lengths, with rows that say what they are worth."""
+"""One report for many models, suites and lengths; rows say what they are worth; a run that was killed goes on."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ctxext.errors import DataError, InputError
-from ctxext.evals.suite import SUITES, evaluate
+from ctxext.config import presets
+from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
+from ctxext.evals import engine
+from ctxext.evals.spec import SUITES, EvalSpec, asked
+from ctxext.evals.suite import CHECKS, JOBS, PREPARE, evaluate, tables
+from ctxext.pipeline import eval_models, plan_eval
 
 
 @pytest.fixture
@@ -22,101 +27,218 @@ def data(tmp_path: Path) -> str:
     return str(path)
 
 
+def spec(suite: str, data: str, **given: Any) -> EvalSpec:
+    return asked(suite, {"data": data, "lengths": [64], **given})
+
+
+def test_every_suite_has_a_job_and_every_other_table_knows_suites_alone() -> None:
+    assert set(JOBS) == set(SUITES)
+    assert set(CHECKS) <= set(SUITES) and set(PREPARE) <= set(SUITES)
+
+
 def test_rows_flag_what_is_beyond_the_model(loaded: Any, data: str) -> None:
-    report = evaluate([loaded], "perplexity", lengths=[256, 64, 128, 64], data=data, protocol="truncate")
+    given = spec("perplexity", data, lengths=[256, 64, 128, 64], protocol="truncate", extrapolate=True)
+    report = evaluate([loaded], given)
     rows = report.rows()
     assert [(row["length"], row["extrapolated"]) for row in rows] == [(64, False), (128, False), (256, True)]
-    assert {row["protocol"] for row in rows} == {"truncate"}
-    assert len({result.text_tokens for result in report.models[0].results}) == 1
+    assert {row["protocol"] for row in rows} == {f"truncate, stride {n}, on {data}" for n in (64, 128, 256)}
+    assert len({row["details"]["text_tokens"] for row in rows}) == 1
+    nested = report.to_dict()["models"][0]["suites"][0]["rows"]
+    assert [row["extrapolated"] for row in nested] == [False, False, True]
 
 
-@pytest.mark.parametrize(("suite", "limit"), [("perplexity", 600), ("passkey", 1)])
-def test_every_suite_gives_rows_and_json(loaded: Any, data: str, suite: str, limit: int) -> None:
-    assert suite in SUITES
+def test_a_length_beyond_the_model_is_refused_unless_asked_for(loaded: Any, data: str) -> None:
+    with pytest.raises(InputError, match="bears 128 tokens, and length 256 was asked") as caught:
+        evaluate([loaded], spec("perplexity", data, lengths=[64, 256]))
+    assert "--extrapolate" in str(caught.value.hint)
+
+
+def test_several_suites_of_one_call_and_json(loaded: Any, data: str) -> None:
     said: list[tuple[str, int, int]] = []
 
     def listen(what: str, done: int, total: int) -> None:
         said.append((what, done, total))
 
-    report = evaluate([loaded, loaded], suite, lengths=[200, 300], data=data, limit=limit, progress=listen)
-    assert len(report.rows()) == 4
-    back = json.loads(json.dumps(report.to_dict()))
-    assert back["rows"] == report.rows()
-    assert back["request"]["suite"] == suite
-    assert back["data_fingerprint"]
+    given = spec("perplexity,passkey", data, lengths=[110, 120], cases=1)
+    given = replace(given, suites=(replace(given.suites[0], limit=600), given.suites[1]))
+    report = evaluate([loaded, loaded], given, progress=listen)
+    assert [suite.suite for suite in report.models[0].suites] == ["perplexity", "passkey"]
+    assert len(report.rows()) == 8
+    assert json.loads(json.dumps(report.to_dict()))["models"][1]["layout"] == "FFFF"
     assert said and said[-1][1] == said[-1][2], said[-3:]
+    captions = [(header[0], len(rows), len(header)) for _, header, rows in tables(report)]
+    assert captions == [("passkey", 2, 3), ("perplexity", 2, 3)]
 
 
 def test_a_model_is_found_by_path(loaded: Any, data: str, model_dir: Callable[..., Path]) -> None:
     path = str(model_dir(max_position_embeddings=128))
-    by_path, by_hand = (
-        evaluate([model], "perplexity", lengths=[64], data=data, device="cpu").rows() for model in (path, loaded)
-    )
+    by_path, by_hand = (evaluate([model], spec("perplexity", data), device="cpu").rows() for model in (path, loaded))
     assert by_path == by_hand
 
 
 def test_passkey_hides_in_the_data_and_is_reproducible(loaded: Any, data: str) -> None:
-    for source, name in [(data, data), ("grass", "grass"), ("embedded", "held-out")]:
-        reports = [evaluate([loaded], "passkey", lengths=[200], data=source, limit=1, seed=7) for _ in range(2)]
-        result = reports[0].models[0].results[0]
-        assert (result.haystack, result.seed, result.overall.n) == (name, 7, 5)
-        assert reports[0].to_dict() == reports[1].to_dict()
-
-
-def test_embedded_perplexity_is_of_the_held_out_part(loaded: Any) -> None:
-    from ctxext.data.documents import fingerprint
-
-    report = evaluate([loaded], "perplexity", lengths=[64], limit=256)
-    assert report.data_fingerprint == fingerprint("embedded", split="held-out")
-    assert report.models[0].results[0].text_tokens >= 256
+    for source, name in [(data, data), ("grass", "repeated grass"), ("embedded", "held-out embedded text")]:
+        given = spec("passkey", source, lengths=[120], cases=1, seed=7)
+        reports = [evaluate([loaded], given) for _ in range(2)]
+        (row,) = reports[0].rows()
+        assert f"hidden in {name}" in row["protocol"] and row["n"] == 5 and row["details"]["seed"] == 7
+        assert reports[0].rows() == reports[1].rows()
 
 
 @pytest.mark.parametrize(
-    ("suite", "options", "said"),
+    ("suite", "given", "said"),
     [
-        ("ruler", {}, "perplexity, passkey"),
-        ("perplexity", {"lengths": []}, "at least one"),
-        ("perplexity", {"lengths": [1]}, "at least 2 tokens"),
-        ("perplexity", {"limit": 0}, "limit is 0"),
         ("perplexity", {"limit": 63}, "less than one window of 64"),
-        ("perplexity", {"protocol": "mean"}, "hf-stride, longlora, truncate"),
         ("perplexity", {"data": "none.txt"}, "no such file"),
         ("passkey", {"data": "none.txt"}, "no such file"),
+        ("niah", {"data": "none.txt"}, "no such file"),
+        ("perplexity", {"lengths": [1]}, "at least 2 tokens"),
     ],
 )
-def test_refusals_come_before_any_model_is_looked_for(
-    data: str, suite: str, options: dict[str, Any], said: str
-) -> None:
+def test_refusals_at_planning(model_dir: Callable[..., Path], suite: str, given: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        evaluate(["./no-such-model"], suite, **{"lengths": [64], "data": data, **options})
+        plan_eval([str(model_dir())], suite, {"lengths": [64], **given})
+
+
+@pytest.mark.parametrize(
+    ("suite", "given", "error", "said"),
+    [
+        ("mmlu", {}, InputError, "perplexity, longppl, passkey, niah, ruler, longbench, short, smoke"),
+        ("perplexity", {"cases": 3}, InputError, "cases is no field of perplexity"),
+        ("perplexity,passkey", {"niah.cases": 3}, InputError, "niah.cases is no field"),
+        ("perplexity", {"lengths": []}, SpecError, "lengths"),
+        ("perplexity", {"limit": 0}, SpecError, "limit"),
+        ("perplexity", {"protocol": "mean"}, SpecError, "longlora"),
+        ("passkey", {"depths": [1.5]}, SpecError, "depths"),
+        ("passkey", {"cases": 0}, SpecError, "cases"),
+    ],
+)
+def test_refusals_of_what_is_asked(suite: str, given: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        asked(suite, given)
+
+
+def test_options_reach_the_suites_that_have_them() -> None:
+    given = asked("perplexity,passkey,niah", {"seed": 3, "niah.cases": 2, "lengths": ["1k"], "dtype": "bfloat16"})
+    perplexity, passkey, niah = given.suites
+    assert (passkey.seed, niah.seed, niah.cases, passkey.cases, given.dtype) == (3, 3, 2, 10, "bfloat16")
+    assert {suite.lengths for suite in given.suites} == {(1024,)}
+    assert not hasattr(perplexity, "seed")
+
+
+@pytest.mark.parametrize("preset", presets.names("eval"))
+def test_every_preset_loads(preset: str) -> None:
+    assert asked(preset, {}).suites
 
 
 def test_a_model_that_is_not_there_is_refused_before_one_that_is_runs(loaded: Any, data: str) -> None:
     with pytest.raises(InputError, match="no-such-model"):
         evaluate(
-            [loaded, "./no-such-model"],
-            "perplexity",
-            lengths=[64],
-            data=data,
-            progress=lambda *call: pytest.fail(f"ran: {call}"),
+            [loaded, "./no-such-model"], spec("perplexity", data), progress=lambda *call: pytest.fail(f"ran: {call}")
         )
     with pytest.raises(InputError, match="no model"):
-        evaluate([], "perplexity", lengths=[64], data=data)
+        evaluate([], spec("perplexity", data))
 
 
 def test_refusing_costs_no_torch() -> None:
     code = """
 import sys
 from ctxext.errors import InputError
-from ctxext.evals.suite import evaluate
-try:
-    evaluate(["./no-such-model"], "passkey", lengths=[512], data="grass")
-except InputError:
-    sys.exit(3 if "torch" in sys.modules or "transformers" in sys.modules else 0)
+from ctxext.pipeline import plan_eval
+for models, options in ((["./no-such-model"], {}), (["tiny"], {"lengths": ["64k"]}), (["tiny"], {"data": "x.txt"})):
+    try:
+        plan_eval(models, "perplexity", options)
+        sys.exit(4)
+    except InputError:
+        pass
+sys.exit(3 if "torch" in sys.modules or "transformers" in sys.modules else 0)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_too_little_text(loaded: Any, data: str) -> None:
     with pytest.raises(DataError, match="one window needs 9,000"):
-        evaluate([loaded], "perplexity", lengths=[9000], data=data)
+        evaluate([loaded], spec("perplexity", data, lengths=[9000], extrapolate=True))
+
+
+def test_models_are_compared_pair_by_pair(model_dir: Callable[..., Path], data: str) -> None:
+    models = [str(model_dir()), str(model_dir(seed=1)), str(model_dir(seed=0))]
+    report = evaluate(models, spec("perplexity", data), against=0)
+    other, same = report.differences
+    assert (same.value, same.low, same.high, same.called) == (0, 0, 0, "no difference shown")
+    figures = [row["details"]["nats_per_token"] for row in report.rows()]
+    assert other.value == pytest.approx(figures[1] - figures[0], abs=1e-9)
+    assert other.low <= other.value <= other.high and 0 < other.p <= 1
+    assert len({row["model"] for row in report.rows()}) == 3, "models of one name are told apart"
+
+
+def test_a_killed_evaluation_goes_on_and_runs_nothing_twice(
+    model_dir: Callable[..., Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = [str(model_dir()), str(model_dir(seed=1))]
+    given = {"data": data, "lengths": [64], "tokens_per_batch": 128, "limit": 640}
+    ran, limit, run_job = list[str](), 20, engine.run_job
+
+    def counted(job: engine.Job, *rest: Any) -> list[engine.Row]:
+        def run(batch: Any) -> list[engine.Outcome]:
+            if len(ran) >= limit:
+                raise KeyboardInterrupt
+            ran.extend(item.id for item in batch)
+            return job.run(batch)
+
+        return run_job(replace(job, run=run), *rest)
+
+    monkeypatch.setattr("ctxext.evals.suite.run_job", counted)
+    first = plan_eval(models, "perplexity", given)
+    with pytest.raises(KeyboardInterrupt):
+        eval_models(first)
+    assert not (first.out / "ctxext.json").exists()
+    with pytest.raises(InputError, match="exists"):
+        plan_eval(models, "perplexity", {**given, "lengths": [32]}, out=first.out)
+    second, limit = plan_eval(models, "perplexity", given), 10**9
+    assert (second.out, second.resumes) == (first.out, True)
+    report = eval_models(second)
+    windows = sum(row["details"]["windows"] for row in report.rows())
+    assert len(ran) == windows, "a window ran twice, or never"
+    assert report.rows() == evaluate(models, asked("perplexity", given)).rows()
+    assert (first.out / "ctxext.json").exists()
+    third = plan_eval(models, "perplexity", given)
+    assert third.out != first.out and not third.resumes
+
+
+def test_one_that_is_running_is_left_alone(
+    model_dir: Callable[..., Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given, plans = {"data": data, "lengths": [64]}, []
+
+    def meanwhile(*_: Any) -> None:
+        if not plans:
+            plans.append(plan_eval([str(model_dir())], "perplexity", given))
+
+    plan = plan_eval([str(model_dir())], "perplexity", given)
+    eval_models(plan, progress=meanwhile)
+    assert plans[0].out != plan.out and not plans[0].resumes
+
+
+def test_out_of_memory_says_what_helps_and_keeps_what_is_done(
+    model_dir: Callable[..., Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(job: engine.Job, ledger: engine.Ledger, *_: Any) -> list[engine.Row]:
+        ledger.add(job.run(job.items[:1]))
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    monkeypatch.setattr("ctxext.evals.suite.run_job", full)
+    with pytest.raises(EnvironmentFault, match="out of memory in perplexity of model") as caught:
+        evaluate([str(model_dir())], spec("perplexity", data), place=tmp_path)
+    assert "tokens_per_batch=1" in str(caught.value.hint)
+    assert len((tmp_path / "outcomes" / "0-perplexity-0.jsonl").read_text().splitlines()) == 1
+
+
+def test_longlora_says_first_how_long_it_will_take(loaded: Any, data: str) -> None:
+    told: list[str] = []
+    given = spec("perplexity", data, lengths=[128], protocol="longlora", limit=600)
+    evaluate([loaded], given, progress=lambda *_: told.append("ran"), notice=told.append)
+    assert "2 windows, 256 tokens to run" in told[0] and "longlora runs a token" in told[1], told
+    assert told[2] == "ran"

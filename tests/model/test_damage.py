@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ctxext.evals.spec import asked
 from ctxext.evals.suite import evaluate
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
@@ -28,8 +29,8 @@ def perplexity(stories, tmp_path_factory):
         plan = plan_conversion(str(stories), pattern, out=place / name, sliding_window=window)
         run_conversion(plan, gate=False)
     models = [str(stories), *(str(place / name) for name in layouts)]
-    report = evaluate(models, "perplexity", lengths=[512], data=str(text), limit=8192)
-    values = [entry.results[0].perplexity for entry in report.models]
+    report = evaluate(models, asked("perplexity", {"lengths": [512], "data": str(text), "limit": 8192}))
+    values = [row["value"] for row in report.rows()]
     return dict(zip(["source", *layouts], values, strict=True))
 
 

@@ -1,0 +1,148 @@
+"""Questions to be answered by generating: made once, written as JSONL with a manifest and a hash, run from the file.
+
+A case is text, so that a person can read it and another tool can score it; how many tokens it has was counted with one
+tokenizer, whose hash is in the manifest. Generators take a private `random.Random`, never the global one, seeded by the
+case's own id: the cases of one task do not depend on which others are made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ctxext
+from ctxext.errors import DataError, InputError
+
+_FIELDS = {"id": str, "task": str, "length": int, "prompt": str, "references": list, "max_new_tokens": int}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question: `prompt` ends where the answer begins.
+
+    id              unique in its file, and the same whatever the tokenizer: what comparisons pair by
+    length          tokens asked for: prompt and `max_new_tokens` together have at most as many
+    references      answers; whether all or one of them must be found is the task's affair
+    facts           what else is known of it, such as its depth
+    """
+
+    id: str
+    task: str
+    length: int
+    prompt: str
+    references: tuple[str, ...]
+    max_new_tokens: int
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def private_random(*of: object) -> random.Random:
+    """A generator that depends on `of` alone, in every process and on every platform."""
+    return random.Random("/".join(map(str, of)))
+
+
+def prompt_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a prompt as the tokenizer begins a text (BOS where it adds one), without an EOS at its end."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+def largest(fits: Callable[[int], bool], start: int = 1) -> int:
+    """The largest n >= 0 that fits, by doubling and halving, where all below one that fits do too.
+
+    What is almost monotonic (tokens merge) is off by a little: the caller tests what it made. 0 where not even 1 fits.
+    """
+    low, high = 0, max(1, start)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def write_cases(path: Path, cases: Sequence[Case], facts: dict[str, Any]) -> dict[str, Any]:
+    """JSONL at `path`, then `<path>.manifest.json` with `facts`, the count, the version and the file's sha256."""
+    lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases).encode()
+    manifest = {**facts, "cases": len(cases), "ctxext": ctxext.__version__, "sha256": hashlib.sha256(lines).hexdigest()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target, data in ((path, lines), (_manifest(path), (json.dumps(manifest, indent=2) + "\n").encode())):
+        beside = target.with_name(f".{target.name}.partial")
+        beside.write_bytes(data)
+        beside.replace(target)
+    return manifest
+
+
+def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
+    """The cases of a file and its manifest (empty where it has none).
+
+    Errors: InputError (no such file), DataError (a line that does not parse, a field that is missing or of another
+    type, an id that stands twice, no case at all: each with its line; bytes that are not those of the manifest).
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the cases {path}: {error.strerror}") from None
+    manifest = json.loads(_manifest(path).read_bytes()) if _manifest(path).is_file() else {}
+    if manifest and hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise DataError(
+            f"{path} is not what its manifest says (sha256)", hint="make the cases again, or remove the manifest"
+        )
+    cases, seen = [], set[str]()
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), start=1):
+        case = _case(line, f"{path}:{number}")
+        if case.id in seen:
+            raise DataError(f"{path}:{number}: the id {case.id!r} stands twice")
+        seen.add(case.id)
+        cases.append(case)
+    if not cases:
+        raise DataError(f"{path} holds no case")
+    return cases, manifest
+
+
+def _case(line: str, place: str) -> Case:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{place}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: not a JSON object")
+    for name, kind in _FIELDS.items():
+        if not isinstance(row.get(name), kind):
+            got = "missing" if name not in row else f"{type(row[name]).__name__} {str(row[name])[:40]!r}"
+            raise DataError(f"{place}: {name} is {got}; allowed: {kind.__name__}")
+    given = {name: row[name] for name in _FIELDS} | {"references": tuple(row["references"])}
+    return Case(**given, facts=row.get("facts", {}))
+
+
+def _manifest(path: Path) -> Path:
+    return path.with_name(f"{path.name}.manifest.json")
+
+
+def evenly(cases: Iterable[Any], limit: int | None, groups: Callable[[Any], Sequence[object]]) -> list[Any]:
+    """At most `limit` of `cases`, taken in turn from each group, and within it from each group of the next level.
+
+    `groups(case)` are a case's groups, outermost first, such as (length, task, depth). Order is kept.
+    """
+    everything = list(cases)
+    if limit is None or limit >= len(everything):
+        return everything
+    turns = _in_turns(list(range(len(everything))), [tuple(groups(case)) for case in everything], 0)
+    return [everything[i] for i in sorted(turns[:limit])]
+
+
+def _in_turns(indices: list[int], groups: list[tuple[object, ...]], level: int) -> list[int]:
+    if level == len(groups[indices[0]]):
+        return indices
+    parts: dict[object, list[int]] = {}
+    for i in indices:
+        parts.setdefault(groups[i][level], []).append(i)
+    queues = [_in_turns(part, groups, level + 1) for part in parts.values()]
+    longest = max(len(queue) for queue in queues)
+    return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]

@@ -1,0 +1,164 @@
+"""What every suite is made of: items in batches, an outcome an item put on disk at once, rows made of outcomes.
+
+A suite gives a `Job`. Its batches are decided before anything is looked up, so that a run which was killed and goes on
+does the same arithmetic as one that was not. Outcomes carry ids that are the same for every model: comparisons pair by
+them (compare.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from ctxext.errors import DataError
+
+Progress = Callable[[str, int, int], None]  # (what, done, in all)
+
+
+class Item(Protocol):
+    """`id` is unique in its suite; items of one `size`, in tokens, are run together."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one item gave: `score` is a sum over `weight` things (one case: 0 to 1 and 1; a window: nats and tokens)."""
+
+    id: str
+    task: str
+    length: int
+    score: float
+    weight: float = 1.0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number and what it is of. `low` and `high` bound it with 95% confidence, where that is known.
+
+    task      "" where it is of all tasks of the suite
+    n         cases, windows or tokens (the suite's `metric` says)
+    """
+
+    suite: str
+    protocol: str
+    task: str
+    length: int
+    metric: str
+    value: float | None
+    n: int
+    low: float | None = None
+    high: float | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One suite on one model. `run` takes items of one size; `rows` takes all outcomes in the order of the items."""
+
+    items: Sequence[Any]
+    run: Callable[[Sequence[Any]], list[Outcome]]
+    rows: Callable[[Sequence[Outcome]], list[Row]]
+    notes: tuple[str, ...] = ()
+
+
+class Ledger:
+    """Outcomes of one job, one JSON line each, appended as they come. `path` None keeps them in memory."""
+
+    def __init__(self, path: Path | None = None):
+        self.outcomes: dict[str, Outcome] = {}
+        self._path = path
+        if path is not None and path.exists():
+            self._read(path)
+
+    def add(self, outcomes: Sequence[Outcome]) -> None:
+        """Remember outcomes, on disk before it returns; an id that is known already is left as it is."""
+        fresh = [outcome for outcome in outcomes if outcome.id not in self.outcomes]
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(asdict(outcome)) + "\n" for outcome in fresh))
+        self.outcomes |= {outcome.id: outcome for outcome in fresh}
+
+    def _read(self, path: Path) -> None:
+        """What is there; a last line that was cut off by a kill is dropped."""
+        data = path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):
+            path.write_bytes(whole)
+        for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
+            try:
+                outcome = Outcome(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    f"{path}:{number}: no outcome ({error})", hint="remove this line, or the file"
+                ) from None
+            self.outcomes[outcome.id] = outcome
+
+
+def run_job(job: Job, ledger: Ledger, tokens_per_batch: int, progress: Callable[[int, int], None]) -> list[Row]:
+    """Runs what the ledger has not yet, batch by batch, and makes the rows."""
+    known = sum(item.id in ledger.outcomes for item in job.items)
+    progress(known, len(job.items))
+    for batch in batches(job.items, tokens_per_batch):
+        if all(item.id in ledger.outcomes for item in batch):
+            continue
+        known -= sum(item.id in ledger.outcomes for item in batch)
+        ledger.add(job.run(batch))
+        known += len(batch)
+        progress(known, len(job.items))
+    return job.rows([ledger.outcomes[item.id] for item in job.items])
+
+
+def batches(items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
+    """Neighbours of one size, at most `tokens` together, or one by itself."""
+    for size, group in groupby(items, key=lambda item: item.size):
+        same = list(group)
+        count = max(1, tokens // max(1, size))
+        yield from (same[i : i + count] for i in range(0, len(same), count))
+
+
+def mean(outcomes: Sequence[Outcome]) -> float | None:
+    """Sum of scores over sum of weights; None where there is nothing."""
+    weight = sum(outcome.weight for outcome in outcomes)
+    return sum(outcome.score for outcome in outcomes) / weight if weight else None
+
+
+def wilson(hits: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a rate, by Wilson's score (1927); (0, 1) where nothing was tried."""
+    if n == 0:
+        return 0.0, 1.0
+    z = 1.959964
+    middle = (hits + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def rates(suite: str, protocol: str, metric: str, outcomes: Sequence[Outcome], **details: Any) -> list[Row]:
+    """A row a length of cases that score 0 to 1, with the share of each depth where cases have one.
+
+    The interval is Wilson's, which is for cases that are right or wrong; where there is credit in part it is left out.
+    """
+    rows = []
+    for length in dict.fromkeys(outcome.length for outcome in outcomes):
+        mine = [outcome for outcome in outcomes if outcome.length == length]
+        total, n = sum(outcome.score for outcome in mine), len(mine)
+        whole = all(outcome.score in (0.0, 1.0) for outcome in mine)
+        low, high = wilson(total, n) if whole else (None, None)
+        depths = {
+            str(depth): mean([o for o in mine if o.details.get("depth") == depth])
+            for depth in dict.fromkeys(o.details.get("depth") for o in mine)
+            if depth is not None
+        }
+        extra = {**details, **({"by_depth": depths} if depths else {})}
+        rows.append(Row(suite, protocol, "", length, metric, total / n, n, low, high, extra))
+    return rows

@@ -1,0 +1,42 @@
+"""Needle in a haystack over length x depth, answered by greedy generation.
+
+An answer is right when the number stands in it. What a model was asked for and what it wrote are kept with every case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from ctxext.data.niah import NEW_TOKENS, Question, niah_questions
+from ctxext.evals.engine import Job, Outcome, Row, rates
+from ctxext.evals.haystacks import haystack
+from ctxext.evals.spec import Niah
+from ctxext.model.decode import generate, stop_ids
+from ctxext.model.load import LoadedModel
+
+
+def job(loaded: LoadedModel, spec: Niah, place: Path) -> Job:
+    """`spec.cases` at each length and depth, or `limit` of them. Errors: InputError (a length without room)."""
+    assert spec.lengths is not None
+    where, text = haystack(spec.data, spec.text_field)
+    questions = niah_questions(loaded.tokenizer, text, spec.lengths, spec.depths, spec.cases, spec.limit, spec.seed)
+    protocol = f"niah, number found in at most {NEW_TOKENS} greedy tokens, hidden in {where}, seed {spec.seed}"
+
+    def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+        return rates("niah", protocol, "accuracy", outcomes, seed=spec.seed, haystack=where)
+
+    loaded.model.eval()
+    return Job(questions, partial(_answer, loaded), rows)
+
+
+def _answer(loaded: LoadedModel, questions: Sequence[Question]) -> list[Outcome]:
+    stop = stop_ids(loaded.model, loaded.tokenizer)
+    answers = generate(loaded.model, [question.ids for question in questions], NEW_TOKENS, stop=stop)
+    outcomes = []
+    for question, ids in zip(questions, answers, strict=True):
+        answer, case = loaded.tokenizer.decode(ids, skip_special_tokens=True), question.case
+        details = {"depth": case.facts["depth"], "answer": answer, "reference": case.references[0]}
+        outcomes.append(Outcome(case.id, "", case.length, float(case.references[0] in answer), details=details))
+    return outcomes

@@ -1,0 +1,183 @@
+"""What an evaluation is asked: suites, each with its fields. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ctxext.config import presets
+from ctxext.config.loader import Tokens, build, spec
+from ctxext.data.documents import EMBEDDED
+from ctxext.errors import InputError
+
+Count = Annotated[int, Field(gt=0)]
+Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
+Lengths = Annotated[tuple[Tokens, ...], Field(min_length=1)] | None
+FIVE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@spec
+class Perplexity:
+    """evals/perplexity.py. `lengths`: None is the usable length of the models. `limit`: tokens of text; None is 32k, or
+    twice the greatest length. `stride`: tokens; None is the protocol's own."""
+
+    suite: Literal["perplexity"] = "perplexity"
+    lengths: Lengths = None
+    data: str = EMBEDDED
+    text_field: str = "text"
+    protocol: Literal["hf-stride", "longlora", "truncate"] = "hf-stride"
+    stride: Count | None = None
+    limit: Count | None = None
+
+
+@spec
+class LongPpl:
+    """evals/longppl.py. `evaluator` names the model that finds the key tokens: there is no default, because a model
+    judged by its own keys is judged by itself. `short`: tokens of the short context; `step`: tokens scored with each.
+    None: 4,096 and 1,024, or an eighth and a thirty-second of the length where that is less. `limit`: documents."""
+
+    suite: Literal["longppl"] = "longppl"
+    evaluator: str | None = None
+    lengths: Lengths = None
+    data: str = EMBEDDED
+    text_field: str = "text"
+    short: Tokens | None = None
+    step: Tokens | None = None
+    limit: Count | None = None
+
+
+@spec
+class Passkey:
+    """evals/passkey.py: `cases` at each length and depth; `limit` of them in all, taken evenly. `haystack`: embedded
+    (held-out files), grass (repeated sentences), or text as `data` has it. `decode`: generate, instead of one forward
+    with the answer in it."""
+
+    suite: Literal["passkey"] = "passkey"
+    lengths: Lengths = None
+    data: str = EMBEDDED
+    text_field: str = "text"
+    depths: Depths = FIVE_DEPTHS
+    cases: Count = 10
+    limit: Count | None = None
+    seed: int = 0
+    decode: bool = False
+
+
+@spec
+class Niah:
+    """evals/niah.py: a needle in text, found by generating: `cases` at each length and depth."""
+
+    suite: Literal["niah"] = "niah"
+    lengths: Lengths = None
+    data: str = EMBEDDED
+    text_field: str = "text"
+    depths: Depths = FIVE_DEPTHS
+    cases: Count = 5
+    limit: Count | None = None
+    seed: int = 0
+
+
+@spec
+class Ruler:
+    """evals/ruler.py: `cases` of each of `tasks` (None: all that there is data for) at each length.
+
+    `data`: the text that needles are hidden in. `squad`, `hotpotqa`: files for qa_1 and qa_2 in the official JSON.
+    `from_cases`: a JSONL file made earlier, in place of making cases.
+    """
+
+    suite: Literal["ruler"] = "ruler"
+    lengths: Lengths = None
+    data: str = EMBEDDED
+    text_field: str = "text"
+    tasks: tuple[str, ...] | None = None
+    cases: Count = 20
+    limit: Count | None = None
+    seed: int = 0
+    squad: str | None = None
+    hotpotqa: str | None = None
+    from_cases: str | None = None
+
+
+@spec
+class LongBench:
+    """evals/longbench.py. `data`: a JSONL file, or a directory of them, in LongBench's format. `lengths`: the prompt's
+    most, where its middle is cut out."""
+
+    suite: Literal["longbench"] = "longbench"
+    lengths: Lengths = None
+    data: str | None = None
+    tasks: tuple[str, ...] | None = None
+    limit: Count | None = None
+
+
+@spec
+class Short:
+    """evals/short.py: lm-eval's own tasks, run by lm-eval. `limit`: documents of each task. `include`: a directory of
+    task definitions beside lm-eval's."""
+
+    suite: Literal["short"] = "short"
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("hellaswag", "arc_easy", "arc_challenge", "piqa")
+    include: str | None = None
+    limit: Count | None = None
+
+
+Suite = Annotated[Perplexity | LongPpl | Passkey | Niah | Ruler | LongBench | Short, Field(discriminator="suite")]
+SUITES: dict[str, type] = {
+    "perplexity": Perplexity,
+    "longppl": LongPpl,
+    "passkey": Passkey,
+    "niah": Niah,
+    "ruler": Ruler,
+    "longbench": LongBench,
+    "short": Short,
+}
+
+
+@spec
+class EvalSpec:
+    """Suites, run in order on each model. `extrapolate`: also at lengths beyond what a model's positions were trained
+    for. `dtype`: of weights and activations. `tokens_per_batch`: rows of one length are run together up to so many."""
+
+    suites: Annotated[tuple[Suite, ...], Field(min_length=1)]
+    extrapolate: bool = False
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    tokens_per_batch: Tokens = 16_384
+
+
+def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
+    """The spec of a command line: suites by name, joined by commas, or one preset; and what its options say.
+
+    A key of `given` is a field of EvalSpec; `SUITE.field`; or a field of suites, which goes to all that have it.
+    Raises InputError (a name or a field that is not known), SpecError (a value that is not allowed).
+    """
+    names = [name.strip() for name in suite.split(",")]
+    if all(name in SUITES for name in names):
+        data: dict[str, Any] = {"suites": [{"suite": name} for name in names]}
+    else:
+        if suite not in presets.names("eval") and not suite.endswith((".yaml", ".yml")):
+            known = ", ".join([*SUITES, *presets.names("eval")])
+            raise InputError(f"--suite {suite!r} is unknown; allowed are {known}, or a YAML file")
+        data = {**presets.find("eval", suite).data}
+    suites = [dict(one) for one in data.get("suites", [])]
+    for key, value in given.items():
+        if key in {field.name for field in fields(EvalSpec)} - {"suites"}:
+            data[key] = value
+            continue
+        named, dot, field = key.rpartition(".")
+        takers = [one for one in suites if field in _fields(one) and (not dot or one["suite"] == named)]
+        if not takers:
+            has = ", ".join(name for name, cls in SUITES.items() if field in _names(cls)) or "no suite"
+            raise InputError(f"{key} is no field of {suite}", hint=f"{has} has {field}")
+        for one in takers:
+            one[field] = value
+    return build(EvalSpec, {**data, "suites": suites}, source=f"eval spec ({suite}, options)")
+
+
+def _fields(suite: dict[str, Any]) -> set[str]:
+    return _names(SUITES[suite["suite"]]) if suite.get("suite") in SUITES else set()
+
+
+def _names(cls: type) -> set[str]:
+    return {field.name for field in fields(cls)} - {"suite"}

@@ -1,0 +1,89 @@
+"""Greedy generation in batches: unequal prompts, prefill in chunks, a cache that is O(W) on sliding layers.
+
+The cache is transformers' own (DynamicCache), which keeps `sliding_window` - 1 tokens of a layer with a window. Rows
+are padded on the left and the padding is seen by none; positions count a row's own tokens, so that a row is rotated as
+it would be by itself. Sampling, beams and penalties are not done.
+
+B rows, T tokens of the longest prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from ctxext.errors import InputError
+from ctxext.model.load import causal_lm, output_weight
+
+CHUNK = 4096  # tokens of a row prefilled at once: activations are bounded by it, not by the prompt
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop: Collection[int] = (), chunk: int = CHUNK
+) -> list[list[int]]:
+    """The greedy continuation of each prompt: at most `max_new_tokens` ids, ending before the first of `stop`.
+
+    Memory: the cache of B x (T + max_new_tokens) tokens on full layers and B x W on sliding ones, and the activations
+    of B x `chunk`; logits are made of one token a row. Raises InputError for an empty prompt.
+    """
+    if not prompts or min(map(len, prompts)) == 0:
+        raise InputError("nothing to generate from: a prompt has no tokens")
+    weight = output_weight(model)
+    decoder = causal_lm(model).get_decoder()
+    ids, mask = _padded(prompts, weight.device)  # [B, T]
+    padded = not bool(mask.all())
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
+    cache, out = None, None
+    for begin in range(0, ids.shape[1], chunk):
+        end = min(begin + chunk, ids.shape[1])
+        out = decoder(
+            input_ids=ids[:, begin:end],
+            attention_mask=mask[:, :end] if padded else None,
+            position_ids=positions[:, begin:end] if padded else None,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = out.past_key_values
+    answers: list[list[int]] = [[] for _ in prompts]
+    going = [True] * len(prompts)
+    for step in range(max_new_tokens):
+        logits = torch.nn.functional.linear(out.last_hidden_state[:, -1], weight)  # [B, V]
+        chosen = logits.argmax(-1)  # [B]
+        for row, token in enumerate(chosen.tolist()):
+            going[row] = going[row] and token not in stop
+            if going[row]:
+                answers[row].append(token)
+        if not any(going) or step + 1 == max_new_tokens:
+            break
+        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1)
+        positions = positions[:, -1:] + 1
+        out = decoder(
+            input_ids=chosen[:, None],
+            attention_mask=mask if padded else None,
+            position_ids=positions if padded else None,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return answers
+
+
+def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and a mask, both [B, T], with the padding on the left."""
+    T = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), T, dtype=torch.long)
+    mask = torch.zeros(len(prompts), T, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, T - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, T - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer: the tokenizer's EOS and those of the model's generation config."""
+    configured = getattr(causal_lm(model), "generation_config", None)
+    given = getattr(configured, "eos_token_id", None)
+    listed = [given] if isinstance(given, int) else list(given or [])
+    return frozenset(listed + ([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []))
