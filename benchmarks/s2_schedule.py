@@ -28,7 +28,7 @@ from ctxext.config import presets
 from ctxext.config.loader import build
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.evals import passkey, perplexity
-from ctxext.evals.suite import EMBEDDED_SPLIT
+from ctxext.evals.spec import Passkey
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
@@ -52,10 +52,11 @@ Row = dict[str, float]
 def measure(model: str, cases: int) -> Row:
     """Perplexity at both lengths; the share of passkeys found, by distance in tokens."""
     loaded = load_model(model)
-    texts = perplexity.encode(read_documents(EMBEDDED, split=EMBEDDED_SPLIT), loaded.tokenizer, max_tokens=TEXT)
+    texts = perplexity.encode(read_documents(EMBEDDED, split="held-out"), loaded.tokenizer, max_tokens=TEXT)
     row = {f"perplexity at {T:,}": perplexity.perplexity(loaded, texts, T).perplexity for T in (SHORT, LONG)}
-    found = passkey.passkey(loaded, [LONG], per_depth=cases, seed=0, haystack="held-out")
-    row |= {f"passkey, {(1 - depth) * LONG:,.0f} back": score.accuracy for depth, score in found.by_depth.items()}
+    (found,) = passkey.passkey(loaded, Passkey(lengths=(LONG,), cases=cases))
+    shares = found.details["by_depth"].items()
+    row |= {f"passkey, {(1 - float(depth)) * LONG:,.0f} back": share for depth, share in shares}
     del loaded
     gc.collect()
     return row

@@ -25,13 +25,25 @@ ProcessesOption = Annotated[
 HostfileOption = Annotated[
     Path | None, typer.Option(help="Hosts with one file system, reached by ssh: lines `name slots=N`")
 ]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--out, or the newest)")]
+RepeatOption = Annotated[
+    Path | None, typer.Option(help="A run's directory: a new run of its spec on its model and data")
+]
+ForceOption = Annotated[
+    bool,
+    typer.Option(
+        "--force",
+        help="Replace an existing run; with --resume: go on with a changed spec; with --repeat: on what changed",
+    ),
+]
 EXAMPLES = """Examples:\n
   ctxext finetune --ctx 100k\n
   ctxext finetune llama2-7b --ctx 32k --preset longlora --data books/\n
   ctxext finetune tiny --ctx 2k --preset smoke\n
   ctxext finetune llama2-7b --ctx 100k --plan\n
   ctxext finetune llama2-7b --ctx 100k --zero 3 --nproc 8\n
-  ctxext finetune --resume --out runs/20260101T000000.000000Z-finetune-tiny"""
+  ctxext finetune --resume --out runs/20260101T000000.000000Z-finetune-tiny\n
+  ctxext finetune --repeat runs/20260101T000000.000000Z-finetune-tiny --set seed=1"""
 
 
 def finetune(
@@ -58,39 +70,61 @@ def finetune(
     nproc: ProcessesOption = None,
     hostfile: HostfileOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print every derived number and stop")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run (--out, or the newest)")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing run; with --resume: go on with a changed spec")
-    ] = False,
+    resume: ResumeOption = False,
+    repeat: RepeatOption = None,
+    force: ForceOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON")] = False,
 ) -> None:
     """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, positions where needed."""
     from ctxext.config import manifest as manifests
 
-    given = {"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}
+    given = _fields({"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}, set_ or [])
+    if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
+        raise InputError(
+            "--resume and --repeat take a run's own model and spec", hint="give one of them, without MODEL and --preset"
+        )
     if resume:
-        if model is not None or preset != DEFAULT_PRESET:
-            raise InputError("--resume goes on with the run's own model and spec", hint="leave MODEL and --preset out")
         from ctxext.train.run import newest_unfinished, plan_resumed
 
         run = out or newest_unfinished(manifests.RUNS)
-        decided = plan_resumed(run, _fields(given, set_ or []), accept=force)
+        decided = plan_resumed(run, given, accept=force)
     else:
-        if ctx is None and preset == DEFAULT_PRESET:
+        if repeat is None and ctx is None and preset == DEFAULT_PRESET:
             raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
-        decided = _plan(model, preset, _fields(given, set_ or []), needs_weights=not plan)
+        decided = _repeated(repeat, given, force) if repeat else _plan(model, preset, given, needs_weights=not plan)
         run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
-    from ctxext.train.parallel import plan_launch
-
-    launch = plan_launch(decided, zero, nproc, hostfile, resume=resume)
-    rows = decided.rows() + ([("processes", launch.summary())] if launch else [])
+    decided, launch = _launched(decided, zero, nproc, hostfile, resume, repeat)
+    rows = decided.rows() + ([("processes", f"{launch.summary()}; the memory is that of each")] if launch else [])
     if plan:
-        console.emit(decided.as_dict()) if as_json else console.pairs(rows)
+        from ctxext.train.parallel import ALONE
+
+        where = launch.as_dict() if launch else ALONE
+        console.emit(decided.as_dict() | {"launch": where}) if as_json else console.pairs(rows)
         return
     console.pairs(rows, to_stderr=True)
-    _run(decided, run, resume, force, as_json, launch)
+    _run(decided, run, resume, force, as_json, launch, repeat)
+
+
+def _launched(
+    plan: RunPlan, zero: str | None, nproc: int | None, hostfile: Path | None, resume: bool, repeat: Path | None
+) -> tuple[RunPlan, Launch | None]:
+    """On how many processes a plan runs, and the plan with the memory of one of them."""
+    from ctxext.train.launch import LAUNCH
+    from ctxext.train.parallel import Launch, plan_launch
+    from ctxext.train.plan import divided
+
+    before = Launch.read(repeat / LAUNCH) if repeat and (repeat / LAUNCH).is_file() else None
+    launch = plan_launch(plan, zero, nproc, hostfile, resume=resume, repeats=before)
+    return (divided(plan, launch.partition) if launch else plan), launch
+
+
+def _repeated(run: Path, given: dict[str, Any], force: bool) -> RunPlan:
+    from ctxext.train.run import plan_repeated
+
+    plan, moved = plan_repeated(run, given, accept=force)
+    for what in moved:
+        console.say(f"warning: no longer what {run} was trained on: {what}")
+    return plan
 
 
 def _fields(given: dict[str, Any], sets: list[str]) -> dict[str, Any]:
@@ -127,7 +161,9 @@ def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weight
     return plan_run(resolve(model, weights=needs_weights), spec)
 
 
-def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, launch: Launch | None) -> None:
+def _run(
+    plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, launch: Launch | None, repeat: Path | None
+) -> None:
     from ctxext.config.output import replacing
     from ctxext.train.launch import LOGS
     from ctxext.train.run import discard_unstarted, start_run
@@ -137,7 +173,7 @@ def _run(plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, lau
         report = train_with_progress(plan, run, resume=True, launch=launch)
     else:
         read = [Path(part.source) for part in plan.spec.data.parts]
-        with replacing(run, force, keep=[plan.source.path, *(path for path in read if path.exists())]):
+        with replacing(run, force, keep=[plan.source.path, repeat, *(path for path in read if path.exists())]):
             start_run(plan, run)
             try:
                 report = train_with_progress(plan, run, resume=False, launch=launch)
@@ -181,6 +217,7 @@ def train_with_progress(plan: RunPlan, run: Path, *, resume: bool, launch: Launc
 
         def on_step(metrics: StepMetrics) -> None:
             speed = f"{metrics.tokens_per_second:,.0f} tokens/s  {format_bytes(metrics.memory)}"
+            speed += f"  MFU {metrics.mfu:.0%}" if getattr(metrics, "mfu", None) else ""
             note = f"loss {metrics.loss:.3f}  {speed}"
             display.update(task, completed=metrics.step, description="training", note=note)
             if display.disable and metrics.step % max(1, plan.steps // 10) == 0:

@@ -36,7 +36,7 @@ from ctxext.ops.masks import Pattern, document_starts, first_shifted_head, lower
 from ctxext.train import recompute
 from ctxext.train.plan import plan_run
 from ctxext.train.run import SPEC_FILE, plan_resumed
-from ctxext.train.spec import FinetuneSpec, MemorySpec
+from ctxext.train.spec import FinetuneSpec, MemorySpec, ValidationSpec
 from ctxext.units import format_tokens
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     require_tokenizer(source.directory)
     attention = attention or ("training" if spec else "inference")
     ctx = ctx or (spec.ctx if spec else source.usable_length)
-    spec = replace(spec or FinetuneSpec(ctx=ctx), ctx=ctx)
+    # What a run validates at has no say in what its attention sees, and may be longer than this ctx.
+    spec = replace(spec or FinetuneSpec(ctx=ctx), ctx=ctx, validation=ValidationSpec())
     plan = plan_run(untrained or source, spec) if attention == "training" else None
     if plan and untrained is None:
         source = replace(plan.source, config=plan.config)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from ctxext.ops.masks import first_shifted_head
 
 LOGITS_BYTES = 64 * 1024**2  # of the fp32 logits that the chunked loss holds at a time
+MASTER_BYTES, GRADIENT_BYTES = 4, 4  # of a parameter that trains: both are fp32
 
 Layer = tuple[int | None, int | None]  # (sliding_window, group_size) in tokens; None, None = full causal
 
@@ -45,6 +46,28 @@ class ModelShape:
     tied: bool
     attention_bias: bool = False
     qk_norm: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """How ZeRO (arXiv 1910.02054) divides a run's state among `ranks` processes, each with a device of its own.
+
+    stage                1 divides masters and moments, 2 the gradients too, 3 the weights too
+    offload_optimizer    masters and moments, from stage 2 on the gradients too, wait on the host
+    offload_weights      the divided weights wait on the host
+    bucket               entries of the buffers that gradients are collected in before they are sent
+    live                 weights that stage 3 has gathered at a time, at most
+    """
+
+    ranks: int = 1
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    bucket: int = 0
+    live: int = 1_000_000_000
+
+
+WHOLE = Partition()  # one process, nothing divided
 
 
 def layer_matrices(shape: ModelShape) -> int:
@@ -105,20 +128,28 @@ def forward_flops(shape: ModelShape, layers: Sequence[Layer], T: int) -> int:
     return linear + 2 * 2 * shape.head_dim * sum(layer_pairs(shape, T, layer) for layer in layers)
 
 
+def model_flops(shape: ModelShape, layers: Sequence[Layer], T: int, *, weights_train: bool = False) -> int:
+    """FLOPs that forward and backward over one row of T tokens need: what MFU counts (arXiv 2204.02311, appendix B).
+
+    Layers: forward, gradient of the input, gradient of the weights if they train. Nothing is computed twice. LoRA's own
+    matrices (rank over width of this) and the optimizer are left out.
+    """
+    passes = 2 + weights_train
+    linear = 2 * T * (shape.num_layers * layer_matrices(shape) + shape.vocab_size * shape.hidden_size) * passes
+    return linear + 2 * shape.head_dim * (2 + 4) * sum(layer_pairs(shape, T, layer) for layer in layers)
+
+
 def step_flops(
     shape: ModelShape, layers: Sequence[Layer], T: int, *, checkpointing: bool = True, weights_train: bool = False
 ) -> int:
-    """FLOPs of forward and backward over one row of T tokens; recomputation by checkpointing counts as work.
+    """`model_flops` and what is computed again: the scores in the backward pass, and the layers if checkpointed.
 
-    Layers: forward, gradient of the input, again forward if checkpointed, gradient of the weights if they train. The
-    head is not recomputed, the chunked loss takes its gradient in the forward. LoRA's own matrices (rank over width of
-    this) and the optimizer are left out.
+    The head is not recomputed, the chunked loss takes its gradient in the forward.
     """
-    passes = 2 + checkpointing + weights_train
-    linear = 2 * T * shape.num_layers * layer_matrices(shape) * passes
-    head = 2 * T * shape.vocab_size * shape.hidden_size * (2 + weights_train)
     pairs = sum(layer_pairs(shape, T, layer) for layer in layers)
-    return linear + head + pairs * 2 * shape.head_dim * (2 + 2 * checkpointing + 5)
+    again = 2 * T * shape.num_layers * layer_matrices(shape) * checkpointing
+    again += pairs * 2 * shape.head_dim * (1 + 2 * checkpointing)
+    return model_flops(shape, layers, T, weights_train=weights_train) + again
 
 
 def training_memory(
@@ -130,47 +161,71 @@ def training_memory(
     trainable: int,
     moment_bytes: int = 8,
     item_bytes: int = 2,
-    checkpointing: bool = True,
+    checkpointing: int = 1,
     chunk: int | None = None,
     quantized: float | None = None,
     keep_attention: bool = False,
     tiles: int | None = None,
     offload: bool = False,
     runtime: int = 2_500_000_000,
+    partition: Partition = WHOLE,
 ) -> dict[str, int]:
     """Bytes of a training step on one device by what holds them, an estimate (±20%); the total is the sum.
 
-    trainable    parameters that train: fp32 master, gradient and two AdamW moments, 16 bytes each
-    moment_bytes of the two moments together: 8, or 2 for 8-bit AdamW
-    item_bytes   of a stored weight and of an activation
-    quantized    bytes of an entry of the layers' matrices where these are quantised: about 0.52 for 4 bits, 1 for 8
-    chunk        tokens of logits held at a time (default: `loss_chunk`)
-    runtime      an accelerator's context, libraries and allocator slack
+    trainable     parameters that train: fp32 master, gradient and two AdamW moments, 16 bytes each
+    moment_bytes  of the two moments together: 8, or 2 for 8-bit AdamW
+    item_bytes    of a stored weight and of an activation
+    checkpointing layers that share a checkpoint, all of which are live while they are computed again; 0: none
+    quantized     bytes of an entry of the layers' matrices where these are quantised: about 0.52 for 4 bits, 1 for 8
+    chunk         tokens of logits held at a time (default: `loss_chunk`)
+    runtime       an accelerator's context, libraries and allocator slack
+    partition     what of it other processes hold; what waits on the host is not counted, and no split was measured
     keep_attention, tiles (tokens), offload are the knobs of the training spec. Offloaded checkpoints are not counted:
-    they are on the host, `len(layers) * X` bytes of it, but for the two on their way.
-    The patterns of the layers matter to tiles alone: the kernels used here hold no scores. Without checkpointing, what
-    a layer stores is our count and was not measured.
+    they are on the host, `X` bytes each, but for the two on their way.
+    The patterns of the layers matter to tiles alone: the kernels used here hold no scores. What a layer stores without
+    checkpointing, or beside others of its checkpoint, is our count and was not measured.
     """
     tokens, E, F = T * micro_batch, shape.hidden_size, shape.intermediate_size
     X = tokens * E * item_bytes
     kv = shape.num_kv_heads / shape.num_heads
-    stored = X if checkpointing else (9 + 2 * kv) * X + 4 * tokens * F * item_bytes
+    live = (9 + 2 * kv) * X + 4 * tokens * F * item_bytes  # of a layer between its forward and its backward
+    stored = -(-len(layers) // checkpointing) if checkpointing else len(layers)
     if checkpointing and offload:
-        stored = X * min(1.0, 2 / len(layers))
+        stored = min(2, stored)
     kept = [window is None for window, _ in layers].count(True) if keep_attention else 0
     c = loss_chunk(shape.vocab_size) if chunk is None else chunk
-    matrices = shape.num_layers * layer_matrices(shape)
+    work = max(_layer_work(shape, T, micro_batch, layer, item_bytes, tiles) for layer in layers)
     items = {
-        "weights": int(item_bytes * (parameter_count(shape) - matrices) + (quantized or item_bytes) * matrices),
-        "trainable": (8 + moment_bytes) * trainable,
-        "checkpoints" if checkpointing else "activations": int(len(layers) * stored),
+        **_state(shape, trainable, moment_bytes, item_bytes, quantized, partition),
+        "checkpoints" if checkpointing else "activations": int(stored * (X if checkpointing else live)),
         "kept attention": kept * tokens * shape.num_heads * (shape.head_dim * item_bytes + 4),
-        "layer": max(_layer_work(shape, T, micro_batch, layer, item_bytes, tiles) for layer in layers),
+        "layer": work + int(max(0, min(checkpointing, len(layers)) - 1) * live),
         "loss": 10 * min(c, tokens) * shape.vocab_size + X,
         "positions": tokens * (8 * shape.head_dim + 32),
         "runtime": runtime,
     }
     return {name: size for name, size in items.items() if size}
+
+
+def _state(
+    shape: ModelShape, trainable: int, moment_bytes: int, item_bytes: int, quantized: float | None, by: Partition
+) -> dict[str, int]:
+    """Bytes of what does not depend on the tokens: weights, and what belongs to those that train."""
+    matrices, every = shape.num_layers * layer_matrices(shape), parameter_count(shape)
+    weights = item_bytes * (every - matrices) + (quantized or item_bytes) * matrices
+    optimizer = 0 if by.offload_optimizer else (MASTER_BYTES + moment_bytes) * trainable / by.ranks
+    gradients = GRADIENT_BYTES * trainable / (by.ranks if by.stage >= 2 else 1)
+    if by.stage >= 2 and by.offload_optimizer:
+        gradients = 0
+    gathered = 0
+    if by.stage == 3 and (by.ranks > 1 or by.offload_weights):
+        weights, gathered = 0 if by.offload_weights else weights / by.ranks, item_bytes * min(every, by.live)
+    return {
+        "weights": int(weights),
+        "gathered weights": gathered,
+        "trainable": int(optimizer + gradients),
+        "buckets": by.bucket * (GRADIENT_BYTES if by.stage == 1 else item_bytes),
+    }
 
 
 def _layer_work(shape: ModelShape, T: int, batch: int, layer: Layer, item_bytes: int, tiles: int | None) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ctxext.model.adapters import trainable
 from ctxext.model.load import hidden_states, output_weight
-from ctxext.train.loss import linear_cross_entropy, token_losses
+from ctxext.train.loss import linear_cross_entropy, token_scores
 from ctxext.train.optimizer import MASTER, MasterAdamW, RelativeClip
 from ctxext.train.spec import OptimizerSpec
 
@@ -43,7 +43,8 @@ class Engine(Protocol):
 
     def loss(self, ids: Tensor, labels: Tensor, *, each: bool = False, **attention: Any) -> Tensor:
         """Cross entropy of ids, labels (b, T), in nats, summed over the labels that count; with `each` and without
-        gradients, that of every token (b, T). `attention` goes to model.load.hidden_states."""
+        gradients, the scores of every token (2, b, T): its loss, and 1 where its label is the most probable one.
+        `attention` goes to model.load.hidden_states."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the step's loss; the shares of all ranks sum to the loss."""
@@ -78,7 +79,7 @@ class LossModel(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor, each: bool = False, **attention: Any) -> Tensor:
         hidden = hidden_states(self.model, ids, **attention)  # (b, T, E)
         losses: Tensor = self.head(hidden.flatten(0, 1), labels.flatten(), each)
-        return losses.view_as(labels) if each else losses
+        return losses.view(2, *labels.shape) if each else losses
 
 
 class LossHead(nn.Module):
@@ -90,7 +91,7 @@ class LossHead(nn.Module):
 
     def forward(self, hidden: Tensor, labels: Tensor, each: bool) -> Tensor:
         weight = self.weight()
-        return token_losses(hidden, weight, labels) if each else linear_cross_entropy(hidden, weight, labels)[0]
+        return token_scores(hidden, weight, labels) if each else linear_cross_entropy(hidden, weight, labels)[0]
 
 
 class LocalEngine:

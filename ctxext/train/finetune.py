@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ctxext.data.mixture import Sequences
+from ctxext.errors import InputError
 from ctxext.model.adapters import attach
 from ctxext.model.load import build_model
 from ctxext.ops.backends.choice import Call, choose
@@ -30,10 +31,11 @@ from ctxext.train.checkpoint import Progress, load_newest, newest_step
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
 from ctxext.train.memory import is_out_of_memory, out_of_memory
+from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data
 from ctxext.train.telemetry import telling
-from ctxext.train.validation import check_short
+from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
 from ctxext.units import format_duration, format_flops
 
@@ -112,14 +114,17 @@ def run_finetune(
     return report(plan, run, progress, count, time.monotonic() - began)
 
 
-def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tuple[Engine, Sequences, Sequences | None]:
+def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tuple[Engine, Sequences, HeldOut | None]:
     """Everything the loop needs at one context: (the model in its engine, what trains, what is held out)."""
     torch.manual_seed(plan.spec.seed)
     device, dtype = training_device(plan)
     events.say(f"attention: {backends(plan, device, dtype)} ({device.type}, {str(dtype).removeprefix('torch.')})")
     ranks = None if zero is None else join(zero, plan, dtype)
     with ranks.one_a_host_first() if ranks else nullcontext():
-        sequences, held_out = prepare_data(plan, events)
+        cases = grid_cases(plan)
+        sequences, held = prepare_data(plan, events)
+    if cases and held is None:
+        raise InputError("validation.passkey: there is nothing to validate", hint="give longer text, or leave it out")
     model = _model(plan, device, dtype)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
@@ -127,7 +132,7 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
     rate = MATMUL_SHARE * engine.world * _matmul_rate(next(model.parameters()))
     seconds = (plan.stop - plan.first) * plan.step_flops / rate
     events.say(f"estimated time: {format_duration(seconds)} (at {format_flops(rate)}/s, half of a matmul's speed here)")
-    return engine, sequences, held_out
+    return engine, sequences, HeldOut(held, cases) if held is not None else None
 
 
 def finish(

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -22,10 +22,11 @@ from ctxext.errors import CheckFailed, ModelError
 from ctxext.ops.masks import check_document_starts
 from ctxext.train.checkpoint import Progress, discard_after, load_newest, save_checkpoint
 from ctxext.train.engine import Engine
-from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, memory_in_use
+from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, memory_in_use, peak_flops
 from ctxext.train.optimizer import rate_factor
+from ctxext.train.passkey import in_words
 from ctxext.train.plan import RunPlan
-from ctxext.train.validation import Validation, complaint, validate
+from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
 LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # of the running mean that a spike is judged by
 
@@ -42,7 +43,7 @@ class Events:
 def train(
     engine: Engine,
     sequences: Sequences,
-    held_out: Sequences | None,
+    held_out: HeldOut | None,
     plan: RunPlan,
     run: Path,
     progress: Progress,
@@ -56,6 +57,7 @@ def train(
     spec, steps, saved_at, writes = plan.spec, plan.steps, time.monotonic(), engine.rank == 0
     log = JsonLines(run / STEPS, progress.done, writes=writes)
     held_out_log = JsonLines(run / VALIDATIONS, progress.done, writes=writes)
+    peak = engine.world * peak_flops(engine.device, spec.dtype)
     engine.model.train()
     with _interruption() as interrupted, closing(log), closing(held_out_log):
         if held_out and progress.validation is None:
@@ -80,10 +82,12 @@ def train(
                 held_out_log.cut_back(progress.done)
                 continue
             progress = _advance(progress, loss, plan)
-            seconds, tokens, memory = time.monotonic() - began, plan.tokens_per_step, memory_in_use(engine.device)
-            speeds = tokens / seconds, plan.step_flops / seconds
-            metrics = StepMetrics(step + 1, loss, factor, norm, scale, (step + 1) * tokens, *speeds, memory, seconds)
-            log.append(asdict(metrics))
+            seconds, tokens = time.monotonic() - began, plan.tokens_after(progress.done)
+            speeds = plan.tokens_per_step / seconds, plan.step_flops / seconds
+            mfu = plan.model_flops / seconds / peak if peak else None
+            memory = memory_in_use(engine.device)
+            metrics = StepMetrics(step + 1, loss, factor, norm, scale, tokens, *speeds, memory, seconds, mfu)
+            log.append(metrics.as_dict())
             events.on_step(metrics)
             last, every = progress.done == plan.stop, spec.validation.every_steps
             if held_out and (last or (every is not None and progress.done % every == 0)):
@@ -143,7 +147,7 @@ def _advance(progress: Progress, loss: float, plan: RunPlan) -> Progress:
 
 def _note_validation(now: Validation, progress: Progress, events: Events) -> Progress:
     """Say what it says, and remember the best."""
-    events.say(f"step {now.step}: held-out loss {now.loss:.4f}")
+    events.say(f"step {now.step}: held-out loss {now.loss:.4f}" + (f", {in_words(now.passkey)}" if now.passkey else ""))
     events.on_validation(now)
     if progress.validation and (text := complaint(Validation(**progress.validation), now, progress)):
         events.say(text)

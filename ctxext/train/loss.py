@@ -46,13 +46,20 @@ def linear_cross_entropy(
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
     """-log softmax(hidden weightᵀ)[label] of every token, fp32 [N], 0 where the label is IGNORED; no gradient."""
+    return token_scores(hidden, weight, labels, chunk)[0]
+
+
+@torch.no_grad()
+def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
+    """`token_losses`, and 1 where a token's label is the most probable one, else 0: fp32 [2,N]; no gradient."""
     _check(hidden, weight, labels)
-    losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    scores = torch.zeros(2, *labels.shape, dtype=torch.float32, device=hidden.device)
     matrix = weight.to(hidden.dtype)
     for rows in _rows(hidden, chunk or loss_chunk(weight.shape[0])):
         logits = (hidden[rows] @ matrix.t()).float()  # [c,V]
-        losses[rows] = cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="none")
-    return losses
+        scores[0, rows] = cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="none")
+        scores[1, rows] = (logits.argmax(-1) == labels[rows]).float()
+    return scores
 
 
 @torch.no_grad()

@@ -34,7 +34,8 @@ def next_knob(plan: RunPlan) -> str:
         return "micro_batch_size=1"
     knobs = {
         "activations": "memory.checkpoint=true" if not memory.checkpoint else None,
-        "layer": f"memory.tiles={TILE}" if memory.checkpoint and (memory.tiles or 2 * TILE) > TILE else None,
+        "layer": "memory.checkpoint=true" if memory.checkpoint > 1
+        else f"memory.tiles={TILE}" if memory.checkpoint and (memory.tiles or 2 * TILE) > TILE else None,
         "checkpoints": "memory.offload=true" if memory.checkpoint and not memory.offload else None,
         "kept attention": "memory.keep=nothing" if memory.keep != "nothing" else None,
         "trainable": "optimizer.name=adamw8bit, or --zero 2 over several cards" if spec.optimizer.name == "adamw"

@@ -12,13 +12,14 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import environ
 from pathlib import Path
 from typing import Any
 
 from ctxext.config.presets import shipped
 from ctxext.errors import InputError, SpecError
+from ctxext.ops.cost import Partition
 from ctxext.train.plan import RunPlan
 
 FOLDER, DEFAULT = "deepspeed_configs", "2"
@@ -69,6 +70,26 @@ class Launch:
         return stage
 
     @property
+    def partition(self) -> Partition:
+        """What it divides, for the plan's memory; what its file leaves out is as in DeepSpeed."""
+        zero, stage = self.zero["zero_optimization"], self.stage
+        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) if zero.get("contiguous_gradients", True) else 0
+        return Partition(
+            ranks=self.world,
+            stage=stage,
+            offload_optimizer="offload_optimizer" in zero,
+            offload_weights="offload_param" in zero,
+            bucket=bucket * (2 if stage < 3 and zero.get("overlap_comm", False) else 1),
+            live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--plan --json`."""
+        partition = asdict(self.partition)
+        offloaded = {name: value for name, value in partition.items() if name.startswith("offload_")}
+        return {"processes": self.world, "nodes": len(self.hosts), "zero_stage": self.stage, **offloaded}
+
+    @property
     def compiles(self) -> bool:
         """Whether DeepSpeed compiles its optimizer for the CPU when it first runs."""
         return "offload_optimizer" in self.zero["zero_optimization"]
@@ -91,12 +112,28 @@ class Launch:
         return cls(**(data | {"hosts": tuple(Host(**host) for host in data["hosts"])}))
 
 
+ALONE = {"processes": 1, "nodes": 1, "zero_stage": None, "offload_optimizer": False, "offload_weights": False}
+
+
 def plan_launch(
-    plan: RunPlan, zero: str | None, nproc: int | None, hostfile: Path | None, *, resume: bool = False
+    plan: RunPlan,
+    zero: str | None,
+    nproc: int | None,
+    hostfile: Path | None,
+    *,
+    resume: bool = False,
+    repeats: Launch | None = None,
 ) -> Launch | None:
-    """What the three options ask for; None for the simple default, one process without DeepSpeed."""
+    """What the three options ask for; None for the simple default, one process without DeepSpeed.
+
+    Where none is given and a run is repeated that was launched, `repeats` it is.
+    """
     if hostfile is not None and nproc is not None:
         raise InputError("--nproc and --hostfile both say how many processes", hint="write slots=N in the hostfile")
+    if hostfile is None and zero is None and nproc is None and repeats is not None:
+        launch = replace(repeats, resume=False)
+        _check(plan, launch)
+        return launch
     if hostfile is None and zero is None and nproc in (None, 1):
         return None
     hosts = read_hostfile(hostfile) if hostfile else (Host("localhost", gpus() or 1 if nproc is None else nproc),)

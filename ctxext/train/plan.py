@@ -34,12 +34,14 @@ GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run, decided. Lengths in tokens, memory in bytes, flops of one optimizer step.
+    """One run, decided. Lengths in tokens, memory in bytes on one device, flops of one optimizer step.
 
     config             the model's normalised config with its new positions
     group_size         G where full layers train with S²-Attn, None where they train dense
+    step_flops         with what is computed again; `model_flops` without: MFU counts these
     first, stop        the steps at this ctx, from `first` (from 0) up to, not including, `stop`; `earlier` has the
                        plans of the shorter contexts before it, whose positions, groups and batches are their own
+    tokens_before      what they train on
     measured_length    the longest length this model was evaluated at, of what lies under ./runs; None if never
     """
 
@@ -54,9 +56,11 @@ class RunPlan:
     dtype: str
     memory: dict[str, int]
     step_flops: int
+    model_flops: int
     measured_length: int | None
     first: int
     stop: int
+    tokens_before: int = 0
     earlier: tuple[RunPlan, ...] = ()
 
     def stage_of(self, done: int) -> RunPlan:
@@ -66,7 +70,11 @@ class RunPlan:
     @property
     def tokens(self) -> int:
         """Of the whole run."""
-        return sum(plan.tokens_per_step * (plan.stop - plan.first) for plan in (*self.earlier, self))
+        return self.tokens_after(self.stop)
+
+    def tokens_after(self, done: int) -> int:
+        """Tokens trained on after `done` steps, the last of them at this ctx."""
+        return self.tokens_before + self.tokens_per_step * (done - self.first)
 
     @property
     def tokens_per_step(self) -> int:
@@ -106,6 +114,7 @@ class RunPlan:
             "total_tokens": self.tokens,
             "stages": [{"ctx": plan.spec.ctx, "steps": plan.stop - plan.first} for plan in (*self.earlier, self)],
             "step_flops": self.step_flops,
+            "model_flops": self.model_flops,
             "dtype": self.dtype,
             "memory": self.memory | {"total": sum(self.memory.values())},
             "measured_length": self.measured_length,
@@ -162,7 +171,7 @@ class RunPlan:
             other, name = max(2, self.spec.ctx // GROUPS_PER_CTX), "S²-Attn"
         else:
             other, name = None, "dense"
-        flops = self.global_batch_size * _flops(self.source, self.spec, other)
+        flops = self.global_batch_size * _flops(self.source, self.spec, other)[0]
         costs = f"{name}: {format_flops(flops)} a step, {flops / self.step_flops:.2f}x"
         if self.group_size is None:
             return f"dense, as they run ({costs})"
@@ -202,43 +211,50 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         raise InputError("nothing would train", hint="let lora, embeddings or norms train")
     group_size = _group_size(source, spec)
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
-    config = positions.apply(source.config)
-    shape, layers = source.shape, [_pattern(kind, group_size) for kind in source.kinds]
     gpu = shutil.which("nvidia-smi") is not None  # torch would know for certain, and is not imported here
-    dtype = ("bfloat16" if gpu else "float32") if spec.dtype == "auto" else spec.dtype
-    memory = cost.training_memory(
-        shape,
-        layers,
-        spec.ctx,
-        min(spec.micro_batch_size, batch),
-        trainable=trainables.parameters,
-        moment_bytes=8 if spec.optimizer.name == "adamw" else 2,
-        item_bytes=2 if dtype == "bfloat16" else 4,
-        quantized=QUANTIZED[spec.memory.quantize],
-        keep_attention=spec.memory.keep == "attention",
-        tiles=spec.memory.tiles,
-        offload=spec.memory.offload,
-        runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
-        checkpointing=spec.memory.checkpoint,
-    )
-    flops = batch * _mean_flops(source, spec, group_size)
-    return RunPlan(
+    earlier, flops = _earlier(source, spec), _mean_flops(source, spec, group_size)
+    plan = RunPlan(
         spec=spec,
         source=source,
-        config=config,
+        config=positions.apply(source.config),
         positions=positions,
         trainables=trainables,
         group_size=group_size,
         global_batch_size=batch,
         steps=spec.steps,
-        dtype=dtype,
-        memory=memory,
-        step_flops=flops,
+        dtype=("bfloat16" if gpu else "float32") if spec.dtype == "auto" else spec.dtype,
+        memory={},
+        step_flops=batch * flops[0],
+        model_flops=batch * flops[1],
         measured_length=measured_length(source),
         first=len(spec.stages) * spec.steps // (len(spec.stages) + 1),
         stop=spec.steps,
-        earlier=_earlier(source, spec),
+        tokens_before=earlier[-1].tokens if earlier else 0,
+        earlier=earlier,
     )
+    return divided(plan, cost.WHOLE)
+
+
+def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
+    """The plan with the memory of one of the processes that share it."""
+    gpu, spec = shutil.which("nvidia-smi") is not None, plan.spec
+    memory = cost.training_memory(
+        plan.source.shape,
+        [_pattern(kind, plan.group_size) for kind in plan.source.kinds],
+        spec.ctx,
+        max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks)),
+        trainable=plan.trainables.parameters,
+        moment_bytes=8 if spec.optimizer.name == "adamw" else 2,
+        item_bytes=2 if plan.dtype == "bfloat16" else 4,
+        quantized=QUANTIZED[spec.memory.quantize],
+        keep_attention=spec.memory.keep == "attention",
+        tiles=spec.memory.tiles,
+        offload=spec.memory.offload,
+        runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
+        checkpointing=int(spec.memory.checkpoint),
+        partition=partition if gpu else replace(partition, bucket=0),  # on a CPU the unused rest takes no memory
+    )
+    return replace(plan, memory=memory, earlier=tuple(divided(stage, partition) for stage in plan.earlier))
 
 
 def _absolute(source: str) -> str:
@@ -248,13 +264,19 @@ def _absolute(source: str) -> str:
 
 def _earlier(source: ModelSource, spec: FinetuneSpec) -> tuple[RunPlan, ...]:
     """The plans of the shorter contexts: groups are a part of their ctx, and positions stretch where they have to."""
-    plans, count = list[RunPlan](), len(spec.stages) + 1
+    plans, count, tokens = list[RunPlan](), len(spec.stages) + 1, 0
     for number, ctx in enumerate(spec.stages):
         attention = replace(spec.attention, group_size=None)
         scaling = spec.rope_scaling if ctx > source.usable_length else Auto()
-        plan = plan_run(source, replace(spec, ctx=ctx, stages=(), attention=attention, rope_scaling=scaling))
+        changes: dict[str, Any] = {"attention": attention, "rope_scaling": scaling}
+        if passkey := spec.validation.passkey:
+            fit = tuple(length for length in passkey.lengths if length <= ctx)
+            fitting = replace(passkey, lengths=fit) if fit else None
+            changes["validation"] = replace(spec.validation, passkey=fitting)
+        plan = plan_run(source, replace(spec, ctx=ctx, stages=(), **changes))
         first, stop = (k * spec.steps // count for k in (number, number + 1))
-        plans.append(replace(plan, first=first, stop=stop))
+        plans.append(replace(plan, first=first, stop=stop, tokens_before=tokens))
+        tokens = plans[-1].tokens
     return tuple(plans)
 
 
@@ -267,7 +289,13 @@ def _refuse(source: ModelSource, spec: FinetuneSpec) -> None:
             f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
             hint="set it to 0 in config.json",
         )
-    recompute.check(spec.memory)
+    passkey = spec.validation.passkey
+    if passkey is not None and max(passkey.lengths) > spec.ctx:
+        raise InputError(
+            f"validation.passkey.lengths: {format_tokens(max(passkey.lengths))} tokens are beyond ctx",
+            hint=f"allowed are lengths up to {format_tokens(spec.ctx)}",
+        )
+    recompute.check(spec.memory, [kind.sliding_window for kind in source.kinds])
     if spec.memory.quantize != "none" and spec.tuning == "full":
         raise InputError(
             f"memory.quantize: {spec.memory.quantize} freezes the weights that tuning: full would train",
@@ -281,18 +309,23 @@ def _refuse(source: ModelSource, spec: FinetuneSpec) -> None:
         )
 
 
-def _mean_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> int:
-    """FLOPs of a sequence's step, on average over the attention schedule."""
-    total = 0
+def _mean_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> tuple[int, int]:
+    """`_flops` on average over the attention schedule."""
+    totals = [0, 0]
     for size, steps in phases(spec.attention, group_size, spec.ctx, spec.steps).items():
-        total += steps * _flops(source, spec, size)
-    return total // spec.steps
+        for i, flops in enumerate(_flops(source, spec, size)):
+            totals[i] += steps * flops
+    return totals[0] // spec.steps, totals[1] // spec.steps
 
 
-def _flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> int:
-    """FLOPs of a sequence's step with full layers in groups of `group_size`, or dense."""
+def _flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> tuple[int, int]:
+    """FLOPs of a sequence's step, with and without what is computed again; full layers in groups, or dense."""
     layers, trains = [_pattern(kind, group_size) for kind in source.kinds], spec.tuning == "full"
-    return cost.step_flops(source.shape, layers, spec.ctx, checkpointing=spec.memory.checkpoint, weights_train=trains)
+    again, shape = bool(spec.memory.checkpoint), source.shape
+    return (
+        cost.step_flops(shape, layers, spec.ctx, checkpointing=again, weights_train=trains),
+        cost.model_flops(shape, layers, spec.ctx, weights_train=trains),
+    )
 
 
 def _pattern(kind: LayerKind, group_size: int | None) -> tuple[int | None, int | None]:
@@ -307,8 +340,9 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
     if wanted == "auto":
         wanted = "s2" if all(full) else "dense"
     if wanted == "dense":
-        default = AttentionSpec()
+        default, auto = AttentionSpec(), spec.attention.train == "auto"  # a preset's dense_last holds for every model
         given = [name for name in S2_ONLY if getattr(spec.attention, name) != getattr(default, name)]
+        given = [name for name in given if not (auto and name == "dense_last")]
         if given:
             raise InputError(
                 f"{', '.join(f'attention.{name}' for name in given)}: given, but full layers train dense",

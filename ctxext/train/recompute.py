@@ -6,6 +6,8 @@ A stock layer under gradient checkpointing calls `_gradient_checkpointing_func(c
 y = call(x) [B,T,E] itself; `enable` gives each layer the function that MemorySpec asks for:
 
     checkpoint        x [B,T,E] is kept, the layer is computed again            torch's checkpoint, non-reentrant
+    checkpoint: k     x of every k-th layer is kept, k layers are computed      the same, around k layers: `Together`
+                      again and live together
     keep: attention   and the attention's output [B,H,T,D] and logsumexp        torch's selective checkpoint
                       of full and S² layers, whose kernel then runs once
     tiles             x is kept, the layer is computed again tile by tile       train/tiles.py; keep goes with it
@@ -44,8 +46,8 @@ KERNELS = {  # the attention kernels that `keep: attention` runs once; each retu
 }
 
 
-def check(memory: MemorySpec) -> None:
-    """Refuse what says how to recompute where nothing is recomputed. Raises InputError."""
+def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
+    """Refuse what cannot go together on a model whose layers have these windows (None: full). Raises InputError."""
     asked = {
         "keep: attention": memory.keep != "nothing",
         f"tiles: {memory.tiles}": memory.tiles is not None,
@@ -57,19 +59,33 @@ def check(memory: MemorySpec) -> None:
             f"memory.checkpoint: false keeps everything on the device, and {', '.join(useless)} says what to recompute",
             hint="set memory.checkpoint: true, or leave the others out",
         )
+    k = int(memory.checkpoint)
+    if k > len(windows):
+        raise InputError(f"memory.checkpoint: {k} layers a checkpoint, but there are {len(windows)} in all")
+    if k > 1 and memory.tiles is not None:
+        raise InputError(
+            f"memory.checkpoint: {k} beside tiles: {memory.tiles}, which are tiles of one layer",
+            hint="set memory.checkpoint: true, or leave memory.tiles out",
+        )
+    if k > 1 and memory.keep != "nothing" and any(window is not None for window in windows):
+        raise InputError(
+            f"memory.checkpoint: {k} beside keep: {memory.keep}, which is for full layers alone: a checkpoint would "
+            "hold sliding ones as well",
+            hint="set memory.checkpoint: true or memory.keep: nothing; together they need a model without windows",
+        )
 
 
 def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[str]:
     """Set up every decoder layer of a stock or PEFT-wrapped causal LM; patterns[i] is what layer i sees in training.
 
     Returns notes on what could not be done as asked: layers that cannot be tiled are recomputed whole. With
-    `checkpoint: false` nothing is done. Raises InputError as `check` does, ModelError where the patterns are not the
-    model's.
+    `checkpoint: false` nothing is done. With `checkpoint: k` the outputs of layers inside a checkpoint cannot be looked
+    at while gradients are on. Raises InputError as `check` does, ModelError where the patterns are not the model's.
     """
     from ctxext.model.load import causal_lm
     from ctxext.train import tiles
 
-    check(memory)
+    check(memory, [pattern.sliding_window for pattern in patterns])
     if not memory.checkpoint:
         return []
     base = causal_lm(model)
@@ -78,7 +94,8 @@ def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[
     # transformers renamed it within the versions supported here
     switch_on = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     switch_on({"use_reentrant": False})
-    host, whole = HostInputs() if memory.offload else None, []
+    host, whole, k = HostInputs() if memory.offload else None, [], int(memory.checkpoint)
+    together = [Together() for _ in range(0, len(layers), k)]
     for index, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
         keep = keeping if memory.keep == "attention" and pattern.sliding_window is None else None
         if memory.tiles is not None and tiles.fits(layer):
@@ -86,7 +103,11 @@ def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[
         else:
             run = partial(_checkpoint, keep)
             whole += [index] if memory.tiles is not None else []
-        layer._gradient_checkpointing_func = run if host is None else partial(host.run, run, index == 0)
+        run = run if host is None else partial(host.run, run, index < k)
+        if k > 1:
+            last = (index + 1) % k == 0 or index + 1 == len(layers)
+            run = partial(together[index // k].run, run, index % k == 0, last)
+        layer._gradient_checkpointing_func = run
     if not whole:
         return []
     return [f"memory.tiles: {len(whole)} layers are not of the shape that can be tiled, first {whole[0]}: left whole"]
@@ -107,6 +128,33 @@ def _checkpoint(keep: Callable[[], tuple[Any, Any]] | None, call: Any, x: Tensor
 
     options: dict[str, Any] = {} if keep is None else {"context_fn": keep}
     return checkpoint(call, x, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+class Together:
+    """Layers that share a checkpoint: all but the last give back their input and wait, the last computes them all."""
+
+    def __init__(self) -> None:
+        self._waiting = list[Any]()
+
+    def run(self, function: Any, first: bool, last: bool, call: Any, x: Tensor) -> Tensor:
+        """function(all calls in a row, x) at the last of the layers; without gradients each layer's own call(x)."""
+        import torch
+
+        if not torch.is_grad_enabled():  # nothing is kept, and evals look at single layers
+            y: Tensor = call(x)
+            return y
+        calls = self._waiting = [*([] if first else self._waiting), call]
+        if not last:
+            return x
+        self._waiting = []
+        y = function(partial(_in_a_row, calls), x)
+        return y
+
+
+def _in_a_row(calls: Sequence[Any], x: Tensor) -> Tensor:
+    for call in calls:
+        x = call(x)
+    return x
 
 
 def keeping() -> tuple[Any, Any]:

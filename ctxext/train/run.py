@@ -20,7 +20,7 @@ from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
 from ctxext.config.output import check_free
 from ctxext.data.documents import EMBEDDED, fingerprint
 from ctxext.errors import InputError, ModelError
-from ctxext.model.source import from_directory
+from ctxext.model.source import ModelSource, from_directory
 from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.spec import DataSpec, FinetuneSpec
 
@@ -69,6 +69,15 @@ class Start:
             spec=plan.spec,
         )
 
+    def source(self) -> ModelSource:
+        """The model as the run saw it, whatever its directory says of itself by now."""
+        return replace(
+            from_directory(Path(self.model)),
+            name=self.name,
+            original_length=self.original_length,
+            usable_length=self.usable_length,
+        )
+
 
 def data_hash(data: DataSpec) -> str | None:
     """A hash of what is read, of all parts of a mixture; None where that is a data set of the hub, which has none."""
@@ -108,11 +117,15 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
         raise InputError(f"{run}: no run to resume: it has no {SPEC_FILE}")
     if (run / manifests.FILE_NAME).exists():
         raise InputError(f"{run} is finished", hint="ctxext eval or ctxext merge it")
-    start = build(Start, read_yaml(run / SPEC_FILE), source=str(run / SPEC_FILE))
-    new = _changed(run, start.spec, changes or {}, accept)
-    source = replace(from_directory(Path(start.model)), name=start.name, original_length=start.original_length,
-                     usable_length=start.usable_length)  # fmt: skip
-    plan = plan_run(source, new)
+    start = _read(run)
+    new = _changed(start.spec, changes or {})
+    differ = _differences(asdict(start.spec), asdict(new))
+    if differ and not accept:
+        raise InputError(
+            f"{run} was started with another spec: {', '.join(differ)}",
+            hint="leave them out to go on as before, or add --force to go on with what is given",
+        )
+    plan = plan_run(start.source(), new)
     now = Start.of(plan)
     if now.weights != start.weights:
         raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
@@ -125,19 +138,47 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
     return plan
 
 
-def _changed(run: Path, old: FinetuneSpec, changes: Mapping[str, Any], accept: bool) -> FinetuneSpec:
-    """The run's spec with `changes`, if they change nothing or are accepted."""
+def plan_repeated(
+    run: Path, changes: Mapping[str, Any] | None = None, *, accept: bool = False
+) -> tuple[RunPlan, list[str]]:
+    """A plan for a new run of what `run`, finished or not, was started with: (the plan, what moved since, in words).
+
+    `changes` as in `plan_resumed`; data that they change is not compared. Raises InputError when the directory is no
+    run, or when weights or data moved and that is not to be accepted.
+    """
+    if not (run / SPEC_FILE).is_file():
+        raise InputError(f"{run}: no run to repeat: it has no {SPEC_FILE}")
+    start = _read(run)
+    plan = plan_run(start.source(), _changed(start.spec, changes or {}))
+    now = Start.of(plan)
+    files = sorted(start.weights.keys() | now.weights.keys())
+    moved = [
+        f"{Path(start.model) / file} ({'changed' if file in now.weights else 'missing'})"
+        for file in files
+        if start.weights.get(file) != now.weights.get(file)
+    ]
+    if now.data != start.data and plan.spec.data == start.spec.data:
+        moved.append(f"the data, {start.spec.data.described} (changed)")
+    if moved and not accept:
+        raise InputError(
+            f"{run} cannot be repeated, these moved since: {', '.join(moved)}",
+            hint="put them back, or add --force to run the same spec on what there is now",
+        )
+    return plan, moved
+
+
+def _read(run: Path) -> Start:
+    start = build(Start, read_yaml(run / SPEC_FILE), source=str(run / SPEC_FILE))
+    if not Path(start.model).is_dir():
+        raise ModelError(f"{run}: the model it started from, {start.model}, is not there any more")
+    return start
+
+
+def _changed(old: FinetuneSpec, changes: Mapping[str, Any]) -> FinetuneSpec:
     fields = asdict(old)
     for path, value in changes.items():
         set_value(fields, path, value)
-    new = build(FinetuneSpec, fields, source="the run's spec with what was given")
-    differ = _differences(asdict(old), asdict(new))
-    if differ and not accept:
-        raise InputError(
-            f"{run} was started with another spec: {', '.join(differ)}",
-            hint="leave them out to go on as before, or add --force to go on with what is given",
-        )
-    return new
+    return build(FinetuneSpec, fields, source="the run's spec with what was given")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

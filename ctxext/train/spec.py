@@ -156,7 +156,8 @@ class OptimizerSpec:
 class MemorySpec:
     """What is kept, recomputed, moved or made smaller. Every knob but `quantize` gives the same numbers.
 
-    checkpoint  True: a layer keeps its input alone, and is computed again in the backward pass (no: everything is kept)
+    checkpoint  True: a layer keeps its input alone, and is computed again in the backward pass (no: everything is
+                kept); a number k: one input is kept for every k layers, which are computed again together
     keep        attention: full and S² layers keep their attention's output and logsumexp as well, instead of
                 computing the attention twice; sliding layers are cheap and are recomputed whole
     tiles       tokens of a tile in which sliding and S² layers are recomputed and differentiated, so that the work
@@ -165,7 +166,7 @@ class MemorySpec:
     quantize    the frozen weights of the linear layers in 4 (nf4, double quantisation) or 8 bits, through bitsandbytes
     """
 
-    checkpoint: bool = True
+    checkpoint: bool | Positive = True
     keep: Literal["nothing", "attention"] = "nothing"
     tiles: Tokens | None = None
     offload: bool = False
@@ -192,6 +193,15 @@ class FaultSpec:
 
 
 @spec
+class PasskeySpec:
+    """A passkey grid: `cases` at each of `lengths` (tokens, up to ctx) and `depths` (0 first, 1 last)."""
+
+    lengths: Annotated[tuple[Tokens, ...], Field(min_length=1)]
+    depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (0.0, 0.5, 1.0)
+    cases: Positive = 2
+
+
+@spec
 class ValidationSpec:
     """Held-out loss during training, always under the attention the model will run with, never S²-Attn.
 
@@ -199,12 +209,18 @@ class ValidationSpec:
     sequences               of ctx tokens; of a user's text at most a tenth
     result                  what a run leaves: the last weights, or the best by held-out loss
     max_short_ppl_increase  share by which perplexity at the original length may rise, such as 0.1; None: any
+    passkey                 a grid that every validation measures as well; in a shorter stage, the lengths that fit
     """
 
     every_steps: Positive | None = 50
     sequences: Positive = 2
     result: Literal["last", "best"] = "last"
     max_short_ppl_increase: Annotated[float, Field(gt=0)] | None = None
+    passkey: PasskeySpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.passkey is not None and self.every_steps is None:
+            raise ValueError("passkey: given, but every_steps: null means that nothing is validated")
 
 
 @spec

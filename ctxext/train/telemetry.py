@@ -30,7 +30,7 @@ def telling(events: Events, plan: RunPlan, run: Path) -> Events:
         return events
 
     def on_step(metrics: StepMetrics) -> None:
-        numbers = {f"train/{name}": float(value) for name, value in asdict(metrics).items() if name != "step"}
+        numbers = {f"train/{name}": float(value) for name, value in metrics.as_dict().items() if name != "step"}
         for write in writers:
             write(metrics.step, numbers)
         events.on_step(metrics)
@@ -38,6 +38,8 @@ def telling(events: Events, plan: RunPlan, run: Path) -> Events:
     def on_validation(now: Validation) -> None:
         numbers = {"held-out/loss": now.loss} | {f"held-out/from {at}": x for at, x in now.by_position.items()}
         numbers |= {} if now.short is None else {"held-out/at the original length": now.short}
+        if now.passkey is not None:
+            numbers |= {f"passkey/{name}": now.passkey[name] for name in ("accuracy", "answer_nats")}
         for write in writers:
             write(now.step, numbers)
         events.on_validation(now)

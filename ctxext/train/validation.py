@@ -1,7 +1,8 @@
 """Held-out loss while a model trains, always under the attention it will run with: dense, or sliding where sliding.
 
 Training under S²-Attn can lower its own loss and raise this one. The tokens are held out of training, the same ones
-every time; `by_position` says where in the sequence a loss is, `short` is the loss at the model's original length.
+every time; `by_position` says where in the sequence a loss is, `short` is the loss at the model's original length, and
+`passkey` is what train/passkey.py measures, where it is asked for.
 
 Shapes: T tokens of a sequence, E model width.
 """
@@ -14,16 +15,26 @@ from typing import Any
 
 import torch
 
+from ctxext.data.haystack import Case
 from ctxext.data.mixture import Sequences
 from ctxext.data.packing import Packed
 from ctxext.errors import CheckFailed
 from ctxext.train.checkpoint import Progress
 from ctxext.train.engine import Engine
 from ctxext.train.loss import IGNORED
+from ctxext.train.passkey import measure
 from ctxext.train.plan import RunPlan
 
 FIRST_BUCKET = 64  # positions 0..63; each bucket after it is as wide as all before
 WORSE = 0.02  # nats a token above the start that are called worse: well above rounding, below what anyone would want
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What a validation measures: sequences of ctx tokens, and the cases of a passkey grid."""
+
+    sequences: Sequences
+    cases: tuple[Case, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,13 +46,15 @@ class Validation:
     loss: float
     short: float | None
     by_position: dict[str, float]
+    passkey: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def validate(engine: Engine, held_out: Sequences, plan: RunPlan, step: int) -> Validation:
-    """Measure; every rank runs its share of the sequences, one at a time."""
+def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Validation:
+    """Measure; every rank runs its share of the sequences and cases, one at a time."""
+    sequences = held_out.sequences
     T, short = plan.spec.ctx, min(plan.positions.original_length, plan.spec.ctx)
     edges = [0, FIRST_BUCKET]
     while edges[-1] < T:
@@ -49,13 +62,13 @@ def validate(engine: Engine, held_out: Sequences, plan: RunPlan, step: int) -> V
     training = engine.model.training
     engine.model.eval()
     sums = torch.zeros(len(edges), 2, dtype=torch.float64)  # (nats, tokens) by bucket; the last row is `short`
-    for first in range(0, len(held_out), engine.world):
+    for first in range(0, len(sequences), engine.world):
         i = first + engine.rank
-        if i >= len(held_out):  # every rank runs equally often, for ZeRO-3's sake; this one's labels do not count
-            packed = held_out.sequence(first)
+        if i >= len(sequences):  # every rank runs equally often, for ZeRO-3's sake; this one's labels do not count
+            packed = sequences.sequence(first)
             packed = packed._replace(labels=torch.full_like(packed.labels, IGNORED))
         else:
-            packed = held_out.sequence(i)
+            packed = sequences.sequence(i)
         losses = _losses(engine, packed, plan)  # [T]
         scored = packed.labels != IGNORED
         bucket = torch.bucketize(torch.arange(T), torch.tensor(edges[1:]), right=True)
@@ -64,10 +77,12 @@ def validate(engine: Engine, held_out: Sequences, plan: RunPlan, step: int) -> V
         if short < T:  # the first tokens of the sequence as a row of their own
             head = Packed(packed.tokens[:short], packed.document_starts[:short], packed.labels[:short])
             sums[-1] += torch.stack((_losses(engine, head, plan).sum(), scored[:short].sum().double()))
+    passkey = measure(engine, held_out.cases, plan.spec.attention.backend) if held_out.cases else None
     engine.model.train(training)
     flat = torch.tensor(engine.total(*sums.flatten().tolist())).view(-1, 2)
     means = {str(start): _mean(row) for start, row in zip(edges, flat[:-1], strict=False) if row[1] > 0}
-    return Validation(step, T, _mean(flat[:-1].sum(0)), _mean(flat[-1]) if flat[-1, 1] > 0 else None, means)
+    short_loss = _mean(flat[-1]) if flat[-1, 1] > 0 else None
+    return Validation(step, T, _mean(flat[:-1].sum(0)), short_loss, means, passkey)
 
 
 def complaint(first: Validation, now: Validation, progress: Progress) -> str | None:
@@ -104,7 +119,7 @@ def _losses(engine: Engine, packed: Packed, plan: RunPlan) -> torch.Tensor:
     starts = packed.document_starts[None] if plan.spec.data.document_mask else None
     ids, labels = (x[None].to(engine.device) for x in (packed.tokens, packed.labels))
     backend = plan.spec.attention.backend
-    return engine.loss(ids, labels, each=True, document_starts=starts, backend=backend)[0].double().cpu()
+    return engine.loss(ids, labels, each=True, document_starts=starts, backend=backend)[0, 0].double().cpu()
 
 
 def _mean(row: torch.Tensor) -> float:

@@ -35,15 +35,17 @@ def run_rank(run: Path) -> None:
     """Train as the rank that the environment names. Rank 0 tells the run's directory how it goes."""
     from ctxext.train.finetune import run_finetune
     from ctxext.train.loop import Events
+    from ctxext.train.plan import divided
     from ctxext.train.run import plan_resumed
 
     launch, logs = Launch.read(run / LAUNCH), run / LOGS
     events = Events()
     if os.environ["RANK"] == "0":
         tell = _teller(logs / EVENTS)
-        events = Events(lambda line: tell(say=line), lambda metrics: tell(step=asdict(metrics)))
+        events = Events(lambda line: tell(say=line), lambda metrics: tell(step=metrics.as_dict()))
         threading.Thread(target=_heed, args=(logs / STOP, os.getppid()), daemon=True).start()
-    report = run_finetune(plan_resumed(run), run, resume=launch.resume, events=events, zero=launch.zero)
+    plan = divided(plan_resumed(run), launch.partition)
+    report = run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)
     if os.environ["RANK"] == "0":
         _write(logs / REPORT, report.as_dict())
 

@@ -12,7 +12,7 @@ import pytest
 COMMANDS = {
     "convert": "--hybrid --out --full-layers --sliding-window --dtype --gate --no-gate --allow-pickle --force --json",
     "finetune": "--ctx --preset --data --out --steps --original-length --set --zero --nproc --hostfile --plan --resume "
-    "--force --json",
+    "--repeat --force --json",
     "eval": "--suite --lengths --against --data --text-field --protocol --evaluator --limit --seed --dtype "
     "--extrapolate --set --out --force --json",
     "merge": "--out --dtype --force --json",

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ctxext.errors import InputError
-from ctxext.train.loss import IGNORED, argmax_tokens, linear_cross_entropy, token_losses
+from ctxext.train.loss import IGNORED, argmax_tokens, linear_cross_entropy, token_losses, token_scores
 
 N, E, V = 37, 16, 53
 
@@ -131,6 +131,11 @@ def test_token_losses_and_argmax(chunk):
     torch.testing.assert_close(losses, cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED).detach())
     assert losses.dtype == torch.float32 and not losses.requires_grad and losses[5] == 0
     assert torch.equal(argmax_tokens(hidden, weight, chunk), logits.argmax(-1))
+    likely = logits.argmax(-1)
+    likely[::2] = labels[::2]
+    both, right = token_scores(hidden, weight, likely, chunk)
+    assert torch.equal(right, (likely == logits.argmax(-1)).float()) and 0 < right.sum() < N
+    assert torch.equal(both[1::2], token_losses(hidden, weight, likely, chunk)[1::2])
 
 
 class LargestTensor(TorchDispatchMode):

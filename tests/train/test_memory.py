@@ -7,9 +7,11 @@ from ctxext.config.loader import build
 from ctxext.errors import EnvironmentFault
 from ctxext.model.source import resolve
 from ctxext.train import loop
+from ctxext.train import plan as planning
 from ctxext.train.finetune import run_finetune
 from ctxext.train.memory import next_knob
-from ctxext.train.plan import plan_run
+from ctxext.train.parallel import Host, Launch, read_zero
+from ctxext.train.plan import divided, plan_run
 from ctxext.train.run import start_run
 from ctxext.train.spec import FinetuneSpec
 
@@ -23,6 +25,7 @@ def plan_for(model, **fields):
     [
         ({"checkpoint": False}, {}, "memory.checkpoint=true"),
         ({}, {"micro_batch_size": 2, "global_batch_size": 2}, "micro_batch_size=1"),
+        ({"checkpoint": 8}, {"dtype": "bfloat16"}, "memory.checkpoint=true"),
         ({"offload": True}, {"dtype": "bfloat16"}, "memory.tiles=4096"),
         ({}, {"dtype": "bfloat16"}, "memory.offload=true"),
         ({"offload": True, "tiles": 4096}, {"dtype": "bfloat16", "attention": {"train": "s2", "group_size": 2048}},
@@ -56,6 +59,58 @@ def test_every_knob_lowers_its_item_and_no_other():
     assert eight == plain["trainable"] * 10 // 16
     X = 102_400 * 4096 * 2
     assert memory(keep="attention")["kept attention"] == 32 * (X + 102_400 * 32 * 4)
+
+
+def test_a_checkpoint_every_k_layers_trades_inputs_for_layers_that_live_together():
+    T, E, F = 102_400, 4096, 11_008
+    found = {
+        k: plan_for("llama2-7b", dtype="bfloat16", memory={"checkpoint": k}).memory for k in (True, 4, 5, 32, False)
+    }
+    assert found[True] == plan_for("llama2-7b", dtype="bfloat16", memory={"checkpoint": 1}).memory
+    X, live = 2 * T * E, 2 * T * (11 * E + 4 * F)  # bytes of one input; of all that a layer keeps for its backward
+    for k, inputs in ((4, 8), (5, 7), (32, 1)):
+        assert found[k]["checkpoints"] == inputs * X
+        assert found[k]["layer"] == found[1]["layer"] + (k - 1) * live
+        assert found[k].items() - found[1].items() == {(name, found[k][name]) for name in ("checkpoints", "layer")}
+    assert found[False]["activations"] == 32 * live
+    four = {"checkpoint": 4, "offload": True}
+    assert plan_for("llama2-7b", dtype="bfloat16", memory=four).memory["checkpoints"] == 2 * X
+    flops = [plan_for("llama2-7b", memory={"checkpoint": k}).step_flops for k in (1, 4)]
+    assert flops[0] == flops[1]
+
+
+def test_zero_divides_what_its_stage_divides(monkeypatch):
+    """Of 8 processes; P trainable parameters have 12 bytes of master and moments and 4 of gradient each."""
+    monkeypatch.setattr(planning.shutil, "which", lambda name: None)  # no GPU: no buckets
+    plan = plan_for("llama2-7b", dtype="bfloat16", tuning="full", global_batch_size=8)
+    P, weights = plan.trainables.parameters, plan.memory["weights"]
+
+    def memory(name, world=8):
+        return divided(plan, Launch(read_zero(name), (Host("localhost", world),)).partition).memory
+
+    assert plan.memory["trainable"] == 16 * P
+    for name, state, kept in (
+        ("1", 12 * P / 8 + 4 * P, weights),
+        ("2", 16 * P / 8, weights),
+        ("3", 16 * P / 8, weights / 8),
+        ("2_offload", 0, weights),
+        ("3_offload", 0, 0),
+    ):
+        found = memory(name)
+        assert found.get("trainable", 0) == pytest.approx(state, abs=2), name
+        assert found.get("weights", 0) == pytest.approx(kept, abs=2), name
+        assert found.get("gathered weights", 0) == (2 * 10**9 if "3" in name else 0), name
+        assert all(found[item] == plan.memory[item] for item in ("checkpoints", "layer", "loss", "runtime")), name
+    assert memory("1", world=1) == plan.memory == memory("3", world=1)
+    monkeypatch.setattr(planning.shutil, "which", lambda name: "/bin/nvidia-smi")
+    assert [memory(name)["buckets"] for name in ("1", "2", "3")] == [2 * 10**9, 2 * 10**9, 10**9]
+
+
+def test_micro_batches_are_no_larger_than_what_a_process_gets():
+    plan = plan_for("tiny", ctx=512, micro_batch_size=4, global_batch_size=4)
+    alone = plan_for("tiny", ctx=512, micro_batch_size=2, global_batch_size=4)
+    two = divided(plan, Launch(read_zero("1"), (Host("localhost", 2),)).partition)
+    assert two.memory["checkpoints"] == alone.memory["checkpoints"] < plan.memory["checkpoints"]
 
 
 @pytest.mark.parametrize("kind", ["gpu", "cpu", "python"])

@@ -59,6 +59,8 @@ MEMORIES = {
     "tiles, offload": {"tiles": 30, "offload": True},
     "keep, offload": {"keep": "attention", "offload": True},
     "all": {"keep": "attention", "tiles": 20, "offload": True},
+    "two": {"checkpoint": 2},
+    "three, offload": {"checkpoint": 3, "offload": True},
 }
 
 
@@ -321,6 +323,17 @@ def test_the_inputs_alone_wait_on_the_host_each_knows_the_one_below_and_all_are_
         made.clear()
 
 
+@pytest.mark.parametrize("k", [1, 2])
+def test_every_forward_has_a_chain_of_inputs_of_its_own(k, monkeypatch):
+    made, real = [], recompute._HostInput
+    monkeypatch.setattr(recompute, "_HostInput", lambda *given: made.append(real(*given)) or made[-1])
+    model, group = model_of("hybrid")
+    recompute.enable(model, MemorySpec(checkpoint=k, offload=True), patterns_of(model, group))
+    graphs = [hidden_states(model, ids_of(61)) for _ in range(2)]  # both alive
+    each = -(-3 // k)
+    assert len(made) == len(graphs) * each and [one.below for one in made[::each]] == [None, None]
+
+
 @pytest.mark.parametrize("memory", ["tiles 48", "tiles, offload", "offload"])
 def test_a_graph_can_be_kept_for_a_second_backward(memory):
     model, group = model_of("hybrid")
@@ -374,9 +387,75 @@ def test_a_layer_of_another_shape_is_left_whole_and_told():
 @pytest.mark.parametrize("given", [{"keep": "attention"}, {"tiles": 64}, {"offload": True}], ids=str)
 def test_what_would_do_nothing_is_refused(given):
     with pytest.raises(InputError, match=next(iter(given))) as caught:
-        recompute.check(MemorySpec(checkpoint=False, **given))
+        recompute.check(MemorySpec(checkpoint=False, **given), [None, 16])
     assert "checkpoint: true" in caught.value.hint
-    recompute.check(MemorySpec(**given))
+    recompute.check(MemorySpec(**given), [None, 16])
+
+
+@pytest.mark.parametrize(
+    ("given", "windows", "told"),
+    [
+        ({"tiles": 64}, [None] * 4, "tiles of one layer"),
+        ({"keep": "attention"}, [None, 16] * 2, "full layers alone"),
+        ({}, [None], "there are 1 in all"),
+    ],
+    ids=str,
+)
+def test_what_cannot_share_a_checkpoint_is_refused(given, windows, told):
+    with pytest.raises(InputError, match=told):
+        recompute.check(MemorySpec(checkpoint=2, **given), windows)
+    recompute.check(MemorySpec(checkpoint=2, keep="attention", offload=True), [None] * 2)
+
+
+def test_layers_that_share_a_checkpoint_are_computed_together_and_their_attention_once_where_it_is_kept():
+    counts = {}
+    for keep in ("nothing", "attention"):
+        model, group = model_of("llama, S²")
+        recompute.enable(model, MemorySpec(checkpoint=2, keep=keep), patterns_of(model, group))
+        with Seen() as forward:
+            loss = hidden_states(model, ids_of(61), group_size=group).square().mean()
+        with Seen() as backward:
+            loss.backward()
+        counts[keep] = forward.kernels, backward.kernels
+    assert counts["nothing"][0] == counts["nothing"][1] == counts["attention"][0] > 0
+    assert counts["attention"][1] == 0
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model, group = model_of("llama, S²")
+    hidden_states(model, ids_of(61), group_size=group).square().mean().backward()
+    assert_same((loss, found), (loss, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}))
+
+
+def test_one_input_is_kept_for_every_k_layers():
+    kept = {1: [], 2: [], 3: []}
+    for k, shapes in kept.items():
+        model, group = model_of("hybrid")
+        recompute.enable(model, MemorySpec(checkpoint=k), patterns_of(model, group))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, to=shapes: to.append(x.shape) or x, lambda x: x):
+            hidden_states(model, ids_of(61))
+    inputs = {k: shapes.count((2, 61, E)) for k, shapes in kept.items()}  # and what the last norm keeps
+    assert [inputs[1] - inputs[k] for k in (2, 3)] == [1, 2]  # of three layers
+
+
+def test_without_gradients_every_layer_gives_its_own_output():
+    model, group = model_of("hybrid")
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        hidden_states(model, ids_of(61))
+        recompute.enable(model, MemorySpec(checkpoint=3), patterns_of(model, group))
+        hidden_states(model, ids_of(61))
+    assert all(torch.equal(a, b) for a, b in zip(seen[:3], seen[3:], strict=True))
+
+
+def test_a_forward_that_broke_off_leaves_nothing_to_the_next():
+    model, group = model_of("hybrid")
+    recompute.enable(model, MemorySpec(checkpoint=3), patterns_of(model, group))
+    hook = model.model.layers[1].register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hidden_states(model, ids_of(61))
+    hook.remove()
+    assert_same(step(model, group, 61, False), truth("hybrid", 61, False))
 
 
 def test_groups_are_those_of_the_call():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 
@@ -57,6 +58,15 @@ def test_each_context_has_its_own_positions_groups_and_batch(plan):
     assert [stage.global_batch_size for stage in stages[::2]] == [4, 2, 1, 1]
     assert plan.tokens == 6 * 256 and stages[-1] is plan
     assert [row["steps"] for row in plan.as_dict()["stages"]] == [2, 2, 2]
+
+
+def test_tokens_are_those_trained_on_in_every_context(plan, tmp_path):
+    plan = plan_run(plan.source, dataclasses.replace(plan.spec, global_batch_size=1, tokens_per_step=64))
+    run = tmp_path / "run"
+    start_run(plan, run)
+    run_finetune(plan, run)
+    assert [line["tokens"] for line in lines(run)] == [64, 128, 256, 384, 640, 896]
+    assert plan.tokens == json.loads((run / "ctxext.json").read_text())["facts"]["tokens"] == 896
 
 
 def test_the_model_of_each_stage_has_its_rope_and_the_optimizer_goes_on(plan, tmp_path, monkeypatch):

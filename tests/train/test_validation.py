@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
+from ctxext.config import presets
 from ctxext.config.loader import build
 from ctxext.errors import CheckFailed, EnvironmentFault, InputError
+from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.train import engine, loop, telemetry
 from ctxext.train.checkpoint import TENSORS, Progress
@@ -25,7 +27,7 @@ from ctxext.train.prepare import prepare_data
 from ctxext.train.run import plan_resumed, start_run
 from ctxext.train.schedule import attention_at, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec
-from ctxext.train.validation import Validation, complaint, validate
+from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def test_it_is_the_dense_loss_by_position_though_the_run_trains_with_s2(make_pla
     model = local.model.train()
     _, held_out = prepare_data(plan, Events())
     assert len(held_out) == 2
-    now = validate(local, held_out, plan, step=3)
+    now = validate(local, HeldOut(held_out), plan, step=3)
     assert model.training
     losses, short = [], []
     with torch.no_grad():
@@ -168,6 +170,20 @@ def test_the_schedule_reaches_the_model(make_plan, tmp_path, monkeypatch):
 def test_a_schedule_without_s2_is_refused(make_plan):
     with pytest.raises(InputError, match=r"attention.grow, attention.dense_last: given, but full layers train dense"):
         make_plan(attention={"train": "dense", "grow": True, "dense_last": 0.5})
+
+
+def test_a_presets_dense_end_holds_for_a_hybrid_which_is_dense_anyway(model_dir, tmp_path):
+    run_conversion(plan_conversion(str(model_dir("llama")), "SN", out=tmp_path / "SN", sliding_window=8), gate=False)
+    preset = presets.find("finetune", "lora-alpha").data | {"ctx": 128}
+    assert preset["attention"]["dense_last"] == 0.5
+    groups = [
+        plan_run(resolve(str(model)), build(FinetuneSpec, preset, source="test")).group_size
+        for model in (tmp_path / "SN", model_dir("llama"))
+    ]
+    assert groups == [None, 32]
+    preset["attention"] = {"dense_last": 0.5, "grow": True}
+    with pytest.raises(InputError, match=r"attention.grow: given, but full layers train dense"):
+        plan_run(resolve(str(tmp_path / "SN")), build(FinetuneSpec, preset, source="test"))
 
 
 def test_telemetry_is_refused_where_its_package_is_missing(make_plan, tmp_path, monkeypatch):

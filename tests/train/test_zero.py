@@ -41,7 +41,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora-untied": {"steps": 3, "validation": {"every_steps": 3, "sequences": 3}},
     "lora-tied": {"steps": 2},
     "full-untied": {"steps": 3, "tuning": "full"},
-    "full-tied": {"steps": 2, "tuning": "full"},
+    "full-tied": {
+        "steps": 2,
+        "tuning": "full",
+        "ctx": 128,
+        "memory": {"checkpoint": 2},
+        "validation": {"every_steps": 2, "passkey": {"lengths": [128], "depths": [0.0, 0.5, 1.0], "cases": 1}},
+    },
 }
 CLIPPED = {"full-untied": {"clip": 2}}
 LAYERS = 2
@@ -189,6 +195,14 @@ def test_every_loss_and_the_saved_weights_are_those_of_one_process(stage, kind, 
             for name in (stage, "one")
         ]
         assert held_out[0] == pytest.approx(held_out[1], rel=1e-5) and len(held_out[0]) == 2
+    if "passkey" in KINDS[kind].get("validation", {}):
+        ours, theirs = (
+            json.loads((root / name / kind / "validation.jsonl").read_text().splitlines()[-1])["passkey"]
+            for name in (stage, "one")
+        )
+        assert len(ours["cells"]) == 3  # one more than the ranks
+        for a, b in zip([ours, *ours["cells"]], [theirs, *theirs["cells"]], strict=True):
+            assert (a["accuracy"], a["answer_nats"]) == (b["accuracy"], pytest.approx(b["answer_nats"], rel=1e-4))
 
 
 def test_the_checkpoint_of_step_1_holds_every_tensor_whole(root):

@@ -1,0 +1,68 @@
+"""Utilisation: only where the device's peak is known, and by FLOPs that nothing is computed twice for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ctxext.config.loader import build
+from ctxext.model.source import resolve
+from ctxext.train import loop
+from ctxext.train.finetune import run_finetune
+from ctxext.train.metrics import STEPS, peak_flops, read
+from ctxext.train.plan import plan_run
+from ctxext.train.run import start_run
+from ctxext.train.spec import FinetuneSpec
+
+
+def plan_for(model, **fields):
+    return plan_run(resolve(model, weights=False), build(FinetuneSpec, fields, source="test"))
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA H100 PCIe", 0),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 0),
+        ("NVIDIA GeForce RTX 4090 D", 0),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device(name, tera, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), "auto") == tera * 1e12
+    assert peak_flops(torch.device("cuda"), "float32") == 0.0
+    assert peak_flops(torch.device("cpu"), "bfloat16") == 0.0
+
+
+def test_model_flops_are_those_of_the_papers():
+    """6 N a token (PaLM, appendix B) and 12 L H D for each pair that is seen, when every weight trains."""
+    T, N = 102_400, 32 * (4 * 4096**2 + 3 * 4096 * 11_008) + 32_000 * 4096
+    attention = {"train": "dense"}
+    plans = [
+        plan_for("llama2-7b", ctx=T, tuning="full", global_batch_size=3, attention=attention, memory={"checkpoint": c})
+        for c in (True, False)
+    ]
+    pairs = T * (T + 1) // 2
+    assert {plan.model_flops for plan in plans} == {3 * (6 * N * T + 12 * 32 * 32 * 128 * pairs)}
+    assert plans[0].step_flops > plans[1].step_flops > plans[1].model_flops
+    lora = plan_for("llama2-7b", ctx=T, global_batch_size=3, attention=attention)
+    assert lora.model_flops == 3 * (4 * N * T + 12 * 32 * 32 * 128 * pairs)  # no gradient of a frozen weight
+
+
+@pytest.mark.parametrize("peak", [0.0, 1e9])
+def test_a_step_has_its_utilisation_where_the_peak_is_known(peak, model_dir, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("some words to train on. " * 500)
+    monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: peak)
+    fields = {"ctx": 64, "steps": 2, "global_batch_size": 1, "data": {"source": str(tmp_path / "text.txt")}}
+    plan = plan_for(str(model_dir("llama")), **fields)
+    start_run(plan, tmp_path / "run")
+    run_finetune(plan, tmp_path / "run")
+    for line in read(tmp_path / "run" / STEPS):
+        if peak:
+            assert line["mfu"] == pytest.approx(plan.model_flops / line["seconds"] / peak)
+        else:
+            assert "mfu" not in line
