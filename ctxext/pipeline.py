@@ -18,6 +18,7 @@ from ctxext.evals.spec import EvalSpec, asked
 from ctxext.evals.suite import check_suites, with_lengths
 from ctxext.model.convert import DTYPES
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.units import format_tokens
 
 if TYPE_CHECKING:
     from ctxext.evals.suite import EvalReport
@@ -121,10 +122,34 @@ def eval_models(
             )
             results = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
             (plan.out / "results.json").write_text(results, "utf-8")
+            draw_depths(report, plan.out)
             parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
             facts = {"seconds": report.seconds, "numbers": len(report.rows())}
             manifests.write(plan.out, manifests.new("eval", spec=plan.request["spec"], parents=parents, facts=facts))
     return report
+
+
+def draw_depths(report: EvalReport, place: Path) -> None:
+    """A heatmap a model of length x depth, as `<suite>-<model's number>.png`, of the suites that have depths."""
+    from ctxext.report.figures import heatmap
+
+    for number, model in enumerate(report.models):
+        for suite in model.suites:
+            rows = [row for row in suite.rows if "by_depth" in row.details]
+            depths = sorted({depth for row in rows for depth in row.details["by_depth"]}, key=float)
+            if not depths:
+                continue
+            heatmap(
+                place / f"{suite.suite}-{number}.png",
+                f"{model.model}: {suite.suite}, n = {', '.join(str(row.n) for row in rows)} by length",
+                [format_tokens(row.length) for row in rows],
+                depths,
+                [[row.details["by_depth"].get(depth) for row in rows] for depth in depths],
+                "length, tokens",
+                "depth",
+                highest=1.0,
+                digits=2,
+            )
 
 
 @dataclass(frozen=True)

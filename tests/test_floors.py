@@ -19,6 +19,7 @@ FLOORS = {
     "evals": 6,
     "probes": 6,
     "pipeline": 7,
+    "report": 7,
     "study": 7,
     "cli": 8,
 }

@@ -57,16 +57,31 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Measure models side by side: every number with its protocol, length and text."""
-    from ctxext.config import manifest as manifests
-    from ctxext.pipeline import eval_models, plan_eval
 
-    if not models:
-        newest = manifests.newest(manifests.RUNS, ("conversion", "model", "finetune", "merge"))
-        console.say(f"no MODEL given: taking the newest, {newest}")
-        models = [str(newest)]
     given = {"data": data, "text_field": text_field, "protocol": protocol, "evaluator": evaluator, "limit": limit,
              "seed": seed, "dtype": dtype, "extrapolate": extrapolate or None}  # fmt: skip
-    fields = _fields(given, lengths, set_ or [])
+    _run(models or [_newest()], suite, _fields(given, lengths, set_ or []), against, out, force, as_json)
+
+
+def _newest() -> str:
+    from ctxext.config import manifest as manifests
+
+    newest = manifests.newest(manifests.RUNS, ("conversion", "model", "finetune", "merge"))
+    console.say(f"no MODEL given: taking the newest, {newest}")
+    return str(newest)
+
+
+def _run(
+    models: list[str],
+    suite: str,
+    fields: dict[str, Any],
+    against: str | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    from ctxext.pipeline import eval_models, plan_eval
+
     plan = plan_eval(models, suite, fields, against=against, out=out, force=force)
     if plan.resumes:
         console.say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")

@@ -242,3 +242,10 @@ def test_longlora_says_first_how_long_it_will_take(loaded: Any, data: str) -> No
     evaluate([loaded], given, progress=lambda *_: told.append("ran"), notice=told.append)
     assert "2 windows, 256 tokens to run" in told[0] and "longlora runs a token" in told[1], told
     assert told[2] == "ran"
+
+
+def test_depths_are_drawn_beside_the_numbers(model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    given = {"lengths": [110, 120], "data": "grass", "cases": 1, "extrapolate": True}
+    eval_models(plan_eval([str(model_dir())], "passkey", given, out=tmp_path / "out"))
+    picture = (tmp_path / "out" / "passkey-0.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000

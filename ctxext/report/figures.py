@@ -1,0 +1,273 @@
+"""Pictures, by matplotlib's object interface: small enough for a phone, the same bytes from the same numbers.
+
+Colour never stands alone: a line has a marker of its own, a cell has its number. Text is drawn as paths, so that a
+picture needs no font. What is drawn is on a white ground whatever the page's.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+WIDTH = 4.4  # inches: 422 CSS pixels, about a phone's
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_RC: dict[str, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.labelsize": 9,
+    "axes.titlesize": 9.5,
+    "axes.edgecolor": "0.4",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": "0.9",
+    "grid.linewidth": 0.7,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "lines.markersize": 5.5,
+    "lines.linewidth": 1.5,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "ctxext",
+    "figure.facecolor": "white",
+    "text.parse_math": False,  # a name with a $ in it is a name
+}
+_DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
+_LONGEST_LABEL = 46  # characters of a legend's line
+
+
+@dataclass(frozen=True)
+class Point:
+    """`low` and `high` bound `y` where that is known; `hollow`: beyond what the model bears."""
+
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+    hollow: bool = False
+
+
+@dataclass(frozen=True)
+class Line:
+    """`number` decides colour and marker: a model's are the same in every picture. `style` "--" is a second kind of
+    line. `marks`: x values to mark with a vertical line, such as the usable length. `behind`: drawn thin behind it,
+    such as the steps that `points` are means of."""
+
+    label: str
+    points: Sequence[Point]
+    number: int
+    marks: Sequence[float] = ()
+    style: str = "-"
+    behind: Sequence[Point] = ()
+
+
+def curves(
+    path: Path,
+    lines: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    tokens: bool = False,
+    log: bool = False,
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """A line for each of `lines`, into `path` (SVG). `tokens`: x counts tokens, on a log2 axis. `log`: y as well.
+
+    Beyond what a model bears a line is dashed and its markers are hollow. What is not finite, or not above 0 on a
+    logarithmic axis, is left out.
+    """
+    with _drawing():
+        lines = [_drawable(line, log) for line in lines]
+        figure = Figure(figsize=(WIDTH, 2.7 + 0.19 * sum(1 + ("\n" in short(line.label)) for line in lines)))
+        figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
+        ax = figure.add_subplot()
+        for line in lines:
+            _draw(ax, line, _dodge(lines, line) if tokens else 1.0)
+        if log:
+            _log_axis(ax, [point.y for line in lines for point in (*line.points, *line.behind)])
+        if tokens:
+            _token_axis(ax, {point.x for line in lines for point in line.points})
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if limits is not None:
+            ax.set_ylim(*limits)
+        marks = sorted({mark for line in lines for mark in line.marks})
+        _mark(ax, marks)
+        ax.set_xlabel(x_label)
+        ax.set_ylabel(y_label)
+        _legend(figure, lines, marked=bool(marks))
+        _save(figure, path)
+
+
+def heatmap(
+    path: Path,
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[str],
+    cells: Sequence[Sequence[float | None]],
+    x_label: str,
+    y_label: str,
+    *,
+    highest: float,
+    digits: int,
+) -> None:
+    """`cells[row][column]`, from 0 to `highest`, in colour and in numbers, into `path` (PNG); None is a grey "none"."""
+    with _drawing():
+        widest = max(len(row) for row in rows) * 0.075
+        width = max(WIDTH, 1.5 + widest + 0.44 * len(columns))
+        figure = Figure(figsize=(width, 1.35 + 0.33 * len(rows)), dpi=220)
+        figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
+        ax = figure.add_subplot()
+        scale, colours = Normalize(0, highest), colormaps["cividis"]
+        values = [[math.nan if cell is None else cell for cell in row] for row in cells]
+        ax.set_facecolor("0.94")
+        mesh = ax.pcolormesh(values, norm=scale, cmap=colours, edgecolors="white", linewidth=1.5)
+        for r, row in enumerate(cells):
+            for c, cell in enumerate(row):
+                dark = cell is not None and scale(cell) < 0.55
+                shown = "none" if cell is None else f"{cell:.{digits}f}"
+                ax.text(
+                    c + 0.5, r + 0.5, shown, ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                )
+        if rows[-1] == "average":
+            ax.axhline(len(rows) - 1, color="black", linewidth=1.5)
+        ax.set_xticks([c + 0.5 for c in range(len(columns))], columns)
+        ax.set_yticks([r + 0.5 for r in range(len(rows))], rows)
+        ax.tick_params(length=0)
+        ax.grid(False)
+        ax.spines[:].set_visible(False)
+        ax.invert_yaxis()
+        ax.set_xlabel(x_label)
+        ax.set_ylabel(y_label)
+        ax.set_title(short(title), loc="left")
+        bar = figure.colorbar(mesh, ax=ax, fraction=0.045, pad=0.02, ticks=[0, highest / 2, highest])
+        bar.outline.set_visible(False)
+        _save(figure, path)
+
+
+def short(label: str) -> str:
+    """A label as a picture can hold it: at most two lines, of printable characters."""
+    plain = "".join(c if c.isprintable() else " " for c in label)
+    if len(plain) > 2 * _LONGEST_LABEL:
+        plain = f"{plain[: _LONGEST_LABEL - 2]} … {plain[-_LONGEST_LABEL + 4 :]}"
+    if len(plain) > _LONGEST_LABEL:
+        plain = f"{plain[:_LONGEST_LABEL]}\n{plain[_LONGEST_LABEL:]}"
+    return f" {plain}" if plain.startswith("_") else plain  # matplotlib leaves out what starts with _
+
+
+def tokens_text(count: float) -> str:
+    """An axis's label: 512, 1k, 1.5k, 100k, 1M, in 1,024."""
+    for size, unit in ((1024**2, "M"), (1024, "k")):
+        if count >= size and count % (size // 4) == 0:
+            return f"{count / size:g}{unit}"
+    return f"{count:g}"
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Matplotlib's defaults and ours, whatever the user's own settings. A letter that no font here has is a box."""
+    with warnings.catch_warnings(), matplotlib.rc_context(_DEFAULTS | _RC):
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    names = ("Date", "Creator", "Format", "Type") if path.suffix == ".svg" else ("Software",)
+    figure.savefig(path, metadata=dict.fromkeys(names))
+
+
+def _drawable(line: Line, log: bool) -> Line:
+    points, behind = (
+        [p for p in part if math.isfinite(p.y) and (p.y > 0 or not log)] for part in (line.points, line.behind)
+    )
+    return replace(line, points=points, behind=behind)
+
+
+def _look(line: Line) -> dict[str, Any]:
+    return {"color": _COLOURS[line.number % len(_COLOURS)], "marker": _MARKERS[line.number % len(_MARKERS)]}
+
+
+def _legend(figure: Figure, lines: Sequence[Line], *, marked: bool) -> None:
+    """Below the axes, a line a row, and what dotted and dashed lines mean where there are some."""
+    keys = [(line.label, Line2D([], [], linestyle=line.style, **_look(line))) for line in lines]
+    if marked:
+        keys.append(("usable length (to …)", Line2D([], [], color="0.45", linestyle=":")))
+    if any(point.hollow for line in lines for point in line.points):
+        keys.append(("beyond the usable length", Line2D([], [], color="0.45", ls="--", marker="o", mfc="white")))
+    labels, handles = [short(label) for label, _ in keys], [handle for _, handle in keys]
+    figure.legend(handles, labels, loc="outside lower left", handlelength=2.6, borderaxespad=0.2, labelspacing=0.35)
+
+
+def _dodge(lines: Sequence[Line], line: Line) -> float:
+    """What x is multiplied with so that intervals at one length do not cover each other."""
+    if not any(point.low is not None for each in lines for point in each.points):
+        return 1.0
+    return float(2 ** (0.07 * (lines.index(line) - (len(lines) - 1) / 2)))
+
+
+def _draw(ax: Axes, line: Line, dodge: float) -> None:
+    look, points = _look(line), list(line.points)
+    thin = [(point.x, point.y) for point in line.behind]
+    ax.plot([x for x, _ in thin], [y for _, y in thin], color=look["color"], linewidth=0.6, alpha=0.45)
+    sure = [point for point in points if not point.hollow]
+    beyond = [*sure[-1:], *(point for point in points if point.hollow)]
+    every = max(1, len(points) // 12)
+    for part, style, skip in ((sure, line.style, 0), (beyond, (0, (3, 2)), len(sure[-1:]))):
+        if len(part) <= skip:
+            continue
+        marked = range(skip, len(part), every) if part is sure else range(skip, len(part))
+        ax.plot(
+            [point.x * dodge for point in part],
+            [point.y for point in part],
+            linestyle=style,
+            markevery=list(marked),
+            markerfacecolor=look["color"] if part is sure else "white",
+            **look,
+        )
+    for point in points:
+        if point.low is not None and point.high is not None:
+            ax.vlines(point.x * dodge, point.low, point.high, color=look["color"], linewidth=1.0, alpha=0.6)
+
+
+def _log_axis(ax: Axes, values: Sequence[float]) -> None:
+    """Logarithmic where the values span so much that 1, 2, 5 give ticks enough."""
+    if max(values, default=1) < 5 * min(values, default=1):
+        return
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _token_axis(ax: Axes, counts: set[float]) -> None:
+    """Log2, with a tick at every length, or at powers of two where points stand between lengths; at most nine."""
+    ticks = sorted(counts)
+    if not all(float(count).is_integer() for count in ticks):
+        ticks = [2.0**n for n in range(math.ceil(math.log2(ticks[0])), math.floor(math.log2(ticks[-1])) + 1)]
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 9) or 1]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
+    if len(counts) == 1:
+        ax.set_xlim(min(counts) / 2, min(counts) * 2)
+
+
+def _mark(ax: Axes, marks: Sequence[float]) -> None:
+    low, high = ax.get_xlim()
+    for mark in marks:
+        if low <= mark <= high:
+            ax.axvline(mark, color="0.45", linestyle=":", linewidth=1.2, zorder=0)

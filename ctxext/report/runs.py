@@ -1,0 +1,339 @@
+"""What a report is made from, read and checked: evaluations, training runs, and other outputs by their manifest.
+
+A report never mixes what was not measured in one way: rows stand side by side only in one `Block`, which is one suite
+asked with the same fields but for the lengths. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from ctxext.config import manifest as manifests
+from ctxext.config.manifest import Manifest
+from ctxext.errors import DataError, InputError
+
+RESULTS, STEPS, VALIDATIONS = "results.json", "metrics.jsonl", "validation.jsonl"
+_BEGUN = {"spec.yaml": "ctxext finetune --resume", "request.json": "ctxext eval as it was asked, which goes on with it"}
+_LOOSE = ConfigDict(extra="ignore", strict=True)  # what a later version adds is no fault
+_MOST_FAULTS = 5
+
+
+def _details(details: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what would be drawn and cannot be; every other detail is shown as it is."""
+    depths, buckets = details.get("by_depth", {}), details.get("buckets", [])
+    if not isinstance(depths, dict) or not all(_number(float(at)) and _number(x) for at, x in depths.items()):
+        raise ValueError(f"by_depth is {str(depths)[:80]}; allowed: a share, or null, by depth")
+    if not isinstance(buckets, list) or not all(isinstance(bucket, dict) and _is_bucket(bucket) for bucket in buckets):
+        raise ValueError(f"buckets are {str(buckets)[:80]}; allowed: a list of start, stop and nats_per_token")
+    return details
+
+
+def _is_bucket(bucket: dict[str, Any]) -> bool:
+    edges = isinstance(bucket.get("start"), int) and isinstance(bucket.get("stop"), int)
+    return edges and "nats_per_token" in bucket and _number(bucket["nats_per_token"])
+
+
+def _number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class Cell:
+    """Of the passkey grid of a validation (train/passkey.py)."""
+
+    length: int
+    accuracy: float
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class Grid:
+    cells: tuple[Cell, ...] = ()
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class Line:
+    """What a line of metrics.jsonl or validation.jsonl must be where it has these fields; `step` it must have."""
+
+    step: int
+    ctx: int | None = None
+    loss: float | None = None
+    short: float | None = None
+    by_position: dict[Annotated[str, Field(pattern=r"^\d+$")], float] | None = None
+    passkey: Grid | None = None
+    gradient_norm: float | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    memory: float | None = None
+    seconds: float | None = None
+    mfu: float | None = None
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class Row:
+    """One number of results.json (evals/engine.py). `task` "" is the whole suite, `length` 0 no length at all."""
+
+    suite: str
+    protocol: str
+    task: str
+    length: int
+    metric: str
+    value: float | None
+    n: int
+    low: float | None = None
+    high: float | None = None
+    extrapolated: bool = False
+    details: Annotated[dict[str, Any], AfterValidator(_details)] = field(default_factory=dict)
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class SuiteResult:
+    suite: str
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class ModelResult:
+    model: str
+    path: str
+    usable_length: int
+    layout: str
+    positions: str
+    suites: tuple[SuiteResult, ...]
+    original_length: int | None = None
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class Difference:
+    """As in evals/compare.py: `value` is the model's figure less the other's, in `unit`."""
+
+    suite: str
+    task: str
+    length: int
+    model: str
+    against: str
+    n: int
+    called: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    unit: str = ""
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class Asked:
+    """What of the evaluation's spec decides which numbers may stand together; the manifest has the whole of it."""
+
+    suites: tuple[dict[str, Any], ...]
+    dtype: str | None = None
+
+
+@pydantic_dataclass(frozen=True, config=_LOOSE)
+class Results:
+    """results.json."""
+
+    spec: Asked
+    models: tuple[ModelResult, ...]
+    seconds: float | None = None
+    differences: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A directory that was given, the `number`-th. `files` has the sha256 of what was read, by name.
+
+    `steps` and `validations` are the lines of metrics.jsonl and validation.jsonl; each has its `step`.
+    """
+
+    number: int
+    directory: Path
+    manifest: Manifest
+    files: dict[str, str]
+    results: Results | None = None
+    steps: tuple[dict[str, Any], ...] = ()
+    validations: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the name in its manifest, or the directory's."""
+        return str(self.manifest.facts.get("name") or self.directory.name)
+
+    @property
+    def versions(self) -> str:
+        """ctxext, torch, transformers and Python, in words."""
+        known = self.manifest.versions
+        named = [f"{name} {known[name]}" for name in ("ctxext", "torch", "transformers") if known.get(name)]
+        return ", ".join([*named, f"Python {known['python']}"] if known.get("python") else named) or "versions unknown"
+
+
+@dataclass(frozen=True)
+class Series:
+    """The rows of one model in a block. `label` tells models apart, and runs where one model was run twice."""
+
+    label: str
+    model: ModelResult
+    run: Run
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def whole(self) -> dict[int, Row]:
+        """The row of all tasks, by length."""
+        return {row.length: row for row in self.rows if row.task == ""}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One suite, asked in one way: `asked` are its fields but the lengths, and the weights' dtype."""
+
+    suite: str
+    asked: dict[str, Any]
+    series: list[Series]
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted({row.length for series in self.series for row in series.rows})
+
+    @property
+    def shared_length(self) -> int | None:
+        """The greatest length at which the whole suite has a number for every model, else for any; None without one."""
+        measured = [{n for n, row in s.whole().items() if row.value is not None} for s in self.series]
+        lengths = set.intersection(*measured) or set.union(*measured)
+        return max(lengths, default=None)
+
+
+def read_runs(directories: list[Path]) -> list[Run]:
+    """Every directory, in the order given.
+
+    Errors: InputError (no directory, none with a manifest, one given twice, results that are missing), DataError
+    (results that do not parse, with the file and what is wrong), ModelError (a broken manifest).
+    """
+    seen = set[Path]()
+    for directory in directories:
+        if directory.resolve() in seen:
+            raise InputError(f"{directory} was given twice")
+        seen.add(directory.resolve())
+    return [_read(number, directory) for number, directory in enumerate(directories, start=1)]
+
+
+def _read(number: int, directory: Path) -> Run:
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory", hint="give the output of an eval or a finetune")
+    manifest = manifests.read(directory)
+    if manifest is None:
+        for begun, command in _BEGUN.items():
+            if (directory / begun).is_file():
+                message = f"{directory} is not finished: it has {begun} and no {manifests.FILE_NAME}"
+                raise InputError(message, hint=f"finish it first: {command}")
+        raise InputError(
+            f"{directory} has no {manifests.FILE_NAME}: no output of ctxext",
+            hint="give the output of an eval or a finetune",
+        )
+    present = [name for name in (manifests.FILE_NAME, RESULTS, STEPS, VALIDATIONS) if (directory / name).is_file()]
+    wanted = {"eval": RESULTS, "finetune": STEPS}.get(manifest.kind)
+    if wanted is not None and wanted not in present:
+        raise InputError(f"{directory} has no {wanted}: nothing was measured there", hint="run it again")
+    files = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in present}
+    run = Run(number, directory, manifest, files)
+    if manifest.kind == "eval":
+        return replace(run, results=_results(directory / RESULTS))
+    return replace(run, steps=_lines(directory / STEPS), validations=_lines(directory / VALIDATIONS))
+
+
+def _results(path: Path) -> Results:
+    hint = "it may be of another version of ctxext: run the evaluation again"
+    try:
+        results = TypeAdapter(Results).validate_json(path.read_bytes())
+    except ValidationError as error:
+        faults = "\n".join(f"  {fault}" for fault in _faults(error))
+        raise DataError(f"{path} does not hold an evaluation's results:\n{faults}", hint=hint) from None
+    names = [suite.get("suite") for suite in results.spec.suites]
+    for model in results.models:
+        if [suite.suite for suite in model.suites] != names:
+            raise DataError(f"{path}: the suites of {model.model} are not those of its spec, {names}", hint=hint)
+    return results
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """The first few, each with its dotted path and what was found there."""
+    first = error.errors(include_url=False)[:_MOST_FAULTS]
+    told = [f"{'.'.join(map(str, one['loc'])) or 'all of it'}: {one['msg']}" for one in first]
+    return [*told, *[f"and {error.error_count() - len(first)} more"] * (error.error_count() > len(first))]
+
+
+def _lines(path: Path) -> tuple[dict[str, Any], ...]:
+    """JSON objects with a whole `step`; a last line that a kill cut in half is left out, no file is no lines."""
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
+    lines, found, adapter = text.splitlines(), [], TypeAdapter(Line)
+    for number, line in enumerate(lines, start=1):
+        try:
+            adapter.validate_json(line)
+        except ValidationError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                break
+            raise DataError(f"{path}:{number}: {'; '.join(_faults(error))}") from None
+        found.append(json.loads(line))
+    return tuple(found)
+
+
+def blocks(runs: list[Run]) -> list[Block]:
+    """The evaluations' rows, in the order they are first met; a suite has as many blocks as it was asked in ways."""
+    labels, found = _labels(runs), dict[str, Block]()
+    for run in runs:
+        for index, model in enumerate(run.results.models if run.results else ()):
+            assert run.results is not None
+            for asked, suite in zip(run.results.spec.suites, model.suites, strict=True):
+                fields = {name: value for name, value in asked.items() if name not in ("lengths", "suite")}
+                fields["dtype"] = run.results.spec.dtype
+                key = json.dumps([suite.suite, fields], sort_keys=True)
+                block = found.setdefault(key, Block(suite.suite, fields, []))
+                label = labels[_identity(run, index)]
+                block.series.append(Series(label, model, run, suite.rows, suite.notes))
+    return [replace(block, series=_told_apart(block.series)) for block in found.values()]
+
+
+def models(runs: list[Run]) -> list[tuple[str, ModelResult, dict[str, str]]]:
+    """(label, what is known of it, weight hashes) of every model that was evaluated, once."""
+    labels, found = _labels(runs), dict[str, tuple[str, ModelResult, dict[str, str]]]()
+    for run in runs:
+        for index, model in enumerate(run.results.models if run.results else ()):
+            label = labels[_identity(run, index)]
+            found.setdefault(label, (label, model, _weights(run, index)))
+    return list(found.values())
+
+
+def _weights(run: Run, index: int) -> dict[str, str]:
+    return dict(run.manifest.parents.get(f"model {index}", {}).get("weights") or {})
+
+
+def _identity(run: Run, index: int) -> str:
+    assert run.results is not None
+    model = run.results.models[index]
+    return json.dumps([model.model, model.path, _weights(run, index)], sort_keys=True)
+
+
+def _labels(runs: list[Run]) -> dict[str, str]:
+    """A label for each model: its name, numbered where another of this name has another path or other weights."""
+    labels, named = dict[str, str](), Counter[str]()
+    for run in runs:
+        for index, model in enumerate(run.results.models if run.results else ()):
+            identity = _identity(run, index)
+            if identity not in labels:
+                named[model.model] += 1
+                count = named[model.model]
+                labels[identity] = model.model if count == 1 else f"{model.model} ({count})"
+    return labels
+
+
+def _told_apart(series: list[Series]) -> list[Series]:
+    """With the run's number behind the label of a model that stands in a block twice."""
+    times = Counter(s.label for s in series)
+    return [replace(s, label=f"{s.label}, run {s.run.number}") if times[s.label] > 1 else s for s in series]

@@ -1,0 +1,104 @@
+"""How a report names what was measured and writes a number of it; shared by its tables and its pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ctxext.evals.compare import LOWER_IS_BETTER
+from ctxext.report.markup import Html, join, number, small, tag
+from ctxext.report.runs import Block, Row, Series
+from ctxext.units import format_tokens
+
+TITLES = {
+    "perplexity": "Perplexity",
+    "longppl": "LongPPL",
+    "passkey": "Passkey",
+    "niah": "Needle in a haystack",
+    "ruler": "RULER",
+    "longbench": "LongBench",
+    "short": "Short tasks",
+}
+DIGITS = {"perplexity": 2, "longppl": 2, "passkey": 2, "niah": 2, "ruler": 1, "longbench": 1}
+COUNTED = {"perplexity": "tokens scored", "longppl": "key tokens"}
+
+
+def title(suite: str) -> str:
+    return TITLES.get(suite, suite)
+
+
+def digits(suite: str) -> int:
+    """Decimals that a reader needs; <data value> has all of them."""
+    return DIGITS.get(suite, 3)
+
+
+def metric(block: Block) -> str:
+    """What is counted, with its unit where it has one."""
+    names = dict.fromkeys(row.metric for series in block.series for row in series.rows if row.task == "")
+    unit = ", percent" if block.suite in ("ruler", "longbench") else ""
+    return f"{', '.join(names) or title(block.suite)}{unit}"
+
+
+def better(block: Block) -> str:
+    return "lower is better" if block.suite in LOWER_IS_BETTER else "higher is better"
+
+
+def protocol(block: Block, length: int | None = None) -> str:
+    """The protocol of the rows (at one length); a part that changes with the length has its values side by side."""
+    rows = [row for s in block.series for row in s.rows if row.task == "" and length in (None, row.length)]
+    found = list(dict.fromkeys(row.protocol for row in sorted(rows, key=lambda row: row.length)))
+    parts = [text.split(", ") for text in found]
+    if len({len(part) for part in parts}) != 1:
+        return "; ".join(found) or "none"
+    return ", ".join(" / ".join(dict.fromkeys(column)) for column in zip(*parts, strict=True))
+
+
+def asked(block: Block) -> str:
+    """The suite's fields as they were asked, and the dtype."""
+    return ", ".join(f"{name} {plain(value)}" for name, value in block.asked.items() if value is not None)
+
+
+def versions(block: Block) -> str:
+    """Of what the runs of a block were made with."""
+    return "; ".join(dict.fromkeys(series.run.versions for series in block.series))
+
+
+def plain(value: Any) -> str:
+    """A value of a spec on one line."""
+    if isinstance(value, list | tuple):
+        return " ".join(plain(part) for part in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def length(count: int) -> str:
+    """Tokens; a dash where a suite has no length."""
+    return format_tokens(count) if count > 0 else "–"
+
+
+def value(row: Row | None) -> Html:
+    """The cell of a number: the value, * where it is extrapolated, then its interval and count."""
+    if row is None:
+        return tag("span", "not measured", class_="none")
+    n, few = digits(row.suite), row.details.get("few_keys")
+    star = "*" if row.extrapolated and row.value is not None else ""
+    bounds = [small(interval(row.low, row.high, n))] if row.low is not None and row.high is not None else []
+    return join([number(row.value, n), star, *bounds, small(f"n = {row.n:,}"), *[small("few keys")] * bool(few)])
+
+
+def interval(low: float | None, high: float | None, n: int) -> Html:
+    if low is None or high is None:
+        return number(None, n)
+    return tag("span", "[", number(low, n), ", ", number(high, n), "]", class_="bounds")
+
+
+def detail(value: Any) -> Html:
+    """A single value of a row's details, whatever it is."""
+    if isinstance(value, float):
+        return tag("data", f"{value:,.5g}", value=value)
+    return tag("span", "none", class_="none") if value is None else join([plain(value)])
+
+
+def headed(series: Series) -> Html:
+    """A model as the head of a row: its label, layout and positions."""
+    return join([series.label, small(f"{series.model.layout}; {series.model.positions}")])
