@@ -16,7 +16,6 @@ import platform
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +61,13 @@ def measure(model: str, cases: int) -> Row:
     return row
 
 
-def train(model: str, preset: str, attention: dict[str, Any], seed: int, steps: int | None, out: Path) -> float:
-    """A finetune run; returns its seconds."""
+def train(model: str, preset: str, attention: dict[str, Any], seed: int, steps: int | None, out: Path) -> None:
+    """A finetune run, at `out`."""
     fields = dict(presets.find("finetune", preset).data) | {"attention": attention, "seed": seed}
     fields |= {"validation": {"every_steps": None}} | ({"steps": steps} if steps else {})
     plan = plan_run(resolve(model), build(FinetuneSpec, fields, source=preset))
     start_run(plan, out)
-    began = time.monotonic()
     run_finetune(plan, out)
-    return time.monotonic() - began
 
 
 def report(results: dict[str, dict[str, list[Row]]], title: str) -> str:
@@ -110,8 +107,8 @@ def main() -> None:
         for arm, attention in ARMS.items():
             for seed in range(options.seeds):
                 out = work / "run"
-                seconds = train(model, preset, attention, seed, options.steps, out)
-                row = measure(str(out), options.cases) | {"seconds of training": seconds}
+                train(model, preset, attention, seed, options.steps, out)
+                row = measure(str(out), options.cases)
                 rows.setdefault(arm, []).append(row)
                 shutil.rmtree(out)
                 console.say(f"{name}, {arm}, seed {seed}: " + ", ".join(f"{k} {v:.3g}" for k, v in row.items()))

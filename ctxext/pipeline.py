@@ -15,7 +15,8 @@ from ctxext.config.output import check_free, replacing
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.errors import InputError
 from ctxext.evals.spec import EvalSpec, asked
-from ctxext.evals.suite import check_suites, with_lengths
+from ctxext.evals.suite import with_lengths
+from ctxext.evals.suites import check_suites
 from ctxext.model.convert import DTYPES
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.units import format_tokens

@@ -102,12 +102,14 @@ class Ruler:
 
 @spec
 class LongBench:
-    """evals/longbench.py. `data`: a JSONL file, or a directory of them, in LongBench's format. `lengths`: the prompt's
-    most, where its middle is cut out."""
+    """evals/longbench.py. `data`: a JSONL file, or a directory of them, in LongBench's format. `lengths`: the most that
+    prompt and answer have, beyond which the prompt's middle is cut out. `prompts`: LongBench's dataset2prompt.json, for
+    its words in place of ours."""
 
     suite: Literal["longbench"] = "longbench"
     lengths: Lengths = None
     data: str | None = None
+    prompts: str | None = None
     tasks: tuple[str, ...] | None = None
     limit: Count | None = None
 

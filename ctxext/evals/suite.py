@@ -13,11 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctxext.data import documents
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.evals.engine import Job, Ledger, Outcome, Progress, Row, run_job
-from ctxext.evals.haystacks import GRASS
+from ctxext.evals.engine import Ledger, Outcome, Progress, Row, run_job
 from ctxext.evals.spec import EvalSpec
+from ctxext.evals.suites import JOBS, PREPARE
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.train.memory import is_out_of_memory
@@ -220,96 +219,6 @@ def _compared(report: EvalReport, outcomes: list[list[list[Outcome]]], against: 
     ]
 
 
-def _perplexity(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.perplexity import job
-
-    return job(loaded, spec, place)
-
-
-def _passkey(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.passkey import job
-
-    return job(loaded, spec, place)
-
-
-def _niah(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.niah import job
-
-    return job(loaded, spec, place)
-
-
-def _longppl(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.longppl import job
-
-    return job(loaded, spec, place)
-
-
-def _ruler(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.ruler import job
-
-    return job(loaded, spec, place)
-
-
-def _longbench(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.longbench import job
-
-    return job(loaded, spec, place)
-
-
-def _short(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.short import job
-
-    return job(loaded, spec, place)
-
-
-JOBS: dict[str, Callable[[Any, Any, Path], Job]] = {
-    "perplexity": _perplexity,
-    "longppl": _longppl,
-    "passkey": _passkey,
-    "niah": _niah,
-    "ruler": _ruler,
-    "longbench": _longbench,
-    "short": _short,
-}
-
-
-def _longppl_keys(spec: Any, place: Path, dtype: str, device: str | None, progress: Progress) -> None:
-    from ctxext.evals.longppl import prepare
-
-    prepare(spec, place, dtype, device, progress)
-
-
-PREPARE: dict[str, Callable[[Any, Path, str, str | None, Progress], None]] = {"longppl": _longppl_keys}
-
-
-def check_suites(spec: EvalSpec) -> None:
-    """What of each suite can be refused without torch: data that is not there, an evaluator that is missing."""
-    for suite in spec.suites:
-        if suite.suite in CHECKS:
-            CHECKS[suite.suite](suite)
-
-
-def _enough_for_a_window(suite: Any) -> None:
-    _data_is_there(suite)
-    if suite.limit is not None and suite.limit < max(suite.lengths):
-        raise InputError(
-            f"a limit of {suite.limit:,} tokens is less than one window of {max(suite.lengths):,}",
-            hint="raise the limit, or leave it out",
-        )
-
-
-def _data_is_there(suite: Any) -> None:
-    if suite.data not in (documents.EMBEDDED, GRASS):
-        documents.fingerprint(suite.data, text_field=suite.text_field)
-
-
-CHECKS: dict[str, Callable[[Any], None]] = {
-    "perplexity": _enough_for_a_window,
-    "passkey": _data_is_there,
-    "niah": _data_is_there,
-}
-
-
 def _load(model: ModelSource, dtype: str, device: str | None) -> LoadedModel:
     from ctxext.model.load import load_model
 
@@ -328,7 +237,7 @@ def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
         names = list(dict.fromkeys(row["model"] for row in rows))
         body = [[name, *[_cell(cells.get((name, length))) for length in lengths]] for name in names]
         caption = f"{rows[0]['metric']}: {rows[0]['protocol']}" + (f", task {task}" if task else "")
-        made.append((caption, [suite, *[format_tokens(length) for length in lengths]], body))
+        made.append((caption, [suite, *[format_tokens(length) if length else "" for length in lengths]], body))
     return made
 
 

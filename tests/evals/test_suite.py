@@ -16,7 +16,8 @@ from ctxext.config import presets
 from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
 from ctxext.evals import engine
 from ctxext.evals.spec import SUITES, EvalSpec, asked
-from ctxext.evals.suite import CHECKS, JOBS, PREPARE, evaluate, tables
+from ctxext.evals.suite import evaluate, tables
+from ctxext.evals.suites import CHECKS, JOBS, PREPARE
 from ctxext.pipeline import eval_models, plan_eval
 
 

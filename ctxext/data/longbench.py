@@ -1,0 +1,224 @@
+"""LongBench's questions (Bai et al. 2023, arXiv 2308.14508): its tasks as a table, and its JSONL as the user has it.
+
+Answer lengths and metrics are the official ones. The prompts have the official structure in words of our own: numbers
+to be compared with published ones want the official words, which are read from the file that LongBench publishes
+(`read_templates`). No data is shipped or fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxext.data.documents import checked_text
+from ctxext.errors import DataError, InputError
+
+
+@dataclass(frozen=True)
+class Task:
+    """metric: a name in evals/longbench_metrics.py. first_line: the answer is scored up to its first line break."""
+
+    metric: str
+    max_new_tokens: int
+    template: str
+    first_line: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row; `id` is the row's own, `answers` are true each by itself, `classes` those of a classification."""
+
+    id: str
+    task: str
+    context: str
+    input: str
+    answers: tuple[str, ...]
+    classes: tuple[str, ...] = ()
+
+    def prompt(self, templates: Mapping[str, str]) -> str:
+        return templates[self.task].format(context=self.context, input=self.input)
+
+
+def _framed(instruction: str, name: str, question: str = "", answer: str = "Answer:") -> str:
+    """The instruction, the context under its name, the instruction once more, the question and where the answer begins:
+    with its middle cut out, a prompt still says what is wanted."""
+    return f"{instruction}\n\n{name}:\n{{context}}\n\n{instruction}\n\n{question}{answer}"
+
+
+_SHORT = "Give the answer alone, in as few words as it takes, and explain nothing."
+_QUESTION, _QUESTION_ZH = "Question: {input}\n", "问题:{input}\n"
+_STORY = _framed(f"Answer a question about this story or film script. {_SHORT}", "Story", _QUESTION)
+_PAPER = _framed(
+    "Answer a question about this scientific paper. Give the answer alone, in a phrase or one sentence. A question of "
+    'yes or no gets "yes" or "no"; one that the paper does not answer gets "unanswerable".',
+    "Paper",
+    _QUESTION,
+)
+_SEVERAL = _framed(f"Answer a question from these passages. {_SHORT}", "Passages", _QUESTION)
+_TEXT = _framed(f"Answer a question about this text. {_SHORT}", "Text", _QUESTION)
+_TEXT_ZH = _framed("请根据下文用中文简短作答,不要写其他内容。", "正文", _QUESTION_ZH, "答案:")
+_ARTICLES_ZH = _framed("请根据下列文章回答问题。", "文章", _QUESTION_ZH, "答案:")
+_REPORT = _framed("Summarise this government report on one page.", "Report", answer="Summary:")
+_NEWS = _framed("Summarise all of these news articles together on one page.", "News", answer="Summary:")
+_MEETING = _framed("Answer a query about this meeting in one or more sentences.", "Transcript", "Query: {input}\n")
+_MEETING_ZH = _framed("请用一段话总结这次会议。", "会议记录", answer="总结:")
+_COUNT = _framed(
+    "Some of these paragraphs stand here more than once. Count how many different ones there are, and give the number "
+    "alone, such as 7.",
+    "Paragraphs",
+    answer="Number of different paragraphs: ",
+)
+_WHICH = _framed(
+    'One of these numbered paragraphs is summed up by an abstract. Say which, in the form "Paragraph 7".',
+    "Paragraphs",
+    "Abstract:\n{input}\n\n",
+    "It sums up: ",
+)
+_WHICH_ZH = _framed('下列段落都有编号,请指出摘要对应哪一段,格式如"段落7"。', "段落", "摘要:\n{input}\n\n", "对应:")
+_KIND = "Say of what type the last question is, as in the examples.\n\n{context}\n{input}"
+_KIND_ZH = "请仿照例子判断最后一条新闻的类别。\n\n{context}\n{input}"
+_TRIVIA = "Answer the last question from its passage, in as few words as in the examples.\n\n{context}\n\n{input}"
+_DIALOGUE = "Sum up the last dialogue in a few short sentences, as in the examples.\n\n{context}\n\n{input}"
+_CODE = "Continue this code with its next line.\n{context}Next line:\n"
+_CODE_OF = "Continue this code with its next line.\n{context}{input}Next line:\n"
+
+TASKS: dict[str, Task] = {
+    "narrativeqa": Task("qa_f1", 128, _STORY),
+    "qasper": Task("qa_f1", 128, _PAPER),
+    "multifieldqa_en": Task("qa_f1", 64, _TEXT),
+    "multifieldqa_zh": Task("qa_f1_zh", 64, _TEXT_ZH),
+    "hotpotqa": Task("qa_f1", 32, _SEVERAL),
+    "2wikimqa": Task("qa_f1", 32, _SEVERAL),
+    "musique": Task("qa_f1", 32, _SEVERAL),
+    "dureader": Task("rouge_l_zh", 128, _ARTICLES_ZH),
+    "gov_report": Task("rouge_l", 512, _REPORT),
+    "qmsum": Task("rouge_l", 512, _MEETING),
+    "multi_news": Task("rouge_l", 512, _NEWS),
+    "vcsum": Task("rouge_l_zh", 512, _MEETING_ZH),
+    "trec": Task("classification", 64, _KIND, first_line=True),
+    "triviaqa": Task("qa_f1", 32, _TRIVIA, first_line=True),
+    "samsum": Task("rouge_l", 128, _DIALOGUE, first_line=True),
+    "lsht": Task("classification", 64, _KIND_ZH, first_line=True),
+    "passage_count": Task("count", 32, _COUNT),
+    "passage_retrieval_en": Task("retrieval", 32, _WHICH),
+    "passage_retrieval_zh": Task("retrieval_zh", 32, _WHICH_ZH),
+    "lcc": Task("code_similarity", 64, _CODE),
+    "repobench-p": Task("code_similarity", 64, _CODE_OF),
+}
+
+
+def read_templates(path: str | None) -> dict[str, str]:
+    """The template of each task: ctxext's own, or those of a JSON file {task: text with {context} and {input}}, such as
+    LongBench's own dataset2prompt.json; a task that it lacks is left out.
+
+    Errors: InputError (no such file), DataError (not such an object, a template without {context} or with others).
+    """
+    if path is None:
+        return {name: task.template for name, task in TASKS.items()}
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the prompts {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: not a JSON object of task and template")
+    for name, template in found.items():
+        try:
+            fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{path}: the template of {name} is none ({error})") from None
+        if "context" not in fields or fields - {"context", "input"}:
+            raise DataError(
+                f"{path}: the template of {name} has the fields {sorted(fields)}; allowed: context, and input"
+            )
+    return {name: template for name, template in found.items() if name in TASKS}
+
+
+def read_questions(source: str, tasks: Sequence[str] | None = None) -> list[Question]:
+    """The questions of a JSONL file, or of a directory's `<task>.jsonl`, of `tasks` alone where they are named.
+
+    Errors: InputError (no such path, a task that is unknown or not there), DataError (a line that does not parse, a
+    field that is missing or of another type, an unknown task, an id that stands twice: each with its line; a file
+    without questions).
+    """
+    unknown = [task for task in tasks or () if task not in TASKS]
+    if unknown:
+        raise InputError(f"unknown LongBench tasks: {', '.join(unknown)}", hint=_allowed())
+    questions = []
+    for path in _files(Path(source), tasks):
+        questions += [question for question in _read(path) if tasks is None or question.task in tasks]
+    there = {question.task for question in questions}
+    absent = [task for task in tasks or () if task not in there]
+    if absent:
+        raise InputError(f"{source} has no questions of {', '.join(absent)}")
+    return questions
+
+
+def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise InputError(f"no such file or directory: {source}", hint="give LongBench's JSONL, or a directory of it")
+    found = sorted(source.glob("*.jsonl"))
+    if not found:
+        raise InputError(f"no .jsonl in the directory {source}", hint="it should hold LongBench's <task>.jsonl")
+    stray = [path.name for path in found if path.stem not in TASKS]
+    if stray:
+        raise DataError(f"{source}: {', '.join(stray)} name no task; {_allowed()}", hint="give such a file by itself")
+    return [path for path in found if tasks is None or path.stem in tasks]
+
+
+def _read(path: Path) -> Iterator[Question]:
+    seen = set[tuple[str, str]]()
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            question = _question(line, f"{path}:{number}")
+            if (question.task, question.id) in seen:
+                raise DataError(f"{path}:{number}: the id {question.id!r} of {question.task} stands twice")
+            seen.add((question.task, question.id))
+            yield question
+    if not seen:
+        raise DataError(f"{path} holds no question")
+
+
+def _question(line: str, place: str) -> Question:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: not a JSON object")
+    texts = {name: checked_text(_field(row, name, str, place), place, name) for name in ("context", "input")}
+    task = _field(row, "dataset", str, place)
+    if task not in TASKS:
+        raise DataError(f"{place}: unknown task {task!r}; {_allowed()}")
+    answers = _texts(row, "answers", place)
+    classes = _texts(row, "all_classes", place) if TASKS[task].metric == "classification" else ()
+    return Question(_field(row, "_id", str, place), task, **texts, answers=answers, classes=classes)
+
+
+def _field(row: dict[str, Any], name: str, kind: type, place: str) -> Any:
+    if not isinstance(row.get(name), kind):
+        got = f"{type(row[name]).__name__} {str(row[name])[:40]!r}" if name in row else "missing"
+        raise DataError(f"{place}: {name} is {got}; allowed: {kind.__name__}")
+    return row[name]
+
+
+def _texts(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
+    texts = _field(row, name, list, place)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{place}: {name} should be a list of texts, at least one")
+    return tuple(texts)
+
+
+def _allowed() -> str:
+    return f"allowed are {', '.join(TASKS)}"

@@ -1,0 +1,150 @@
+"""LongBench v1 (Bai et al. 2023, arXiv 2308.14508) on the user's own copy of its data.
+
+The official answer lengths and metrics; prompts of the official structure, or the official ones from a file
+(data/longbench.py, longbench_metrics.py); greedy. A prompt that leaves no room for its answer at a length loses its
+MIDDLE: instructions stand at both ends. lm-eval cuts the left end off.
+
+Not as in the official scripts: no chat template is ever put around a prompt (they do so for chat models, except on
+trec, triviaqa, samsum, lsht, lcc and repobench-p); samsum's first token may be a line break (they forbid it); the
+length holds prompt and answer together (theirs is the prompt's alone).
+
+No torch until a model is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctxext.data.cases import evenly, prompt_ids
+from ctxext.data.longbench import TASKS, Question, read_questions, read_templates
+from ctxext.errors import InputError
+from ctxext.evals.engine import Job, Outcome, Row, mean
+from ctxext.evals.longbench_metrics import best, require_jieba
+from ctxext.evals.spec import LongBench
+
+if TYPE_CHECKING:
+    from ctxext.model.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question at a length. `size` is the length: its prompt and answer are at most as long together."""
+
+    question: Question
+    length: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.length}/{self.question.task}/{self.question.id}"
+
+    @property
+    def size(self) -> int:
+        return self.length
+
+
+def check(spec: LongBench) -> list[Question]:
+    """The questions to ask, in the order of the files. No torch.
+
+    Errors: those of `read_questions`; InputError (no data named, a length without room for a task's prompt),
+    EnvironmentFault (Chinese tasks without jieba).
+    """
+    if spec.data is None:
+        raise InputError(
+            "longbench needs its data, which ctxext neither ships nor fetches",
+            hint="give LongBench's JSONL, or the directory of its <task>.jsonl, in `data`",
+        )
+    questions = read_questions(spec.data, spec.tasks)
+    names = dict.fromkeys(question.task for question in questions)
+    lacking = [name for name in names if name not in read_templates(spec.prompts)]
+    if lacking:
+        raise InputError(f"{spec.prompts} has no prompt of {', '.join(lacking)}", hint="name other tasks in `tasks`")
+    tasks = [TASKS[task] for task in names]
+    require_jieba([task.metric for task in tasks])
+    longest = max(task.max_new_tokens for task in tasks)
+    short = [length for length in spec.lengths or () if length < 2 * longest]
+    if short:
+        raise InputError(
+            f"longbench at length {min(short):,}: answers of up to {longest} tokens leave too little for the prompts",
+            hint=f"give lengths of at least {2 * longest:,}, or tasks with shorter answers",
+        )
+    return questions
+
+
+def job(loaded: LoadedModel, spec: LongBench, place: Path) -> Job:
+    """Every question at every length, `spec.limit` of them in all, taken evenly. Errors: those of `check`."""
+    assert spec.lengths is not None
+    questions = check(spec)
+    asked = [Asked(question, length) for length in spec.lengths for question in questions]
+    items = evenly(asked, spec.limit, lambda item: (item.length, item.question.task))
+    prompts = "prompts of ctxext" if spec.prompts is None else f"prompts of {spec.prompts}"
+    loaded.model.eval()
+    templates = read_templates(spec.prompts)
+    return Job(items, lambda batch: list(_answers(loaded, templates, batch)), partial(rows, prompts))
+
+
+def rows(prompts: str, outcomes: Sequence[Outcome]) -> list[Row]:
+    """A row a length, the mean of its tasks' scores, then one a task; in percent, as LongBench has it."""
+    found = []
+    for length in dict.fromkeys(outcome.length for outcome in outcomes):
+        by_task: dict[str, list[Outcome]] = {}
+        for outcome in outcomes:
+            if outcome.length == length:
+                by_task.setdefault(outcome.task, []).append(outcome)
+        protocol = f"longbench, {prompts}, no chat template, greedy, middle cut, {len(by_task)} of 21 tasks"
+        each = [_row(protocol, task, length, TASKS[task].metric, mine) for task, mine in by_task.items()]
+        values = [row.value for row in each if row.value is not None]
+        everything = [outcome for mine in by_task.values() for outcome in mine]
+        whole = {"tasks": list(by_task), "cut": _cut(everything)}
+        average = sum(values) / len(values)
+        found += [Row("longbench", protocol, "", length, "average", average, len(everything), details=whole), *each]
+    return found
+
+
+def truncated(tokenizer: Any, prompt: str, budget: int) -> tuple[list[int], bool]:
+    """The prompt's tokens, at most `budget`, and whether its middle was cut out.
+
+    First and last halves are decoded and encoded again, as the official script does; where that gives too many tokens
+    (a character cut in two, merges undone), the halves are made shorter.
+    """
+    ids = prompt_ids(tokenizer, prompt)
+    half, kept = budget // 2, ids
+    while len(kept) > budget:
+        ends = [tokenizer.decode(end, skip_special_tokens=True) for end in (ids[:half], ids[len(ids) - half :])]
+        kept = prompt_ids(tokenizer, "".join(ends))
+        half = max(0, half - max(1, (len(kept) - budget) // 2))
+    return kept, kept is not ids
+
+
+def _answers(loaded: LoadedModel, templates: Mapping[str, str], batch: Sequence[Asked]) -> Iterator[Outcome]:
+    from ctxext.model.decode import generate, stop_ids
+
+    stop = stop_ids(loaded.model, loaded.tokenizer)
+    for name, group in groupby(batch, key=lambda item: item.question.task):
+        task, asked = TASKS[name], list(group)
+        prompts = [
+            truncated(loaded.tokenizer, item.question.prompt(templates), item.length - task.max_new_tokens)
+            for item in asked
+        ]
+        written = generate(loaded.model, [ids for ids, _ in prompts], task.max_new_tokens, stop=stop)
+        for item, (ids, cut), new in zip(asked, prompts, written, strict=True):
+            answer = loaded.tokenizer.decode(new, skip_special_tokens=True)
+            scored = answer.lstrip("\n").split("\n")[0] if task.first_line else answer
+            score = best(task.metric, scored, item.question.answers, item.question.classes)
+            details = {"answer": answer, "prompt_tokens": len(ids), "cut": cut}
+            yield Outcome(item.id, name, item.length, score, details=details)
+
+
+def _row(protocol: str, task: str, length: int, metric: str, outcomes: Sequence[Outcome]) -> Row:
+    value = mean(outcomes)
+    percent = None if value is None else 100 * value
+    return Row("longbench", protocol, task, length, metric, percent, len(outcomes), details={"cut": _cut(outcomes)})
+
+
+def _cut(outcomes: Sequence[Outcome]) -> int:
+    """How many prompts lost their middle."""
+    return sum(outcome.details["cut"] for outcome in outcomes)

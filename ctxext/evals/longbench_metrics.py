@@ -1,0 +1,175 @@
+"""LongBench's metrics, to the digit of its own scoring (Bai et al. 2023, arXiv 2308.14508; LongBench's metrics.py).
+
+An answer is held against one truth; `best` takes the best over a question's truths. All give 0 to 1. What is odd below
+is so in the official scoring, which numbers are compared with:
+
+- ROUGE-L is the package `rouge`'s: sentences end at ".", words count once, precision and recall are of the union of the
+  words in the longest common subsequences of all pairs of sentences. A long text without "." overflows that package's
+  recursion and is given 0 by the official script; here it is scored.
+- The similarity of code is fuzzywuzzy's `ratio` where python-Levenshtein is absent: difflib's ratio, in whole percent.
+- The classification score passes over the class after one that it removes.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
+from importlib.util import find_spec
+
+from ctxext.errors import DataError, EnvironmentFault
+
+CHINESE = ("qa_f1_zh", "rouge_l_zh")  # these cut words with jieba
+_WIDE_PUNCTUATION = "！？｡＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､"
+_CHINESE_PUNCTUATION = "。、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+
+
+def best(metric: str, answer: str, truths: Sequence[str], classes: Sequence[str] = ()) -> float:
+    """The score against the truth that suits `answer` best. `classes` are those of a classification."""
+    return max(METRICS[metric](answer, truth, classes) for truth in truths)
+
+
+def require_jieba(metrics: Sequence[str]) -> None:
+    """Raises EnvironmentFault where one of `metrics` cuts Chinese words and jieba is not installed."""
+    wanting = [metric for metric in metrics if metric in CHINESE]
+    if wanting and find_spec("jieba") is None:
+        raise EnvironmentFault(
+            f"{' and '.join(dict.fromkeys(wanting))} cut Chinese text into words with jieba, which is not installed",
+            hint="pip install jieba, or name the tasks to run without the Chinese ones",
+        )
+
+
+def qa_f1(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """F1 of the words, as a bag: lower case, without punctuation, a, an and the (SQuAD's normalisation)."""
+    return _f1(_english_words(answer), _english_words(truth))
+
+
+def qa_f1_zh(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """F1 of jieba's words, as a bag: lower case, without punctuation and white space."""
+    return _f1(_chinese_words(answer), _chinese_words(truth))
+
+
+def rouge_l(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """ROUGE-L F1 of distinct words over all pairs of sentences; see the top of this file. 0 where a text is empty."""
+    answer_sentences, truth_sentences = _sentences(answer), _sentences(truth)
+    if not answer_sentences or not truth_sentences:
+        return 0.0
+    common = set[str]().union(*(_common(t, a) for t in truth_sentences for a in answer_sentences))
+    precision = len(common) / len(set().union(*answer_sentences))
+    recall = len(common) / len(set().union(*truth_sentences))
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+def rouge_l_zh(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """ROUGE-L of jieba's words."""
+    return rouge_l(" ".join(_jieba(answer)), " ".join(_jieba(truth)))
+
+
+def classification(answer: str, truth: str, classes: Sequence[str]) -> float:
+    """One over the number of classes named in the answer, where the true one is; else 0.
+
+    A class whose name is part of the true one's is not counted.
+    """
+    named = [name for name in classes if name in answer]
+    at = 0
+    while at < len(named):
+        if named[at] in truth and named[at] != truth:
+            del named[at]
+        at += 1  # past the next one where one was removed, as the official loop goes
+    return 1.0 / len(named) if truth in named else 0.0
+
+
+def count(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """The share of the answer's numbers that are the truth."""
+    numbers = re.findall(r"\d+", answer)
+    return numbers.count(truth) / len(numbers) if numbers else 0.0
+
+
+def retrieval(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """The share of the answer's numbers that are that of the true `Paragraph N`."""
+    return count(answer, _number(r"Paragraph (\d+)", truth))
+
+
+def retrieval_zh(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """As `retrieval`, in Chinese."""
+    return count(answer, _number(r"段落(\d+)", truth))
+
+
+def code_similarity(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
+    """Similarity of the truth and the answer's first line that has no backtick, # or //; 0 where one is empty."""
+    lines = answer.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    if line == truth:
+        return 1.0
+    return round(100 * SequenceMatcher(None, line, truth).ratio()) / 100 if line and truth else 0.0
+
+
+METRICS: dict[str, Callable[[str, str, Sequence[str]], float]] = {
+    "qa_f1": qa_f1,
+    "qa_f1_zh": qa_f1_zh,
+    "rouge_l": rouge_l,
+    "rouge_l_zh": rouge_l_zh,
+    "classification": classification,
+    "count": count,
+    "retrieval": retrieval,
+    "retrieval_zh": retrieval_zh,
+    "code_similarity": code_similarity,
+}
+
+
+def _f1(answer: Sequence[str], truth: Sequence[str]) -> float:
+    same = (Counter(answer) & Counter(truth)).total()
+    if same == 0:
+        return 0.0
+    precision, recall = same / len(answer), same / len(truth)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _english_words(text: str) -> list[str]:
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def _chinese_words(text: str) -> list[str]:
+    dropped = set(string.punctuation + _WIDE_PUNCTUATION + _CHINESE_PUNCTUATION)
+    bare = ("".join("".join(c for c in word.lower() if c not in dropped).split()) for word in _jieba(text))
+    return [word for word in bare if word]
+
+
+def _jieba(text: str) -> list[str]:
+    import jieba
+
+    return list(jieba.cut(text, cut_all=False))
+
+
+def _sentences(text: str) -> list[list[str]]:
+    """The words of each part between dots; one of white space alone has one empty word, as in `rouge`."""
+    return [part.split() or [""] for part in text.split(".") if part]
+
+
+def _common(truth: Sequence[str], answer: Sequence[str]) -> set[str]:
+    """The words of a longest common subsequence; on a tie the walk back leaves out a word of the answer."""
+    longest = [[0] * (len(answer) + 1) for _ in range(len(truth) + 1)]
+    for i, word in enumerate(truth, start=1):
+        for j, other in enumerate(answer, start=1):
+            same = word == other
+            longest[i][j] = longest[i - 1][j - 1] + 1 if same else max(longest[i - 1][j], longest[i][j - 1])
+    words, i, j = set(), len(truth), len(answer)
+    while i and j:
+        if truth[i - 1] == answer[j - 1]:
+            words.add(truth[i - 1])
+            i, j = i - 1, j - 1
+        elif longest[i - 1][j] > longest[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return words
+
+
+def _number(pattern: str, truth: str) -> str:
+    found = re.search(pattern, truth)
+    if found is None:
+        raise DataError(f"the true answer {truth!r} names no paragraph", hint="LongBench writes Paragraph N, or 段落N")
+    return found[1]

@@ -1,0 +1,183 @@
+"""Short context: lm-eval's own tasks, run by lm-eval (the optional extra `eval`) on the model in memory.
+
+What is asked and how it is scored is lm-eval's; its version stands in the protocol. A model is handed over as it was
+loaded, with ctxext's attention, so that bundles, conversions and plain models are measured alike. Tasks fetch their
+data from the hub, unless their definitions in `include` name local files.
+
+No torch until a model is run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctxext.errors import EnvironmentFault, InputError
+from ctxext.evals.engine import Job, Outcome, Progress, Row
+from ctxext.evals.spec import Short
+
+if TYPE_CHECKING:
+    from ctxext.model.load import LoadedModel
+
+PREFERRED = ("acc_norm", "acc")  # of a task's metrics; else its first
+BATCH = 8  # requests that lm-eval runs together
+NO_LENGTH = 0  # the row's length: a task's documents are as long as they are
+
+
+@dataclass(frozen=True)
+class WholeTask:
+    """A task as one item."""
+
+    id: str
+    size: int = 1
+
+
+def check(spec: Short) -> None:
+    """Errors: EnvironmentFault (no lm-eval), InputError (`include` is no directory). No torch."""
+    if find_spec("lm_eval") is None:
+        raise EnvironmentFault(
+            "the suite short runs lm-eval, which is not installed", hint='pip install "ctxext[eval]"'
+        )
+    if spec.include is not None and not Path(spec.include).is_dir():
+        raise InputError(
+            f"include: no such directory: {spec.include}", hint="give a directory of lm-eval task definitions (YAML)"
+        )
+
+
+def prepare(spec: Short, place: Path, dtype: str, device: str | None, progress: Progress) -> None:
+    """Finds every task and its data before a model is loaded. Errors: those of `check` and `job`."""
+    check(spec)
+    manager = _manager(spec)
+    progress("tasks of lm-eval", 0, len(spec.tasks))
+    for done, task in enumerate(spec.tasks, start=1):
+        _task(manager, task)
+        progress("tasks of lm-eval", done, len(spec.tasks))
+
+
+def job(loaded: LoadedModel, spec: Short, place: Path) -> Job:
+    """An item a task.
+
+    Errors: those of `check`; InputError (a task that lm-eval does not know), EnvironmentFault (a task's data cannot be
+    fetched).
+    """
+    check(spec)
+    manager = _manager(spec)
+    version = importlib.metadata.version("lm_eval")
+    protocol = f"lm-eval {version}" + (f", first {spec.limit:,} documents of each task" if spec.limit else "")
+    items = [WholeTask(task) for task in dict.fromkeys(spec.tasks)]
+
+    def run(batch: Sequence[WholeTask]) -> list[Outcome]:
+        return [_outcome(loaded, manager, item.id, spec.limit) for item in batch]
+
+    return Job(items, run, lambda outcomes: _rows(protocol, outcomes))
+
+
+def main_metric(results: dict[str, Any]) -> tuple[str, float, float | None]:
+    """(name, value, standard error or None) of a task's results: acc_norm, else acc, else the first of its metrics."""
+    values = {
+        key: value
+        for key, value in results.items()
+        if "," in key and "_stderr" not in key and isinstance(value, int | float)
+    }
+    if not values:
+        raise InputError(f"lm-eval gives no number for {results.get('alias', 'this task')}")
+    by_name = {key.split(",")[0]: key for key in reversed(values)}  # of several filters, the first
+    key = next((by_name[name] for name in PREFERRED if name in by_name), next(iter(values)))
+    name, filter_ = key.split(",", 1)
+    error = results.get(f"{name}_stderr,{filter_}")
+    return name, float(values[key]), float(error) if isinstance(error, int | float) else None
+
+
+def _outcome(loaded: LoadedModel, manager: Any, task: str, limit: int | None) -> Outcome:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from ctxext.model.load import causal_lm
+
+    model = HFLM(
+        pretrained=causal_lm(loaded.model),
+        tokenizer=loaded.tokenizer,
+        max_length=loaded.usable_length,
+        batch_size=BATCH,
+    )
+    found: Any = simple_evaluate(
+        model,
+        tasks=[_task(manager, task)],
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+    )
+    name, value, error = main_metric(found["results"][task])
+    n = sum(counts["effective"] for counts in found["n-samples"].values())
+    return Outcome(task, task, NO_LENGTH, value * n, n, {"metric": name, "stderr": error})
+
+
+def _manager(spec: Short) -> Any:
+    """lm-eval's index of tasks. Its own are thousands of files, which are not read where all tasks are in `include`."""
+    from lm_eval.tasks import TaskManager
+
+    if spec.include is not None:
+        manager = TaskManager(include_path=spec.include, include_defaults=False)
+        if set(spec.tasks) <= set(manager.all_subtasks):
+            return manager
+    manager = TaskManager(include_path=spec.include)
+    known = {*manager.all_subtasks, *manager.all_groups}  # a tag is many tasks without a figure of its own
+    unknown = [task for task in spec.tasks if task not in known]
+    if unknown:
+        raise InputError(
+            f"lm-eval knows no task or group {', '.join(unknown)}",
+            hint="`lm_eval ls tasks` lists them; definitions of your own go into the directory `include`",
+        )
+    return manager
+
+
+def _task(manager: Any, task: str) -> Any:
+    """lm-eval's task or group of tasks, which reads or fetches its data as it is made."""
+    try:
+        found = manager.load([task])
+    except Exception as error:  # whatever datasets and the hub's client raise, of several libraries
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EnvironmentFault(
+            f"the data of the task {task} cannot be had: {reason}",
+            hint="lm-eval fetches it from the hub: fetch it once where there is a network, or give tasks with local "
+            "data in `include`",
+        ) from error
+    return found["groups"].get(task) or found["tasks"][task]
+
+
+def _rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
+    """A row a task with lm-eval's standard error, and their average, each task counting the same."""
+    each = [
+        Row(
+            "short",
+            protocol,
+            outcome.task,
+            NO_LENGTH,
+            outcome.details["metric"],
+            outcome.score / outcome.weight,
+            int(outcome.weight),
+            *_interval(outcome),
+            details={"stderr": outcome.details["stderr"]},
+        )
+        for outcome in outcomes
+    ]
+    average = sum(row.value or 0.0 for row in each) / len(each)
+    n = sum(row.n for row in each)
+    whole = {"tasks": {row.task: row.metric for row in each}}
+    return [Row("short", protocol, "", NO_LENGTH, "average", average, n, details=whole), *each]
+
+
+def _interval(outcome: Outcome) -> tuple[float | None, float | None]:
+    """Value plus and minus 1.96 standard errors."""
+    error = outcome.details["stderr"]
+    if error is None:
+        return None, None
+    value = outcome.score / outcome.weight
+    return value - 1.96 * error, value + 1.96 * error
