@@ -118,7 +118,7 @@ def _show(report: Any, out: Path) -> None:
     from ctxext.evals.suite import tables
 
     for caption, header, rows in tables(report):
-        console.say(f"\n{caption}; * beyond what the model bears")
+        console.say(f"\n{caption}")
         console.table(header, rows)
     if report.differences:
         console.say("\ndifferences, paired by item, with 95% bootstrap intervals")

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctxext.data.store import tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals.engine import Ledger, Outcome, Progress, Row, run_job
 from ctxext.evals.spec import EvalSpec
@@ -118,10 +118,12 @@ def evaluate(
     results: list[ModelResult] = []
     names = _names([_source(model) for model in found])
     outcomes: list[list[list[Outcome]]] = []  # of each model, of each suite
+    tokenizers: list[str] = []
     for number, model in enumerate(found):
         loaded = model if hasattr(model, "tokenizer") else _load(model, spec.dtype, device)
         results.append(_described(names[number], loaded))
         outcomes.append([])
+        tokenizers.append(tokenizer_hash(loaded.tokenizer) if against is not None else "")
         for index, suite in enumerate(spec.suites):
             ledger = Ledger(place / "outcomes" / f"{index}-{suite.suite}-{number}.jsonl")
             job = JOBS[suite.suite](loaded, suite, place)
@@ -135,7 +137,9 @@ def evaluate(
         del loaded
         gc.collect()
     report = EvalReport(spec, time.monotonic() - began, results)
-    return report if against is None else replace(report, differences=_compared(report, outcomes, against))
+    if against is None:
+        return report
+    return replace(report, differences=_compared(report, outcomes, tokenizers, against, notice))
 
 
 @contextmanager
@@ -206,17 +210,29 @@ def _described(name: str, loaded: LoadedModel) -> ModelResult:
     )
 
 
-def _compared(report: EvalReport, outcomes: list[list[list[Outcome]]], against: int) -> list[Difference]:
+def _compared(
+    report: EvalReport,
+    outcomes: list[list[list[Outcome]]],
+    tokenizers: list[str],
+    against: int,
+    notice: Callable[[str], None],
+) -> list[Difference]:
+    """Of every other model and suite. Windows of perplexity are the same text with the same tokenizer alone."""
     from ctxext.evals.compare import differences
 
-    names = [model.model for model in report.models]
-    return [
-        difference
-        for number, of_model in enumerate(outcomes)
-        if number != against
-        for suite, mine, others in zip(report.spec.suites, of_model, outcomes[against], strict=True)
-        for difference in differences(suite.suite, names[number], mine, names[against], others)
-    ]
+    names, found = [model.model for model in report.models], list[Any]()
+    for number, of_model in enumerate(outcomes):
+        if number == against:
+            continue
+        for suite, mine, others in zip(report.spec.suites, of_model, outcomes[against], strict=True):
+            if suite.suite == "perplexity" and tokenizers[number] != tokenizers[against]:
+                notice(
+                    f"{names[number]} and {names[against]} have different tokenizers: their perplexity is not compared "
+                    "by windows; see bits_per_byte in results.json"
+                )
+                continue
+            found += differences(suite.suite, names[number], mine, names[against], others)
+    return found
 
 
 def _load(model: ModelSource, dtype: str, device: str | None) -> LoadedModel:
@@ -227,18 +243,34 @@ def _load(model: ModelSource, dtype: str, device: str | None) -> LoadedModel:
 
 
 def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
-    """A table a suite and task: (caption, header, rows), a model a row, a length a column; * beyond what it bears."""
+    """(caption, header, rows) of each suite, a model a row, a length a column; then of its tasks, if it has any.
+
+    A * stands at a length beyond what the model bears. Where lengths have protocols of their own, all are named.
+    """
     made = []
-    flat = sorted(report.rows(), key=lambda row: (row["suite"], row["task"] != "", row["task"]))
-    for (suite, task), group in groupby(flat, key=lambda row: (row["suite"], row["task"])):
-        rows = list(group)
+    for suite in dict.fromkeys(suite.suite for model in report.models for suite in model.suites):
+        rows = [row for row in report.rows() if row["suite"] == suite]
         lengths = sorted({row["length"] for row in rows})
-        cells = {(row["model"], row["length"]): row for row in rows}
-        names = list(dict.fromkeys(row["model"] for row in rows))
-        body = [[name, *[_cell(cells.get((name, length))) for length in lengths]] for name in names]
-        caption = f"{rows[0]['metric']}: {rows[0]['protocol']}" + (f", task {task}" if task else "")
-        made.append((caption, [suite, *[format_tokens(length) if length else "" for length in lengths]], body))
+        header = [format_tokens(length) if length else "" for length in lengths]
+        protocols = "; ".join(dict.fromkeys(row["protocol"] for row in rows))
+        beyond = "; * beyond what the model bears" if any(row["extrapolated"] for row in rows) else ""
+        cells = {(row["task"], row["model"], row["length"]): row for row in rows}
+        names = {task: dict.fromkeys(row["model"] for row in rows if row["task"] == task) for _, task in _tasks(rows)}
+        for number, (metric, task) in enumerate(_tasks(rows)):
+            body = [[name, *[_cell(cells.get((task, name, n))) for n in lengths]] for name in names[task]]
+            if task and number > 1:
+                made[-1][2].extend([[f"{task}: {row[0]}", *row[1:]] for row in body])
+            elif task:
+                made.append((f"{suite} by task", [suite, *header], [[f"{task}: {row[0]}", *row[1:]] for row in body]))
+            else:
+                made.append((f"{metric}: {protocols}{beyond}", [suite, *header], body))
     return made
+
+
+def _tasks(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(metric, task) of rows, the whole suite first."""
+    found = {row["task"]: row["metric"] for row in rows}
+    return [(metric, task) for task, metric in sorted(found.items(), key=lambda pair: pair[0] != "")]
 
 
 def _cell(row: dict[str, Any] | None) -> str:

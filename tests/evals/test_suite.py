@@ -68,7 +68,7 @@ def test_several_suites_of_one_call_and_json(loaded: Any, data: str) -> None:
     assert json.loads(json.dumps(report.to_dict()))["models"][1]["layout"] == "FFFF"
     assert said and said[-1][1] == said[-1][2], said[-3:]
     captions = [(header[0], len(rows), len(header)) for _, header, rows in tables(report)]
-    assert captions == [("passkey", 2, 3), ("perplexity", 2, 3)]
+    assert captions == [("perplexity", 2, 3), ("passkey", 2, 3)]
 
 
 def test_a_model_is_found_by_path(loaded: Any, data: str, model_dir: Callable[..., Path]) -> None:
@@ -104,7 +104,7 @@ def test_refusals_at_planning(model_dir: Callable[..., Path], suite: str, given:
 @pytest.mark.parametrize(
     ("suite", "given", "error", "said"),
     [
-        ("mmlu", {}, InputError, "perplexity, longppl, passkey, niah, ruler, longbench, short, smoke"),
+        ("mmlu", {}, InputError, "perplexity, longppl, passkey, niah, ruler, longbench, short, retrieval, smoke"),
         ("perplexity", {"cases": 3}, InputError, "cases is no field of perplexity"),
         ("perplexity,passkey", {"niah.cases": 3}, InputError, "niah.cases is no field"),
         ("perplexity", {"lengths": []}, SpecError, "lengths"),
@@ -250,3 +250,12 @@ def test_depths_are_drawn_beside_the_numbers(model_dir: Callable[..., Path], tmp
     eval_models(plan_eval([str(model_dir())], "passkey", given, out=tmp_path / "out"))
     picture = (tmp_path / "out" / "passkey-0.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+def test_perplexity_is_not_paired_across_tokenizers(model_dir: Callable[..., Path], stories: Path, data: str) -> None:
+    told: list[str] = []
+    given = spec("perplexity,niah", data, lengths=[512], extrapolate=True)
+    given = replace(given, suites=(given.suites[0], replace(given.suites[1], cases=1, data="grass")))
+    report = evaluate([str(model_dir()), str(stories)], given, against=0, notice=told.append)
+    assert {difference.suite for difference in report.differences} == {"niah"}
+    assert any("different tokenizers" in line for line in told)
