@@ -4,8 +4,8 @@
     python benchmarks/decode.py --lengths 1k,4k --repetitions 2 --out elsewhere
 
 One process, one random model (8 layers x 384, 6 heads of 64; on a GPU llama2-7b's attention in 8 layers), fp32 on a
-CPU and bf16 on a GPU, one row. Each layout is run in stock transformers (SDPA) and under ctxext's attention, both on
-transformers' cache. It is filled with random keys and values, not by a prefill: what a step costs does not depend on
+CPU and bf16 on a GPU, one row. Each layout is run in stock transformers (SDPA, DynamicCache) and in ctxext (its
+attention, and a cache with room reserved). It is filled with random keys and values, not by a prefill: what a step costs does not depend on
 them, and a prefill at 64k would take most of the time. Bytes are those of the tensors that the cache holds, counted,
 not computed; speed is the median over repetitions, in turns, of `STEPS` greedy steps.
 """
@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from ctxext.cli import console
 from ctxext.model.attention import register
 from ctxext.model.convert import copy_tokenizer, plan_conversion, run_conversion
+from ctxext.model.decode import reserved_cache
 from ctxext.model.source import resolve
 from ctxext.units import format_tokens, parse_tokens
 
@@ -44,10 +45,11 @@ STEPS, WARM = 16, 2
 
 
 @torch.inference_mode()
-def filled(model: Any, T: int) -> DynamicCache:
-    """A cache as after T tokens."""
+def filled(model: Any, T: int, ours: bool) -> DynamicCache:
+    """A cache as after T tokens: ctxext's reserves room for the steps to come."""
     config = model.config
-    cache, D = DynamicCache(config=config), config.hidden_size // config.num_attention_heads
+    cache = reserved_cache(config, T + WARM + STEPS) if ours else DynamicCache(config=config)
+    D = config.hidden_size // config.num_attention_heads
     shape = (1, config.num_key_value_heads, T, D)
     for layer in range(config.num_hidden_layers):
         cache.update(*(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in "kv"), layer)
@@ -56,7 +58,7 @@ def filled(model: Any, T: int) -> DynamicCache:
 
 def held(cache: DynamicCache) -> int:
     """Bytes of the tensors in it, with what stands behind their views."""
-    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))  # not views
 
 
 @torch.inference_mode()
@@ -102,7 +104,7 @@ def measure(directories: dict[str, Path], lengths: list[int], repetitions: int, 
         sizes = {}
         for _ in range(repetitions):
             for row, model in models.items():
-                cache = filled(model, T)
+                cache = filled(model, T, row.endswith("ctxext"))
                 decode(model, cache, WARM)
                 seconds[row].append(decode(model, cache, STEPS))
                 sizes[row] = held(cache)

@@ -43,6 +43,7 @@ from ctxext.ops.masks import Pattern, lower_bounds
 _SMALLEST_BLOCK, _BLOCKS_PER_WINDOW = 64, 4  # smaller blocks compute less outside the band, and hold more key grads
 _JOINED_CPU, _JOINED = 128, 1024  # tokens of short documents under one mask: a call costs more than their triangle
 _MASK_ELEMENTS = 2**24  # of the largest mask that cached attention makes
+_MASK_ROWS = 1024  # queries under one such mask: more compute more of the triangle that it hides (8k keys: 1.2x)
 _HALF = (torch.bfloat16, torch.float16)
 _HOPPER_ORDER = [  # cuDNN's kernels are written for Hopper, torch's FlashAttention is version 2; not yet measured here
     SDPBackend.CUDNN_ATTENTION,
@@ -236,7 +237,7 @@ def _cached(
     """T < S: a few queries at a time over the keys they can reach, so that no mask exceeds a fixed size."""
     T, S, window = q.shape[2], k.shape[2], pattern.sliding_window
     lo = lower_bounds(pattern, T, S=S, document_starts=document_starts, device=q.device)  # [B or 1, 1 or 2, T]
-    step = max(1, _MASK_ELEMENTS // (lo.shape[0] * S))
+    step = min(_MASK_ROWS, max(1, _MASK_ELEMENTS // (lo.shape[0] * S)))
     if window is not None:
         step = min(step, max(window, _SMALLEST_BLOCK))
     rows = []
