@@ -5,9 +5,9 @@
 
 One process, one random model (8 layers x 384, 6 heads of 64; on a GPU llama2-7b's attention in 8 layers), fp32 on a
 CPU and bf16 on a GPU, one row. Each layout is run in stock transformers (SDPA, DynamicCache) and in ctxext (its
-attention, and a cache with room reserved). It is filled with random keys and values, not by a prefill: what a step costs does not depend on
-them, and a prefill at 64k would take most of the time. Bytes are those of the tensors that the cache holds, counted,
-not computed; speed is the median over repetitions, in turns, of `STEPS` greedy steps.
+attention, and a cache with room reserved). The cache is filled with random keys and values, not by a prefill: what a
+step costs does not depend on them, and a prefill at 64k would take most of the time. Bytes are those of the tensors
+that the cache holds, counted, not computed; speed is the median over repetitions, in turns, of `STEPS` greedy steps.
 """
 
 from __future__ import annotations
