@@ -95,7 +95,7 @@ def compare(directory: Path, questions: list[Question], longest: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", default="8k")
-    parser.add_argument("--cases", type=int, default=6, help="the first is not counted")
+    parser.add_argument("--cases", type=int, default=8, help="the first is not counted")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     console.quiet_libraries()

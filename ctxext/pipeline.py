@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, replacing
@@ -101,6 +101,16 @@ def _unfinished(place: Path, plan: EvalPlan) -> bool:
             return False
 
 
+def _hold(file: IO[str], out: Path) -> None:
+    """Keep others from going on with `out` meanwhile; a file system without locks is taken as it is."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out} is being written by another evaluation", hint="give another --out") from None
+    except OSError:
+        return
+
+
 def eval_models(
     plan: EvalPlan,
     *,
@@ -117,7 +127,7 @@ def eval_models(
         if not plan.resumes:
             (plan.out / REQUEST).write_text(json.dumps(plan.request, indent=2) + "\n", "utf-8")
         with (plan.out / REQUEST).open() as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(held, plan.out)
             report = evaluate(
                 plan.sources, plan.spec, against=plan.against, place=plan.out, progress=progress, notice=notice
             )
