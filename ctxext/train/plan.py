@@ -28,7 +28,7 @@ from ctxext.units import format_bytes, format_count, format_flops, format_tokens
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
 QUANTIZED = {"none": None, "nf4": 0.52, "int8": 1.0}  # bytes of a weight, scales included
 NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels take whole ones alone
-S2_ONLY = ("group_size", "grow", "shift", "dense_last")  # of AttentionSpec
+S2_ONLY = ("group_size", "grow", "shift")  # of AttentionSpec; dense_last holds of a run that is dense throughout
 GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx / 4
 
 
@@ -340,9 +340,8 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
     if wanted == "auto":
         wanted = "s2" if all(full) else "dense"
     if wanted == "dense":
-        default, auto = AttentionSpec(), spec.attention.train == "auto"  # a preset's dense_last holds for every model
+        default = AttentionSpec()
         given = [name for name in S2_ONLY if getattr(spec.attention, name) != getattr(default, name)]
-        given = [name for name in given if not (auto and name == "dense_last")]
         if given:
             raise InputError(
                 f"{', '.join(f'attention.{name}' for name in given)}: given, but full layers train dense",

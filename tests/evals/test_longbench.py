@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from ctxext.data.cases import prompt_ids
 from ctxext.data.longbench import TASKS, read_questions, read_templates
@@ -179,6 +180,7 @@ class Scripted:
         self.prompts: list[torch.Tensor] = []
         self.head = SimpleNamespace(weight=torch.eye(260))
         self.written = 0
+        self.config = LlamaConfig(num_hidden_layers=1)
 
     def get_decoder(self) -> Any:
         return self

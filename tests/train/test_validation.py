@@ -168,8 +168,9 @@ def test_the_schedule_reaches_the_model(make_plan, tmp_path, monkeypatch):
 
 
 def test_a_schedule_without_s2_is_refused(make_plan):
-    with pytest.raises(InputError, match=r"attention.grow, attention.dense_last: given, but full layers train dense"):
-        make_plan(attention={"train": "dense", "grow": True, "dense_last": 0.5})
+    with pytest.raises(InputError, match=r"attention.group_size, attention.grow: given, but full layers train dense"):
+        make_plan(attention={"train": "dense", "grow": True, "group_size": 16})
+    assert make_plan(attention={"train": "dense", "dense_last": 0.5}).group_size is None
 
 
 def test_a_presets_dense_end_holds_for_a_hybrid_which_is_dense_anyway(model_dir, tmp_path):
