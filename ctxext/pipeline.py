@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from ctxext import __version__
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, replacing
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.errors import InputError
 from ctxext.evals.spec import EvalSpec, asked
 from ctxext.evals.suite import with_lengths
-from ctxext.evals.suites import check_suites
+from ctxext.evals.suites import check_suites, inputs, model_stamp
 from ctxext.model.convert import DTYPES
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.units import format_tokens
@@ -44,11 +47,17 @@ class EvalPlan:
     out: Path
     resumes: bool
 
-    @property
+    @cached_property
     def request(self) -> dict[str, Any]:
-        """What makes two evaluations the same: the spec, and the models by their weights."""
-        models = [manifests.parent(source.directory) for source in self.sources]
-        return json.loads(json.dumps({"spec": asdict(self.spec), "against": self.against, "models": models}))
+        """What makes two evaluations the same: the spec and all that it reads, the models, the version."""
+        request = {
+            "spec": asdict(self.spec),
+            "reads": [inputs(suite) for suite in self.spec.suites],
+            "against": self.against,
+            "models": [model_stamp(source) for source in self.sources],
+            "ctxext": __version__,
+        }
+        return json.loads(json.dumps(request))
 
 
 def plan_eval(
@@ -70,9 +79,9 @@ def plan_eval(
     number = None
     if against is not None:
         other = resolve(against)
-        paths = [source.path for source in sources]
-        sources += [other] if other.path not in paths else []
-        number = [source.path for source in sources].index(other.path)
+        paths = [source.directory.resolve() for source in sources]
+        sources += [other] if other.directory.resolve() not in paths else []
+        number = [source.directory.resolve() for source in sources].index(other.directory.resolve())
         if len(sources) < 2:
             raise InputError(f"--against {against} is the only model", hint="name the model to compare with it as well")
     for source in sources:
@@ -86,6 +95,9 @@ def plan_eval(
     if _unfinished(out, plan) and not force:
         return replace(plan, resumes=True)
     check_free(out, force, keep=[source.path for source in sources])
+    if (out / REQUEST).is_file():
+        with (out / REQUEST).open() as file:
+            _hold(file, out)
     return plan
 
 
@@ -95,9 +107,9 @@ def _unfinished(place: Path, plan: EvalPlan) -> bool:
         return False
     with (place / REQUEST).open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _hold(file, place)
             return bool(json.load(file) == plan.request)
-        except (OSError, ValueError):
+        except (InputError, ValueError):
             return False
 
 
@@ -128,9 +140,14 @@ def eval_models(
             (plan.out / REQUEST).write_text(json.dumps(plan.request, indent=2) + "\n", "utf-8")
         with (plan.out / REQUEST).open() as held:
             _hold(held, plan.out)
-            report = evaluate(
-                plan.sources, plan.spec, against=plan.against, place=plan.out, progress=progress, notice=notice
-            )
+            try:
+                report = evaluate(
+                    plan.sources, plan.spec, against=plan.against, place=plan.out, progress=progress, notice=notice
+                )
+            except BaseException:
+                if not any((plan.out / "outcomes").glob("*")):  # nothing to go on from: what was here comes back
+                    shutil.rmtree(plan.out, ignore_errors=True)
+                raise
             results = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
             (plan.out / "results.json").write_text(results, "utf-8")
             draw_depths(report, plan.out)
@@ -141,17 +158,17 @@ def eval_models(
 
 
 def draw_depths(report: EvalReport, place: Path) -> None:
-    """A heatmap a model of length x depth, as `<suite>-<model's number>.png`, of the suites that have depths."""
+    """A heatmap a model of length x depth, as `<number>-<suite>-<model's number>.png`, of the suites with depths."""
     from ctxext.report.figures import heatmap
 
     for number, model in enumerate(report.models):
-        for suite in model.suites:
+        for index, suite in enumerate(model.suites):
             rows = [row for row in suite.rows if "by_depth" in row.details]
             depths = sorted({depth for row in rows for depth in row.details["by_depth"]}, key=float)
             if not depths:
                 continue
             heatmap(
-                place / f"{suite.suite}-{number}.png",
+                place / f"{index}-{suite.suite}-{number}.png",
                 f"{model.model}: {suite.suite}, n = {', '.join(str(row.n) for row in rows)} by length",
                 [format_tokens(row.length) for row in rows],
                 depths,

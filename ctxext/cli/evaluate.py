@@ -41,8 +41,8 @@ def evaluate(
     protocol: Annotated[str | None, typer.Option(help="perplexity: hf-stride, longlora or truncate")] = None,
     evaluator: Annotated[str | None, typer.Option(help="longppl: the model that finds the key tokens")] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="perplexity: tokens of text; longppl: documents; else cases in all, evenly by length"),
+        str | None,
+        typer.Option(help="perplexity: tokens of text; longppl: documents; else cases in all, evenly by length"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the cases")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: float32]")] = None,
@@ -102,8 +102,11 @@ def _run(
 
 def _fields(given: dict[str, Any], lengths: str | None, sets: list[str]) -> dict[str, Any]:
     from ctxext.config.loader import parse_value
+    from ctxext.units import parse_tokens
 
     fields = {key: value for key, value in given.items() if value is not None}
+    if "limit" in fields:
+        fields["limit"] = parse_tokens(fields["limit"])
     if lengths is not None:
         fields["lengths"] = [part.strip() for part in lengths.split(",")]
     for assignment in sets:

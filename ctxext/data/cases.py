@@ -94,15 +94,15 @@ def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
         raise DataError(
             f"{path} is not what its manifest says (sha256)", hint="make the cases again, or remove the manifest"
         )
+    if not data.strip():
+        raise DataError(f"{path} holds no case")
     cases, seen = [], set[str]()
-    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), start=1):
+    for number, line in enumerate(data.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
         case = _case(line, f"{path}:{number}")
         if case.id in seen:
             raise DataError(f"{path}:{number}: the id {case.id!r} stands twice")
         seen.add(case.id)
         cases.append(case)
-    if not cases:
-        raise DataError(f"{path} holds no case")
     return cases, manifest
 
 

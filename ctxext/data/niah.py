@@ -46,7 +46,7 @@ def niah_questions(
 
     Raises InputError for a length without room for needle and question, and for an empty text.
     """
-    cells = [(length, depth, i) for length in lengths for depth in depths for i in range(cases)]
+    cells = [(length, depth, i) for length in lengths for depth in dict.fromkeys(depths) for i in range(cases)]
     chosen = evenly(cells, limit, lambda cell: cell[:2])
     words = text.split()
     room = {length: _room(tokenizer, words, length) for length in lengths}

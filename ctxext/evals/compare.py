@@ -18,6 +18,7 @@ from ctxext.evals.engine import Outcome
 
 DRAWS = 10_000
 _BLOCK = 2_000_000  # numbers drawn at once
+SCALE = {"ruler": 100.0, "longbench": 100.0}  # their rows are in percent
 LOWER_IS_BETTER = {"perplexity": "nats per token", "longppl": "nats per key token"}
 
 
@@ -51,43 +52,48 @@ def differences(
     """One difference a length, and one a task and length where the suite has tasks.
 
     Items that one side alone has are left out. A mean is sum of scores over sum of weights: a window counts by its
-    tokens.
+    tokens. Of a suite with tasks it is the mean over tasks, as its own rows are, and pairs are drawn within tasks.
     """
     other = {outcome.id: outcome for outcome in others}
     pairs = [(outcome, other[outcome.id]) for outcome in mine if outcome.id in other]
-    pairs = [pair for pair in pairs if pair[0].weight and pair[1].weight]
-    groups: dict[tuple[str, int], list[tuple[Outcome, Outcome]]] = {}
+    cells: dict[int, dict[str, list[tuple[Outcome, Outcome]]]] = {}
     for pair in pairs:
-        for task in dict.fromkeys(("", pair[0].task)):
-            groups.setdefault((task, pair[0].length), []).append(pair)
+        if pair[0].weight and pair[1].weight:
+            cells.setdefault(pair[0].length, {}).setdefault(pair[0].task, []).append(pair)
     found = []
-    for (task, length), group in groups.items():
-        value, low, high, p = paired(group, seed)
-        better = value < 0 if suite in LOWER_IS_BETTER else value > 0
-        shown = p < 0.05 and (low > 0 or high < 0)
-        called = ("better" if better else "worse") if shown else "no difference shown"
-        unit = LOWER_IS_BETTER.get(suite, "score from 0 to 1")
-        found.append(Difference(suite, task, length, model, against, len(group), value, low, high, p, unit, called))
+    for length, tasks in cells.items():
+        groups = {"": list(tasks.values())} | {task: [group] for task, group in tasks.items() if task}
+        for task, strata in groups.items():
+            *figures, p = paired(strata, seed)
+            value, low, high = (SCALE.get(suite, 1.0) * figure for figure in figures)
+            better = value < 0 if suite in LOWER_IS_BETTER else value > 0
+            shown = p < 0.05 and (low > 0 or high < 0)
+            called = ("better" if better else "worse") if shown else "no difference shown"
+            unit = LOWER_IS_BETTER.get(suite, "percent" if suite in SCALE else "score from 0 to 1")
+            n = sum(map(len, strata))
+            found.append(Difference(suite, task, length, model, against, n, value, low, high, p, unit, called))
     return found
 
 
-def paired(pairs: Sequence[tuple[Outcome, Outcome]], seed: int = 0) -> tuple[float, float, float, float]:
-    """(difference of means, its 95% bootstrap interval, sign-flip p-value) of at least one pair."""
-    scores = np.array([[a.score, b.score, a.weight, b.weight] for a, b in pairs])  # [n, 4]
+def paired(strata: Sequence[Sequence[tuple[Outcome, Outcome]]], seed: int = 0) -> tuple[float, float, float, float]:
+    """(difference of means, its 95% bootstrap interval, sign-flip p-value), the mean over strata of at least a pair."""
     rng = np.random.default_rng(seed)
-    observed = _difference(scores.sum(0))
-    n, drawn = len(scores), []
-    for begin in range(0, DRAWS, step := max(1, _BLOCK // n)):
-        picked = rng.integers(0, n, (min(step, DRAWS - begin), n))
-        drawn.append(_difference(scores[picked].sum(1)))
-    low, high = np.quantile(np.concatenate(drawn), (0.025, 0.975))
-    # Each pair's part in the difference, about the common ratio: flipped, it keeps its size and changes its sign.
-    apart = scores[:, 0] / scores[:, 2].sum() - scores[:, 1] / scores[:, 3].sum()
-    extreme = 0
-    for begin in range(0, DRAWS, step):
-        signs = rng.choice((-1.0, 1.0), (min(step, DRAWS - begin), n))
-        extreme += int((np.abs(signs @ apart) >= abs(observed) * (1 - 1e-9)).sum())
-    return float(observed), float(low), float(high), (extreme + 1) / (DRAWS + 1)
+    observed, drawn, apart = 0.0, np.zeros(DRAWS), []
+    for pairs in strata:
+        scores = np.array([[a.score, b.score, a.weight, b.weight] for a, b in pairs])  # [n, 4]
+        observed += float(_difference(scores.sum(0))) / len(strata)
+        # Each pair's part in the difference: flipped, it keeps its size and changes its sign.
+        apart.append((scores[:, 0] / scores[:, 2].sum() - scores[:, 1] / scores[:, 3].sum()) / len(strata))
+        n = len(scores)
+        for begin in range(0, DRAWS, step := max(1, _BLOCK // n)):
+            picked = rng.integers(0, n, (min(step, DRAWS - begin), n))
+            drawn[begin : begin + step] += _difference(scores[picked].sum(1)) / len(strata)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    parts, extreme = np.concatenate(apart), 0
+    for begin in range(0, DRAWS, step := max(1, _BLOCK // len(parts))):
+        signs = rng.choice((-1.0, 1.0), (min(step, DRAWS - begin), len(parts)))
+        extreme += int((np.abs(signs @ parts) >= abs(observed) * (1 - 1e-9)).sum())
+    return observed, float(low), float(high), (extreme + 1) / (DRAWS + 1)
 
 
 def _difference(sums: np.ndarray) -> np.ndarray:

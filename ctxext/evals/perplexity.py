@@ -188,6 +188,10 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
     notes = [f"perplexity: {len(items):,} windows, {tokens:,} tokens to run ({spec.protocol})"]
     # The texts of the cuts are the same, so any cut's segments serve all windows.
     run = partial(_run_windows, loaded, [ids for ids, _ in cuts[0].segments])
+    skipping = [cut for cut in cuts if cut.stride > cut.length]
+    if skipping:
+        shown = ", ".join(f"{cut.length:,}" for cut in skipping)
+        notes.append(f"windows {skipping[0].stride:,} tokens apart skip text at length {shown}")
     if spec.protocol == "longlora":
         began = time.perf_counter()
         run(items[:1])

@@ -162,7 +162,10 @@ def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
             known = ", ".join([*SUITES, *presets.names("eval")])
             raise InputError(f"--suite {suite!r} is unknown; allowed are {known}, or a YAML file")
         data = {**presets.find("eval", suite).data}
-    suites = [dict(one) for one in data.get("suites", [])]
+    listed = data.get("suites")
+    if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
+        return build(EvalSpec, data, source=f"eval spec ({suite})")  # which says what is wrong
+    suites = [dict(one) for one in listed]
     for key, value in given.items():
         if key in {field.name for field in fields(EvalSpec)} - {"suites"}:
             data[key] = value
@@ -178,7 +181,7 @@ def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
 
 
 def _fields(suite: dict[str, Any]) -> set[str]:
-    return _names(SUITES[suite["suite"]]) if suite.get("suite") in SUITES else set()
+    return _names(SUITES[suite["suite"]]) if str(suite.get("suite")) in SUITES else set()
 
 
 def _names(cls: type) -> set[str]:

@@ -112,8 +112,8 @@ def evaluate(
         with tempfile.TemporaryDirectory() as scratch:
             return evaluate(found, spec, against=against, place=Path(scratch), device=device, progress=progress,
                             notice=notice)  # fmt: skip
-    for suite in spec.suites:
-        if suite.suite in PREPARE:
+    for suite in (suite for suite in spec.suites if suite.suite in PREPARE):
+        with _memory_runs_out("what comes before the models", suite.suite):
             PREPARE[suite.suite](suite, place, spec.dtype, device, progress)
     results: list[ModelResult] = []
     names = _names([_source(model) for model in found])
@@ -126,10 +126,10 @@ def evaluate(
         tokenizers.append(tokenizer_hash(loaded.tokenizer) if against is not None else "")
         for index, suite in enumerate(spec.suites):
             ledger = Ledger(place / "outcomes" / f"{index}-{suite.suite}-{number}.jsonl")
-            job = JOBS[suite.suite](loaded, suite, place)
-            for note in job.notes:
-                notice(f"{names[number]}: {note}")
             with _memory_runs_out(names[number], suite.suite):
+                job = JOBS[suite.suite](loaded, suite, place)
+                for note in job.notes:
+                    notice(f"{names[number]}: {note}")
                 told = partial(progress, f"{names[number]} {suite.suite}")
                 rows = run_job(job, ledger, spec.tokens_per_batch, told)
             results[-1].suites.append(SuiteResult(suite.suite, job.notes, tuple(rows)))
@@ -217,18 +217,21 @@ def _compared(
     against: int,
     notice: Callable[[str], None],
 ) -> list[Difference]:
-    """Of every other model and suite. Windows of perplexity are the same text with the same tokenizer alone."""
-    from ctxext.evals.compare import differences
+    """Of every other model and suite, where there are pairs: nats per token pair with the same tokenizer alone."""
+    from ctxext.evals.compare import LOWER_IS_BETTER, differences
 
     names, found = [model.model for model in report.models], list[Any]()
     for number, of_model in enumerate(outcomes):
         if number == against:
             continue
         for suite, mine, others in zip(report.spec.suites, of_model, outcomes[against], strict=True):
-            if suite.suite == "perplexity" and tokenizers[number] != tokenizers[against]:
+            if suite.suite == "short":
+                notice("short is not compared pair by pair: lm-eval gives one figure a task, with its standard error")
+                continue
+            if suite.suite in LOWER_IS_BETTER and tokenizers[number] != tokenizers[against]:
                 notice(
-                    f"{names[number]} and {names[against]} have different tokenizers: their perplexity is not compared "
-                    "by windows; see bits_per_byte in results.json"
+                    f"{names[number]} and {names[against]} have different tokenizers: their {suite.suite} is not "
+                    "compared, nats per token are of different tokens; perplexity has bits_per_byte in results.json"
                 )
                 continue
             found += differences(suite.suite, names[number], mine, names[against], others)
@@ -248,22 +251,27 @@ def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
     A * stands at a length beyond what the model bears. Where lengths have protocols of their own, all are named.
     """
     made = []
-    for suite in dict.fromkeys(suite.suite for model in report.models for suite in model.suites):
-        rows = [row for row in report.rows() if row["suite"] == suite]
+    for index, suite in enumerate(report.spec.suites):
+        rows = [
+            {"model": model.model, "beyond": row.length > model.usable_length, **asdict(row)}
+            for model in report.models
+            for row in model.suites[index].rows
+        ]
         lengths = sorted({row["length"] for row in rows})
-        header = [format_tokens(length) if length else "" for length in lengths]
+        header = [suite.suite, *[format_tokens(length) if length else "" for length in lengths]]
         protocols = "; ".join(dict.fromkeys(row["protocol"] for row in rows))
-        beyond = "; * beyond what the model bears" if any(row["extrapolated"] for row in rows) else ""
+        star = "; * beyond what the model bears" if any(row["beyond"] for row in rows) else ""
         cells = {(row["task"], row["model"], row["length"]): row for row in rows}
-        names = {task: dict.fromkeys(row["model"] for row in rows if row["task"] == task) for _, task in _tasks(rows)}
-        for number, (metric, task) in enumerate(_tasks(rows)):
-            body = [[name, *[_cell(cells.get((task, name, n))) for n in lengths]] for name in names[task]]
-            if task and number > 1:
-                made[-1][2].extend([[f"{task}: {row[0]}", *row[1:]] for row in body])
-            elif task:
-                made.append((f"{suite} by task", [suite, *header], [[f"{task}: {row[0]}", *row[1:]] for row in body]))
+        by_task: list[list[str]] = []
+        for metric, task in _tasks(rows):
+            names = dict.fromkeys(row["model"] for row in rows if row["task"] == task)
+            body = [[name, *[_cell(cells.get((task, name, n))) for n in lengths]] for name in names]
+            if task:
+                by_task += [[f"{task}: {name}", *rest] for name, *rest in body]
             else:
-                made.append((f"{metric}: {protocols}{beyond}", [suite, *header], body))
+                made.append((f"{metric}: {protocols}{star}", header, body))
+        if by_task:
+            made.append((f"{suite.suite} by task", header, by_task))
     return made
 
 
@@ -276,4 +284,4 @@ def _tasks(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None or row["value"] is None:
         return "none"
-    return f"{row['value']:.3f}{'*' if row['extrapolated'] else ''}"
+    return f"{row['value']:.3f}{'*' if row['beyond'] else ''}"

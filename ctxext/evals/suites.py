@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctxext.config import manifest as manifests
 from ctxext.data import documents
 from ctxext.errors import InputError
 from ctxext.evals.engine import Job, Progress
 from ctxext.evals.haystacks import GRASS
 from ctxext.evals.spec import EvalSpec
+from ctxext.model.source import ModelSource, resolve
 
 if TYPE_CHECKING:
     from ctxext.model.load import LoadedModel
@@ -99,13 +103,24 @@ def _enough_for_a_window(suite: Any) -> None:
     if suite.limit is not None and suite.limit < max(suite.lengths):
         raise InputError(
             f"a limit of {suite.limit:,} tokens is less than one window of {max(suite.lengths):,}",
-            hint="raise the limit, or leave it out",
+            hint="raise the limit, or leave it out; for another suite alone: --set passkey.limit=40",
         )
 
 
 def _data_is_there(suite: Any) -> None:
+    if not suite.data.strip():
+        raise InputError(f"{suite.suite}: data is empty text; allowed: embedded, a file or a directory, a datasets id")
+    _a_case_a_length(suite)
     if suite.data not in (documents.EMBEDDED, GRASS):
         documents.fingerprint(suite.data, text_field=suite.text_field)
+
+
+def _a_case_a_length(suite: Any) -> None:
+    if hasattr(suite, "cases") and suite.limit is not None and suite.limit < len(suite.lengths):
+        raise InputError(
+            f"{suite.suite}: a limit of {suite.limit} is less than one case for each of {len(suite.lengths)} lengths",
+            hint="raise the limit, or give fewer lengths",
+        )
 
 
 def _evaluator_is_there(suite: Any) -> None:
@@ -147,3 +162,37 @@ CHECKS: dict[str, Callable[[Any], None]] = {
     "longbench": _longbench_is_there,
     "short": _harness_is_there,
 }
+
+
+def inputs(suite: Any) -> dict[str, Any]:
+    """What a suite reads beside its spec, so that two requests can be told apart: the text, files, an evaluator."""
+    found: dict[str, Any] = {}
+    for name in ("squad", "hotpotqa", "from_cases", "prompts", "include"):
+        if getattr(suite, name, None) is not None:
+            found[name] = _stamp(Path(getattr(suite, name)))
+    if suite.suite == "longbench":
+        found["data"] = _stamp(Path(suite.data))
+    elif hasattr(suite, "data") and suite.data != GRASS:
+        split = "held-out" if suite.data == documents.EMBEDDED else None
+        found["data"] = documents.fingerprint(suite.data, text_field=suite.text_field, split=split)
+    if getattr(suite, "evaluator", None) is not None:
+        found["evaluator"] = model_stamp(resolve(suite.evaluator))
+    return found
+
+
+def model_stamp(source: ModelSource) -> dict[str, Any]:
+    """A model by its weights, its config as read, its tokenizer's files and, for a bundle, its base."""
+    small = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _tokenizer_files(source.directory)}
+    config = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest()
+    base = {} if source.base is None else {"base": model_stamp(source.base)}
+    return {**manifests.parent(source.directory), "config": config, "tokenizer": small, **base}
+
+
+def _tokenizer_files(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if "token" in path.name and path.is_file())
+
+
+def _stamp(path: Path) -> list[list[Any]]:
+    """Path, size and modification time of a file, or of the files below a directory."""
+    files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
+    return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -103,3 +103,9 @@ def stories_tokenizer(stories: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(stories)
+
+
+def test_line_ends_of_other_alphabets_are_text(tmp_path: Path) -> None:
+    case = Case("t/0", "t", 64, "a\u2028b\u2029c\x85d\ne", ("a",), 8)
+    write_cases(tmp_path / "cases.jsonl", [case], {})
+    assert read_cases(tmp_path / "cases.jsonl")[0] == [case]

@@ -18,14 +18,14 @@ def pairs(a: list[float], b: list[float], weight: float = 1.0) -> list[tuple[Out
 
 
 def test_equal_models_show_none() -> None:
-    value, low, high, p = paired(pairs([1, 0, 1, 1], [1, 0, 1, 1]))
+    value, low, high, p = paired([pairs([1, 0, 1, 1], [1, 0, 1, 1])])
     assert (value, low, high, p) == (0, 0, 0, 1)
 
 
 @pytest.mark.parametrize(("worse", "n"), [(3, 40), (5, 20), (6, 20), (9, 12)])
 def test_right_or_wrong_cases_agree_with_the_exact_sign_test(worse: int, n: int) -> None:
     """`worse` of n pairs differ, all one way: McNemar's p is 2 x 2^-worse."""
-    *_, p = paired(pairs([0] * worse + [1] * (n - worse), [1] * n))
+    *_, p = paired([pairs([0] * worse + [1] * (n - worse), [1] * n)])
     assert p == pytest.approx(2 * 0.5**worse, abs=0.01)
 
 
@@ -43,7 +43,7 @@ def test_noise_is_called_a_difference_about_one_time_in_twenty() -> None:
     called = 0
     for seed in range(120):
         a, b = rng.normal(size=(2, 30))
-        _, low, high, p = paired(pairs(list(a), list(b)), seed)
+        _, low, high, p = paired([pairs(list(a), list(b))], seed)
         called += p < 0.05 and (low > 0 or high < 0)
     assert called <= 14, called  # 6 expected; 14 or more in 1 of 500
 
@@ -54,7 +54,7 @@ def test_the_interval_covers_the_truth() -> None:
     for seed in range(100):
         b = rng.normal(size=40)
         a = b + 0.3 + rng.normal(size=40)
-        _, low, high, _ = paired(pairs(list(a), list(b)), seed)
+        _, low, high, _ = paired([pairs(list(a), list(b))], seed)
         inside += low <= 0.3 <= high
     assert inside >= 88, inside
 
@@ -72,5 +72,16 @@ def test_windows_count_by_their_tokens_and_lower_is_better() -> None:
 def test_pairs_are_by_id_and_in_groups_of_length_and_task() -> None:
     mine = outcomes([1, 1], task="x") + outcomes([0], task="y") + outcomes([1], task="x", length=16)
     others = outcomes([1, 0, 1], task="x") + outcomes([0], task="y")
-    found = {(d.task, d.length): (d.n, d.value) for d in differences("ruler", "a", mine, "b", others)}
-    assert found == {("", 8): (3, pytest.approx(1 / 3)), ("x", 8): (2, 0.5), ("y", 8): (1, 0.0)}
+    found = {(d.task, d.length): (d.n, d.value) for d in differences("niah", "a", mine, "b", others)}
+    assert found == {("", 8): (3, pytest.approx(0.25)), ("x", 8): (2, 0.5), ("y", 8): (1, 0.0)}
+
+
+def test_of_tasks_it_is_the_difference_of_the_figures_that_are_shown() -> None:
+    """A large task is won by a little and a small one lost by much: the mean over tasks, in percent, is lower."""
+    mine = outcomes([1] * 130 + [0] * 70, task="large") + outcomes([0] * 20, task="small")
+    others = outcomes([1] * 110 + [0] * 90, task="large") + outcomes([1] * 10 + [0] * 10, task="small")
+    found = {d.task: d for d in differences("longbench", "a", mine, "b", others)}
+    assert found[""].value == pytest.approx((65 + 0) / 2 - (55 + 50) / 2) and found[""].unit == "percent"
+    assert found[""].called == "worse" and found["large"].called == "better" and found["small"].called == "worse"
+    assert found[""].low < found[""].value < found[""].high < 0
+    assert found[""].n == 220

@@ -239,16 +239,16 @@ def test_out_of_memory_says_what_helps_and_keeps_what_is_done(
 
 def test_longlora_says_first_how_long_it_will_take(loaded: Any, data: str) -> None:
     told: list[str] = []
-    given = spec("perplexity", data, lengths=[128], protocol="longlora", limit=600)
+    given = spec("perplexity", data, lengths=[128], protocol="longlora", limit=600)  # windows 256 apart
     evaluate([loaded], given, progress=lambda *_: told.append("ran"), notice=told.append)
-    assert "2 windows, 256 tokens to run" in told[0] and "longlora runs a token" in told[1], told
-    assert told[2] == "ran"
+    assert "2 windows, 256 tokens to run" in told[0] and "256 tokens apart skip text at length 128" in told[1], told
+    assert "longlora runs a token" in told[2] and told[3] == "ran", told
 
 
 def test_depths_are_drawn_beside_the_numbers(model_dir: Callable[..., Path], tmp_path: Path) -> None:
     given = {"lengths": [110, 120], "data": "grass", "cases": 1, "extrapolate": True}
     eval_models(plan_eval([str(model_dir())], "passkey", given, out=tmp_path / "out"))
-    picture = (tmp_path / "out" / "passkey-0.png").read_bytes()
+    picture = (tmp_path / "out" / "0-passkey-0.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 5000
 
 
@@ -259,3 +259,84 @@ def test_perplexity_is_not_paired_across_tokenizers(model_dir: Callable[..., Pat
     report = evaluate([str(model_dir()), str(stories)], given, against=0, notice=told.append)
     assert {difference.suite for difference in report.differences} == {"niah"}
     assert any("different tokenizers" in line for line in told)
+
+
+def test_what_a_run_goes_on_from_is_the_same_in_all_that_it_reads(
+    model_dir: Callable[..., Path],
+    write_model: Callable[..., Path],
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Same spec and weights, another text, config or tokenizer: not the same request."""
+    monkeypatch.chdir(tmp_path)
+    model = write_model(tmp_path / "model")
+    given = {"data": data, "lengths": [64]}
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "ctxext.evals.suite.run_job", lambda job, ledger, *_: (ledger.add(job.run(job.items[:1])), killed())
+        )
+        with pytest.raises(KeyboardInterrupt):
+            eval_models(plan_eval([str(model)], "perplexity", given))
+    assert plan_eval([str(model)], "perplexity", given).resumes
+    files = {Path(data): "x", model / "config.json": None, model / "tokenizer_config.json": None}
+    for path, more in files.items():
+        before = path.read_text()
+        changed = before + more if more else json.dumps(json.loads(before) | {"rms_norm_eps": 0.5})
+        path.write_text(changed)
+        assert not plan_eval([str(model)], "perplexity", given).resumes, path
+        path.write_text(before)
+
+
+def test_force_keeps_the_old_result_until_the_new_run_has_something(
+    model_dir: Callable[..., Path], data: str, tmp_path: Path
+) -> None:
+    out, models = tmp_path / "out", [str(model_dir())]
+    eval_models(plan_eval(models, "perplexity", {"data": data, "lengths": [64]}, out=out))
+    before = (out / "results.json").read_bytes()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a"}\n{')
+    plan = plan_eval(models, "perplexity", {"data": str(broken), "lengths": [64]}, out=out, force=True)
+    with pytest.raises(DataError, match="broken.jsonl:2"):
+        eval_models(plan, force=True)
+    assert (out / "results.json").read_bytes() == before
+
+
+def test_force_does_not_replace_one_that_is_running(model_dir: Callable[..., Path], data: str, tmp_path: Path) -> None:
+    out, models, said = tmp_path / "out", [str(model_dir())], list[str]()
+
+    def meanwhile(*_: Any) -> None:
+        with pytest.raises(InputError) as caught:
+            plan_eval(models, "perplexity", {"data": data, "lengths": [32]}, out=out, force=True)
+        said.append(str(caught.value))
+
+    eval_models(plan_eval(models, "perplexity", {"data": data, "lengths": [64]}, out=out), progress=meanwhile)
+    assert said and "being written by another evaluation" in said[0]
+
+
+def test_two_suites_of_one_kind_are_two_tables(loaded: Any, data: str, tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    protocols = "".join(f"- {{suite: perplexity, protocol: {name}}}\n" for name in ("truncate", "hf-stride"))
+    path.write_text("suites:\n" + protocols)
+    report = evaluate([loaded], asked(str(path), {"data": data, "lengths": [64]}))
+    made = tables(report)
+    assert [caption.split(",")[0] for caption, _, _ in made] == ["perplexity: truncate", "perplexity: hf-stride"]
+    assert made[0][2] != made[1][2]
+
+
+@pytest.mark.parametrize("text", ["suites: [passkey, niah]\n", "suites:\n", "suites: 3\n", "- {suite: [x]}\n"])
+def test_a_preset_of_another_shape_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError):
+        asked(str(path), {"limit": 3})
+
+
+def test_a_limit_below_a_case_a_length_is_refused(model_dir: Callable[..., Path]) -> None:
+    given = {"lengths": [256, 400, 512], "limit": 2, "data": "grass", "extrapolate": True}
+    with pytest.raises(InputError, match="less than one case for each of 3 lengths"):
+        plan_eval([str(model_dir())], "passkey", given)
