@@ -48,6 +48,16 @@ def run_rank(run: Path) -> None:
     report = run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)
     if os.environ["RANK"] == "0":
         _write(logs / REPORT, report.as_dict())
+    leave()
+
+
+def leave() -> None:
+    """End the ranks' communication together: gloo's threads, still there when a process ends, now and then abort it."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def run_host(run: Path, node: int) -> int:

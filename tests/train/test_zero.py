@@ -34,6 +34,7 @@ from ctxext.train.parallel import Host, Launch, plan_launch, read_hostfile, read
 from ctxext.train.plan import plan_run
 from ctxext.train.run import plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec
+from ctxext.train.worker import leave
 
 RATE = 1e-3
 PARTITION_ALL = {"stage3_param_persistence_threshold": 0}  # weights this small would be kept whole otherwise
@@ -421,3 +422,4 @@ def rank_of(pid: int) -> str | None:
 if __name__ == "__main__":  # one rank of two_processes
     for each in json.loads((Path(sys.argv[1]) / "jobs.json").read_text()):
         one_process(Path(sys.argv[1]) / each["run"], each)
+    leave()
