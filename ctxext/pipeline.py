@@ -145,7 +145,8 @@ def eval_models(
                     plan.sources, plan.spec, against=plan.against, place=plan.out, progress=progress, notice=notice
                 )
             except BaseException:
-                if not any((plan.out / "outcomes").glob("*")):  # nothing to go on from: what was here comes back
+                if not any(any((plan.out / name).glob("*")) for name in ("outcomes", "keys")):
+                    # Nothing that took long to make: what was here before comes back.
                     shutil.rmtree(plan.out, ignore_errors=True)
                 raise
             results = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"

@@ -59,8 +59,8 @@ def check(spec: LongBench) -> list[Question]:
             hint="give LongBench's JSONL, or the directory of its <task>.jsonl, in `data`",
         )
     questions = read_questions(spec.data, spec.tasks)
-    names = dict.fromkeys(question.task for question in questions)
-    lacking = [name for name in names if name not in read_templates(spec.prompts)]
+    names, templates = dict.fromkeys(question.task for question in questions), read_templates(spec.prompts)
+    lacking = [name for name in names if name not in templates]
     if lacking:
         raise InputError(f"{spec.prompts} has no prompt of {', '.join(lacking)}", hint="name other tasks in `tasks`")
     tasks = [TASKS[task] for task in names]

@@ -170,7 +170,8 @@ def training_memory(
     runtime: int = 2_500_000_000,
     partition: Partition = WHOLE,
 ) -> dict[str, int]:
-    """Bytes of a training step on one device by what holds them, an estimate (±20%); the total is the sum.
+    """Bytes of a training step on one device by what holds them, an estimate: within 17% of two published runs on GPUs, and
+    far too low for S²-Attn's layers on a CPU (LOG.md has figures). The total is the sum.
 
     trainable     parameters that train: fp32 master, gradient and two AdamW moments, 16 bytes each
     moment_bytes  of the two moments together: 8, or 2 for 8-bit AdamW

@@ -340,3 +340,18 @@ def test_a_limit_below_a_case_a_length_is_refused(model_dir: Callable[..., Path]
     given = {"lengths": [256, 400, 512], "limit": 2, "data": "grass", "extrapolate": True}
     with pytest.raises(InputError, match="less than one case for each of 3 lengths"):
         plan_eval([str(model_dir())], "passkey", given)
+
+
+def test_keys_that_an_evaluator_found_outlive_a_run_that_failed(
+    model_dir: Callable[..., Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    models = [str(model_dir(max_position_embeddings=128))]
+    given = {"evaluator": models[0], "data": data, "lengths": [128]}
+    monkeypatch.setattr("ctxext.evals.suite.run_job", killed)
+    with pytest.raises(KeyboardInterrupt):
+        eval_models(plan_eval(models, "longppl", given, out=tmp_path / "out"))
+    assert list((tmp_path / "out" / "keys").glob("*.jsonl"))
+    assert plan_eval(models, "longppl", given, out=tmp_path / "out").resumes
