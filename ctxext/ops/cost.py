@@ -170,8 +170,9 @@ def training_memory(
     runtime: int = 2_500_000_000,
     partition: Partition = WHOLE,
 ) -> dict[str, int]:
-    """Bytes of a training step on one device by what holds them, an estimate: within 17% of two published runs on GPUs, and
-    far too low for S²-Attn's layers on a CPU (LOG.md has figures). The total is the sum.
+    """Bytes of a training step on one device by what holds them; the total is the sum.
+
+    An estimate: see the top of this file for GPUs. On a CPU the layers of S²-Attn hold far more (LOG.md has figures).
 
     trainable     parameters that train: fp32 master, gradient and two AdamW moments, 16 bytes each
     moment_bytes  of the two moments together: 8, or 2 for 8-bit AdamW
