@@ -18,6 +18,7 @@ FLOORS = {
     "train": 5,
     "evals": 6,
     "probes": 6,
+    "retrofit": 7,
     "pipeline": 7,
     "report": 7,
     "study": 7,

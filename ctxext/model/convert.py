@@ -19,8 +19,8 @@ from ctxext.config.output import check_free, staged_output
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import source as sources
 from ctxext.model.card import model_card
-from ctxext.model.families import SOURCES, Config, expected_tensors, hybrid_config, new_tensors, normalise
-from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, pattern_text
+from ctxext.model.families import SOURCES, Config, expected_tensors, hybrid_config, new_tensors, normalise, rope_of
+from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer
 from ctxext.ops.cost import kv_cache_bytes, parameter_count
 from ctxext.units import format_bytes, format_count, format_tokens
@@ -232,6 +232,8 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "name": f"{source.name}-{Path(plan.hybrid_name).stem}",
         "original_length": source.original_length,
         "usable_length": source.usable_length,
+        "source_layout": layout_facts(source.kinds),
+        "source_rope_parameters": rope_of(source.config),
         "gate": report.gate,
     }
     manifests.write(

@@ -9,8 +9,9 @@ full layers without RoPE is "SWA-128-NoPE" of "Rethinking the Role of Efficient 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ctxext.config import presets
 from ctxext.config.loader import build, spec
@@ -124,3 +125,17 @@ def pattern_text(kinds: Sequence[LayerKind]) -> str:
         letters = f"{len(letters)} x {letters[0]}"
     windows = sorted({kind.sliding_window for kind in kinds if kind.sliding_window is not None})
     return letters + (f", window {', '.join(map(str, windows))}" if windows else "")
+
+
+def layout_facts(kinds: Sequence[LayerKind]) -> dict[str, object]:
+    """A layout as a manifest holds it: a letter a layer, and the one window of those that slide."""
+    windows = {kind.sliding_window for kind in kinds} - {None}
+    return {"layers": "".join(kind.letter for kind in kinds), "sliding_window": max(windows, default=None)}
+
+
+def kinds_of(facts: Mapping[str, Any]) -> tuple[LayerKind, ...]:
+    """`layout_facts` read back."""
+    window = facts["sliding_window"]
+    letters = {"S": LayerKind(True, window), "s": LayerKind(False, window)}
+    letters |= {"N": LayerKind(False, None), "F": LayerKind(True, None)}
+    return tuple(letters[letter] for letter in facts["layers"])

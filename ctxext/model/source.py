@@ -16,8 +16,8 @@ from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.manifest import Manifest
 from ctxext.errors import EnvironmentFault, InputError, ModelError
-from ctxext.model.families import Config, expected_tensors, family_of, model_shape, normalise
-from ctxext.model.layout import LayerKind
+from ctxext.model.families import Config, expected_tensors, family_of, hybrid_config, model_shape, normalise
+from ctxext.model.layout import LayerKind, kinds_of
 from ctxext.model.weights import ADAPTER_FILE, TensorInfo, check_tensors, only_pickles, read_header, read_tensors
 from ctxext.ops.cost import ModelShape
 
@@ -141,6 +141,26 @@ def usable_length(config: Config) -> int:
     rope = config["rope_parameters"]
     stretch = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
     return int(config["max_position_embeddings"] * stretch)
+
+
+def original_config(source: ModelSource) -> Config:
+    """The config under which a model's weights compute what they were pretrained to: its own, or of a conversion that
+    of the model it was made from, in the conversion's class.
+
+    Raises InputError for what has been trained since, and for a conversion that does not say what it was made from.
+    """
+    if source.kind == "source":
+        return source.config
+    if source.kind != "conversion":
+        raise InputError(
+            f"{source.name} is a {source.kind}: its weights are not those of a pretrained model any more",
+            hint="give a model that was not trained by ctxext, or a conversion of one",
+        )
+    facts = source.manifest.facts if source.manifest else {}
+    if "source_layout" not in facts:
+        raise InputError(f"{source.name}: its ctxext.json does not say what its layout was", hint="convert it again")
+    rope = facts["source_rope_parameters"]
+    return hybrid_config(source.config | {"rope_parameters": rope}, kinds_of(facts["source_layout"]))
 
 
 def tensors_of(source: ModelSource) -> dict[str, TensorInfo]:
