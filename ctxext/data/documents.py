@@ -13,6 +13,7 @@ from typing import Any, cast
 from ctxext.errors import DataError, EnvironmentFault, InputError
 
 EMBEDDED = "embedded"
+SELF = "self"  # text that the model at hand samples (train/prepare.py), nothing that can be read here
 HUB_PREFIX = "hub:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 _PARQUET_ROWS = 64  # rows held at once: a row may be a whole book
@@ -24,12 +25,14 @@ class Document:
     """One text and where it came from: `name` is a file name, `file:line`, or an id of the corpus.
 
     `answers` are the spans (start, stop) of characters that training scores, ascending, apart from each other; None:
-    all of the text.
+    all of the text. `ids` are its tokens where these are known already, as those of text that a model sampled: another
+    division of the same letters would be text that it did not write.
     """
 
     text: str
     name: str
     answers: tuple[tuple[int, int], ...] | None = None
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ def read_documents(
         from ctxext.data import corpus
 
         return _non_empty(iter(corpus.stdlib_documents(cast(corpus.Split, split or "train"))), source)
+    if source == SELF:
+        raise InputError(f"{SELF}: text that a model samples is for ctxext finetune alone", hint="give files")
     rows = rows or _text_rows(text_field)
     hub_id = _hub_id(source)
     if hub_id is not None:

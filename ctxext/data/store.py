@@ -296,8 +296,8 @@ def _encode(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[lis
             options["return_offsets_mapping"] = True
         encoded = tokenizer([document.text for document in batch], **options)
         offsets = encoded.get("offset_mapping", [None] * len(batch))
-        for document, ids, spans in zip(batch, encoded["input_ids"], offsets, strict=True):
-            if ids:
+        for document, own, spans in zip(batch, encoded["input_ids"], offsets, strict=True):
+            if ids := own if document.ids is None else list(document.ids):
                 marks = None if document.answers is None else scored_tokens(spans, document.answers)
                 yield ids, marks, len(document.text.encode())
 

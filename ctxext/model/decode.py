@@ -1,16 +1,16 @@
-"""Greedy generation in batches: unequal prompts, prefill in chunks, a cache that is O(W) on sliding layers.
+"""Generation in batches, greedy or sampled: unequal prompts, prefill in chunks, a cache that is O(W) on sliding layers.
 
 The cache is transformers' own (DynamicCache), which keeps `sliding_window` - 1 tokens of a layer with a window; its
 full layers have room for the whole answer from the start, where transformers copies all keys and values at every token.
 Rows are padded on the left and the padding is seen by none; positions count a row's own tokens, so that a row is
-rotated as it would be by itself. Sampling, beams and penalties are not done.
+rotated as it would be by itself. Beams, penalties and sampling from a part of the vocabulary are not done.
 
 B rows, T tokens of the longest prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,35 @@ CHUNK = 16_384  # tokens of a row prefilled at once: activations are bounded by 
 # first costs a quarter more than its share, because attention over cached keys takes masks
 
 
+def greedy(logits: Tensor) -> Tensor:
+    """The most probable token of each row: [B, V] -> [B]."""
+    return logits.argmax(-1)
+
+
+def sampled(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
+    """Draws a token of each row from all of the vocabulary, softmax(logits / temperature): [B, V] -> [B]."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        weights = (logits.float() / temperature).softmax(-1).cpu()  # one generator, the same numbers on every device
+        return torch.multinomial(weights, 1, generator=generator)[:, 0].to(logits.device)
+
+    return choose
+
+
 @torch.inference_mode()
 def generate(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop: Collection[int] = (), chunk: int = CHUNK
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop: Collection[int] = (),
+    chunk: int = CHUNK,
+    choose: Callable[[Tensor], Tensor] = greedy,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt: at most `max_new_tokens` ids, ending before the first of `stop`.
+    """The continuation of each prompt: at most `max_new_tokens` ids, ending before the first of `stop`.
+
+    `choose` takes logits [B, V] to ids [B]; those of rows that have ended are drawn and not used.
 
     Memory: the cache of B x (T + max_new_tokens) tokens on full layers and B x W on sliding ones, and the activations
     of B x `chunk`; logits are made of one token a row. Raises InputError for an empty prompt.
@@ -54,7 +78,7 @@ def generate(
     going = [True] * len(prompts)
     for step in range(max_new_tokens):
         logits = torch.nn.functional.linear(out.last_hidden_state[:, -1], weight)  # [B, V]
-        chosen = logits.argmax(-1)  # [B]
+        chosen = choose(logits)  # [B]
         for row, token in enumerate(chosen.tolist()):
             going[row] = going[row] and token not in stop
             if going[row]:

@@ -8,11 +8,12 @@ frequencies alone. Quantised weights are shared as well: what is shared is the m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from ctxext.errors import ModelError
@@ -79,3 +80,15 @@ def _tie(model: Any) -> None:
         tied = nn.Linear(embedding.weight.shape[1], embedding.weight.shape[0], bias=False)
     tied.weight = embedding.weight
     model.set_output_embeddings(tied)
+
+
+def rotations(decoder: Any, x: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """RoPE's cos and sin [1,T,D] for rows x [B,T,E] as the decoder gives them to a layer, by the layer's index.
+
+    A layer without RoPE is given some as well, and does not use them.
+    """
+    positions = torch.arange(x.shape[1], device=x.device)[None]
+    if "rope_type" in decoder.config.rope_parameters:
+        shared = decoder.rotary_emb(x, positions)
+        return lambda index: shared
+    return lambda index: decoder.rotary_emb(x, positions, decoder.config.layer_types[index])

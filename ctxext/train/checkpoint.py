@@ -32,7 +32,7 @@ class Progress:
     """Where a run is. `done` steps; `rate` is what rollbacks left of the learning rates; `rollbacks` says why.
 
     loss_mean, loss_seen   the running mean of the loss that a spike is judged by, in nats a token, and its steps
-    first_loss             of the first step at this ctx
+    first_loss             of the first step at this ctx and with this objective
     validation             before it, as `Validation.as_dict` gives it; None where there is none
     best_step, best_loss   the best validation at this ctx; its checkpoint is kept, None is the start's
     short_first            held-out loss at the original length before the run
@@ -48,6 +48,10 @@ class Progress:
     best_step: int | None = None
     best_loss: float | None = None
     short_first: float | None = None
+
+    def at_next_objective(self) -> Progress:
+        """Where a run begins to minimise something else: its losses so far are no measure of those to come."""
+        return replace(self, loss_mean=0.0, loss_seen=0)
 
     def at_next_ctx(self) -> Progress:
         """Where a longer context begins: its losses are not to be compared with those before."""

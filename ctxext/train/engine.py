@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from ctxext.model.adapters import trainable
 from ctxext.model.load import hidden_states, output_weight
+from ctxext.train.distill import DistilledHead, TeacherModel, distilled_loss
 from ctxext.train.loss import linear_cross_entropy, token_scores
 from ctxext.train.optimizer import MASTER, MasterAdamW, RelativeClip
-from ctxext.train.spec import OptimizerSpec
+from ctxext.train.spec import Objective, OptimizerSpec
 
 
 class Engine(Protocol):
@@ -41,10 +42,12 @@ class Engine(Protocol):
     def total(self, *values: float) -> list[float]:
         """Each value summed over the ranks."""
 
-    def loss(self, ids: Tensor, labels: Tensor, *, each: bool = False, **attention: Any) -> Tensor:
+    def loss(
+        self, ids: Tensor, labels: Tensor, *, each: bool = False, objective: Objective | None = None, **attention: Any
+    ) -> Tensor:
         """Cross entropy of ids, labels (b, T), in nats, summed over the labels that count; with `each` and without
         gradients, the scores of every token (2, b, T): its loss, and 1 where its label is the most probable one.
-        `attention` goes to model.load.hidden_states."""
+        With `objective` (of a run with a teacher) the errors that it names. `attention` goes to hidden_states."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of this rank's share of the step's loss; the shares of all ranks sum to the loss."""
@@ -72,11 +75,17 @@ class LossModel(nn.Module):
     head (train/loss.py), so it is `head` here for which it is gathered, and its gradient arrives as any other does.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, teacher: TeacherModel | None = None):
         super().__init__()
         self.model, self.head = model, LossHead(model)
+        self.teacher, self.lesson = teacher, None if teacher is None else DistilledHead(model, teacher)
 
-    def forward(self, ids: Tensor, labels: Tensor, each: bool = False, **attention: Any) -> Tensor:
+    def forward(
+        self, ids: Tensor, labels: Tensor, each: bool = False, objective: Objective | None = None, **attention: Any
+    ) -> Tensor:
+        if objective is not None:
+            assert self.teacher is not None
+            return distilled_loss(self.model, self.lesson, self.teacher, objective, ids, labels, **attention)
         hidden = hidden_states(self.model, ids, **attention)  # (b, T, E)
         losses: Tensor = self.head(hidden.flatten(0, 1), labels.flatten(), each)
         return losses.view(2, *labels.shape) if each else losses
@@ -99,8 +108,8 @@ class LocalEngine:
 
     rank, world = 0, 1
 
-    def __init__(self, model: Any, spec: OptimizerSpec):
-        self.model, self.loss = model, LossModel(model)
+    def __init__(self, model: Any, spec: OptimizerSpec, teacher: TeacherModel | None = None):
+        self.model, self.loss = model, LossModel(model, teacher)
         self.optimizer = MasterAdamW(trainable(model), spec)
         self.clip = RelativeClip(spec.clip)
 

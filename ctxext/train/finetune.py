@@ -21,19 +21,22 @@ from typing import Any
 import torch
 
 from ctxext.data.mixture import Sequences
+from ctxext.data.store import tokenizer_hash
 from ctxext.errors import InputError
 from ctxext.model.adapters import attach
-from ctxext.model.load import build_model
+from ctxext.model.load import build_model, load_model, load_tokenizer
+from ctxext.model.relayout import relayout
 from ctxext.ops.backends.choice import Call, choose
 from ctxext.train import metrics, recompute
 from ctxext.train.bundle import save_bundle
 from ctxext.train.checkpoint import Progress, load_newest, newest_step
+from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
 from ctxext.train.memory import is_out_of_memory, out_of_memory
 from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
-from ctxext.train.prepare import prepare_data
+from ctxext.train.prepare import prepare_data, training_device
 from ctxext.train.telemetry import telling
 from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
@@ -128,7 +131,8 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
     model = _model(plan, device, dtype)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
-    engine = ZeroEngine(model, plan, ranks) if ranks else LocalEngine(model, plan.spec.optimizer)
+    teacher = _teacher(plan, model, dtype)
+    engine = ZeroEngine(model, plan, ranks, teacher) if ranks else LocalEngine(model, plan.spec.optimizer, teacher)
     rate = MATMUL_SHARE * engine.world * _matmul_rate(next(model.parameters()))
     seconds = (plan.stop - plan.first) * plan.step_flops / rate
     events.say(f"estimated time: {format_duration(seconds)} (at {format_flops(rate)}/s, half of a matmul's speed here)")
@@ -202,13 +206,6 @@ def _matmul_rate(like: torch.Tensor) -> float:
     return best
 
 
-def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
-    """Where a plan trains here, and in what."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, default if plan.spec.dtype == "auto" else getattr(torch, plan.spec.dtype)
-
-
 def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
     """What serves each kind of layer, in words. Raises EnvironmentFault where the backend that was named cannot."""
     said, spec = list[str](), plan.spec
@@ -230,3 +227,17 @@ def _model(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> Any:
     else:
         model.requires_grad_(True)
     return model if quantize != "none" else model.to(device)  # bitsandbytes has put it there
+
+
+def _teacher(plan: RunPlan, model: Any, dtype: torch.dtype) -> TeacherModel | None:
+    """Whom the plan names: the model's own weights in their first layout, or another model beside it."""
+    teacher = plan.teacher
+    if teacher is None:
+        return None
+    if teacher.source is None:
+        return TeacherModel(relayout(model, teacher.config), teacher.length)
+    device = str(next(model.parameters()).device)
+    other = load_model(teacher.source, dtype=str(dtype).removeprefix("torch."), device=device)
+    if tokenizer_hash(other.tokenizer) != tokenizer_hash(load_tokenizer(plan.source.directory)):
+        raise InputError(f"distill.teacher: {teacher.source.name} has another tokenizer than {plan.source.name}")
+    return TeacherModel(other.model.requires_grad_(False), teacher.length)

@@ -23,7 +23,7 @@ from ctxext.ops.masks import check_document_starts
 from ctxext.train.checkpoint import Progress, discard_after, load_newest, save_checkpoint
 from ctxext.train.engine import Engine
 from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, memory_in_use, peak_flops
-from ctxext.train.optimizer import rate_factor
+from ctxext.train.optimizer import RelativeClip, rate_factor
 from ctxext.train.passkey import in_words
 from ctxext.train.plan import RunPlan
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
@@ -68,6 +68,8 @@ def train(
         while progress.done < plan.stop:
             began, step = time.monotonic(), progress.done
             start = step * plan.global_batch_size
+            if step > plan.first and plan.objective_at(step) != plan.objective_at(step - 1):  # another scale of losses
+                progress, engine.clip = progress.at_next_objective(), RelativeClip(spec.optimizer.clip)
             mine = range(start + engine.rank, start + plan.global_batch_size, engine.world)
             loss = forward_backward(engine, [sequences.sequence(i) for i in mine], plan, step)
             if step == 0 and not math.isfinite(loss):
@@ -122,6 +124,7 @@ def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: i
             shift=shift,
             document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
             backend=spec.attention.backend,
+            objective=plan.objective_at(step),
         )
         engine.backward(loss_sum / labels_in_step)  # every token of the step weighs the same
         loss += loss_sum.detach()
@@ -141,7 +144,7 @@ def _spike(loss: float, progress: Progress, plan: RunPlan) -> str | None:
 def _advance(progress: Progress, loss: float, plan: RunPlan) -> Progress:
     weight = max(1 - LOSS_MEMORY, 1 / (progress.loss_seen + 1))
     mean = progress.loss_mean + weight * (loss - progress.loss_mean)
-    first = loss if progress.done == plan.first else progress.first_loss
+    first = loss if progress.loss_seen == 0 else progress.first_loss
     return replace(progress, done=progress.done + 1, loss_mean=mean, loss_seen=progress.loss_seen + 1, first_loss=first)
 
 

@@ -48,6 +48,9 @@ class MasterAdamW:
             for master in self.masters.values():
                 if master.grad is not None:
                     master.grad.mul_(gradient_scale)
+        for master in self.masters.values():
+            if master.grad is None:  # an objective may not reach it; as under ZeRO, its step is taken all the same
+                master.grad = torch.zeros_like(master)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self.write_back()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxext.config.presets import shipped
+from ctxext.data.documents import SELF
 from ctxext.errors import InputError, SpecError
 from ctxext.ops.cost import Partition
 from ctxext.train.plan import RunPlan
@@ -158,6 +159,13 @@ def _check(plan: RunPlan, launch: Launch) -> None:
         raise InputError(f"optimizer.name {spec.optimizer.name} under ZeRO: allowed is adamw, which ZeRO partitions")
     if spec.memory.quantize != "none":
         raise InputError(f"memory.quantize {spec.memory.quantize} under ZeRO is not supported", hint="use one process")
+    if launch.stage == 3 and plan.teacher is not None and plan.teacher.source is not None:
+        raise InputError(
+            f"distill.teacher {plan.teacher.source.name} under ZeRO 3: a second model would be divided with the first",
+            hint="use --zero 2, or teacher: self",
+        )
+    if launch.stage == 3 and any(part.source == SELF for part in spec.data.parts):
+        raise InputError("data self under ZeRO 3: a divided model cannot sample", hint="use --zero 2")
     if spec.memory.tiles is not None and launch.stage == 3:
         raise InputError(
             "memory.tiles under ZeRO 3: tiles use weights that stage 3 has not gathered", hint="use --zero 2"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxext.config import manifest as manifests
-from ctxext.data.documents import EMBEDDED
+from ctxext.data.documents import EMBEDDED, SELF
 from ctxext.errors import InputError, ModelError
 from ctxext.model.adapter_plan import Trainables, plan_trainables
 from ctxext.model.families import Config, family_of, rope_of
@@ -22,7 +22,8 @@ from ctxext.ops import cost
 from ctxext.ops.masks import Pattern
 from ctxext.train import recompute
 from ctxext.train.schedule import Attention, attention_at, phases
-from ctxext.train.spec import AttentionSpec, FinetuneSpec
+from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
+from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
 from ctxext.units import format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
@@ -43,6 +44,7 @@ class RunPlan:
                        plans of the shorter contexts before it, whose positions, groups and batches are their own
     tokens_before      what they train on
     measured_length    the longest length this model was evaluated at, of what lies under ./runs; None if never
+    teacher            whom it learns from; None: from the text alone
     """
 
     spec: FinetuneSpec
@@ -62,6 +64,7 @@ class RunPlan:
     stop: int
     tokens_before: int = 0
     earlier: tuple[RunPlan, ...] = ()
+    teacher: Teacher | None = None
 
     def stage_of(self, done: int) -> RunPlan:
         """The plan of the step after `done` steps; the last one's once all are done."""
@@ -95,6 +98,11 @@ class RunPlan:
         spec = self.spec
         return attention_at(spec.attention, self.group_size, spec.ctx, step, self.steps, spec.seed)
 
+    def objective_at(self, step: int) -> Objective | None:
+        """What a step learns from a teacher; None where there is none."""
+        distill = self.spec.distill
+        return None if distill is None else objective_at(distill.objectives, step, self.steps)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
         return {
@@ -105,6 +113,7 @@ class RunPlan:
             | {"rope_parameters": rope_of(self.config)},
             "training_attention": "dense" if self.group_size is None else "s2",
             "group_size": self.group_size,
+            "teacher": None if self.teacher is None else self.teacher.description,
             "trainable_parameters": self.trainables.parameters,
             "effective_scale": {group.name: group.scale for group in self.trainables.lora},
             "global_batch_size": self.global_batch_size,
@@ -128,6 +137,7 @@ class RunPlan:
             ("ctx", f"{format_tokens(self.spec.ctx)} tokens"),
             ("positions", self.positions.summary),
             ("full layers train", self._attention_row()),
+            *([("teacher", self.teacher.description)] if self.teacher else []),
             ("trains", self._trainables_row()),
         ]
         rows += [
@@ -197,8 +207,8 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
     """Derive a run. Raises InputError or ModelError for whatever cannot be trained as asked."""
     _refuse(source, spec)
     source = source.with_original_length(spec.original_length)
-    mixture = tuple(replace(part, source=_absolute(part.source)) for part in spec.data.mixture)
-    spec = replace(spec, data=replace(spec.data, source=_absolute(spec.data.source), mixture=mixture))
+    spec = _rooted(spec)
+    teacher = plan_teacher(source, spec)
     positions = plan_positions(
         source.config,
         spec.rope_scaling,
@@ -213,6 +223,7 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
     gpu = shutil.which("nvidia-smi") is not None  # torch would know for certain, and is not imported here
     earlier, flops = _earlier(source, spec), _mean_flops(source, spec, group_size)
+    taught = teacher_flops(teacher, source, spec.ctx, mask=spec.data.document_mask) if teacher else 0
     plan = RunPlan(
         spec=spec,
         source=source,
@@ -224,13 +235,14 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         steps=spec.steps,
         dtype=("bfloat16" if gpu else "float32") if spec.dtype == "auto" else spec.dtype,
         memory={},
-        step_flops=batch * flops[0],
-        model_flops=batch * flops[1],
+        step_flops=batch * (flops[0] + taught),
+        model_flops=batch * (flops[1] + taught),
         measured_length=measured_length(source),
         first=len(spec.stages) * spec.steps // (len(spec.stages) + 1),
         stop=spec.steps,
         tokens_before=earlier[-1].tokens if earlier else 0,
         earlier=earlier,
+        teacher=teacher,
     )
     return divided(plan, cost.WHOLE)
 
@@ -238,14 +250,17 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
 def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
     """The plan with the memory of one of the processes that share it."""
     gpu, spec = shutil.which("nvidia-smi") is not None, plan.spec
+    sequences, item_bytes = max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks)), 4
+    if plan.dtype == "bfloat16":
+        item_bytes = 2
     memory = cost.training_memory(
         plan.source.shape,
         [_pattern(kind, plan.group_size) for kind in plan.source.kinds],
         spec.ctx,
-        max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks)),
+        sequences,
         trainable=plan.trainables.parameters,
         moment_bytes=8 if spec.optimizer.name == "adamw" else 2,
-        item_bytes=2 if plan.dtype == "bfloat16" else 4,
+        item_bytes=item_bytes,
         quantized=QUANTIZED[spec.memory.quantize],
         keep_attention=spec.memory.keep == "attention",
         tiles=spec.memory.tiles,
@@ -254,12 +269,22 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
         checkpointing=int(spec.memory.checkpoint),
         partition=partition if gpu else replace(partition, bucket=0),  # on a CPU the unused rest takes no memory
     )
+    if plan.teacher is not None:
+        memory["teacher"] = teacher_bytes(plan.teacher, plan.source, spec, sequences * spec.ctx, item_bytes)
     return replace(plan, memory=memory, earlier=tuple(divided(stage, partition) for stage in plan.earlier))
 
 
+def _rooted(spec: FinetuneSpec) -> FinetuneSpec:
+    """Paths of data and teacher from the root: a run may be resumed from another directory."""
+    mixture = tuple(replace(part, source=_absolute(part.source)) for part in spec.data.mixture)
+    spec = replace(spec, data=replace(spec.data, source=_absolute(spec.data.source), mixture=mixture))
+    if spec.distill is None:
+        return spec
+    return replace(spec, distill=replace(spec.distill, teacher=absolute(spec.distill.teacher)))
+
+
 def _absolute(source: str) -> str:
-    """A path of data from the root: a run may be resumed from another directory."""
-    return str(Path(source).absolute()) if source != EMBEDDED and Path(source).exists() else source
+    return str(Path(source).absolute()) if source not in (EMBEDDED, SELF) and Path(source).exists() else source
 
 
 def _earlier(source: ModelSource, spec: FinetuneSpec) -> tuple[RunPlan, ...]:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from ctxext.config import manifest as manifests
 from ctxext.data import corpus, synthetic
 from ctxext.data.chat import chat_rows, template_hash
-from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
+from ctxext.data.documents import EMBEDDED, SELF, Document, fingerprint, read_documents
 from ctxext.data.mixture import Mixture, Sequences, apportion, slots_of
 from ctxext.data.packing import PackedSequences, attended_share
+from ctxext.data.samples import sample_documents
 from ctxext.data.store import TokenStore, tokenise, tokenizer_hash
 from ctxext.errors import InputError
-from ctxext.model.load import load_tokenizer
+from ctxext.model.load import build_model, load_tokenizer
+from ctxext.model.source import original_config
 from ctxext.train.loop import Events
 from ctxext.train.plan import RunPlan
 from ctxext.train.spec import MixturePart
@@ -43,6 +48,13 @@ class _Source:
     held_out: tuple[Iterator[Document], str] | None = None
 
 
+def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
+    """Where a plan trains here, and in what."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return device, default if plan.spec.dtype == "auto" else getattr(torch, plan.spec.dtype)
+
+
 def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | None]:
     """(what trains, what is held out for validation): sequences of exactly ctx tokens.
 
@@ -57,7 +69,7 @@ def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | 
     wanted = spec.validation.sequences if spec.validation.every_steps else 0
     counts = apportion(wanted, slots, least=1)
     sources = [
-        _source(plan, part, tokenizer, share / sum(slots), count)
+        _source(plan, part, tokenizer, share / sum(slots), count, events)
         for part, share, count in zip(spec.data.parts, slots, counts, strict=True)
     ]  # all are found before the first is read
     pairs = [_split(plan, source, tokenizer, events) for source in sources]
@@ -131,9 +143,11 @@ def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events
         )
 
 
-def _source(plan: RunPlan, part: MixturePart, tokenizer: Any, share: float, wanted: int) -> _Source:
+def _source(plan: RunPlan, part: MixturePart, tokenizer: Any, share: float, wanted: int, events: Events) -> _Source:
     """Where a part is read from. Raises what can be known before reading."""
     spec, embedded = plan.spec, part.source == EMBEDDED
+    if part.source == SELF:
+        return _Source("its own samples", False, share, wanted, *_samples(plan, tokenizer, events))
     if embedded:
         tokens = plan.steps * plan.tokens_per_step * 1.2 * share + spec.ctx
         documents, print_ = _embedded(plan, tokenizer, "train", spec.seed, tokens)
@@ -147,6 +161,32 @@ def _source(plan: RunPlan, part: MixturePart, tokenizer: Any, share: float, want
     if part.format in ("messages", "prompt_chat"):
         print_ = hashlib.sha256(f"{print_} {template_hash(tokenizer)}".encode()).hexdigest()
     return _Source(Path(part.source).name, embedded, share, wanted, documents, print_)
+
+
+def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Document], str]:
+    """What the model writes as it was before any conversion, sampled when it is first read."""
+    config, asked = original_config(plan.source), plan.spec.data.samples
+    length = min(plan.source.original_length or plan.spec.ctx, plan.spec.ctx)
+    weights = manifests.weight_hashes(plan.source.directory)
+    print_ = hashlib.sha256(f"{weights} {config} {asked} {length} {plan.spec.seed}".encode()).hexdigest()
+
+    def documents() -> Iterator[Document]:
+        events.say(f"sampling {asked.tokens:,} tokens from {plan.source.name}, as it was before any conversion")
+        device, dtype = training_device(plan)
+        model: Any = build_model(plan.source.directory, config, dtype).to(device).eval()
+        settings: dict[str, Any] = {name: value for name, value in asdict(asked).items() if name != "tokens"}
+        shown = [0]
+
+        def progress(done: int) -> None:
+            if done - shown[0] >= asked.tokens / 10:
+                shown[0] = done
+                events.say(f"sampled {done:,} of {asked.tokens:,} tokens")
+
+        yield from sample_documents(
+            model, tokenizer, tokens=asked.tokens, length=length, seed=plan.spec.seed, progress=progress, **settings
+        )
+
+    return documents(), print_
 
 
 def _embedded(

@@ -18,7 +18,7 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
 from ctxext.config.output import check_free
-from ctxext.data.documents import EMBEDDED, fingerprint
+from ctxext.data.documents import EMBEDDED, SELF, fingerprint
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory
 from ctxext.train.plan import RunPlan, plan_run
@@ -84,7 +84,7 @@ def data_hash(data: DataSpec) -> str | None:
     hashes = [
         fingerprint(part.source, text_field=part.text_field, format=part.format)
         for part in data.parts
-        if part.source == EMBEDDED or Path(part.source).exists()
+        if part.source == EMBEDDED or (part.source != SELF and Path(part.source).exists())
     ]
     if len(hashes) < 2:
         return hashes[0] if hashes else None

@@ -10,12 +10,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ctxext.config.loader import Tokens, spec
-from ctxext.data.documents import EMBEDDED
+from ctxext.data.documents import EMBEDDED, SELF
 from ctxext.model.adapter_plan import LoraSpec
 from ctxext.model.positions import Auto, RopeScaling
 
 Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 Format = Literal["text", "messages", "prompt", "prompt_chat"]
 
 
@@ -42,8 +43,8 @@ class AttentionSpec:
 
 
 def _check_format(source: str, format: Format, text_field: str) -> None:
-    if format != "text" and source == EMBEDDED:
-        raise ValueError(f"format: {format}, but the embedded corpus is text")
+    if format != "text" and source in (EMBEDDED, SELF):
+        raise ValueError(f"format: {format}, but {source} is text")
     if format != "text" and text_field != "text":
         raise ValueError(f"text_field: given, but rows of format: {format} have fields of their own")
 
@@ -62,10 +63,24 @@ class MixturePart:
 
 
 @spec
+class SamplesSpec:
+    """Text that the model writes itself, as it was before any conversion: `source: self`.
+
+    tokens       how many are sampled, once for a model, seed and these settings; training goes through them again
+    temperature  of the sampling, from all of the vocabulary
+    batch        documents written at a time, each from its first token to its end, or to the model's original length
+    """
+
+    tokens: Tokens = 512 * 1024
+    temperature: Rate = 1.0
+    batch: Positive = 32
+
+
+@spec
 class DataSpec:
     """Where text comes from.
 
-    source              a file or directory of .txt, .md, .jsonl, .parquet; a `datasets` id; or `embedded`
+    source              a file or directory of .txt, .md, .jsonl, .parquet; a `datasets` id; `embedded`; or `self`
     format              what a JSONL or Parquet row is: text; messages (of roles, by the tokenizer's chat template);
                         prompt (`prompt` and `completion`, joined as they are) or prompt_chat (these as a user's and an
                         assistant's message). Of all but text the loss is on the answers alone (data/chat.py)
@@ -76,6 +91,7 @@ class DataSpec:
     document_mask       True: tokens do not see other documents packed into the same sequence
     synthetic_fraction  of the embedded corpus: the share of synthetic text
     synthetic_kinds     which synthetic texts (data/synthetic.py)
+    samples             of `self`: how it is sampled
     """
 
     source: str = EMBEDDED
@@ -91,6 +107,7 @@ class DataSpec:
         "key_value",
         "copy",
     )
+    samples: SamplesSpec = SamplesSpec()
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and (self.min_tokens or 0) > self.max_tokens:
@@ -126,6 +143,49 @@ class DataSpec:
         if not self.mixture:
             return self.source
         return "a mixture of " + ", ".join(f"{part.source} ({part.weight:g})" for part in self.mixture)
+
+
+@spec
+class Objective:
+    """What a part of a run with a teacher minimises: weights of errors summed over the tokens that count.
+
+    share      of the steps, beside the other objectives' shares
+    kl         nats: KL of the teacher's next-token distribution from the model's
+    top_k      the KL is over the teacher's k most probable tokens and all others as one; None: over all
+    ce         nats: cross entropy of the text
+    hidden     the squared error of every layer's output, over the mean square of the teacher's
+    attention  the same of every layer's attention alone, each given the teacher's input to it, so that errors do not
+               add up (after the per-layer stage of HALO, arXiv 2601.22156; whose input its layers get is our guess)
+    beyond     nats: cross entropy of the tokens further into their document than the teacher was trained for; the
+               other errors are of the tokens before
+    """
+
+    share: Rate = 1.0
+    kl: Weight = 0.0
+    top_k: Positive | None = None
+    ce: Weight = 0.0
+    hidden: Weight = 0.0
+    attention: Weight = 0.0
+    beyond: Weight = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.kl or self.ce or self.hidden or self.attention):
+            raise ValueError("give at least one of kl, ce, hidden, attention a weight above 0")
+        if self.top_k is not None and not self.kl:
+            raise ValueError(f"top_k: {self.top_k}, but kl has no weight")
+
+
+@spec
+class DistillSpec:
+    """Learning from a teacher, to get back what a conversion lost.
+
+    teacher     self: the model's own frozen weights in the layout and positions they were pretrained with, no second
+                model in memory; or a directory, preset or hub id of a model with the same vocabulary
+    objectives  one after the other
+    """
+
+    teacher: str = "self"
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (Objective(kl=1.0),)
 
 
 @spec
@@ -249,6 +309,7 @@ class FinetuneSpec:
     global_batch_size  sequences per optimizer step
     micro_batch_size   sequences per forward
     dtype              of the frozen weights and activations; auto: bfloat16 on a GPU, float32 on a CPU
+    distill            learn from a teacher; None: from the text alone
     """
 
     ctx: Tokens
@@ -259,6 +320,7 @@ class FinetuneSpec:
     lora: LoraSpec = LoraSpec()
     attention: AttentionSpec = AttentionSpec()
     data: DataSpec = DataSpec()
+    distill: DistillSpec | None = None
     optimizer: OptimizerSpec = OptimizerSpec()
     validation: ValidationSpec = ValidationSpec()
     steps: Positive = 200
@@ -277,3 +339,5 @@ class FinetuneSpec:
             raise ValueError(f"stages: contexts must ascend to ctx, got {', '.join(map(str, contexts))}")
         if self.steps < len(contexts):
             raise ValueError(f"steps: {len(contexts)} contexts need as many steps, got {self.steps}")
+        if self.distill is not None and self.steps < len(self.distill.objectives):
+            raise ValueError(f"steps: {len(self.distill.objectives)} objectives need as many steps, got {self.steps}")

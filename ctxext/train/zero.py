@@ -25,9 +25,11 @@ from torch.nn.functional import pad
 from ctxext.model.adapters import trainable
 from ctxext.model.load import causal_lm, output_weight
 from ctxext.model.positions import check_realised
+from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import LossModel
 from ctxext.train.optimizer import MASTER, RelativeClip, by_parameter, parameter_groups
 from ctxext.train.plan import RunPlan
+from ctxext.train.spec import Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PATIENCE = timedelta(hours=12)  # of a rank for the others: rank 0 may be tokenising; a dead one ends the run at once
@@ -82,7 +84,7 @@ class Ranks:
 class ZeroEngine:
     """One of many processes under ZeRO stage 1, 2 or 3."""
 
-    def __init__(self, model: Any, plan: RunPlan, ranks: Ranks):
+    def __init__(self, model: Any, plan: RunPlan, ranks: Ranks, teacher: TeacherModel | None = None):
         import deepspeed
 
         self.ranks, self.rank, self.world = ranks, ranks.rank, ranks.world
@@ -91,7 +93,7 @@ class ZeroEngine:
         self.waiting = 0  # backward passes since the last step
         groups = parameter_groups(self.parameters, plan.spec.optimizer)
         betas = (plan.spec.optimizer.beta1, plan.spec.optimizer.beta2)
-        losses = LossModel(model)
+        losses = LossModel(model, teacher)
         if ranks.stage == 3 and ranks.config["bf16"]["enabled"]:
             # One dtype is all that stage 3 partitions. Stages 1 and 2 round by themselves what PEFT made in fp32.
             for parameter in self.parameters.values():
@@ -104,6 +106,8 @@ class ZeroEngine:
         self.engine, self.zero, *_ = deepspeed.initialize(model=losses, optimizer=optimizer, config=ranks.config)
         if ranks.stage == 3:
             deepspeed.zero.register_external_parameter(losses.head, output_weight(model))
+            for weight in losses.lesson.weights if losses.lesson else ():
+                deepspeed.zero.register_external_parameter(losses.lesson, weight())
         check_realised(causal_lm(model), plan.config)  # a DeepSpeed that rounds buffers would spoil long positions
         self._set_step(0)
         if ranks.stage < 3:
@@ -120,8 +124,10 @@ class ZeroEngine:
         dist.all_reduce(summed)
         return [float(value) for value in summed[1:]]
 
-    def loss(self, ids: Tensor, labels: Tensor, *, each: bool = False, **attention: Any) -> Tensor:
-        losses: Tensor = self.engine(ids, labels, each=each, **attention)
+    def loss(
+        self, ids: Tensor, labels: Tensor, *, each: bool = False, objective: Objective | None = None, **attention: Any
+    ) -> Tensor:
+        losses: Tensor = self.engine(ids, labels, each=each, objective=objective, **attention)
         return losses
 
     def backward(self, loss: Tensor) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from ctxext.config.loader import build
 from ctxext.errors import EnvironmentFault, InputError
+from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.train import launch as launching
 from ctxext.train import loop
@@ -49,12 +50,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "memory": {"checkpoint": 2},
         "validation": {"every_steps": 2, "passkey": {"lengths": [128], "depths": [0.0, 0.5, 1.0], "cases": 1}},
     },
+    "heal-tied": {"steps": 4, "distill": {"objectives": [{"attention": 1.0}, {"kl": 1.0, "hidden": 0.1, "ce": 0.1}]}},
 }
 CLIPPED = {"full-untied": {"clip": 2}}
 LAYERS = 2
 COMPARED = [
     *[("1", kind) for kind in ("lora-untied", "lora-tied", "full-untied")],
     *[("2", kind) for kind in ("lora-untied", "lora-tied", "full-untied")],
+    ("2", "heal-tied"),
     *[("3", kind) for kind in KINDS],
 ]
 
@@ -74,7 +77,15 @@ def text(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def make_plan(model_dir, text):
+def conversion(model_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("conversion") / "out"
+    source = model_dir("llama", tie_word_embeddings=True, num_hidden_layers=LAYERS)
+    run_conversion(plan_conversion(str(source), "SN", out=out, sliding_window=16), gate=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def make_plan(model_dir, text, conversion):
     def make(kind: str, **more: Any):
         fields: dict[str, Any] = {
             "ctx": 64,
@@ -89,6 +100,7 @@ def make_plan(model_dir, text):
         common = {"learning_rate": RATE, "warmup_steps": 0, "weight_decay": 0.1}
         fields["optimizer"] = common | fields.get("optimizer", {})
         model = model_dir("llama", tie_word_embeddings=kind.endswith("-tied"), num_hidden_layers=LAYERS)
+        model = conversion if "distill" in fields else model
         return plan_run(resolve(str(model)), build(FinetuneSpec, fields, source="test"))
 
     return make

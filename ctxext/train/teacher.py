@@ -1,0 +1,140 @@
+"""Whom a run learns from, decided from files: the teacher, what it costs, and every refusal. No torch.
+
+`self` is the model's own frozen weights under the layout and positions they were pretrained with (model/relayout.py):
+no second model is in memory, and what is compared is what the conversion changed. So the frozen weights must not move,
+and must be the pretrained ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from ctxext.data.documents import SELF
+from ctxext.errors import InputError
+from ctxext.model.families import Config, rope_of
+from ctxext.model.source import ModelSource, original_config, resolve
+from ctxext.ops import cost
+from ctxext.train.spec import DistillSpec, FinetuneSpec, Objective
+from ctxext.units import format_tokens
+
+STRETCHING = ("dynamic", "longrope")  # RoPE types whose frequencies depend on how long a row is
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher, decided.
+
+    source  a model of its own; None: self
+    config  the normalised config it runs with
+    length  tokens of a document that it was trained for: beyond, nobody teaches
+    """
+
+    source: ModelSource | None
+    config: Config
+    length: int
+    description: str
+
+
+def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
+    """The teacher of a run, None for a run without. Raises InputError for one that cannot teach this model."""
+    if spec.distill is None:
+        return None
+    _check_layers(spec)
+    if spec.distill.teacher == SELF:
+        teacher = _self(source, spec)
+    else:
+        teacher = _other(source, spec.distill)
+    kind = rope_of(teacher.config).get("rope_type")
+    if spec.ctx > teacher.length and kind in STRETCHING:
+        raise InputError(
+            f"distill.teacher: its {kind} RoPE changes beyond {format_tokens(teacher.length)} tokens, in rows of "
+            f"{format_tokens(spec.ctx)} it would not be itself",
+            hint=f"distil at --ctx {teacher.length}, then train further",
+        )
+    return teacher
+
+
+def _self(source: ModelSource, spec: FinetuneSpec) -> Teacher:
+    if spec.tuning == "full":
+        raise InputError(
+            "distill.teacher: self with tuning: full: the weights that teach would be those that train",
+            hint="use tuning: lora, or the path of the model that teaches",
+        )
+    length = source.original_length
+    if length is None:
+        raise InputError(
+            f"{source.name}: nothing says how long it was first trained, and so how far it can teach",
+            hint="give --original-length",
+        )
+    text = f"itself before conversion, to {format_tokens(length)} tokens; no second model in memory"
+    if spec.memory.quantize != "none":
+        text += f"; in {spec.memory.quantize}: it is the quantised model that is learned from, not the stored one"
+    return Teacher(None, original_config(source), length, text)
+
+
+def _other(source: ModelSource, distill: DistillSpec) -> Teacher:
+    found = resolve(distill.teacher)
+    mine, theirs = source.config["vocab_size"], found.config["vocab_size"]
+    if mine != theirs:
+        raise InputError(
+            f"distill.teacher: {found.name} predicts {theirs:,} tokens, {source.name} {mine:,}: another vocabulary",
+            hint="a teacher needs the same tokenizer",
+        )
+    sizes = [(s.shape.num_layers, s.shape.hidden_size) for s in (source, found)]
+    if any(objective.hidden or objective.attention for objective in distill.objectives) and sizes[0] != sizes[1]:
+        raise InputError(
+            f"distill.objectives: hidden and attention compare layer by layer: {source.name} has {sizes[0][0]} layers "
+            f"of {sizes[0][1]}, {found.name} {sizes[1][0]} of {sizes[1][1]}",
+            hint="use kl and ce",
+        )
+    text = f"{found.name}, to {format_tokens(found.usable_length)} tokens"
+    return Teacher(found, found.config, found.usable_length, text)
+
+
+def _check_layers(spec: FinetuneSpec) -> None:
+    """`hidden` and `attention` look at whole layers, one by one."""
+    assert spec.distill is not None
+    if not any(objective.hidden or objective.attention for objective in spec.distill.objectives):
+        return
+    tiles, k = spec.memory.tiles, spec.memory.checkpoint
+    if tiles is not None or int(k) > 1:
+        given = f"tiles: {tiles}" if tiles is not None else f"checkpoint: {k}"
+        raise InputError(
+            f"distill.objectives: hidden and attention need every layer's output, memory.{given} has none to show",
+            hint="use kl and ce, or memory.checkpoint: true without tiles",
+        )
+
+
+def objective_at(objectives: Sequence[Objective], step: int, steps: int) -> Objective:
+    """The objective of `step` (from 0) of `steps`: each has its share, rounded, and at least one step."""
+    ends = [steps * end / sum(o.share for o in objectives) for end in accumulate(o.share for o in objectives)]
+    last = len(objectives) - 1
+    starts = [max(i + 1, min(round(end), steps - last + i)) for i, end in enumerate(ends[:-1])]
+    return objectives[bisect.bisect_right(starts, step)]
+
+
+def teacher_flops(teacher: Teacher, source: ModelSource, T: int, *, mask: bool) -> int:
+    """FLOPs of a teacher's forward for a row of T tokens; with a document mask it sees all of them, in pieces."""
+    shape = (teacher.source or source).shape
+    whole, rest = divmod(T, teacher.length)
+    pieces = [teacher.length] * whole + ([rest] if rest else [])
+    layers: list[cost.Layer] = [(None, None)] * shape.num_layers
+    return sum(cost.forward_flops(shape, layers, piece) for piece in (pieces if mask else pieces[:1]))
+
+
+def teacher_bytes(teacher: Teacher, source: ModelSource, spec: FinetuneSpec, tokens: int, item_bytes: int) -> int:
+    """Memory that a teacher adds: its last states, its logits of a chunk, of a model of its own the weights."""
+    assert spec.distill is not None
+    shape = (teacher.source or source).shape
+    states = 1 + shape.num_layers * any(objective.hidden for objective in spec.distill.objectives)
+    weights = cost.parameter_count(shape) * item_bytes if teacher.source else 0
+    return weights + states * tokens * shape.hidden_size * item_bytes
+
+
+def absolute(teacher: str) -> str:
+    """A path of a teacher from the root: a run may be resumed from another directory."""
+    return str(Path(teacher).absolute()) if teacher != SELF and Path(teacher).is_dir() else teacher
