@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from ctxext import __version__
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, replacing
-from ctxext.data.documents import EMBEDDED, read_documents
+from ctxext.data.documents import EMBEDDED, fingerprint, read_documents
 from ctxext.errors import InputError
 from ctxext.evals.spec import EvalSpec, asked
 from ctxext.evals.suite import with_lengths
 from ctxext.evals.suites import check_suites, inputs, model_stamp
 from ctxext.model.convert import DTYPES
+from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.units import format_tokens
+from ctxext.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
     from ctxext.evals.suite import EvalReport
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 REQUEST = "request.json"  # of an evaluation: what was asked of which weights
 MERGE_LENGTH = 512  # tokens of a window; and at most so many windows of text
 MERGE_TOKENS = 8192
+MERGE_SHORTEST = 64  # tokens that a NoPE scale may be calibrated for
 
 
 @dataclass(frozen=True)
@@ -181,32 +184,100 @@ def draw_depths(report: EvalReport, place: Path) -> None:
             )
 
 
+Chosen = float | Literal["auto"] | None
+
+
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that was found possible."""
+    """A merge that was found possible.
+
+    alpha, nope_scale   numbers to bake in, `auto` to measure for, or None: left as trained
+    length              tokens that nope_scale `auto` calibrates for; None is the usable length
+    data                held-out text for `auto`, a source of data/documents.py
+    """
 
     source: ModelSource
     out: Path
     dtype: str | None
     force: bool
+    alpha: Chosen = None
+    nope_scale: Chosen = None
+    length: int | None = None
+    data: str = EMBEDDED
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What `auto` and numbers were, for the manifest."""
+        given = {"alpha_multiplier": self.alpha, "nope_scale": self.nope_scale, "length": self.length}
+        asked = {name: value for name, value in given.items() if value is not None}
+        return asked | ({"data": self.data} if "auto" in asked.values() else {})
 
 
-def plan_merge(run: str, out: Path | None, dtype: str | None, force: bool) -> MergePlan:
+def plan_merge(
+    run: str,
+    out: Path | None,
+    dtype: str | None,
+    force: bool,
+    *,
+    alpha_multiplier: str | float | None = None,
+    nope_scale: str | float | None = None,
+    length: str | int | None = None,
+    data: str | None = None,
+) -> MergePlan:
     """Find the bundle and its base, and refuse what cannot be merged, before torch is imported."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    if nope_scale == "log":
+        raise InputError(
+            "--nope-scale log: no stock class multiplies a query by the log of its position, so that an exported model "
+            "would silently lose it",
+            hint="bake a constant (--nope-scale auto), or measure it with `ctxext eval --nope-log-scale 500`",
+        )
+    alpha, scale = _chosen("--alpha-multiplier", alpha_multiplier), _chosen("--nope-scale", nope_scale)
+    if length is not None and scale != "auto":
+        raise InputError(f"--length {length} is what --nope-scale auto calibrates for, and that was not asked for")
+    if data is not None and "auto" not in (alpha, scale):
+        raise InputError(
+            f"--data {data}: nothing is measured on it", hint="give --alpha-multiplier or --nope-scale auto"
+        )
     source = resolve(run)
     if source.base is None:
         raise InputError(f"{run} holds no adapter: it is an ordinary model already, nothing to merge")
+    if scale is not None and not any(kind.letter == "N" for kind in source.kinds):
+        raise InputError(
+            f"--nope-scale {nope_scale}: the layout {pattern_text(source.kinds)} has no N layer (NoPE, full)",
+            hint="this is for conversions such as swa128-nope; leave it out",
+        )
+    tokens = None if length is None else parse_tokens(length)
+    if tokens is not None and tokens < MERGE_SHORTEST:
+        raise InputError(f"--length {length}: allowed are {MERGE_SHORTEST} tokens and more")
+    if data is not None:
+        fingerprint(data)
     out = out or manifests.default_out("merge", source.name)
     check_free(out, force, keep=[source.path, source.base.path])
-    return MergePlan(source, out, dtype, force)
+    return MergePlan(source, out, dtype, force, alpha, scale, tokens, data or EMBEDDED)
 
 
-def merge_run(plan: MergePlan) -> MergeReport:
-    """Merge, with the perplexity on held-out embedded text before and after the cast."""
+def _chosen(option: str, given: str | float | None) -> Chosen:
+    """`auto`, or a number above 0 and up to 4."""
+    if given is None:
+        return None
+    if given == "auto":
+        return "auto"
+    try:
+        number = float(given)
+    except ValueError:
+        number = math.nan
+    if not 0 < number <= 4:
+        raise InputError(f"{option} {given}: allowed are auto, or a number above 0 and up to 4")
+    return number
+
+
+def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None) -> MergeReport:
+    """Merge, with the perplexity on held-out embedded text before and after the cast; first what the plan adjusts."""
     from ctxext.evals.perplexity import encode, perplexity
     from ctxext.model.merge import merge
+    from ctxext.retrofit.adjust import adjust
 
     length = min(MERGE_LENGTH, plan.source.usable_length)
 
@@ -214,4 +285,36 @@ def merge_run(plan: MergePlan) -> MergeReport:
         documents = read_documents(EMBEDDED, split="held-out")
         return perplexity(loaded, encode(documents, loaded.tokenizer, max_tokens=MERGE_TOKENS), length).perplexity
 
-    return merge(plan.source, plan.out, dtype=plan.dtype, force=plan.force, measure=measure)
+    seen = seen_in_training(plan.source, plan.data)
+    if seen and "auto" in (plan.alpha, plan.nope_scale):
+        notice(f"warning: {plan.data} was trained on ({seen}): what is chosen on text seen in training says little")
+    return merge(
+        plan.source,
+        plan.out,
+        dtype=plan.dtype,
+        force=plan.force,
+        measure=measure,
+        adjust=partial(
+            adjust, alpha=plan.alpha, nope_scale=plan.nope_scale, length=plan.length, data=plan.data, notice=notice
+        ),
+        asked=plan.asked,
+    )
+
+
+def seen_in_training(source: ModelSource, data: str) -> str | None:
+    """The source that a bundle was trained on and that is, holds or lies in `data`; None where there is none.
+
+    Of the embedded corpus training reads the part that is not held out.
+    """
+    assert source.manifest is not None
+    spec, facts = source.manifest.spec.get("data", {}), source.manifest.facts.get("data", {})
+    if data == EMBEDDED:
+        return None
+    if facts.get("fingerprint") == fingerprint(data):
+        return str(facts.get("source"))
+    here = Path(data).resolve()
+    for trained in [spec.get("source"), *(part.get("source") for part in spec.get("mixture", []))]:
+        there = Path(trained or EMBEDDED).resolve()
+        if trained == data or (there.exists() and (here.is_relative_to(there) or there.is_relative_to(here))):
+            return str(trained)
+    return None

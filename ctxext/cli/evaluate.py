@@ -49,6 +49,10 @@ def evaluate(
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Also measure at lengths beyond what a model bears")
     ] = False,
+    nope_log_scale: Annotated[
+        float | None,
+        typer.Option(help="A, such as 500: queries of layers without positions at t times log(t + A) / log(A)"),
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field, as key=value or suite.key=value; may be repeated")
     ] = None,
@@ -59,7 +63,8 @@ def evaluate(
     """Measure models side by side: every number with its protocol, length and text."""
 
     given = {"data": data, "text_field": text_field, "protocol": protocol, "evaluator": evaluator, "limit": limit,
-             "seed": seed, "dtype": dtype, "extrapolate": extrapolate or None}  # fmt: skip
+             "seed": seed, "dtype": dtype, "extrapolate": extrapolate or None,
+             "nope_log_scale": nope_log_scale}  # fmt: skip
     _run(models or [_newest()], suite, _fields(given, lengths, set_ or []), against, out, force, as_json)
 
 

@@ -11,17 +11,40 @@ from ctxext.cli import console
 
 EXAMPLES = """Examples:\n
   ctxext merge\n
-  ctxext merge runs/20260101T000000.000000Z-finetune-tiny --out ./long-model --dtype bfloat16"""
+  ctxext merge runs/20260101T000000.000000Z-finetune-tiny --out ./long-model --dtype bfloat16\n
+  ctxext merge --alpha-multiplier auto --nope-scale auto --length 32k --data ./books\n
+  ctxext merge --alpha-multiplier 0.8"""
 
 
 def merge(
     run: Annotated[str | None, typer.Argument(help="A finetune run [default: the newest]")] = None,
     out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-merge-<name>]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: the base's]")] = None,
+    alpha_multiplier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|X", help="Put all that trained (LoRA, embeddings, norms) at base + X times its change"
+        ),
+    ] = None,
+    nope_scale: Annotated[
+        str | None,
+        typer.Option(metavar="auto|X", help="Multiply the queries of layers without positions by X, in the weights"),
+    ] = None,
+    length: Annotated[
+        str | None,
+        typer.Option(help="--nope-scale auto: the length to calibrate for, such as 32k [default: the usable length]"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="auto: text to choose and report on [default: the embedded corpus's held-out files]"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
-    """Merge an adapter, in fp32, into an ordinary Hugging Face directory, and prove that nothing was lost."""
+    """Merge an adapter, in fp32, into an ordinary Hugging Face directory, and prove that nothing was lost.
+
+    Where both are given, the alpha multiplier comes first and the NoPE scale is found for what it leaves.
+    """
     from ctxext.config import manifest as manifests
 
     if run is None:
@@ -29,9 +52,10 @@ def merge(
         console.say(f"no RUN given: taking the newest, {run}")
     from ctxext.pipeline import merge_run, plan_merge
 
-    plan = plan_merge(run, out, dtype, force)
+    given = {"alpha_multiplier": alpha_multiplier, "nope_scale": nope_scale, "length": length, "data": data}
+    plan = plan_merge(run, out, dtype, force, **{name: value for name, value in given.items() if value is not None})
     console.quiet_libraries()
-    report = merge_run(plan)
+    report = merge_run(plan, notice=console.say)
     if as_json:
         console.emit(report.as_dict())
     else:

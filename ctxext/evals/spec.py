@@ -140,12 +140,14 @@ SUITES: dict[str, type] = {
 @spec
 class EvalSpec:
     """Suites, run in order on each model. `extrapolate`: also at lengths beyond what a model's positions were trained
-    for. `dtype`: of weights and activations. `tokens_per_batch`: rows of one length are run together up to so many."""
+    for. `dtype`: of weights and activations. `tokens_per_batch`: rows of one length are run together up to so many.
+    `nope_log_scale`: the a of model/attention.py's log scale of N layers; None is the model as it is."""
 
     suites: Annotated[tuple[Suite, ...], Field(min_length=1)]
     extrapolate: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     tokens_per_batch: Tokens = 16_384
+    nope_log_scale: Annotated[float, Field(gt=1, le=1e9)] | None = None
 
 
 def asked(suite: str, given: dict[str, Any]) -> EvalSpec:

@@ -120,8 +120,8 @@ def evaluate(
     outcomes: list[list[list[Outcome]]] = []  # of each model, of each suite
     tokenizers: list[str] = []
     for number, model in enumerate(found):
-        loaded = model if hasattr(model, "tokenizer") else _load(model, spec.dtype, device)
-        results.append(_described(names[number], loaded))
+        loaded = _load(model, spec, device)
+        results.append(_described(names[number], loaded, spec))
         outcomes.append([])
         tokenizers.append(tokenizer_hash(loaded.tokenizer) if against is not None else "")
         for index, suite in enumerate(spec.suites):
@@ -160,6 +160,7 @@ def _memory_runs_out(model: str, suite: str) -> Iterator[None]:
 def with_lengths(spec: EvalSpec, sources: Sequence[ModelSource]) -> EvalSpec:
     """The spec with every length filled in, ascending. InputError where one is beyond what a model bears."""
     shortest = min(source.usable_length for source in sources)
+    _check_log_scale(sources, spec.nope_log_scale)
     suites = []
     for suite in spec.suites:
         if hasattr(suite, "lengths"):
@@ -197,16 +198,18 @@ def _names(sources: Sequence[Any]) -> list[str]:
     return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def _described(name: str, loaded: LoadedModel) -> ModelResult:
+def _described(name: str, loaded: LoadedModel, spec: EvalSpec) -> ModelResult:
     source = loaded.source
     rope = source.config["rope_parameters"]
+    a = spec.nope_log_scale
+    log = "" if a is None or not _has_nope(source) else f"; N layers' queries at t times log(t + {a:g}) / log({a:g})"
     return ModelResult(
         name,
         str(source.path),
         loaded.usable_length,
         source.original_length,
         pattern_text(source.kinds),
-        ", ".join(f"{key} {value}" for key, value in rope.items()) if rope else "none",
+        (", ".join(f"{key} {value}" for key, value in rope.items()) if rope else "none") + log,
     )
 
 
@@ -238,11 +241,32 @@ def _compared(
     return found
 
 
-def _load(model: ModelSource, dtype: str, device: str | None) -> LoadedModel:
+def _load(model: Any, spec: EvalSpec, device: str | None) -> LoadedModel:
+    """A source loaded; a model that is loaded already as it is."""
     from ctxext.model.load import load_model
 
+    if hasattr(model, "tokenizer"):
+        if spec.nope_log_scale is not None:
+            raise InputError("nope_log_scale: a model that is loaded already is not changed; load it with the scale")
+        return model
     require_tokenizer(model.directory)
-    return load_model(model, dtype=dtype, device=device)
+    a = spec.nope_log_scale if _has_nope(model) else None
+    return load_model(model, dtype=spec.dtype, device=device, nope_log_scale=a)
+
+
+def _has_nope(source: ModelSource) -> bool:
+    return any(kind.letter == "N" for kind in source.kinds)
+
+
+def _check_log_scale(sources: Sequence[ModelSource], a: float | None) -> None:
+    """The log scale is for models with N layers; beside them others may stand, measured as they are."""
+    if a is None or any(_has_nope(source) for source in sources):
+        return
+    layouts = "; ".join(f"{source.name} is {pattern_text(source.kinds)}" for source in sources)
+    raise InputError(
+        f"nope_log_scale {a:g}: no model here has an N layer (full, without positions) to scale: {layouts}",
+        hint="leave --nope-log-scale out, or evaluate a conversion such as swa128-nope",
+    )
 
 
 def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -2,7 +2,8 @@
 
 A layer's window comes from the stock class itself, which hands it over with every call. What training adds (document
 bounds, S²-Attn groups on the layers without a window) travels as keyword arguments of `model.forward`, so a model
-holds no hidden state and switching back to another implementation restores it exactly:
+holds no hidden state and switching back to another implementation restores it exactly. The one exception is asked for
+by name (`load_model(nope_log_scale=)`): an attribute of that name on the attention modules of N layers, never on disk.
 
     model(input_ids, document_starts=starts, group_size=2048, backend="auto")
 
@@ -11,6 +12,8 @@ Not done: static caches, attention sinks, soft-capping, dropout. Each is refused
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +40,7 @@ def attend(
     group_size: int | None = None,
     shift: int | None = None,
     backend: str = "auto",
+    watch: Callable[[nn.Module, Tensor, Tensor, Pattern, float | None], None] | None = None,
     s_aux: Tensor | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -48,6 +52,7 @@ def attend(
     group_size       S²-Attn's G in tokens, used on layers without a window; training only
     shift            tokens that the shifted heads' groups are moved by; None is G // 2
     backend          ops/backends/choice.py
+    watch            called as watch(module, query, key, pattern, scaling) before the layer attends: for measurements
     """
     if s_aux is not None or softcap is not None:
         raise ModelError(
@@ -68,6 +73,10 @@ def attend(
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])
     pattern = Pattern(None, group_size, shift) if sliding_window is None else Pattern(sliding_window)
+    if (a := getattr(module, "nope_log_scale", None)) is not None:
+        query = _by_log_position(query, key.shape[2], document_starts, a)
+    if watch is not None:
+        watch(module, query, key, pattern, scaling)
     out = choice.attention(query, key, value, pattern, document_starts=document_starts, scale=scaling, backend=backend)
     return out.transpose(1, 2).contiguous(), None
 
@@ -106,6 +115,17 @@ def left_padding(
     if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         raise ModelError("padding must be on the left, before a row's first token")
     return padding
+
+
+def _by_log_position(query: Tensor, keys: int, starts: Tensor | None, a: float) -> Tensor:
+    """The query at position t of its document times log(t + a) / log(a): HALO's rule for layers without positions at
+    inference (arXiv 2601.22156, there a = 500). query [B, H, T, D], whose last sits at the last of S `keys`; starts as
+    `document_starts` above.
+    """
+    t = torch.arange(keys - query.shape[2], keys, device=query.device)[None]  # [1, T]
+    t = t if starts is None else t - starts  # [B, T]
+    factor = torch.log(t + a) / math.log(a)
+    return query * factor[:, None, :, None].to(query.dtype)
 
 
 def _padding_as_starts(padding: Tensor, queries: int) -> Tensor:

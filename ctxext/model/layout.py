@@ -129,7 +129,7 @@ def pattern_text(kinds: Sequence[LayerKind]) -> str:
 
 def layout_facts(kinds: Sequence[LayerKind]) -> dict[str, object]:
     """A layout as a manifest holds it: a letter a layer, and the one window of those that slide."""
-    windows = {kind.sliding_window for kind in kinds} - {None}
+    windows = [kind.sliding_window for kind in kinds if kind.sliding_window is not None]
     return {"layers": "".join(kind.letter for kind in kinds), "sliding_window": max(windows, default=None)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ctxext.errors import EnvironmentFault, ModelError
+from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import attention
 from ctxext.model.adapters import open_adapter
 from ctxext.model.families import Config
-from ctxext.model.layout import LayerKind
+from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.positions import check_realised
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.model.weights import HEAD, ignored
@@ -46,10 +47,18 @@ class LoadedModel:
         return self.source.kinds
 
 
-def load_model(model: str | Path | ModelSource, *, dtype: str = "float32", device: str | None = None) -> LoadedModel:
+def load_model(
+    model: str | Path | ModelSource,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    nope_log_scale: float | None = None,
+) -> LoadedModel:
     """Load a source model, a conversion, a bundle or a merged directory, in eval mode.
 
-    Raises what `resolve` raises, and ModelError when a weight is missing or left over.
+    `nope_log_scale` a: N layers multiply the query at position t by log(t + a) / log(a) (model/attention.py).
+    It lives in the modules in memory: nothing that is saved has it. Raises what `resolve` raises, InputError where
+    there is no such layer, and ModelError when a weight is missing or left over.
     """
     source = model if isinstance(model, ModelSource) else resolve(str(model))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,6 +66,8 @@ def load_model(model: str | Path | ModelSource, *, dtype: str = "float32", devic
     built: Any = build_model(weights, source.config, getattr(torch, dtype))
     if source.base:
         built = open_adapter(built, source.directory)
+    if nope_log_scale is not None:
+        scale_queries(built, source.kinds, nope_log_scale)
     return LoadedModel(built.to(where).eval(), load_tokenizer(source.directory), source, where)
 
 
@@ -106,6 +117,17 @@ def quantization(name: str, dtype: torch.dtype, device: torch.device) -> dict[st
     config = BitsAndBytesConfig(**four, bnb_4bit_compute_dtype=dtype) if name == "nf4" else None
     config = config or BitsAndBytesConfig(load_in_8bit=True)
     return {"quantization_config": config, "device_map": {"": device}}
+
+
+def scale_queries(model: Any, kinds: Sequence[LayerKind], a: float) -> None:
+    """Tell the attention of every N layer its a > 1. Raises InputError where the layout has none."""
+    if not any(kind.letter == "N" for kind in kinds):
+        raise InputError(
+            f"nope_log_scale {a:g}: the layout {pattern_text(kinds)} has no N layer whose queries to scale"
+        )
+    for kind, layer in zip(kinds, causal_lm(model).get_decoder().layers, strict=True):
+        if kind.letter == "N":
+            layer.self_attn.nope_log_scale = a
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,26 @@ PROBE_TOKENS = 128
 
 
 @dataclass(frozen=True)
+class Adjustment:
+    """What was done to a live bundle before it is merged, so that the gates prove it with everything else.
+
+    facts  for the report and the manifest; rows  the same as (name, value) lines
+    fold   does to the merged model's weights what the live one does without changing them
+    draw   writes pictures into the output
+    """
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[tuple[str, str], ...] = ()
+    fold: Callable[[Any], None] = lambda merged: None
+    draw: Callable[[Path], None] = lambda directory: None
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """live: base with adapter, fp32; merged: fp32; saved: read back from disk in `dtype`. Differences are max |.|.
 
-    Perplexities are on the same text, before and after the cast to `dtype`.
+    Perplexities are on the same text, before and after the cast to `dtype`. `adjustment` is what was done to the live
+    model first, with all that was measured to choose it.
     """
 
     source: str
@@ -47,14 +63,17 @@ class MergeReport:
     perplexity_live: float
     perplexity_saved: float
     seconds: float
+    adjustment: dict[str, Any] = field(default_factory=dict)
+    adjusted: tuple[tuple[str, str], ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "adjusted"}
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (name, value) lines."""
         return [
             ("bundle", f"{self.source} on {self.base}"),
+            *self.adjusted,
             ("live = merged, fp32", f"max logit difference {self.merged_max_diff:.2g} (allowed {self.tolerance:.2g})"),
             (f"merged = reloaded, {self.dtype}", f"max logit difference {self.saved_max_diff:.2g} (must be 0)"),
             (
@@ -66,17 +85,29 @@ class MergeReport:
 
 
 def merge(
-    source: ModelSource, out: Path, *, dtype: str | None, force: bool, measure: Callable[[LoadedModel], float]
+    source: ModelSource,
+    out: Path,
+    *,
+    dtype: str | None,
+    force: bool,
+    measure: Callable[[LoadedModel], float],
+    adjust: Callable[[LoadedModel], Adjustment] = lambda live: Adjustment(),
+    asked: dict[str, Any] | None = None,
 ) -> MergeReport:
-    """Merge a bundle. `measure` gives the perplexity of a loaded model. Raises CheckFailed when the proof fails."""
+    """Merge a bundle. `measure` gives the perplexity of a loaded model; `adjust` changes the live one first.
+
+    `asked` is what `adjust` was told, for the manifest. Raises CheckFailed when the proof fails.
+    """
     began = time.monotonic()
     assert source.base is not None
     dtype = dtype or source.base.config.get("dtype") or source.base.config.get("torch_dtype") or "float32"
     live = load_model(source, dtype="float32")
+    adjustment = adjust(live)
     ids = torch.randint(source.config["vocab_size"], (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     ids = ids.to(live.device)
     before, perplexity_live = _logits(live.model, ids), measure(live)
     merged = merge_adapter(live.model).eval()
+    adjustment.fold(merged)
     after = _logits(merged, ids)
     merged_diff, tolerance = ((after - before).abs().max().item(), TOLERANCE * max(1.0, before.abs().max().item()))
     if not merged_diff <= tolerance:
@@ -92,9 +123,7 @@ def merge(
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
             raise CheckFailed(f"the saved model's logits differ from the merged model's by {saved_diff:.3g}")
-        tied = reloaded.get_input_embeddings().weight is reloaded.get_output_embeddings().weight
-        if tied != bool(config["tie_word_embeddings"]):
-            raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, the base is not")
+        tied = _tied_as_it_should_be(reloaded, config)
         perplexity_saved = measure(LoadedModel(reloaded, live.tokenizer, source, live.device))
         report = MergeReport(
             source.name,
@@ -108,9 +137,19 @@ def merge(
             perplexity_live,
             perplexity_saved,
             round(time.monotonic() - began, 2),
+            adjustment.facts,
+            adjustment.rows,
         )
-        _describe(staging, source, config, report)
+        adjustment.draw(staging)
+        _describe(staging, source, config, report, asked or {})
     return report
+
+
+def _tied_as_it_should_be(model: Any, config: Config) -> bool:
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if tied != bool(config["tie_word_embeddings"]):
+        raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, the base is not")
+    return tied
 
 
 @torch.no_grad()
@@ -146,7 +185,7 @@ def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _describe(directory: Path, source: ModelSource, config: Config, report: MergeReport) -> None:
+def _describe(directory: Path, source: ModelSource, config: Config, report: MergeReport, asked: dict[str, Any]) -> None:
     assert source.manifest is not None and source.base is not None
     text = [f"{report.base} with {report.source} merged into it. Loads in stock transformers; no remote code."]
     (directory / "README.md").write_text(model_card(f"{report.source}, merged", text, report.rows()), "utf-8")
@@ -155,7 +194,7 @@ def _describe(directory: Path, source: ModelSource, config: Config, report: Merg
     }
     manifest = manifests.new(
         "merge",
-        spec={"dtype": report.dtype},
+        spec={"dtype": report.dtype, **asked},
         facts=lengths | {"merge": report.as_dict()},
         parents={"finetune": manifests.parent(source.directory), "base": manifests.parent(source.base.directory)},
     )

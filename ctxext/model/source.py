@@ -149,7 +149,8 @@ def original_config(source: ModelSource) -> Config:
 
     Raises InputError for what has been trained since, and for a conversion that does not say what it was made from.
     """
-    if source.kind == "source":
+    pretrained = source.kind == "model" and source.manifest is not None and not source.manifest.parents
+    if source.kind == "source" or pretrained:
         return source.config
     if source.kind != "conversion":
         raise InputError(

@@ -1,11 +1,15 @@
 """The seam: ctxext's attention in stock models equals stock attention, and naive where stock has none."""
 
+import math
+
 import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from ctxext.errors import ModelError
 from ctxext.model import attention
+from ctxext.model.convert import plan_conversion, run_conversion
+from ctxext.model.decode import generate
 from ctxext.model.load import hidden_states, load_model
 from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
@@ -123,3 +127,66 @@ def test_right_padding_and_static_caches_are_refused():
         attention.left_padding(q_length=3, kv_length=3, q_offset=0, kv_offset=0, attention_mask=mask)
     with pytest.raises(ModelError, match="static"):
         attention.left_padding(q_length=3, kv_length=8, q_offset=0, kv_offset=0, attention_mask=None)
+
+
+A = 20.0  # of the log scale: small, so that it does much in a few tokens
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def hybrid(request, model_dir, tmp_path_factory):
+    place = tmp_path_factory.mktemp("log") / "hybrid"
+    run_conversion(plan_conversion(str(model_dir(request.param)), "SN", out=place, sliding_window=16), gate=False)
+    return place
+
+
+def by_hand(module, query, key, value, mask, scaling=None, sliding_window=None, document_starts=None, **_):
+    """Naive attention; without a window (so: without positions) each query times its factor, one by one."""
+    query = query.clone()
+    for row in range(query.shape[0]):
+        for i in range(query.shape[2] if sliding_window is None else 0):
+            t = i - int(document_starts[row, i])
+            query[row, :, i] *= math.log(t + A) / math.log(A)
+    lo = lower_bounds(Pattern(sliding_window), query.shape[2], document_starts=document_starts)
+    return naive_attention(query, key, value, lo, scale=scaling).transpose(1, 2), None
+
+
+def test_the_log_scale_counts_from_each_documents_start_on_layers_without_positions(hybrid, ids):
+    AttentionInterface.register("ctxext_test_log", by_hand)
+    starts = torch.cat([document_starts([0, 1, 17, 40], T), document_starts([0, 33], T)])
+    with torch.no_grad():
+        plain = hidden_states(load_model(hybrid).model, ids, document_starts=starts)
+        scaled = load_model(hybrid, nope_log_scale=A)
+        ours = hidden_states(scaled.model, ids, document_starts=starts)
+        alone = hidden_states(scaled.model, ids[:, 40:])  # the last document of the first row, by itself
+        scaled.model.set_attn_implementation("ctxext_test_log")
+        truth = hidden_states(scaled.model, ids, document_starts=starts)
+    assert (truth - plain).abs().max() > 0.05
+    torch.testing.assert_close(ours, truth, atol=3e-4, rtol=1e-3)
+    assert "nope_log" not in scaled.model.config.to_json_string()
+    if scaled.source.config["model_type"] == "mellum":  # SmolLM3 rotates by the place in the row
+        torch.testing.assert_close(ours[:1, 40:], alone[:1], atol=3e-4, rtol=1e-3)
+
+
+def test_the_log_scale_is_the_same_in_chunks_from_a_cache_and_behind_padding(hybrid, ids):
+    model = load_model(hybrid, nope_log_scale=A).model
+    prompts = [ids[0, :50].tolist(), ids[1, :23].tolist()]  # the second is padded by 27
+    with torch.no_grad():
+        expected = []
+        for prompt in prompts:
+            row = list(prompt)
+            for _ in range(20):
+                row.append(int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+            expected.append(row[len(prompt) :])
+        plain = load_model(hybrid).model
+        assert generate(model, prompts, 20, chunk=16) == expected != generate(plain, prompts, 20)
+        full = model(ids, use_cache=False).logits
+        first = model(ids[:, :23], use_cache=True)
+        second = model(ids[:, 23:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full, atol=2e-4, rtol=0)
+
+
+def test_without_the_log_scale_nothing_changes(hybrid, ids, monkeypatch):
+    with torch.no_grad():
+        plain = load_model(hybrid).model(ids).logits
+        monkeypatch.setattr(attention, "_by_log_position", None)  # it is not even called
+        assert torch.equal(load_model(hybrid).model(ids).logits, plain)

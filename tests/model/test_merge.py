@@ -14,7 +14,7 @@ from ctxext.model import merge as merging
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
-from ctxext.pipeline import merge_run, plan_merge
+from ctxext.pipeline import merge_run, plan_merge, seen_in_training
 from ctxext.train.finetune import run_finetune
 from ctxext.train.plan import plan_run
 from ctxext.train.run import start_run
@@ -86,3 +86,45 @@ def test_a_merge_that_changes_the_model_is_not_written(model_dir, tmp_path, monk
 def test_an_ordinary_model_has_nothing_to_merge(model_dir, tmp_path):
     with pytest.raises(InputError, match="nothing to merge"):
         plan_merge(str(model_dir("llama")), tmp_path / "merged", None, False)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"alpha_multiplier": "0"}, "above 0 and up to 4"),
+        ({"alpha_multiplier": "4.01"}, "above 0 and up to 4"),
+        ({"alpha_multiplier": "nan"}, "above 0 and up to 4"),
+        ({"alpha_multiplier": "half"}, "allowed are auto"),
+        ({"nope_scale": "-1"}, "above 0 and up to 4"),
+        ({"nope_scale": "log"}, "silently lose it"),
+        ({"nope_scale": "1.2", "length": "4k"}, "--length 4k"),
+        ({"nope_scale": "auto", "length": "8"}, "allowed are 64 tokens"),
+        ({"alpha_multiplier": "0.5", "data": "embedded"}, "nothing is measured"),
+        ({"alpha_multiplier": "auto", "data": "./absent.txt"}, "absent.txt"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_baked_in_is_refused(given, said, hybrid_run, tmp_path):
+    with pytest.raises(InputError, match=said):
+        plan_merge(str(hybrid_run), tmp_path / "merged", None, False, **given)
+
+
+def test_a_nope_scale_needs_a_layer_without_positions(model_dir, tmp_path):
+    run = bundle(model_dir("llama"), tmp_path)
+    with pytest.raises(InputError, match="FFFF has no N layer"):
+        plan_merge(str(run), tmp_path / "merged", None, False, nope_scale="auto")
+
+
+def test_text_that_was_trained_on_is_known(hybrid_run, tmp_path):
+    source, text = resolve(str(hybrid_run)), hybrid_run.parent / "text.txt"
+    (tmp_path / "other.txt").write_text("other")
+    assert seen_in_training(source, str(text)) and seen_in_training(source, str(text.parent))
+    assert not seen_in_training(source, "embedded") and not seen_in_training(source, str(tmp_path / "other.txt"))
+
+
+@pytest.fixture(scope="module")
+def hybrid_run(model_dir, tmp_path_factory):
+    place = tmp_path_factory.mktemp("run")
+    plan = plan_conversion(str(model_dir("llama")), "SN", out=place / "hybrid", sliding_window=16)
+    run_conversion(plan, gate=False)
+    return bundle(place / "hybrid", place)
