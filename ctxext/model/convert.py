@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,14 +131,25 @@ def plan_conversion(
     return ConversionPlan(source, layout, hybrid, kinds, config, out, dtype, allow_pickle)
 
 
+def with_kinds(plan: ConversionPlan, kinds: Sequence[LayerKind]) -> ConversionPlan:
+    """The same conversion to another layout. Raises ModelError when the target class cannot express it."""
+    dtype = {} if plan.dtype is None else {"dtype": plan.dtype}
+    return replace(plan, kinds=tuple(kinds), config=hybrid_config(plan.source.config, kinds) | dtype)
+
+
 def run_conversion(
     plan: ConversionPlan,
     *,
     gate: bool = True,
     force: bool = False,
+    attachments: Mapping[str, bytes] | None = None,
+    facts: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionReport:
-    """Copy the weights, prove them, put the result in place. Raises CheckFailed when the proof fails."""
+    """Copy the weights, prove them, put the result in place. Raises CheckFailed when the proof fails.
+
+    `attachments` are more files of the output, by name; `facts` more of its manifest's: how the layout was chosen.
+    """
     import torch
 
     from ctxext.model.gate import run_gate
@@ -161,7 +172,9 @@ def run_conversion(
         copy_tokenizer(directory, staging)
         numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype) if gate else None
         report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began)
-        _write_descriptions(staging, plan, report)
+        for name, data in (attachments or {}).items():
+            (staging / name).write_bytes(data)
+        _write_descriptions(staging, plan, report, facts or {})
     return report
 
 
@@ -211,7 +224,7 @@ def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float) -
     )
 
 
-def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionReport) -> None:
+def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionReport, more: Mapping[str, Any]) -> None:
     source = plan.source
     text = [
         f"{source.name}, converted by layer layout alone: its weights are unchanged (S: RoPE and a sliding window, "
@@ -235,6 +248,7 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "source_layout": layout_facts(source.kinds),
         "source_rope_parameters": rope_of(source.config),
         "gate": report.gate,
+        **more,
     }
     manifests.write(
         staging,

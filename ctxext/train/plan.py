@@ -250,9 +250,8 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
 def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
     """The plan with the memory of one of the processes that share it."""
     gpu, spec = shutil.which("nvidia-smi") is not None, plan.spec
-    sequences, item_bytes = max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks)), 4
-    if plan.dtype == "bfloat16":
-        item_bytes = 2
+    sequences = max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks))
+    item_bytes = 2 if plan.dtype == "bfloat16" else 4
     memory = cost.training_memory(
         plan.source.shape,
         [_pattern(kind, plan.group_size) for kind in plan.source.kinds],

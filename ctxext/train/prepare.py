@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +168,12 @@ def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Do
     config, asked = original_config(plan.source), plan.spec.data.samples
     length = min(plan.source.original_length or plan.spec.ctx, plan.spec.ctx)
     weights = manifests.weight_hashes(plan.source.directory)
-    print_ = hashlib.sha256(f"{weights} {config} {asked} {length} {plan.spec.seed}".encode()).hexdigest()
+    print_ = hashlib.sha256(f"{weights} {config} {asked} {length}".encode()).hexdigest()
 
     def documents() -> Iterator[Document]:
         events.say(f"sampling {asked.tokens:,} tokens from {plan.source.name}, as it was before any conversion")
         device, dtype = training_device(plan)
         model: Any = build_model(plan.source.directory, config, dtype).to(device).eval()
-        settings: dict[str, Any] = {name: value for name, value in asdict(asked).items() if name != "tokens"}
         shown = [0]
 
         def progress(done: int) -> None:
@@ -183,7 +182,14 @@ def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Do
                 events.say(f"sampled {done:,} of {asked.tokens:,} tokens")
 
         yield from sample_documents(
-            model, tokenizer, tokens=asked.tokens, length=length, seed=plan.spec.seed, progress=progress, **settings
+            model,
+            tokenizer,
+            tokens=asked.tokens,
+            length=length,
+            batch=asked.batch,
+            temperature=asked.temperature,
+            seed=asked.seed,
+            progress=progress,
         )
 
     return documents(), print_

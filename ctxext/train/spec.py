@@ -66,14 +66,16 @@ class MixturePart:
 class SamplesSpec:
     """Text that the model writes itself, as it was before any conversion: `source: self`.
 
-    tokens       how many are sampled, once for a model, seed and these settings; training goes through them again
+    tokens       how many are sampled, once for a model and these settings; training goes through them again
     temperature  of the sampling, from all of the vocabulary
     batch        documents written at a time, each from its first token to its end, or to the model's original length
+    seed         of the sampling; runs of other seeds share the text
     """
 
     tokens: Tokens = 512 * 1024
     temperature: Rate = 1.0
     batch: Positive = 32
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 @spec

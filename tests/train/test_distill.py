@@ -100,6 +100,21 @@ def test_the_self_teacher_is_the_source_exactly_whatever_the_student_learned(fam
         assert (student(input_ids=ids).logits - truth).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("quantize", "dtype"), [("int8", "float32"), ("nf4", "float32"), ("none", "bfloat16")])
+def test_the_self_teacher_of_a_rounded_base_is_the_source_rounded_alike(quantize, dtype, model_dir, convert):
+    changes = {"hidden_size": 64, "intermediate_size": 128}  # widths that nf4's CPU kernels take
+    directory = convert(**changes)
+    plan = make_plan(directory, memory={"quantize": quantize}, dtype=dtype)
+    options: dict[str, Any] = {"quantize": quantize}
+    student = build_model(directory, plan.config, getattr(torch, dtype), **options)
+    student = attach(student, plan.trainables, plan.spec.lora.rank, "base")
+    source = resolve(str(model_dir(**changes)))
+    truth: Any = build_model(source.directory, source.config, getattr(torch, dtype), **options).eval()
+    ids = rows()[0]
+    with torch.no_grad():
+        assert torch.equal(relayout(student, plan.teacher.config)(input_ids=ids).logits, truth(input_ids=ids).logits)
+
+
 def test_the_self_teacher_takes_no_memory_of_its_own(write_model, tmp_path):
     source = write_model(tmp_path / "source", hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
     run_conversion(plan_conversion(str(source), "SN", out=tmp_path / "out", sliding_window=8), gate=False)

@@ -1,0 +1,217 @@
+"""Which layers stay full: the budget, and a search that measures layouts and never trusts a sum of single damages.
+
+A choice is the tuple of its full layers, ascending. What a choice costs is asked of a function, many at a time, so that
+layouts can be measured together (damage.py) and the search can be tried without a model. No torch.
+
+Few layouts are all measured. Of many, full layers are added one by one to the all-sliding layout. A layer's believed
+gain is at first its window's damage less its NoPE's, each measured in the source; the BREADTH most promising are then
+measured together with those already chosen, so that interactions count, and the best is taken. What was measured
+replaces what was believed; the beliefs of all others are scaled by measured over believed, since damages do not add up.
+At the end layers are swapped, the least missed for the most promising. Greedy: no optimum is promised. The fixed
+patterns are among what is measured, so the choice is never worse than they are on what it was measured on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from math import comb
+
+from ctxext.data.documents import EMBEDDED, read_documents
+from ctxext.errors import InputError
+from ctxext.model.layout import HybridSpec, LayerKind
+from ctxext.ops.cost import ModelShape, kv_cache_bytes
+from ctxext.units import format_tokens
+
+Full = tuple[int, ...]
+Measure = Callable[[Sequence[Full]], list[float]]
+
+EXHAUSTIVE = 64  # layouts that are all measured
+BREADTH = 4  # candidates measured for each full layer that is added
+SWAPPED = 3  # layers that may leave, and layers that may come for them, in one round of swaps
+SWAP_ROUNDS = 2
+FIXED = ("SN", "NS", "SSSN")  # the patterns that a choice is compared with; N is the layout's full letter
+ROW_TOKENS = 2048  # of a calibration row, at least; more where the window is large
+CALIBRATION_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the planner is asked for, checked. Lengths are tokens.
+
+    full         layers that stay full
+    length       at which the KV cache and FLOPs are counted
+    calibration  text to measure on, as read_documents takes it; of the embedded corpus its training part
+    tokens       of text in all, in rows of `row_tokens`
+    """
+
+    full: int
+    length: int
+    calibration: str
+    tokens: int
+    row_tokens: int
+
+
+@dataclass(frozen=True)
+class Search:
+    """Every choice that was measured, with its score (less is better); `best` has the full layers asked for."""
+
+    best: Full
+    measured: dict[Full, float]
+    exhaustive: bool
+
+
+def plan_request(
+    shape: ModelShape,
+    source: Sequence[LayerKind],
+    hybrid: HybridSpec,
+    usable_length: int,
+    *,
+    budget: str | None,
+    length: int | None,
+    calibration: str | None,
+    tokens: int | None,
+    i_know: bool,
+) -> Request:
+    """Check what is asked against the model. Raises InputError for what cannot be, a layout without S or with two
+    kinds of full layers included.
+    """
+    _ = hybrid.full_letter
+    window = hybrid.sliding_window or 0
+    at = usable_length if length is None else length
+    if at < 1:
+        raise InputError(f"--length {at}: a number of tokens of 1 or more is needed")
+    row = min(usable_length, max(ROW_TOKENS, 2 * window))
+    if row <= window:
+        raise InputError(
+            f"a window of {format_tokens(window)} tokens covers all of the {format_tokens(usable_length)} that this "
+            "model bears: no layer can be told from another",
+            hint="give a smaller --sliding-window",
+        )
+    asked = CALIBRATION_TOKENS if tokens is None else tokens
+    if asked < row and tokens is not None:
+        raise InputError(
+            f"--calibration-tokens {format_tokens(asked)}: at least one row of {format_tokens(row)} is needed"
+        )
+    read_documents(calibration or EMBEDDED)  # whether there is such a source; nothing is read yet
+    full = full_layer_count(budget, shape, source, window, at)
+    if full == 0 and not i_know:
+        raise InputError(
+            "a budget of no full layer: nothing further back than the window can be retrieved, no key, name or quote",
+            hint="add --i-know if that is meant, or give --budget 1 or more",
+        )
+    return Request(full, at, calibration or EMBEDDED, max(asked, row), row)
+
+
+def full_layer_count(
+    budget: str | None, shape: ModelShape, source: Sequence[LayerKind], window: int, length: int
+) -> int:
+    """How many layers a budget leaves full: a number of layers, a share of the source's KV cache at `length` tokens
+    such as 25%, or None: every second one, as in 1:1 alternation. Raises InputError.
+    """
+    L = shape.num_layers
+    if budget is None:
+        return L // 2
+    text = budget.strip()
+    number = text.removesuffix("%")
+    try:
+        value = float(number) if text.endswith("%") else int(number)
+    except ValueError:
+        raise InputError(
+            f"--budget {budget!r}: allowed are a number of full layers such as 4, or a share of the source's KV cache "
+            "such as 25%"
+        ) from None
+    if not text.endswith("%"):
+        if not 0 <= value < L:
+            raise InputError(f"--budget {budget}: this model has {L} layers, so 0 to {L - 1} of them can stay full")
+        return int(value)
+    if not 0 < value <= 100:
+        raise InputError(f"--budget {budget}: a share is more than 0% and at most 100%")
+    whole = kv_cache_bytes(shape, [kind.sliding_window for kind in source], length)
+    sizes = [kv_cache_bytes(shape, [None] * k + [window] * (L - k), length) for k in range(L)]
+    if sizes[0] > value / 100 * whole:
+        raise InputError(
+            f"--budget {budget}: sliding layers alone hold {100 * sizes[0] / whole:.3g}% of the source's KV cache at "
+            f"{format_tokens(length)} tokens",
+            hint="give a larger budget, a smaller --sliding-window, or the --length it is meant for",
+        )
+    return max(k for k, size in enumerate(sizes) if size <= value / 100 * whole)
+
+
+def fixed_choices(L: int, k: int) -> dict[str, Full]:
+    """The patterns a choice is compared with, by name: FIXED tiled over the layers, and k layers evenly spread."""
+    named = {pattern: tuple(i for i in range(L) if pattern[i % len(pattern)] == "N") for pattern in FIXED}
+    if k:
+        named["even, last"] = tuple(-(-(i + 1) * L // k) - 1 for i in range(k))
+        named["even, first"] = tuple(i * L // k for i in range(k))
+    return named
+
+
+def search(L: int, k: int, gains: Sequence[float], measure: Measure) -> Search:
+    """The best choice of k of L layers that is found; see the top of this file. `gains` [L]: what each layer is
+    believed to gain by staying full; `measure` gives the score of each choice it is handed.
+    """
+    measured: dict[Full, float] = {}
+
+    def look(choices: Iterable[Full]) -> None:
+        new = [choice for choice in dict.fromkeys(choices) if choice not in measured]
+        if new:
+            measured.update(zip(new, measure(new), strict=True))
+
+    sizes = range(L + 1) if 2**L <= EXHAUSTIVE else range(k + 1)
+    exhaustive = sum(comb(L, size) for size in sizes) <= EXHAUSTIVE
+    fixed = fixed_choices(L, k).values()
+    if exhaustive:
+        look([*(choice for size in sizes for choice in combinations(range(L), size)), *fixed])
+    else:
+        look([(), *fixed])
+        believed = _add_one_by_one(L, k, gains, measured, look)
+        _swap(L, k, believed, measured, look)
+    return Search(_best(measured, k), measured, exhaustive)
+
+
+def _best(measured: dict[Full, float], k: int) -> Full:
+    return min((choice for choice in measured if len(choice) == k), key=lambda choice: (measured[choice], choice))
+
+
+def _with(choice: Full, layer: int) -> Full:
+    return tuple(sorted((*choice, layer)))
+
+
+def _without(choice: Full, layer: int) -> Full:
+    return tuple(i for i in choice if i != layer)
+
+
+def _add_one_by_one(
+    L: int, k: int, gains: Sequence[float], measured: dict[Full, float], look: Callable[[Iterable[Full]], None]
+) -> list[float]:
+    """Measure a way from no full layer to k of them; returns each layer's believed gain at its end."""
+    believed, chosen = list(gains), Full()
+    for _ in range(k):
+        left = sorted((i for i in range(L) if i not in chosen), key=lambda i: -believed[i])
+        tried, rest = left[:BREADTH], left[BREADTH:]
+        look(_with(chosen, i) for i in tried)
+        found = {i: measured[chosen] - measured[_with(chosen, i)] for i in tried}
+        meant, got = sum(believed[i] for i in tried), sum(found.values())
+        if meant > 0 and got > 0:
+            for i in rest:
+                believed[i] *= got / meant
+        for i, gain in found.items():
+            believed[i] = gain
+        chosen = _with(chosen, min(tried, key=lambda i: measured[_with(chosen, i)]))
+    return believed
+
+
+def _swap(
+    L: int, k: int, believed: Sequence[float], measured: dict[Full, float], look: Callable[[Iterable[Full]], None]
+) -> None:
+    """Measure exchanges of a chosen layer for another, from the best choice on, until none is better."""
+    for _ in range(SWAP_ROUNDS):
+        best = _best(measured, k)
+        look(_without(best, i) for i in best)
+        leave = sorted(best, key=lambda i: measured[_without(best, i)])[:SWAPPED]
+        come = sorted((i for i in range(L) if i not in best), key=lambda i: -believed[i])[:SWAPPED]
+        look(_with(_without(best, i), j) for i in leave for j in come)
+        if _best(measured, k) == best:
+            return

@@ -1,0 +1,310 @@
+"""The layer planner: calibration text and questions, the damage of each layer and of each choice, and what to report.
+
+In forward passes alone, no training: what a layout costs before healing. How well a layout heals is another question,
+and whether the order of damages survives healing is not claimed here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxext.data.cases import private_random
+from ctxext.data.documents import EMBEDDED, read_documents
+from ctxext.data.haystack import Case, passkey_case
+from ctxext.data.synthetic import NEEDLE
+from ctxext.errors import DataError, InputError, ModelError
+from ctxext.evals.perplexity import encode
+from ctxext.model.convert import ConversionPlan
+from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.load import load_tokenizer
+from ctxext.model.shards import tensor_reader
+from ctxext.model.weights import only_pickles
+from ctxext.ops.cost import forward_flops, kv_cache_bytes
+from ctxext.retrofit.damage import (
+    RETRIEVES,
+    Damage,
+    Layers,
+    Samples,
+    answer_loss,
+    head_scores,
+    measure,
+    open_layers,
+    source_states,
+)
+from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
+from ctxext.units import format_bytes, format_flops, format_tokens
+
+ANSWER_SHARE = 0.05  # of a score: as if one token in twenty were retrieved. A convention, not a measurement
+ANSWERS_FROM = 1.0  # nats a token: a source with a greater loss at the answers cannot retrieve, its share is 0
+LEAST_QUESTIONS = 4
+READ_AHEAD = 8  # times the calibration tokens are read, so that rows come from several documents
+Progress = Callable[[str, int, int], None]  # what is done, how much of it is done, how much there is
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer in the source. `window`: the damage of giving it the window, all else as it is; `full`: of making it
+    what a full layer of the layout is (without RoPE, where that is so); `heads`: the retrieval scores of its heads.
+    """
+
+    layer: int
+    window: Damage
+    full: Damage
+    heads: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One choice of full layers: what it costs and what it keeps. Bytes and FLOPs are of one row of `length` tokens."""
+
+    full: Full
+    names: tuple[str, ...]
+    damage: Damage
+    score: float
+    kv_bytes: int
+    kv_share: float
+    flops: int
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the planner chose and all that it measured; `share` is what an answer's divergence counts in a score."""
+
+    kinds: tuple[LayerKind, ...]
+    chosen: Measured
+    measured: tuple[Measured, ...]
+    layers: tuple[LayerFacts, ...]
+    request: Request
+    texts: int
+    questions: int
+    share: float
+    source_answer_loss: float | None
+    exhaustive: bool
+    seconds: float
+
+    HEADER = ("full layers", "k", "KV cache", "share", "forward", "text", "answers", "score", "loss", "")
+    EXPLAIN = ("layer", "window: text", "answers", "as full: text", "answers", "best head", f"heads > {RETRIEVES}")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "kinds": pattern_text(self.kinds),
+            "measured": [asdict(choice) for choice in self.measured],
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What the conversion's manifest keeps of it; all of it is in retrofit.json."""
+        return {
+            "full_layers": list(self.chosen.full),
+            "score": self.chosen.score,
+            "damage": asdict(self.chosen.damage),
+            "measured": len(self.measured),
+            "exhaustive": self.exhaustive,
+            "calibration": self.request.calibration,
+            "answer_share": self.share,
+        }
+
+    def frontier(self) -> list[Measured]:
+        """The best choice of each number of full layers, and every fixed pattern; in the order of the KV cache."""
+        best = {len(c.full): c for c in sorted(self.measured, key=lambda c: (-c.score, c.full))}
+        shown = {choice.full: choice for choice in (*best.values(), *(c for c in self.measured if c.names))}
+        return sorted(shown.values(), key=lambda c: (c.kv_bytes, c.score))
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of choices, for HEADER."""
+        return [
+            (
+                ",".join(map(str, c.full)) or "none",
+                str(len(c.full)),
+                format_bytes(c.kv_bytes),
+                f"{100 * c.kv_share:.1f}%",
+                format_flops(c.flops),
+                f"{c.damage.text:.4f}",
+                _shown(c.damage.answer),
+                f"{c.score:.4f}",
+                f"{c.damage.loss:+.4f}",
+                ", ".join([*(["chosen"] if c.full == self.chosen.full else []), *c.names]),
+            )
+            for c in self.frontier()
+        ]
+
+    def explain(self) -> list[tuple[str, ...]]:
+        """The table of layers, for EXPLAIN."""
+        return [
+            (
+                str(facts.layer),
+                f"{facts.window.text:.4f}",
+                _shown(facts.window.answer),
+                f"{facts.full.text:.4f}",
+                _shown(facts.full.answer),
+                _shown(max(facts.heads) if facts.heads else None),
+                str(sum(score > RETRIEVES for score in facts.heads)) if facts.heads else "-",
+            )
+            for facts in self.layers
+        ]
+
+    def notes(self) -> list[str]:
+        """How it was measured, in sentences."""
+        r = self.request
+        where = "the embedded corpus's training part" if r.calibration == EMBEDDED else r.calibration
+        how = "all there are" if self.exhaustive else "greedy, with swaps"
+        lines = [
+            f"{len(self.measured)} layouts measured ({how}) on {self.texts} x {r.row_tokens} tokens of {where}, and on "
+            f"{self.questions} passkeys in it",
+            "text, answers: KL to the source's predictions; loss: of the text, above the source's; nats a token, "
+            f"before any healing; KV cache and forward are those of {format_tokens(r.length)} tokens",
+        ]
+        if not r.full:
+            lines.append("no full layer: nothing further back than the window will be retrieved")
+        if self.source_answer_loss is None:
+            return [*lines, f"no passkeys: they do not fit in {r.row_tokens} tokens, so retrieval was not measured"]
+        if not self.share:
+            return [
+                *lines,
+                f"the source's own loss at the answers is {self.source_answer_loss:.2f} nats a token: it does not "
+                "retrieve, so answers do not count and the score is the text's",
+            ]
+        return [*lines, f"score = text + {self.share:g} x answers"]
+
+
+def choose_layers(
+    plan: ConversionPlan,
+    request: Request,
+    *,
+    progress: Progress = lambda what, done, total: None,
+    device: str | None = None,
+) -> LayerPlan:
+    """Choose the full layers of a conversion by measuring. Raises DataError for too little text, ModelError for
+    weights that cannot be streamed.
+    """
+    began = time.monotonic()
+    source, window = plan.source, LayerKind(True, plan.hybrid.sliding_window)
+    full = LayerKind(plan.hybrid.full_letter == "F", None)
+    if only_pickles(source.directory):
+        raise ModelError(
+            f"{source.name}: the planner reads safetensors, one layer at a time, and there are only pickles",
+            hint="convert it with named --full-layers, or store it as safetensors first",
+        )
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    samples = calibration_samples(load_tokenizer(source.directory), request, window.sliding_window or 0)
+    request = replace(request, row_tokens=samples.ids.shape[1])
+    layers = open_layers(source.config, source.kinds, [window, full], tensor_reader(source.directory), where)
+    progress("the source itself", 0, 1)
+    truth = source_states(layers, samples.ids)
+    loss = answer_loss(layers, samples, truth)
+    share = ANSWER_SHARE if loss is not None and loss <= ANSWERS_FROM else 0.0
+    facts = layer_facts(layers, samples, truth, window, full, lambda *n: progress("each layer by itself", *n))
+
+    L, found = len(source.kinds), dict[Full, Damage]()
+
+    def score(choices: Sequence[Full]) -> list[float]:
+        layouts = [tuple(full if i in choice else window for i in range(L)) for choice in choices]
+        damages = measure(layers, samples, layouts, truth, lambda *n: progress("layouts", *n))
+        found.update(zip(choices, damages, strict=True))
+        return [damage.score(share) for damage in damages]
+
+    gains = [each.window.score(share) - each.full.score(share) for each in facts]
+    result = search(L, request.full, gains, score)
+    measured = tuple(_measured(plan, request, choice, found[choice], share) for choice in result.measured)
+    return LayerPlan(
+        kinds=tuple(full if i in result.best else window for i in range(L)),
+        chosen=next(choice for choice in measured if choice.full == result.best),
+        measured=measured,
+        layers=facts,
+        request=request,
+        texts=samples.texts,
+        questions=len(samples.ids) - samples.texts,
+        share=share,
+        source_answer_loss=loss,
+        exhaustive=result.exhaustive,
+        seconds=round(time.monotonic() - began, 2),
+    )
+
+
+def layer_facts(
+    layers: Layers,
+    samples: Samples,
+    truth: Tensor,
+    window: LayerKind,
+    full: LayerKind,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[LayerFacts, ...]:
+    """Each layer by itself: the damage of the 2 L layouts that differ from the source in one layer, and its heads."""
+    L, heads = len(layers.source), head_scores(layers, samples)
+    changed = [(*layers.source[:i], kind, *layers.source[i + 1 :]) for kind in (window, full) for i in range(L)]
+    damage = measure(layers, samples, changed, truth, progress)
+    return tuple(
+        LayerFacts(i, damage[i], damage[L + i], None if heads is None else tuple(heads[i].tolist())) for i in range(L)
+    )
+
+
+def calibration_samples(tokenizer: Any, request: Request, window: int) -> Samples:
+    """Rows of text, evenly out of what is read, and as many passkeys hidden in it, LEAST_QUESTIONS at least.
+
+    The passkeys lie at all depths that are further from the question than the window, where a row has room for that.
+    Raises DataError for text of less than two windows (or than all that the model bears): nothing would be seen of
+    what a window hides.
+    """
+    T, source = request.row_tokens, request.calibration
+    documents = read_documents(source)
+    ids = _joined(documents, tokenizer, READ_AHEAD * request.tokens)
+    if len(ids) < min(2 * window, T):
+        raise DataError(
+            f"--calibration {source}: {format_tokens(len(ids))} tokens; a window of {format_tokens(window)} shows its "
+            f"damage in texts of at least {format_tokens(min(2 * window, T))}",
+            hint="give longer text, or a smaller --sliding-window",
+        )
+    T = min(T, len(ids))
+    places = len(ids) // T
+    count = min(places, request.tokens // T)
+    text = torch.stack([ids[(i * places // count) * T :][:T] for i in range(count)])
+    cases = _cases(tokenizer, ids.tolist(), T, window, max(LEAST_QUESTIONS, count))
+    rows = torch.tensor([[*case.prompt_ids, *case.answer_ids] for case in cases], dtype=torch.int64).view(-1, T)
+    answers, needles = torch.zeros(2, count + len(cases), T, dtype=torch.bool)
+    for row, case in enumerate(cases, start=count):
+        asked = len(case.prompt_ids)
+        answers[row, asked - 1 : T - 1] = True
+        needle = tokenizer.encode("\n" + NEEDLE.format(key=case.key), add_special_tokens=False)
+        digits = [i for i, token in enumerate(needle) if any(c.isdigit() for c in tokenizer.decode([token]))]
+        needles[row, [case.needle_start + i for i in digits]] = True  # no other word of the needle has a digit
+    return Samples(torch.cat([text, rows]), count, answers, needles)
+
+
+def _joined(documents: Any, tokenizer: Any, most: int) -> Tensor:
+    """The documents' tokens in one row, EOS between them where there is one, at most `most`."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    parts: list[Tensor] = []
+    for text in encode(documents, tokenizer, max_tokens=most):
+        parts += [torch.tensor(end, dtype=torch.int64), text.ids] if parts else [text.ids]
+    return torch.cat(parts)[:most] if parts else torch.zeros(0, dtype=torch.int64)
+
+
+def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -> list[Case]:
+    rng = private_random("retrofit", T, count)
+    deepest = max(0.0, 1 - 1.25 * window / T)
+    try:
+        return [passkey_case(tokenizer, T, deepest * (i + 0.5) / count, rng, filler) for i in range(count)]
+    except InputError:  # rows too short for a needle and a question
+        return []
+
+
+def _measured(plan: ConversionPlan, request: Request, choice: Full, damage: Damage, share: float) -> Measured:
+    source, at = plan.source, request.length
+    windows = [None if i in choice else plan.hybrid.sliding_window for i in range(len(source.kinds))]
+    item = 4 if (plan.dtype or plan.config.get("dtype")) == "float32" else 2
+    size = kv_cache_bytes(source.shape, windows, at, item)
+    whole = kv_cache_bytes(source.shape, [kind.sliding_window for kind in source.kinds], at, item)
+    names = [name for name, full in fixed_choices(len(windows), request.full).items() if full == choice]
+    patterns = [name.replace("N", plan.hybrid.full_letter) for name in names if name in FIXED]
+    flops = forward_flops(source.shape, [(window, None) for window in windows], at)
+    return Measured(choice, tuple(patterns or names[:1]), damage, damage.score(share), size, size / whole, flops)
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

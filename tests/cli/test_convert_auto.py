@@ -1,0 +1,84 @@
+"""`ctxext convert --full-layers auto` as it is typed, in this process."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ctxext.cli.app import app
+from ctxext.config import manifest
+from ctxext.errors import InputError
+from ctxext.model.source import resolve
+
+PROSE = "A lighthouse keeper counted the ships and wrote each name beside the hour. " * 60
+
+
+@pytest.fixture
+def convert(model_dir, tmp_path):
+    directory = model_dir("llama", max_position_embeddings=256)
+    (tmp_path / "prose.txt").write_text(PROSE)
+
+    def run(*options, code=0):
+        arguments = [
+            "convert",
+            str(directory),
+            "--hybrid",
+            "SN",
+            "--sliding-window",
+            "16",
+            "--out",
+            str(tmp_path / "o"),
+        ]
+        done = CliRunner().invoke(app, [*arguments, *map(str, options)])
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == code, done.output
+        return done
+
+    return run
+
+
+def test_it_measures_chooses_converts_and_keeps_what_it_found(convert, tmp_path):
+    auto = ["--full-layers", "auto", "--budget", "1", "--calibration", tmp_path / "prose.txt"]
+    done = convert(*auto, "--calibration-tokens", 512, "--explain")
+    out = tmp_path / "o"
+    kept = json.loads((out / "retrofit.json").read_text())
+    full = kept["chosen"]["full"]
+    assert len(full) == 1 and len(kept["layers"]) == 4 and len(kept["measured"]) == 16
+    assert [i for i, kind in enumerate(resolve(str(out)).kinds) if kind.letter == "N"] == full
+    facts = manifest.read(out).facts["planner"]
+    assert facts["full_layers"] == full and facts["calibration"].endswith("prose.txt")
+    assert (out / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert "chosen" in done.stdout and "best head" in done.stdout and "max logit difference 0" in done.stdout
+    assert "16 layouts measured" in done.stderr
+
+    data = json.loads(convert(*auto, "--calibration-tokens", 512, "--json", "--force").stdout)
+    assert data["planner"]["chosen"] == kept["chosen"] and data["layout"] == kept["kinds"]
+
+
+def test_no_full_layer_is_for_those_who_know(convert, tmp_path):
+    auto = ["--full-layers", "auto", "--budget", "0", "--calibration", tmp_path / "prose.txt"]
+    auto += ["--calibration-tokens", 512, "--no-gate"]
+    with pytest.raises(InputError, match="nothing further back than the window can be retrieved"):
+        convert(*auto)
+    assert not (tmp_path / "o").exists()
+    done = convert(*auto, "--i-know")
+    assert "nothing further back than the window will be retrieved" in done.stderr
+    assert {kind.letter for kind in resolve(str(tmp_path / "o")).kinds} == {"S"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "2"], "--budget is for the planner"),
+        (["--full-layers", "1,3", "--calibration-tokens", "8k"], "--calibration-tokens is for the planner"),
+        (["--explain"], "--explain is for the planner"),
+        (["--i-know"], "--i-know is for the planner"),
+        (["--full-layers", "auto", "--hybrid", "SNF"], "--full-layers needs a layout with S"),
+        (["--full-layers", "auto", "--sliding-window", "256"], "covers all of the 256 that this model bears"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_nothing_written(convert, tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        convert(*options)
+    assert not (tmp_path / "o").exists()
