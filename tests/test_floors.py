@@ -42,6 +42,8 @@ LIGHT_FILES = {
     "train/schedule.py",
     "train/recompute.py",
     "train/memory.py",
+    "train/multiplier.py",
+    "train/teacher.py",
     "train/parallel.py",
     "train/launch.py",
     "train/worker.py",

@@ -36,12 +36,21 @@ ForceOption = Annotated[
         help="Replace an existing run; with --resume: go on with a changed spec; with --repeat: on what changed",
     ),
 ]
+FindOption = Annotated[
+    bool,
+    typer.Option(
+        "--find-multiplier",
+        help="Train 30 steps, or --steps, at seven values of lora.multiplier; print the best by held-out loss",
+    ),
+]
 EXAMPLES = """Examples:\n
   ctxext finetune --ctx 100k\n
   ctxext finetune llama2-7b --ctx 32k --preset longlora --data books/\n
   ctxext finetune tiny --ctx 2k --preset smoke\n
   ctxext finetune llama2-7b --ctx 100k --plan\n
   ctxext finetune llama2-7b --ctx 100k --zero 3 --nproc 8\n
+  ctxext finetune llama2-7b --ctx 32k --find-multiplier\n
+  ctxext finetune --preset heal\n
   ctxext finetune --resume --out runs/20260101T000000.000000Z-finetune-tiny\n
   ctxext finetune --repeat runs/20260101T000000.000000Z-finetune-tiny --set seed=1"""
 
@@ -70,6 +79,7 @@ def finetune(
     nproc: ProcessesOption = None,
     hostfile: HostfileOption = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print every derived number and stop")] = False,
+    find_multiplier: FindOption = False,
     resume: ResumeOption = False,
     repeat: RepeatOption = None,
     force: ForceOption = False,
@@ -83,25 +93,25 @@ def finetune(
         raise InputError(
             "--resume and --repeat take a run's own model and spec", hint="give one of them, without MODEL and --preset"
         )
+    if find_multiplier:
+        from ctxext.cli.multiplier import refuse_beside, search
+
+        refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
+        search(_plan(model, preset, _briefly(given), needs_weights=True), out, force, as_json)
+        return
     if resume:
         from ctxext.train.run import newest_unfinished, plan_resumed
 
         run = out or newest_unfinished(manifests.RUNS)
         decided = plan_resumed(run, given, accept=force)
     else:
-        if repeat is None and ctx is None and preset == DEFAULT_PRESET:
-            raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
         decided = _repeated(repeat, given, force) if repeat else _plan(model, preset, given, needs_weights=not plan)
         run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
     decided, launch = _launched(decided, zero, nproc, hostfile, resume, repeat)
-    rows = decided.rows() + ([("processes", f"{launch.summary()}; the memory is that of each")] if launch else [])
     if plan:
-        from ctxext.train.parallel import ALONE
-
-        where = launch.as_dict() if launch else ALONE
-        console.emit(decided.as_dict() | {"launch": where}) if as_json else console.pairs(rows)
+        _show_plan(decided, launch, as_json)
         return
-    console.pairs(rows, to_stderr=True)
+    console.pairs(_rows(decided, launch), to_stderr=True)
     _run(decided, run, resume, force, as_json, launch, repeat)
 
 
@@ -116,6 +126,24 @@ def _launched(
     before = Launch.read(repeat / LAUNCH) if repeat and (repeat / LAUNCH).is_file() else None
     launch = plan_launch(plan, zero, nproc, hostfile, resume=resume, repeats=before)
     return (divided(plan, launch.partition) if launch else plan), launch
+
+
+def _rows(plan: RunPlan, launch: Launch | None) -> list[tuple[str, str]]:
+    return plan.rows() + ([("processes", f"{launch.summary()}; the memory is that of each")] if launch else [])
+
+
+def _show_plan(plan: RunPlan, launch: Launch | None, as_json: bool) -> None:
+    from ctxext.train.parallel import ALONE
+
+    where = launch.as_dict() if launch else ALONE
+    console.emit(plan.as_dict() | {"launch": where}) if as_json else console.pairs(_rows(plan, launch))
+
+
+def _briefly(given: dict[str, Any]) -> dict[str, Any]:
+    """Fields with the steps of a trial where the options name none."""
+    from ctxext.train.multiplier import STEPS
+
+    return {"steps": STEPS} | given
 
 
 def _repeated(run: Path, given: dict[str, Any], force: bool) -> RunPlan:
@@ -153,12 +181,18 @@ def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weight
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
     for key, value in given.items():
         set_value(fields, key, value)
-    spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)")
+    if "ctx" not in fields and not fields.get("distill"):
+        raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
     if model is None:
         newest = manifests.newest(manifests.RUNS, ("conversion", "model"))
         console.say(f"no MODEL given: taking the newest, {newest}")
         model = str(newest)
-    return plan_run(resolve(model, weights=needs_weights), spec)
+    source = resolve(model, weights=needs_weights)
+    if "ctx" not in fields and source.original_length is not None:
+        fields["ctx"] = source.original_length
+        console.say(f"no --ctx given: healing at {source.original_length:,} tokens, the length it was first trained at")
+    spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)")
+    return plan_run(source, spec)
 
 
 def _run(
@@ -185,7 +219,7 @@ def _run(
         console.emit(report.as_dict())
     elif report.finished:
         rows = [
-            ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"),
+            ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} " + _unit(plan)),
             ("held-out loss", _held_out(report)),
             ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
             ("gradient spikes", f"{report.spikes} of {report.steps} steps scaled down"),
@@ -199,6 +233,10 @@ def _run(
         console.say(f"stopped after step {report.steps_done} of {report.steps}; go on with")
         console.say(f"  ctxext finetune --resume --out {run}")
         raise typer.Exit(130)
+
+
+def _unit(plan: RunPlan) -> str:
+    return "nats a token" if plan.teacher is None else "of what is learned from the teacher"
 
 
 def _held_out(report: FinetuneReport) -> str:

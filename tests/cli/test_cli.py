@@ -13,7 +13,7 @@ COMMANDS = {
     "convert": "--hybrid --out --full-layers --sliding-window --dtype --gate --no-gate --allow-pickle --force --json "
     "--budget --length --calibration --calibration-tokens --explain --i-know",
     "finetune": "--ctx --preset --data --out --steps --original-length --set --zero --nproc --hostfile --plan --resume "
-    "--repeat --force --json",
+    "--repeat --force --json --find-multiplier",
     "eval": "--suite --lengths --against --data --text-field --protocol --evaluator --limit --seed --dtype "
     "--extrapolate --set --out --force --json --nope-log-scale",
     "merge": "--out --dtype --force --json --alpha-multiplier --nope-scale --length --data",
