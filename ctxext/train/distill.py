@@ -185,7 +185,7 @@ def _within(labels: Tensor, document_starts: Tensor | None, length: int) -> Tens
     return position < length if document_starts is None else position - document_starts.to(labels.device) < length
 
 
-def _taught_rows(
+def taught_rows(
     teacher: TeacherModel, ids: Tensor, attention: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor | str]]:
     """Ids [b,n] and attention arguments for the teacher: dense, and no document longer than it was trained for."""
@@ -198,7 +198,7 @@ def _taught_rows(
 
 @torch.no_grad()
 def _lesson(teacher: TeacherModel, ids: Tensor, attention: dict[str, Any], *, layers: bool) -> Lesson:
-    ids, own = _taught_rows(teacher, ids, attention)
+    ids, own = taught_rows(teacher, ids, attention)
     with _outputs(causal_lm(teacher.model).get_decoder().layers if layers else []) as outputs:
         states = hidden_states(teacher.model, ids, **own)
     return Lesson(states, outputs)
@@ -214,7 +214,7 @@ def _attention_errors(
     """
     decoder, errors = causal_lm(student).get_decoder(), list[Tensor]()
     inputs: dict[int, Tensor] = {}
-    ids, own = _taught_rows(teacher, ids, attention)
+    ids, own = taught_rows(teacher, ids, attention)
     taught = taught[:, : ids.shape[1]]
     if attention.get("document_starts") is None:
         attention = {name: value for name, value in attention.items() if name != "document_starts"}

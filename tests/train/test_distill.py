@@ -23,7 +23,7 @@ from ctxext.model.load import build_model, causal_lm, load_model
 from ctxext.model.relayout import relayout, rotations
 from ctxext.model.source import original_config, resolve
 from ctxext.ops.masks import Pattern
-from ctxext.train import recompute
+from ctxext.train import distill, recompute
 from ctxext.train.distill import TeacherModel, distillation_loss
 from ctxext.train.engine import LossModel
 from ctxext.train.finetune import run_finetune
@@ -98,6 +98,18 @@ def test_the_self_teacher_is_the_source_exactly_whatever_the_student_learned(fam
         truth = load_model(model_dir(family, **changes), device="cpu").model(input_ids=ids).logits
         assert torch.equal(teacher.model(input_ids=ids).logits, truth)
         assert (student(input_ids=ids).logits - truth).abs().max() > 0.1
+
+
+def test_a_head_that_trains_with_the_embedding_is_not_the_teachers(model_dir, convert):
+    """As a PEFT leaves it that ties the head to the trained copy instead of wrapping it."""
+    student, teacher, plan = student_and_teacher(convert(tie_word_embeddings=True))
+    base = causal_lm(student)
+    trained = base.get_input_embeddings().modules_to_save["default"].weight
+    base.set_output_embeddings(torch.nn.Linear(*reversed(trained.shape), bias=False))
+    base.get_output_embeddings().weight = trained
+    again = relayout(student, plan.teacher.config)
+    ids = rows()[0]
+    assert torch.equal(again(input_ids=ids).logits, teacher.model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(("quantize", "dtype"), [("int8", "float32"), ("nf4", "float32"), ("none", "bfloat16")])
@@ -210,6 +222,19 @@ def test_the_teacher_is_asked_within_its_length_and_the_text_beyond(length, mask
     parameters = list(trainable(student).values())
     for got, want in zip(torch.autograd.grad(ours, parameters), torch.autograd.grad(truth, parameters), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_no_row_of_the_teacher_is_longer_than_it_was_trained_for(convert):
+    """Beyond its length nothing it says is used, and all it would cost is time: T times its length, not T squared."""
+    teacher = TeacherModel(None, 10)
+    ids, _, starts = rows()
+    given, own = distill.taught_rows(teacher, ids, {"document_starts": starts, "backend": "naive", "group_size": 4})
+    position = torch.arange(T)
+    assert torch.equal(given, ids) and own["backend"] == "naive" and "group_size" not in own
+    assert (position - own["document_starts"]).max() == 9
+    within = position - starts < 10
+    assert torch.equal(own["document_starts"][within], starts[within])
+    assert distill.taught_rows(teacher, ids, {})[0].shape == (2, 10)
 
 
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
