@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from arms import Row, Rows, cell, converted, machine, own_samples, row_loss, table
-from retrofit import HELD_OUT, SAMPLED, STORIES, TEMPERATURE
+from retrofit import HELD_OUT, SAMPLED, SMALL, STORIES, TEMPERATURE
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -90,7 +90,7 @@ def arm(full: str, sn: str, share: float, teacher: bool, seed: int, steps: int, 
         "ctx": T, "steps": steps, "seed": seed, "global_batch_size": BATCH, "micro_batch_size": BATCH,
         "memory": {"checkpoint": False}, "validation.every_steps": None, "data.source": "self",
         "data.samples": {"tokens": SAMPLED, "temperature": TEMPERATURE, "batch": 256},
-        "distill": {"objectives": [{"kl": 1.0}]} if teacher else None,
+        "distill": {"objectives": [{"kl": 1.0}]} if teacher else None, **SMALL,
     }  # fmt: skip
     for path, value in changes.items():
         set_value(fields, path, value)

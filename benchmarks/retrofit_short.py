@@ -30,6 +30,7 @@ from ctxext.model.load import load_model
 SHORT, LONG = 512, 4096  # tokens
 LENGTHS = tuple(SHORT * 2**i for i in range(6))  # to 32 times
 TOKENS_PER_STEP, STEPS = 8192, 80
+SMALL = {"lora.alpha": "curvature", "optimizer.learning_rate": 1e-3, "optimizer.warmup_steps": 5}  # a model this narrow
 LONG_ARMS: dict[str, dict[str, Any]] = {
     "linear, S²": {"rope_scaling": "linear", "attention": {"train": "s2"}},
     "linear, dense": {"rope_scaling": "linear", "attention": {"train": "dense"}},
@@ -66,7 +67,7 @@ def experiment(rows: Rows, seeds: int, steps: int, cases: int, work: Path) -> No
     for seed in range(seeds):
         for letters, model in models.items():
             given: dict[str, Any] = {"cases": cases, "out": out, "seed": seed}
-            short = partial(arm, model, "retrofit-short", SHORT, steps, **given)
+            short = partial(arm, model, "retrofit-short", SHORT, steps, **given, **SMALL)
             rows.once("equal tokens", f"{letters}, short", seed, short)
             text = partial(arm, model, "demo-hybrid", SHORT, steps, **given)
             rows.once("equal tokens", f"{letters}, short, from the text", seed, text)

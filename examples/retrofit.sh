@@ -16,8 +16,9 @@ echo "== what a healing run would take, without running it"
 $ctxext finetune "$runs/hybrid" --preset heal-then-extend --ctx 512,2k --plan
 
 echo "== heal at 512 tokens with itself as teacher, then extend to 2,048"
-tiny_steps=(--steps 100 --set global_batch_size=8 --set micro_batch_size=8 --set memory.checkpoint=false)
-$ctxext finetune "$runs/hybrid" --preset heal-then-extend --ctx 512,2k "${tiny_steps[@]}" --out "$runs/healed"
+small=(--set lora.alpha=curvature --set optimizer.learning_rate=1e-3 --set optimizer.warmup_steps=5) # tiny is narrow
+short=(--steps 60 --set global_batch_size=8 --set micro_batch_size=8 --set memory.checkpoint=false)
+$ctxext finetune "$runs/hybrid" --preset heal-then-extend --ctx 512,2k "${small[@]}" "${short[@]}" --out "$runs/healed"
 
 echo "== the plain route: YaRN and S²-Attn at 2,048"
 $ctxext finetune tiny --preset demo-plain --out "$runs/plain"

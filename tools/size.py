@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-PACKAGE, FILE, FUNCTION, LOOP = 14_000, 400, 60, 120
+PACKAGE, FILE, FUNCTION, LOOP = 15_000, 400, 60, 120
 
 
 def code_lines(text: str, tree: ast.Module) -> int:
