@@ -130,7 +130,7 @@ def told_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int =
     strata = [[(a, b) for a, b in zip(mine, others, strict=True) if a.length == T] for T in lengths]
     value, low, high, p = paired(strata)
     tries = f", the best of {looks} tries" if looks > 1 else ""
-    words = f"{value:+.4f} nats, 95% from {low:+.4f} to {high:+.4f}, p = {p:.4f}, {len(mine)} windows{tries}"
+    words = f"{value:+.4f} nats, 95% from {low:+.4f} to {high:+.4f}, p = {p:.4f}, {len(mine)} pairs{tries}"
     return p * looks < 0.05 and high < 0, words
 
 

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 from ctxext.errors import CheckFailed, InputError
-from ctxext.evals.spec import asked
+from ctxext.evals.engine import Outcome
+from ctxext.evals.passkey import passkey
+from ctxext.evals.spec import Passkey, asked
 from ctxext.evals.suite import evaluate
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
@@ -20,6 +22,7 @@ from ctxext.ops.masks import Pattern, lower_bounds
 from ctxext.pipeline import plan_eval
 from ctxext.retrofit import scale
 from ctxext.retrofit.adjust import adjust
+from ctxext.retrofit.halves import criterion, losses
 from tests.model.test_merge import bundle
 from tests.retrofit.test_dial import half_of, sampled
 
@@ -118,14 +121,93 @@ def test_the_sweep_finds_the_scale_that_text_was_drawn_from(hybrid):
         with scale.held(loaded.model, layers, 1.3):
             both = tuple(half_of(sampled(loaded.model, 48, 40, seed)) for seed in (1, 2))
         sharp = logits(loaded.model)
-    found = scale.choose(loaded, "own", [40], both)
+    found = scale.choose(loaded, "own", [40], both)  # 40 tokens have no room for a passkey
+    assert found.decided_by == "text" and not found.passkey and found.why.endswith("text decided")
     assert 1.15 <= found.chosen <= 1.45, found.tried
+    with scale.held(loaded.model, layers, found.chosen):
+        assert criterion(losses(loaded, both[0])) == pytest.approx(found.tried[found.chosen], abs=1e-6)
+        assert criterion(losses(loaded, both[1])) == pytest.approx(found.losses[f"c = {found.chosen:g}"][40], abs=1e-6)
     assert [d.called for d in found.differences] == ["better"]
     assert torch.equal(logits(loaded.model), sharp) and not torch.equal(sharp, plain)
     json.dumps(found.as_dict(), allow_nan=False)
     few = tuple(half_of(half.texts[:3]) for half in both)
     kept = scale.choose(loaded, "own", [40], few)
     assert kept.chosen == 1.0 and "1 is kept" in kept.why
+
+
+def at(length, losses):
+    """Pairs that lose so many nats a token, five tokens each."""
+    return [Outcome(f"{length}/{i}", "", length, 5 * loss, 5) for i, loss in enumerate(losses)]
+
+
+SAME = [2.0] * 12
+NOISE = [1.0, -1.0] * 6
+
+
+def decided(answers, short=None, long=None):
+    """`decide` on answers at 4,096 and on text at 512 and 4,096, by c: as much more than what 1 has."""
+
+    def text(c):
+        more = [(found or {}).get(c, 0.0) for found in (short, long)]
+        return [
+            outcome
+            for length, extra in zip((512, 4096), more, strict=True)
+            for outcome in at(length, [b + e for b, e in zip(SAME, extra if extra else [0.0] * 12, strict=True)])
+        ]
+
+    tried = {c: at(4096, [2.0 + x for x in more]) for c, more in ({1.0: [0.0] * 12} | answers).items()}
+    return scale.decide(tried, text, 512)
+
+
+def test_the_best_by_answers_is_taken_where_it_is_told_from_1_and_nothing_else():
+    better, best = [-0.1] * 12, [-0.2] * 12
+    assert decided({1.1: better, 1.2: best, 1.3: better})[:2] == (1.2, 1.2)
+    noisy = [-0.2 + x for x in NOISE]
+    chosen, best, why = decided({1.1: better, 1.2: noisy})  # the best by its mean; luck could have made it so
+    assert (chosen, best) == (1.0, 1.2) and "1.2 was not told from it" in why
+    assert decided({1.1: [0.1] * 12})[:2] == (1.0, 1.0)
+    seven = [-0.1] * 7 + [0.01] + [0.0] * 4  # p is about 0.016: told from 1 alone, not as the best of nine tries
+    assert decided({1.1: seven})[0] == 1.1
+    assert decided({1.1: seven} | {2.0 + i: [1.0] * 12 for i in range(7)})[0] == 1.0
+
+
+def test_text_rules_out_what_harms_it():
+    better, best = [-0.1] * 12, [-0.2] * 12
+    answers = {1.1: better, 1.2: best}
+    for harm in ({"short": {1.2: [0.03] * 12}}, {"long": {1.2: [0.001] * 12}}):
+        chosen, reported, why = decided(answers, **harm)
+        assert (chosen, reported) == (1.1, 1.1) and "passed over: 1.2, the last because" in why
+    unsure = [0.015 + 0.03 * x for x in NOISE]  # within the tolerance by its mean, which may be 0.03 as well
+    assert decided(answers, short={1.2: unsure})[0] == 1.1
+    assert decided(answers, short={1.2: [0.015] * 12}, long={1.2: NOISE})[0] == 1.2
+    chosen, reported, why = decided({1.2: best}, short={1.2: [0.03] * 12})
+    assert (chosen, reported) == (1.0, 1.2) and "0.0300 nats a token" in why and "that text bears" in why
+
+
+@pytest.mark.slow
+def test_where_passkeys_are_found_their_answers_decide_and_other_keys_report(tmp_path):
+    run_conversion(plan_conversion("tiny", "SN", out=tmp_path / "hybrid", sliding_window=128), gate=False)
+    loaded = load_model(tmp_path / "hybrid")
+    plain = logits(loaded.model)
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(2, 300, (n,), generator=generator) for n in (128, 192) for _ in range(8)]
+    found = scale.choose(loaded, "own", [128, 192], (half_of(texts), half_of(texts)))
+    assert found.decided_by == "passkey answers" and len(found.tried) == 9 and set(found.tried) >= set(scale.GRID)
+    assert torch.equal(logits(loaded.model), plain)
+    json.dumps(found.as_dict(), allow_nan=False)
+    assert any("other keys" in value for _, value in found.rows())
+    names = list(found.answers)
+    for c, seed, per_depth, told in (
+        (1.3, 1, 4, found.tried[1.3]),
+        (1.0, 1, 4, found.tried[1.0]),
+        (1.0, 0, 8, found.answers["c = 1"][192]),
+        (float(names[-1].removeprefix("c = ")), 0, 8, found.answers[names[-1]][192]),
+    ):
+        with scale.held(loaded.model, scale.nope_layers(loaded.source), c):
+            row = passkey(loaded, Passkey(lengths=(192,), cases=per_depth, seed=seed))[0]
+        assert row.details["answer_nats"] == pytest.approx(told, abs=1e-6)
+        if seed == 0:
+            assert found.passkey[f"c = {c:g}"][192] == row.value
 
 
 def test_an_evaluation_measures_with_the_log_scale_and_says_so(hybrid, tmp_path):
