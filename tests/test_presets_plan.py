@@ -27,7 +27,12 @@ def test_a_finetune_preset_plans_for_every_model(preset, model):
         with pytest.raises(InputError, match="no layer is full"):
             plan_run(resolve(model, weights=False), build(spec.FinetuneSpec, data, source=preset))
         return
-    plan = plan_run(resolve(model, weights=False), build(spec.FinetuneSpec, data, source=preset))
+    source = resolve(model, weights=False)
+    if preset in ("heal", "heal-then-extend") and data["ctx"] <= source.usable_length:
+        with pytest.raises(InputError, match="was not converted"):
+            plan_run(source, build(spec.FinetuneSpec, data, source=preset))
+        return
+    plan = plan_run(source, build(spec.FinetuneSpec, data, source=preset))
     assert plan.rows() and plan.as_dict()["trainable_parameters"] > 0
 
 

@@ -177,6 +177,7 @@ def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weight
     from ctxext.model.source import resolve
     from ctxext.train.plan import plan_run
     from ctxext.train.spec import FinetuneSpec
+    from ctxext.units import parse_tokens
 
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
     for key, value in given.items():
@@ -188,9 +189,11 @@ def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weight
         console.say(f"no MODEL given: taking the newest, {newest}")
         model = str(newest)
     source = resolve(model, weights=needs_weights)
-    if "ctx" not in fields and source.original_length is not None:
-        fields["ctx"] = source.original_length
-        console.say(f"no --ctx given: healing at {source.original_length:,} tokens, the length it was first trained at")
+    given_length = fields.get("original_length")
+    length = source.original_length if given_length is None else parse_tokens(given_length)
+    if "ctx" not in fields and length is not None:
+        fields["ctx"] = length
+        console.say(f"no --ctx given: healing at {length:,} tokens, the length it was first trained at")
     spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)")
     return plan_run(source, spec)
 
@@ -219,7 +222,7 @@ def _run(
         console.emit(report.as_dict())
     elif report.finished:
         rows = [
-            ("loss", f"{report.first_loss:.3f} -> {report.final_loss:.3f} " + _unit(plan)),
+            ("loss", _losses(report, plan)),
             ("held-out loss", _held_out(report)),
             ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
             ("gradient spikes", f"{report.spikes} of {report.steps} steps scaled down"),
@@ -235,8 +238,12 @@ def _run(
         raise typer.Exit(130)
 
 
-def _unit(plan: RunPlan) -> str:
-    return "nats a token" if plan.teacher is None else "of what is learned from the teacher"
+def _losses(report: FinetuneReport, plan: RunPlan) -> str:
+    if plan.spec.distill is None:
+        return f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"
+    if len(plan.spec.distill.objectives) > 1:  # the first is of another objective
+        return f"{report.final_loss:.3f} of the last objective"
+    return f"{report.first_loss:.3f} -> {report.final_loss:.3f} of what is learned from the teacher"
 
 
 def _held_out(report: FinetuneReport) -> str:

@@ -18,7 +18,7 @@ from ctxext.report.runs import Run
 from ctxext.units import format_bytes, format_duration, format_tokens
 
 _CURVES = [  # field of metrics.jsonl, axis, what it is multiplied with, logarithmic
-    ("loss", "training loss, nats a token", 1.0, False),
+    ("loss", "training loss, nats a token or as the teacher counts", 1.0, False),
     ("gradient_norm", "gradient norm, before clipping", 1.0, True),
     ("tokens_per_second", "tokens a second", 1.0, False),
     ("memory", "memory, GiB", 2.0**-30, False),
@@ -198,8 +198,8 @@ def _table(runs: Sequence[Run]) -> Html:
             ]
         )
     caption = (
-        "Losses in nats a token, from the first to the last; held-out at the last context. Tokens a second: the median "
-        "step. Memory: the greatest. Time: the sum of the steps."
+        "Losses in nats a token, from the first to the last (with a teacher: of its objective); held-out at "
+        "the last context. Tokens a second: the median step. Memory: the greatest. Time: the sum of the steps."
     )
     return table(caption, head, rows)
 

@@ -26,6 +26,7 @@ from ctxext.model.families import expected_tensors, rope_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.weights import SINGLE
 from ctxext.train.plan import RunPlan
+from ctxext.train.teacher import teacher_weights
 from ctxext.units import format_tokens
 
 
@@ -41,10 +42,12 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
     config = plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config
     write_config(run, config)
     role = "source" if plan.spec.tuning == "full" else "base"
+    teacher = teacher_weights(plan.teacher, plan.spec)
     manifest = manifests.new(
         "model" if plan.spec.tuning == "full" else "finetune",
         spec=json.loads(json.dumps(asdict(plan.spec))),
-        parents={role: manifests.parent(plan.source.directory)},
+        parents={role: manifests.parent(plan.source.directory)}
+        | ({} if teacher is None else {"teacher": manifests.parent(teacher.directory)}),
         facts=facts
         | {
             "name": run_name(plan),
@@ -53,6 +56,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
             "positions": plan.positions.summary,
             "rope_parameters": rope_of(plan.config),
             "layout": pattern_text(plan.kinds),
+            "teacher": None if plan.teacher is None else plan.teacher.description,
             "trained_tensors": count,
         },
     )
@@ -98,5 +102,6 @@ def _card(plan: RunPlan, facts: dict[str, Any]) -> str:
             "Open it with ctxext, or `ctxext merge` it into an ordinary model: config.json here holds the positions "
             "and the layer map it was trained with, which PEFT alone would take from the base instead.",
         ]
-    rows = [*plan.rows(), ("final training loss", f"{facts['final_loss']:.4f} nats a token")]
+    unit = "nats a token" if plan.teacher is None else "of what is learned from the teacher"
+    rows = [*plan.rows(), ("final training loss", f"{facts['final_loss']:.4f} {unit}")]
     return model_card(f"{plan.source.name} at {format_tokens(plan.spec.ctx)}", text, rows)

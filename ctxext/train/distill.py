@@ -56,7 +56,7 @@ def distilled_loss(
     loss = torch.zeros((), dtype=torch.float32, device=ids.device)
     if objective.attention:
         loss = loss + objective.attention * _attention_errors(student, teacher, ids, taught, attention)
-    needs_text = bool(objective.beyond) and bool(beyond.any())
+    needs_text = bool(objective.beyond) and ids.shape[1] > teacher.length  # by shape: all ranks must decide alike
     if not (objective.kl or objective.ce or objective.hidden or needs_text):
         return loss
     lesson = None
@@ -173,10 +173,10 @@ def _divergence(y: Tensor, z: Tensor, top_k: int | None) -> tuple[Tensor, Tensor
         return (p * (y - z)).sum(-1), p
     best, index = y.topk(top_k, dim=-1)  # [c,k]
     own = z.gather(-1, index)
-    tiny = torch.finfo(torch.float32).tiny
-    p_rest, q_rest = ((1 - x.exp().sum(-1, keepdim=True)).clamp(min=tiny) for x in (best, own))  # [c,1]
-    kl = (best.exp() * (best - own)).sum(-1) + (p_rest * (p_rest.log() - q_rest.log()))[:, 0]
-    return kl, (z.exp() * (p_rest / q_rest)).scatter_(-1, index, best.exp())
+    # the mass of the rest in logarithms: 1 - sum of the best is 0 where the student is sure, and would be divided by
+    y_rest, z_rest = (x.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True) for x in (y, z))  # [c,1]
+    kl = (best.exp() * (best - own)).sum(-1) + (y_rest.exp() * (y_rest - z_rest))[:, 0]
+    return kl, (z - z_rest + y_rest).exp().scatter_(-1, index, best.exp())
 
 
 def _within(labels: Tensor, document_starts: Tensor | None, length: int) -> Tensor:
@@ -262,9 +262,12 @@ def _outputs(layers: Any) -> Iterator[list[Tensor]]:
 
 
 def _relative(found: Tensor, true: Tensor, taught: Tensor) -> Tensor:
-    """Squared error of found [b,T,E] from true [b,n,E] over the mean square of true, summed over taught [b,T]; fp32."""
+    """Squared error of found [b,T,E] from true [b,n,E], summed over taught [b,T], over the mean square of true; fp32.
+
+    Each row has its own mean, so that rows add up alike in whatever micro-batches and on whatever ranks they are.
+    """
     n = true.shape[1]
     counts = taught[:, :n, None].float()
-    error = ((found[:, :n].float() - true.float()) ** 2 * counts).sum()
-    size = (true.float() ** 2 * counts).sum() / counts.sum().clamp(min=1)
-    return error / size.clamp(min=torch.finfo(torch.float32).tiny)
+    error = ((found[:, :n].float() - true.float()) ** 2 * counts).sum((1, 2))  # [b]
+    size = (true.float() ** 2 * counts).sum((1, 2)) / counts.sum((1, 2)).clamp(min=1)
+    return (error / size.clamp(min=torch.finfo(torch.float32).tiny)).sum()

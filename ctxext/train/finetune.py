@@ -37,6 +37,7 @@ from ctxext.train.memory import is_out_of_memory, out_of_memory
 from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data, training_device
+from ctxext.train.teacher import teacher_weights
 from ctxext.train.telemetry import telling
 from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
@@ -122,6 +123,7 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
     torch.manual_seed(plan.spec.seed)
     device, dtype = training_device(plan)
     events.say(f"attention: {backends(plan, device, dtype)} ({device.type}, {str(dtype).removeprefix('torch.')})")
+    _check_tokenizer(plan)
     ranks = None if zero is None else join(zero, plan, dtype)
     with ranks.one_a_host_first() if ranks else nullcontext():
         cases = grid_cases(plan)
@@ -236,8 +238,18 @@ def _teacher(plan: RunPlan, model: Any, dtype: torch.dtype) -> TeacherModel | No
         return None
     if teacher.source is None:
         return TeacherModel(relayout(model, teacher.config), teacher.length)
+    found = teacher_weights(teacher, plan.spec)
+    assert found is not None
     device = str(next(model.parameters()).device)
-    other = load_model(teacher.source, dtype=str(dtype).removeprefix("torch."), device=device)
-    if tokenizer_hash(other.tokenizer) != tokenizer_hash(load_tokenizer(plan.source.directory)):
-        raise InputError(f"distill.teacher: {teacher.source.name} has another tokenizer than {plan.source.name}")
+    other = load_model(found, dtype=str(dtype).removeprefix("torch."), device=device)
     return TeacherModel(other.model.requires_grad_(False), teacher.length)
+
+
+def _check_tokenizer(plan: RunPlan) -> None:
+    """A teacher of its own speaks of the same tokens."""
+    found = teacher_weights(plan.teacher, plan.spec)
+    if found is None:
+        return
+    theirs, mine = (tokenizer_hash(load_tokenizer(source.directory)) for source in (found, plan.source))
+    if theirs != mine:
+        raise InputError(f"distill.teacher: {found.name} has another tokenizer than {plan.source.name}")

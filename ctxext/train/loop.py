@@ -68,7 +68,7 @@ def train(
         while progress.done < plan.stop:
             began, step = time.monotonic(), progress.done
             start = step * plan.global_batch_size
-            if step > plan.first and plan.objective_at(step) != plan.objective_at(step - 1):  # another scale of losses
+            if step > 0 and plan.objective_at(step) != plan.objective_at(step - 1):  # another scale of losses
                 progress, engine.clip = progress.at_next_objective(), RelativeClip(spec.optimizer.clip)
             mine = range(start + engine.rank, start + plan.global_batch_size, engine.world)
             loss = forward_backward(engine, [sequences.sequence(i) for i in mine], plan, step)

@@ -168,11 +168,11 @@ def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Do
     config, asked = original_config(plan.source), plan.spec.data.samples
     length = min(plan.source.original_length or plan.spec.ctx, plan.spec.ctx)
     weights = manifests.weight_hashes(plan.source.directory)
-    print_ = hashlib.sha256(f"{weights} {config} {asked} {length}".encode()).hexdigest()
+    device, dtype = training_device(plan)
+    print_ = hashlib.sha256(f"{weights} {config} {asked} {length} {dtype}".encode()).hexdigest()
 
     def documents() -> Iterator[Document]:
         events.say(f"sampling {asked.tokens:,} tokens from {plan.source.name}, as it was before any conversion")
-        device, dtype = training_device(plan)
         model: Any = build_model(plan.source.directory, config, dtype).to(device).eval()
         shown = [0]
 

@@ -23,6 +23,7 @@ from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory
 from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.spec import DataSpec, FinetuneSpec
+from ctxext.train.teacher import teacher_weights
 
 SPEC_FILE = "spec.yaml"
 
@@ -47,7 +48,8 @@ def write_spec(run: Path, start: Start) -> None:
 
 @spec
 class Start:
-    """What a run started from: spec.yaml. `weights` are the model's sha256 by file, `data` a hash of what is read."""
+    """What a run started from: spec.yaml. `weights` are the model's sha256 by file, `teacher` those of one of its own,
+    `data` a hash of what is read."""
 
     model: str
     name: str
@@ -56,9 +58,11 @@ class Start:
     weights: dict[str, str]
     data: str | None
     spec: FinetuneSpec
+    teacher: dict[str, str] | None = None
 
     @classmethod
     def of(cls, plan: RunPlan) -> Start:
+        teacher = teacher_weights(plan.teacher, plan.spec)
         return cls(
             model=str(plan.source.directory.absolute()),
             name=plan.source.name,
@@ -67,6 +71,7 @@ class Start:
             weights=manifests.weight_hashes(plan.source.directory),
             data=data_hash(plan.spec.data),
             spec=plan.spec,
+            teacher=None if teacher is None else manifests.weight_hashes(teacher.directory),
         )
 
     def source(self) -> ModelSource:
@@ -129,6 +134,8 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
     now = Start.of(plan)
     if now.weights != start.weights:
         raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
+    if now.teacher != start.teacher and new.distill == start.spec.distill:
+        raise ModelError(f"{run}: the teacher's weights are not those this run started with (their sha256 differ)")
     if now.data != start.data and new.data == start.spec.data:
         raise InputError(
             f"{start.spec.data.described}: the data changed since this run started", hint="start a new run"
@@ -159,6 +166,8 @@ def plan_repeated(
     ]
     if now.data != start.data and plan.spec.data == start.spec.data:
         moved.append(f"the data, {start.spec.data.described} (changed)")
+    if now.teacher != start.teacher and plan.spec.distill == start.spec.distill:
+        moved.append("the teacher's weights (changed)")
     if moved and not accept:
         raise InputError(
             f"{run} cannot be repeated, these moved since: {', '.join(moved)}",

@@ -155,7 +155,7 @@ class Objective:
     kl         nats: KL of the teacher's next-token distribution from the model's
     top_k      the KL is over the teacher's k most probable tokens and all others as one; None: over all
     ce         nats: cross entropy of the text
-    hidden     the squared error of every layer's output, over the mean square of the teacher's
+    hidden     the squared error of every layer's output, over the mean square of the teacher's in the same sequence
     attention  the same of every layer's attention alone, each given the teacher's input to it, so that errors do not
                add up (after the per-layer stage of HALO, arXiv 2601.22156; whose input its layers get is our guess)
     beyond     nats: cross entropy of the tokens further into their document than the teacher was trained for; the

@@ -16,6 +16,7 @@ from pathlib import Path
 from ctxext.data.documents import SELF
 from ctxext.errors import InputError
 from ctxext.model.families import Config, rope_of
+from ctxext.model.positions import Auto
 from ctxext.model.source import ModelSource, original_config, resolve
 from ctxext.ops import cost
 from ctxext.train.spec import DistillSpec, FinetuneSpec, Objective
@@ -40,7 +41,10 @@ class Teacher:
 
 
 def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
-    """The teacher of a run, None for a run without. Raises InputError for one that cannot teach this model."""
+    """The teacher of a run, None for a run without. Raises InputError for one that cannot teach this model, and for
+    `data: self` of a model that is not the pretrained one any more."""
+    if any(part.source == SELF for part in spec.data.parts):
+        original_config(source)
     if spec.distill is None:
         return None
     _check_layers(spec)
@@ -64,20 +68,21 @@ def _self(source: ModelSource, spec: FinetuneSpec) -> Teacher:
             "distill.teacher: self with tuning: full: the weights that teach would be those that train",
             hint="use tuning: lora, or the path of the model that teaches",
         )
-    length = source.original_length
-    if length is None:
+    config, length = original_config(source), spec.original_length or source.usable_length
+    unchanged = config == source.config and isinstance(spec.rope_scaling, Auto) and spec.ctx <= length
+    if unchanged and not any(objective.ce for objective in spec.distill.objectives if spec.distill):
         raise InputError(
-            f"{source.name}: nothing says how long it was first trained, and so how far it can teach",
-            hint="give --original-length",
+            f"{source.name} was not converted: it would learn from itself what it does already",
+            hint="ctxext convert it first, or use another preset",
         )
     text = f"itself before conversion, to {format_tokens(length)} tokens; no second model in memory"
     if spec.memory.quantize != "none":
         text += f"; in {spec.memory.quantize}: it is the quantised model that is learned from, not the stored one"
-    return Teacher(None, original_config(source), length, text)
+    return Teacher(None, config, length, text)
 
 
 def _other(source: ModelSource, distill: DistillSpec) -> Teacher:
-    found = resolve(distill.teacher)
+    found = resolve(distill.teacher, weights=False)  # a plan needs none
     mine, theirs = source.config["vocab_size"], found.config["vocab_size"]
     if mine != theirs:
         raise InputError(
@@ -133,6 +138,13 @@ def teacher_bytes(teacher: Teacher, source: ModelSource, spec: FinetuneSpec, tok
     states = 1 + shape.num_layers * any(objective.hidden for objective in spec.distill.objectives)
     weights = cost.parameter_count(shape) * item_bytes if teacher.source else 0
     return weights + states * tokens * shape.hidden_size * item_bytes
+
+
+def teacher_weights(teacher: Teacher | None, spec: FinetuneSpec) -> ModelSource | None:
+    """A teacher of its own with the files of its weights, fetched from the hub if need be; None for self, and none."""
+    if teacher is None or teacher.source is None or spec.distill is None:
+        return None
+    return resolve(spec.distill.teacher)
 
 
 def absolute(teacher: str) -> str:

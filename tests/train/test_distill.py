@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctxext.config.loader import build
 from ctxext.data.documents import SELF
-from ctxext.errors import InputError, SpecError
+from ctxext.errors import InputError, ModelError, SpecError
 from ctxext.model.adapters import attach, trainable
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import build_model, causal_lm, load_model
@@ -31,7 +31,7 @@ from ctxext.train.loop import Events
 from ctxext.train.loss import IGNORED
 from ctxext.train.parallel import plan_launch
 from ctxext.train.plan import plan_run
-from ctxext.train.run import plan_resumed, start_run
+from ctxext.train.run import plan_repeated, plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec, MemorySpec, Objective
 from ctxext.train.teacher import objective_at
 
@@ -189,6 +189,39 @@ def test_without_a_teacher_it_is_the_cross_entropy_and_top_k_of_all_is_the_whole
     assert distillation_loss(hidden, weight, hidden, weight, labels, 0 * ones, ones).abs() < 1e-5
 
 
+def test_top_k_holds_where_the_student_is_sure():
+    """1 minus the mass of the best is 0 in fp32 then, and what is divided by it is no gradient."""
+    hidden = torch.zeros(1, 40)
+    hidden[0, 3] = 25.0
+    said = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
+    labels, one, eye = torch.tensor([0]), torch.ones(1), torch.eye(40)
+    leaf = hidden.double().requires_grad_()
+    ours_leaf = hidden.clone().requires_grad_()
+    ours = distillation_loss(ours_leaf, eye, said, eye, labels, 0 * one, one, top_k=8)
+    truth = reference(leaf, eye.double(), said.double(), eye.double(), labels, 0 * one, one, 8)
+    torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
+    got, want = torch.autograd.grad(ours, ours_leaf)[0], torch.autograd.grad(truth, leaf)[0]
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kl", "hidden", "attention"])
+def test_gradients_do_not_depend_on_the_micro_batch(name, convert):
+    student, teacher, _ = student_and_teacher(convert())
+    ids, labels, starts = rows(b=3)
+    ids[1] = ids[1, 0]  # a row of another kind
+    model, parameters = LossModel(student, teacher), list(trainable(student).values())
+
+    def gradients(*micro: slice) -> list[Tensor]:
+        losses = [
+            model(ids[rows], labels[rows], objective=Objective(**{name: 1.0}), document_starts=starts[rows])
+            for rows in micro
+        ]
+        return [g for g in torch.autograd.grad(sum(losses), parameters, allow_unused=True) if g is not None]
+
+    for whole, parts in zip(gradients(slice(0, 3)), gradients(slice(0, 1), slice(1, 3)), strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-4)
+
+
 def slow_loss(student, teacher, objective, ids, labels, starts, length) -> Tensor:
     """The objective by hand: documents one by one, whole logits, every layer in the open."""
     total = torch.zeros(())
@@ -244,7 +277,9 @@ def test_errors_of_layers_are_those_of_layers_compared_by_hand(family, changes, 
     counts = (labels != IGNORED)[..., None]
 
     def relative(found, true):
-        return ((found - true) ** 2 * counts).sum() / ((true**2 * counts).sum() / counts.sum())
+        return sum(
+            ((a - b) ** 2 * c).sum() / ((b**2 * c).sum() / c.sum()) for a, b, c in zip(found, true, counts, strict=True)
+        )
 
     mine, theirs = (causal_lm(m).get_decoder() for m in (student, teacher.model))
     states = [m(input_ids=ids, output_hidden_states=True).hidden_states for m in (mine, theirs)]
@@ -368,6 +403,33 @@ def test_the_next_objective_is_not_taken_for_a_spike(convert, text, tmp_path):
     assert found[8] > found[7] + 4.0
 
 
+def test_an_objective_that_changes_with_the_context_is_clipped_by_its_own_norms(convert, text, tmp_path):
+    plan = make_plan(
+        convert(),
+        stages=[32],
+        steps=16,
+        data={"source": str(text)},
+        distill={"objectives": [{"attention": 0.01}, {"kl": 1.0}]},
+    )
+    assert plan.stage_of(8) is plan and plan.objective_at(7) != plan.objective_at(8)
+    assert run(plan, tmp_path / "run").spikes == 0
+
+
+def test_a_teacher_that_changed_is_noticed(write_model, convert, text, tmp_path):
+    other = write_model(tmp_path / "teacher", seed=1)
+    plan = make_plan(convert(), data={"source": str(text)}, distill={"teacher": str(other)})
+
+    def stop(metrics):
+        signal.raise_signal(signal.SIGTERM)
+
+    run(plan, tmp_path / "run", events=Events(on_step=stop))
+    write_model(other, seed=2)
+    with pytest.raises(ModelError, match="the teacher's weights are not those"):
+        plan_resumed(tmp_path / "run")
+    with pytest.raises(InputError, match="the teacher's weights"):
+        plan_repeated(tmp_path / "run")
+
+
 def test_another_model_teaches_from_its_directory(model_dir, convert, text, tmp_path):
     """On the source itself as teacher, a run is the run of its self-teacher, bit by bit."""
     fields = {"steps": 2, "data": {"source": str(text)}}
@@ -375,6 +437,8 @@ def test_another_model_teaches_from_its_directory(model_dir, convert, text, tmp_
     given = make_plan(convert(), **fields, distill={"teacher": str(model_dir())})
     assert "second model" not in given.teacher.description
     run(given, tmp_path / "other")
+    manifest = json.loads((tmp_path / "other" / "ctxext.json").read_text())
+    assert manifest["parents"]["teacher"]["path"] == str(model_dir())
     assert losses(tmp_path / "self") == losses(tmp_path / "other")
 
 
@@ -409,8 +473,16 @@ def test_refused(fields, said, convert):
 
 def test_weights_that_are_not_the_pretrained_ones_do_not_teach_themselves(convert, text, tmp_path):
     run(make_plan(convert(), steps=1, data={"source": str(text)}, tuning="full", distill=None), tmp_path / "trained")
-    with pytest.raises(InputError, match="not those of a pretrained model any more"):
-        make_plan(tmp_path / "trained")
+    for fields in ({}, {"distill": None, "data": {"source": SELF}}):
+        with pytest.raises(InputError, match="not those of a pretrained model any more"):
+            make_plan(tmp_path / "trained", **fields)
+
+
+def test_a_model_that_was_not_converted_has_nothing_to_heal(model_dir):
+    with pytest.raises(InputError, match="was not converted: it would learn from itself"):
+        make_plan(model_dir())
+    assert make_plan(model_dir(), ctx=128).teacher is not None, "beyond its length there is something to learn"
+    assert make_plan(model_dir(), distill={"objectives": [{"kl": 1.0, "ce": 1.0}]}).teacher is not None
 
 
 def test_another_vocabulary_or_shape_does_not_teach(convert, model_dir):
