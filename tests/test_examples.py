@@ -1,6 +1,7 @@
 """The examples run on the embedded model, as a newcomer runs them."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,3 +24,20 @@ def test_the_demo_shows_that_both_routes_help_at_four_times_the_length(tmp_path)
     assert plain < source and healed < source and healed <= converted, at_2k
     source, plain, converted, healed = at_2k["passkey"]
     assert plain > source and healed > source and healed >= converted, at_2k
+
+
+@pytest.mark.slow
+def test_the_retrofit_goes_from_plan_to_merge_and_retrieves_beyond_what_it_saw(tmp_path):
+    environment = os.environ | {"CTXEXT": str(Path(sys.executable).with_name("ctxext"))}
+    script = ROOT / "examples" / "retrofit.sh"
+    done = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    runs = tmp_path / "runs" / "retrofit"
+    assert (runs / "hybrid" / "retrofit.json").is_file() and (runs / "merged" / "config.json").is_file()
+    results = json.loads((runs / "eval" / "results.json").read_text())
+    found = [
+        {row["length"]: row["value"] for suite in model["suites"] for row in suite["rows"] if row["suite"] == "passkey"}
+        for model in results["models"]
+    ]
+    tiny, plain, converted, healed = found
+    assert min(healed.values()) > 0.5 and healed[4096] > max(tiny[4096], plain[4096], converted[4096]) + 0.3, found
