@@ -43,8 +43,9 @@ class AttentionSpec:
 
 
 def _check_format(source: str, format: Format, text_field: str) -> None:
-    if format != "text" and source in (EMBEDDED, SELF):
-        raise ValueError(f"format: {format}, but {source} is text")
+    texts = {EMBEDDED: "the embedded corpus", SELF: "what a model samples"}
+    if format != "text" and source in texts:
+        raise ValueError(f"format: {format}, but {texts[source]} is text")
     if format != "text" and text_field != "text":
         raise ValueError(f"text_field: given, but rows of format: {format} have fields of their own")
 
