@@ -1,4 +1,4 @@
-"""Prints the size of every file against the budget: package 14,000 lines of code (docstrings, comments and blank lines
+"""Prints the size of every file against the budget: package 15,000 lines of code (docstrings, comments and blank lines
 not counted, so that nobody saves on them); file 400 lines, function 60, training loop 120, all counted.
 
 A line that is over budget is marked; nothing fails here (tests/test_floors.py does).

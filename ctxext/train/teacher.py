@@ -49,7 +49,7 @@ def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
         return None
     _check_layers(spec)
     if spec.distill.teacher == SELF:
-        teacher = _self(source, spec)
+        teacher = _self(source, spec, spec.distill)
     else:
         teacher = _other(source, spec.distill)
     kind = rope_of(teacher.config).get("rope_type")
@@ -62,7 +62,7 @@ def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
     return teacher
 
 
-def _self(source: ModelSource, spec: FinetuneSpec) -> Teacher:
+def _self(source: ModelSource, spec: FinetuneSpec, distill: DistillSpec) -> Teacher:
     if spec.tuning == "full":
         raise InputError(
             "distill.teacher: self with tuning: full: the weights that teach would be those that train",
@@ -70,7 +70,7 @@ def _self(source: ModelSource, spec: FinetuneSpec) -> Teacher:
         )
     config, length = original_config(source), spec.original_length or source.usable_length
     unchanged = config == source.config and isinstance(spec.rope_scaling, Auto) and spec.ctx <= length
-    if unchanged and not any(objective.ce for objective in spec.distill.objectives if spec.distill):
+    if unchanged and not any(objective.ce for objective in distill.objectives):
         raise InputError(
             f"{source.name} was not converted: it would learn from itself what it does already",
             hint="ctxext convert it first, or use another preset",
