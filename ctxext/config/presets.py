@@ -17,7 +17,7 @@ import ctxext
 from ctxext.config.loader import Tokens, build, read_yaml, spec
 from ctxext.errors import InputError
 
-KINDS = ("models", "hybrid", "finetune", "pretrain", "eval", "pipelines")
+KINDS = ("models", "hybrid", "finetune", "pretrain", "eval", "probe", "pipelines")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 

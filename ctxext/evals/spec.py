@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ctxext.config import presets
 from ctxext.config.loader import Tokens, build, spec
+from ctxext.config.parts import spread
 from ctxext.data.documents import EMBEDDED
 from ctxext.errors import InputError
 
@@ -168,23 +169,6 @@ def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         return build(EvalSpec, data, source=f"eval spec ({suite})")  # which says what is wrong
     suites = [dict(one) for one in listed]
-    for key, value in given.items():
-        if key in {field.name for field in fields(EvalSpec)} - {"suites"}:
-            data[key] = value
-            continue
-        named, dot, field = key.rpartition(".")
-        takers = [one for one in suites if field in _fields(one) and (not dot or one["suite"] == named)]
-        if not takers:
-            has = ", ".join(name for name, cls in SUITES.items() if field in _names(cls)) or "no suite"
-            raise InputError(f"{key} is no field of {suite}", hint=f"{has} has {field}")
-        for one in takers:
-            one[field] = value
+    whole = {field.name for field in fields(EvalSpec)} - {"suites"}
+    spread(given, data, suites, names=whole, tag="suite", classes=SUITES, of=suite)
     return build(EvalSpec, {**data, "suites": suites}, source=f"eval spec ({suite}, options)")
-
-
-def _fields(suite: dict[str, Any]) -> set[str]:
-    return _names(SUITES[suite["suite"]]) if str(suite.get("suite")) in SUITES else set()
-
-
-def _names(cls: type) -> set[str]:
-    return {field.name for field in fields(cls)} - {"suite"}

@@ -169,12 +169,12 @@ def with_lengths(spec: EvalSpec, sources: Sequence[ModelSource]) -> EvalSpec:
                 raise InputError(f"{suite.suite}: lengths are {list(lengths)}; each is at least 2 tokens")
             suite = replace(suite, lengths=lengths)
             for source in sources:
-                _check_length(source, lengths[-1], spec.extrapolate)
+                check_length(source, lengths[-1], spec.extrapolate)
         suites.append(suite)
     return replace(spec, suites=tuple(suites))
 
 
-def _check_length(source: ModelSource, length: int, extrapolate: bool) -> None:
+def check_length(source: ModelSource, length: int, extrapolate: bool) -> None:
     if length <= source.usable_length or extrapolate:
         return
     raise InputError(

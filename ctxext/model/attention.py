@@ -4,6 +4,7 @@ A layer's window comes from the stock class itself, which hands it over with eve
 bounds, S²-Attn groups on the layers without a window) travels as keyword arguments of `model.forward`, so a model
 holds no hidden state and switching back to another implementation restores it exactly. The one exception is asked for
 by name (`load_model(nope_log_scale=)`): an attribute of that name on the attention modules of N layers, never on disk.
+For experiments a layer may be told to see less or to leave heads out (`intervening`), for as long as a block lasts.
 
     model(input_ids, document_starts=starts, group_size=2048, backend="auto")
 
@@ -13,7 +14,9 @@ Not done: static caches, attention sinks, soft-capping, dropout. Each is refused
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +26,15 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from ctxext.errors import ModelError
 from ctxext.ops.backends import choice
 from ctxext.ops.masks import Pattern
+
+@dataclass(frozen=True)
+class Intervention:
+    """What is taken from one layer: `visible` tokens are all that a query sees, itself included (None: as ever), and
+    `masked` heads give zeros."""
+
+    visible: int | None = None
+    masked: tuple[int, ...] = ()
+
 
 NAME = "ctxext"  # transformers treats names containing sdpa, flash or flex_attention specially: this has none
 
@@ -73,12 +85,45 @@ def attend(
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])
     pattern = Pattern(None, group_size, shift) if sliding_window is None else Pattern(sliding_window)
+    change: Intervention | None = getattr(module, "intervention", None)
+    if change is not None and change.visible is not None:
+        pattern = _narrowed(pattern, change.visible)
     if (a := getattr(module, "nope_log_scale", None)) is not None:
         query = _by_log_position(query, key.shape[2], document_starts, a)
     if watch is not None:
         watch(module, query, key, pattern, scaling)
     out = choice.attention(query, key, value, pattern, document_starts=document_starts, scale=scaling, backend=backend)
+    if change is not None and change.masked:
+        out = out.index_fill(1, torch.tensor(change.masked, device=out.device), 0.0)  # [B, H, T, D]
     return out.transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def intervening(decoder: Any, changes: Mapping[int, Intervention]) -> Iterator[None]:
+    """While the block lasts, the layers of `decoder` named in `changes`, from 0, see less or have heads masked.
+
+    Every forward of the model has it, decoding with a cache included; nothing of it is saved. Raises ModelError for a
+    layer or a head that is not there, and for fewer than one visible token.
+    """
+    layers = list(decoder.layers)
+    heads = decoder.config.num_attention_heads
+    for index, change in changes.items():
+        wrong = [head for head in change.masked if not 0 <= head < heads]
+        if not 0 <= index < len(layers) or wrong or (change.visible is not None and change.visible < 1):
+            raise ModelError(f"layer {index}, {change}: a model of {len(layers)} layers with {heads} heads each")
+    try:
+        for index, change in changes.items():
+            layers[index].self_attn.intervention = change
+        yield
+    finally:
+        for index in changes:
+            vars(layers[index].self_attn).pop("intervention", None)
+
+
+def _narrowed(pattern: Pattern, visible: int) -> Pattern:
+    if pattern.group_size is not None:
+        raise ModelError("an intervention is for the attention a model runs with, not for S²-Attn")
+    return Pattern(min(visible, pattern.sliding_window or visible))
 
 
 def left_padding(

@@ -38,3 +38,31 @@ def naive_attention(
     scores = qx @ kx.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     return (weights @ vx).to(q.dtype)
+
+
+def attention_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    at: torch.Tensor,
+    *,
+    sliding_window: int | None = None,
+    starts: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """What chosen queries see, as weights: q [B,H,R,D] at key indices at [B,R], k [B,K,S,D] -> fp32 [B,H,R,S].
+
+    starts [B] is the first key of each row that is no padding. The rows sum to 1; computed in fp32. Memory is
+    O(B H R S): a few rows of a long text, never all of them.
+    """
+    B, H, R, D = q.shape
+    K, S = k.shape[1:3]
+    grouped = q.float().view(B, K, H // K, R, D)  # heads of one key head stand together
+    scores = torch.einsum("bkgrd,bksd->bkgrs", grouped, k.float()).reshape(B, H, R, S)
+    key = torch.arange(S, device=k.device)
+    seen = key <= at[..., None]  # [B,R,S]
+    if sliding_window is not None:
+        seen &= key > at[..., None] - sliding_window
+    if starts is not None:
+        seen &= key >= starts[:, None, None]
+    scores *= D**-0.5 if scale is None else scale
+    return scores.masked_fill_(~seen[:, None], float("-inf")).softmax(-1)

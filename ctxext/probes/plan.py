@@ -1,0 +1,88 @@
+"""A probing that was found possible: the models, what is asked of them, and where it is written. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.config.output import check_free
+from ctxext.data import documents
+from ctxext.errors import EnvironmentFault, InputError
+from ctxext.evals.haystacks import GRASS
+from ctxext.evals.suite import check_length
+from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.probes.spec import LONGEST, OF_A_RUN, PROBES, ProbeSpec, asked
+
+SHORTEST = 64  # tokens: less holds no question
+
+
+@dataclass(frozen=True)
+class ProbePlan:
+    """The model, and the one it is compared with (before it) if any; `spec` has every length filled in."""
+
+    sources: tuple[ModelSource, ...]
+    spec: ProbeSpec
+    out: Path
+    force: bool
+
+
+def plan_probe(
+    model: str,
+    names: list[str],
+    given: dict[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    compare: str | None = None,
+    out: Path | None = None,
+    force: bool = False,
+) -> ProbePlan:
+    """Find the models and read what is asked; `names` may be ["all"]: those of a run only where both models are runs.
+
+    Raises InputError and ModelError for what arguments and files can decide, EnvironmentFault where scikit-learn is
+    needed and missing.
+    """
+    sources = tuple(resolve(name) for name in (model, *([compare] if compare else [])))
+    for source in sources:
+        require_tokenizer(source.directory)
+    runs = [source.base is not None for source in sources]
+    if names == ["all"]:
+        names = [name for name in PROBES if all(runs) or name not in OF_A_RUN]
+    for source, is_run in zip(sources, runs, strict=True):
+        wanting = [name for name in names if name in OF_A_RUN and not is_run]
+        if wanting:
+            raise InputError(
+                f"{wanting[0]} follows the checkpoints of a training run, and {source.name} is none",
+                hint="name the directory of a finetune run",
+            )
+    spec = asked(names, given or {}, preset=preset)
+    spec = replace(spec, probes=tuple(_filled(probe, sources, spec.extrapolate) for probe in spec.probes))
+    if any(probe.probe == "layer-niah" for probe in spec.probes):
+        _scikit_learn_is_there()
+    out = out or manifests.default_out("probe", names[0] if len(names) == 1 else sources[0].name)
+    check_free(out, force, keep=[source.path for source in sources])
+    return ProbePlan(sources, spec, out, force)
+
+
+def _filled(probe: Any, sources: tuple[ModelSource, ...], extrapolate: bool) -> Any:
+    """The probe with its length, which every model bears, and its text found."""
+    if hasattr(probe, "data") and probe.data not in (documents.EMBEDDED, GRASS):
+        documents.fingerprint(probe.data)
+    if not hasattr(probe, "length"):
+        return probe
+    length = probe.length or min(LONGEST, *(source.usable_length for source in sources))
+    if length < SHORTEST:
+        raise InputError(f"{probe.probe}: length {length} is less than {SHORTEST} tokens")
+    for source in sources:
+        check_length(source, max(length, *(getattr(probe, "lengths", None) or (0,))), extrapolate)
+    return replace(probe, length=length)
+
+
+def _scikit_learn_is_there() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("sklearn") is None:
+        raise EnvironmentFault(
+            "layer-niah needs scikit-learn, which is not installed", hint="install ctxext[probe], or leave layer-niah out"
+        )

@@ -1,0 +1,70 @@
+"""The model under a probe, in memory from when it is first needed; and the attention of chosen rows of a forward.
+
+B batch, T tokens, R chosen rows, S keys, H heads, K key heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxext.model.layout import LayerKind
+from ctxext.model.load import LoadedModel, hidden_states, load_model
+from ctxext.model.source import ModelSource
+from ctxext.ops.attention import attention_rows
+from ctxext.ops.masks import Pattern
+
+Told = Callable[[int, int], None]  # done, in all
+ROWS_BYTES = 256 << 20  # of attention weights in memory at a time, about
+
+
+@dataclass
+class Subject:
+    """A model to look into. `loaded` brings it into memory, once."""
+
+    source: ModelSource
+    dtype: str = "float32"
+    device: str | None = None
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        return load_model(self.source, dtype=self.dtype, device=self.device)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        return self.source.kinds
+
+    @property
+    def letters(self) -> str:
+        """The layout, a letter a layer (model/layout.py)."""
+        return "".join(kind.letter for kind in self.kinds)
+
+    @property
+    def heads(self) -> int:
+        return self.source.shape.num_attention_heads
+
+
+@torch.no_grad()
+def watch_rows(model: Any, ids: Tensor, at: Tensor, take: Callable[[int, Tensor, slice], None]) -> Tensor:
+    """One forward over ids [B,T], in which each layer's attention at rows at [B,R] is handed to `take`.
+
+    `take(layer, weights, rows)` gets fp32 weights [B,H,r,T] of the rows `at[:, rows]`, as many at a time as fit in
+    ROWS_BYTES, about. Gives the final hidden states [B,T,E].
+    """
+
+    def watch(module: nn.Module, query: Tensor, key: Tensor, pattern: Pattern, scaling: float | None) -> None:
+        B, H, _, D = query.shape
+        step = max(1, ROWS_BYTES // (4 * B * H * key.shape[2]))
+        for begin in range(0, at.shape[1], step):
+            rows = slice(begin, begin + step)
+            where = at[:, rows].to(query.device)  # [B,r]
+            chosen = query.gather(2, where[:, None, :, None].expand(B, H, where.shape[1], D))  # [B,H,r,D]
+            weights = attention_rows(chosen, key, where, sliding_window=pattern.sliding_window, scale=scaling)
+            take(int(module.layer_idx), weights, rows)
+
+    return hidden_states(model, ids, watch=watch)
