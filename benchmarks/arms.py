@@ -55,7 +55,8 @@ class Rows:
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        console.say(f"{part}, {arm}, seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in list(row.items())[3:]))
+        said = [f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in list(row.items())[3:]]
+        console.say(f"{part}, {arm}, seed {seed}: " + ", ".join(said))
 
     def of(self, part: str) -> dict[str, list[Row]]:
         """A part's rows by arm, in the order they were measured first."""

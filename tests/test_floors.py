@@ -48,7 +48,6 @@ LIGHT_FILES = {
     "train/worker.py",
     "probes/spec.py",
     "probes/finding.py",
-    "probes/plan.py",
 }
 DRAWERS = {"utils", "util", "common", "base", "registry", "helpers", "helper", "misc"}
 FILE_LINES, OPS_FILE_LINES, FUNCTION_LINES, LOOP_LINES = 400, 300, 60, 120

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ctxext import __version__
-from ctxext.cli import console, convert, evaluate, finetune, merge, pretrain, report, verify
+from ctxext.cli import console, convert, evaluate, finetune, merge, pretrain, probe, report, verify
 
 app = typer.Typer(
     help="Take a pretrained causal LM and make it long: retrofit its layers, extend its context, prove it.",
@@ -40,5 +40,6 @@ app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
 app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
+app.command("probe", epilog=probe.EXAMPLES)(probe.probe)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("report", epilog=report.EXAMPLES)(report.report)

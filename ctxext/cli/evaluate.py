@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from ctxext.cli import console
-from ctxext.errors import InputError
 
 EXAMPLES = """Examples:\n
   ctxext eval --suite perplexity\n
@@ -106,7 +105,7 @@ def _run(
 
 
 def _fields(given: dict[str, Any], lengths: str | None, sets: list[str]) -> dict[str, Any]:
-    from ctxext.config.loader import parse_value
+    from ctxext.config.loader import assignments
     from ctxext.units import parse_tokens
 
     fields = {key: value for key, value in given.items() if value is not None}
@@ -114,12 +113,7 @@ def _fields(given: dict[str, Any], lengths: str | None, sets: list[str]) -> dict
         fields["limit"] = parse_tokens(fields["limit"])
     if lengths is not None:
         fields["lengths"] = [part.strip() for part in lengths.split(",")]
-    for assignment in sets:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment!r}: allowed is key=value, such as passkey.cases=4")
-        fields[key.strip()] = parse_value(value, source=f"--set {key}")
-    return fields
+    return fields | assignments(sets)
 
 
 def _show(report: Any, out: Path) -> None:

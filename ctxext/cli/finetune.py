@@ -157,17 +157,12 @@ def _repeated(run: Path, given: dict[str, Any], force: bool) -> RunPlan:
 
 def _fields(given: dict[str, Any], sets: list[str]) -> dict[str, Any]:
     """What options say about the spec, by dotted path; `--set` comes last."""
-    from ctxext.config.loader import parse_value
+    from ctxext.config.loader import assignments
 
     fields = {key: value for key, value in given.items() if value is not None}
     if "," in (fields.get("ctx") or ""):
         *fields["stages"], fields["ctx"] = [part.strip() for part in fields["ctx"].split(",")]
-    for assignment in sets:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise InputError(f"--set {assignment!r}: allowed is key=value, such as lora.rank=16")
-        fields[key.strip()] = parse_value(value, source=f"--set {key}")
-    return fields
+    return fields | assignments(sets, example="lora.rank=16")
 
 
 def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weights: bool) -> RunPlan:

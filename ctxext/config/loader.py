@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from math import isfinite
 from pathlib import Path, PurePath
@@ -82,6 +82,17 @@ def parse_value(text: str, source: str = "--set") -> Any:
         SpecError: not one YAML value under the rules at the top of this file.
     """
     return _parse(text, source)
+
+
+def assignments(given: Sequence[str], example: str = "passkey.cases=4") -> dict[str, Any]:
+    """What `--set key=value` was given, as a key's last value. Raises InputError for one without `=`."""
+    found = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text!r}: allowed is key=value, such as {example}")
+        found[key.strip()] = parse_value(value, source=f"--set {key}")
+    return found
 
 
 def set_value(data: dict[str, Any], path: str, value: Any) -> None:

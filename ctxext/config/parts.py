@@ -21,16 +21,20 @@ def spread(
 ) -> None:
     """Put the values of `given` into `whole` and `parts`, plain data that specs are built from later.
 
-    A key is one of `names`, the fields of the whole; PART.field, where PART is a part's `tag`; or a field, which goes to
-    all parts that have it. `classes` are the specs by tag, `of` is what is spoken of. Raises InputError for a key that
-    fits nothing.
+    A key is one of `names`, the fields of the whole; PART.field, where PART is a part's `tag`; or a field, which goes
+    to all parts that have it. `classes` are the specs by tag, `of` is what is spoken of. Raises InputError for a key
+    that fits nothing.
     """
     for key, value in given.items():
         if key in names:
             whole[key] = value
             continue
         named, dot, field = key.rpartition(".")
-        takers = [one for one in parts if field in _fields(classes, str(one.get(tag)), tag) and (not dot or one.get(tag) == named)]
+        takers = [
+            one
+            for one in parts
+            if field in _fields(classes, str(one.get(tag)), tag) and (not dot or one.get(tag) == named)
+        ]
         if not takers:
             has = ", ".join(name for name in classes if field in _fields(classes, name, tag)) or "nothing"
             raise InputError(f"{key} is no field of {of}", hint=f"{has} has {field}")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-Number = float | None
+from pydantic import Field
+
+Number = Annotated[float, Field(allow_inf_nan=False)] | None
+Name = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]  # a part of a file's name
+Letters = Annotated[str, Field(pattern=r"^[SNFs]*$")]  # of layers (model/layout.py)
 
 
 @dataclass(frozen=True)
@@ -16,13 +20,16 @@ class Curve:
     x: tuple[float, ...]
     y: tuple[Number, ...]
 
+    def __post_init__(self) -> None:
+        _same(f"the line {self.label}", len(self.x), len(self.y))
+
 
 @dataclass(frozen=True)
 class Curves:
     """Lines in one picture. `x_tokens`: x counts tokens, on a log2 axis; `log`: y on a logarithmic axis. `level` is
     drawn across, such as chance, and `level_name` says what it is."""
 
-    name: str
+    name: Name
     title: str
     x_label: str
     y_label: str
@@ -39,16 +46,19 @@ class Bars:
     """A bar a layer (or whatever `labels` are), coloured by the `letters` of layout.py; `letters` may be empty.
     `level` as in Curves."""
 
-    name: str
+    name: Name
     title: str
     x_label: str
     y_label: str
     labels: tuple[str, ...]
     values: tuple[Number, ...]
-    letters: str = ""
+    letters: Letters = ""
     level: Number = None
     level_name: str = ""
     kind: Literal["bars"] = "bars"
+
+    def __post_init__(self) -> None:
+        _same(self.name, len(self.labels), len(self.values), len(self.letters) or len(self.labels))
 
 
 @dataclass(frozen=True)
@@ -56,19 +66,28 @@ class Grid:
     """cells[row][column], rows being layers from 0 and columns heads where nothing else is said; `letters` one a row.
     `highest` is the end of the colour scale; None is the greatest cell."""
 
-    name: str
+    name: Name
     title: str
     x_label: str
     y_label: str
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: tuple[tuple[Number, ...], ...]
-    letters: str = ""
+    letters: Letters = ""
     highest: Number = None
     kind: Literal["grid"] = "grid"
 
+    def __post_init__(self) -> None:
+        _same(self.name, len(self.rows), len(self.cells), len(self.letters) or len(self.rows))
+        _same(self.name, len(self.columns), *map(len, self.cells))
 
-Picture = Curves | Bars | Grid
+
+def _same(of: str, *lengths: int) -> None:
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{of}: parts of {lengths} entries do not belong together")
+
+
+Picture = Annotated[Curves | Bars | Grid, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,9 @@ class Table:
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        _same("a table", len(self.header), *map(len, self.rows))
 
 
 @dataclass(frozen=True)
@@ -94,7 +116,7 @@ class Finding:
 class ProbeResult:
     """One probe, as asked (`spec`), on every model of a report, in its order."""
 
-    probe: str
+    probe: Name
     spec: dict[str, Any]
     findings: tuple[Finding, ...]
 
@@ -107,3 +129,6 @@ class ProbeReport:
     layouts: tuple[str, ...]
     seconds: float
     results: tuple[ProbeResult, ...]
+
+    def __post_init__(self) -> None:
+        _same("the models", len(self.models), len(self.layouts), *(len(result.findings) for result in self.results))

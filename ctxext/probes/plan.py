@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals.haystacks import GRASS
 from ctxext.evals.suite import check_length
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.probes.spec import LONGEST, OF_A_RUN, PROBES, ProbeSpec, asked
-
-SHORTEST = 64  # tokens: less holds no question
+from ctxext.probes.spec import LONGEST, OF_A_RUN, PROBES, SHORTEST, ProbeSpec, asked
 
 
 @dataclass(frozen=True)
@@ -46,16 +45,11 @@ def plan_probe(
     sources = tuple(resolve(name) for name in (model, *([compare] if compare else [])))
     for source in sources:
         require_tokenizer(source.directory)
-    runs = [source.base is not None for source in sources]
     if names == ["all"]:
-        names = [name for name in PROBES if all(runs) or name not in OF_A_RUN]
-    for source, is_run in zip(sources, runs, strict=True):
-        wanting = [name for name in names if name in OF_A_RUN and not is_run]
-        if wanting:
-            raise InputError(
-                f"{wanting[0]} follows the checkpoints of a training run, and {source.name} is none",
-                hint="name the directory of a finetune run",
-            )
+        names = [name for name in PROBES if all(_wanting(name, source) is None for source in sources)]
+    for name, source in product(names, sources):
+        if wanting := _wanting(name, source):
+            raise InputError(f"{name} follows a training run, and {source.name} {wanting[0]}", hint=wanting[1])
     spec = asked(names, given or {}, preset=preset)
     spec = replace(spec, probes=tuple(_filled(probe, sources, spec.extrapolate) for probe in spec.probes))
     if any(probe.probe == "layer-niah" for probe in spec.probes):
@@ -63,6 +57,26 @@ def plan_probe(
     out = out or manifests.default_out("probe", names[0] if len(names) == 1 else sources[0].name)
     check_free(out, force, keep=[source.path for source in sources])
     return ProbePlan(sources, spec, out, force)
+
+
+def is_run(source: ModelSource) -> bool:
+    """Whether a model is the result of a finetune run: adapters on a base, or all weights of another model trained."""
+    made = source.manifest
+    return made is not None and (made.kind == "finetune" or (made.kind == "model" and "source" in made.parents))
+
+
+def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
+    """What a model has not that the probe follows, and a hint; None where it has all."""
+    if name not in OF_A_RUN:
+        return None
+    if not is_run(source):
+        return "is no finetune run", "name the directory of a finetune run"
+    if name == "retrieval-trace" and not any(source.directory.glob("checkpoints/step-*")):
+        return (
+            "has no checkpoints left",
+            "a finished run removes them; faults.keep is how many it keeps while it trains",
+        )
+    return None
 
 
 def _filled(probe: Any, sources: tuple[ModelSource, ...], extrapolate: bool) -> Any:
@@ -84,5 +98,6 @@ def _scikit_learn_is_there() -> None:
 
     if find_spec("sklearn") is None:
         raise EnvironmentFault(
-            "layer-niah needs scikit-learn, which is not installed", hint="install ctxext[probe], or leave layer-niah out"
+            "layer-niah needs scikit-learn, which is not installed",
+            hint="install ctxext[probe], or leave layer-niah out",
         )

@@ -6,6 +6,7 @@ questions. `data` is text of data/documents.py; of the embedded corpus its held-
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ from ctxext.config.parts import spread
 from ctxext.data.documents import EMBEDDED
 from ctxext.errors import InputError
 
-LONGEST = 8192
+SHORTEST, LONGEST = 64, 8192  # tokens: less holds no question; more is for who asks for it
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -25,9 +26,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 @spec
 class ReceptiveField:
     """probes/receptive_field.py. `restrict`: the layers that see less, all full ones, all sliding ones, or each by
-    itself. `visible`: the R's; None is powers of 2 from 16 to the length. `layer_visible`: R where each layer is
-    restricted by itself; None is the smallest. `tokens` of text for the loss, `samples` passkeys; LongPPL is measured
-    where an `evaluator` is named."""
+    itself. `visible`: the R's; None is powers of 2 from 16 to below the length. `layer_visible`: R where each layer is
+    restricted by itself; None is the smallest. `tokens` of text for the loss, at least one length; `samples` passkeys;
+    LongPPL is measured where an `evaluator` is named."""
 
     probe: Literal["receptive-field"] = "receptive-field"
     restrict: Annotated[tuple[Literal["full", "sliding", "layers"], ...], Field(min_length=1)] = (
@@ -60,6 +61,13 @@ class LayerNiah:
     inverse_regularisation: Annotated[float, Field(gt=0)] = 0.1
     data: str = "grass"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        judged = math.ceil(self.test * self.samples)
+        if min(judged, self.samples - judged) < self.classes:
+            raise ValueError(
+                f"{self.samples} samples, {judged} of them to judge by: {self.classes} classes need one each in both"
+            )
 
 
 @spec

@@ -46,7 +46,7 @@ class Subject:
 
     @property
     def heads(self) -> int:
-        return self.source.shape.num_attention_heads
+        return self.source.shape.num_heads
 
 
 @torch.no_grad()

@@ -23,8 +23,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 WIDTH = 4.4  # inches: 422 CSS pixels, about a phone's
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")  # Okabe and Ito (2008)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _RC: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 9,
@@ -90,7 +90,7 @@ def curves(
     Beyond what a model bears a line is dashed and its markers are hollow. What is not finite, or not above 0 on a
     logarithmic axis, is left out.
     """
-    with _drawing():
+    with drawing():
         lines = [_drawable(line, log) for line in lines]
         figure = Figure(figsize=(WIDTH, 2.7 + 0.19 * sum(1 + ("\n" in short(line.label)) for line in lines)))
         figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
@@ -98,9 +98,9 @@ def curves(
         for line in lines:
             _draw(ax, line, _dodge(lines, line) if tokens else 1.0)
         if log:
-            _log_axis(ax, [point.y for line in lines for point in (*line.points, *line.behind)])
+            log_axis(ax, [point.y for line in lines for point in (*line.points, *line.behind)])
         if tokens:
-            _token_axis(ax, {point.x for line in lines for point in line.points})
+            token_axis(ax, {point.x for line in lines for point in line.points})
         else:
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if limits is not None:
@@ -110,7 +110,7 @@ def curves(
         ax.set_xlabel(x_label)
         ax.set_ylabel(y_label)
         _legend(figure, lines, marked=bool(marks))
-        _save(figure, path)
+        save(figure, path)
 
 
 def heatmap(
@@ -126,7 +126,7 @@ def heatmap(
     digits: int,
 ) -> None:
     """`cells[row][column]`, from 0 to `highest`, in colour and in numbers, into `path` (PNG); None is a grey "none"."""
-    with _drawing():
+    with drawing():
         widest = max(len(row) for row in rows) * 0.075
         width = max(WIDTH, 1.5 + widest + 0.44 * len(columns))
         figure = Figure(figsize=(width, 1.35 + 0.33 * len(rows)), dpi=220)
@@ -156,7 +156,7 @@ def heatmap(
         ax.set_title(short(title), loc="left")
         bar = figure.colorbar(mesh, ax=ax, fraction=0.045, pad=0.02, ticks=[0, highest / 2, highest])
         bar.outline.set_visible(False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def short(label: str) -> str:
@@ -178,14 +178,14 @@ def tokens_text(count: float) -> str:
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Matplotlib's defaults and ours, whatever the user's own settings. A letter that no font here has is a box."""
     with warnings.catch_warnings(), matplotlib.rc_context(_DEFAULTS | _RC):
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     names = ("Date", "Creator", "Format", "Type") if path.suffix == ".svg" else ("Software",)
     figure.savefig(path, metadata=dict.fromkeys(names))
 
@@ -198,7 +198,7 @@ def _drawable(line: Line, log: bool) -> Line:
 
 
 def _look(line: Line) -> dict[str, Any]:
-    return {"color": _COLOURS[line.number % len(_COLOURS)], "marker": _MARKERS[line.number % len(_MARKERS)]}
+    return {"color": COLOURS[line.number % len(COLOURS)], "marker": MARKERS[line.number % len(MARKERS)]}
 
 
 def _legend(figure: Figure, lines: Sequence[Line], *, marked: bool) -> None:
@@ -243,7 +243,7 @@ def _draw(ax: Axes, line: Line, dodge: float) -> None:
             ax.vlines(point.x * dodge, point.low, point.high, color=look["color"], linewidth=1.0, alpha=0.6)
 
 
-def _log_axis(ax: Axes, values: Sequence[float]) -> None:
+def log_axis(ax: Axes, values: Sequence[float]) -> None:
     """Logarithmic where the values span so much that 1, 2, 5 give ticks enough."""
     if max(values, default=1) < 5 * min(values, default=1):
         return
@@ -253,7 +253,7 @@ def _log_axis(ax: Axes, values: Sequence[float]) -> None:
     ax.yaxis.set_minor_locator(NullLocator())
 
 
-def _token_axis(ax: Axes, counts: set[float]) -> None:
+def token_axis(ax: Axes, counts: set[float]) -> None:
     """Log2, with a tick at every length, or at powers of two where points stand between lengths; at most nine."""
     ticks = sorted(counts)
     if not all(float(count).is_integer() for count in ticks):

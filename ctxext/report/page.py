@@ -66,7 +66,7 @@ def write_report(plan: ReportPlan) -> Report:
 
 def _page(place: Path, plan: ReportPlan) -> str:
     """The whole document. Its policy lets it load nothing and run nothing: pictures and style are in it."""
-    from ctxext.report import sections, training
+    from ctxext.report import probing, sections, training
 
     models = reading.models(plan.runs)
     parts = list[tuple[str, str, Html]]()
@@ -75,6 +75,7 @@ def _page(place: Path, plan: ReportPlan) -> str:
         parts.append(("models", "Models", sections.model_table(models)))
         parts.append(("differences", "Differences", sections.differences(plan.runs)))
         parts += sections.suites(place, plan.blocks)
+    parts.append(("probes", "Probes", probing.section(place, plan.runs)))
     parts.append(("training", "Training", training.section(place, plan.runs)))
     parts.append(("manifests", "Runs and manifests", training.manifests(plan.runs)))
     parts = [part for part in parts if part[2]]

@@ -19,11 +19,13 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from ctxext.config import manifest as manifests
 from ctxext.config.manifest import Manifest
 from ctxext.errors import DataError, InputError
+from ctxext.probes.finding import ProbeReport
 
-RESULTS, STEPS, VALIDATIONS = "results.json", "metrics.jsonl", "validation.jsonl"
+RESULTS, STEPS, VALIDATIONS, PROBES = "results.json", "metrics.jsonl", "validation.jsonl", "probes.json"
 _BEGUN = {"spec.yaml": "ctxext finetune --resume", "request.json": "ctxext eval as it was asked, which goes on with it"}
 _LOOSE = ConfigDict(extra="ignore", strict=True)  # what a later version adds is no fault
 _MOST_FAULTS = 5
+_AGAIN = "it may be of another version of ctxext: run it again"
 
 
 def _details(details: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +163,7 @@ class Run:
     results: Results | None = None
     steps: tuple[dict[str, Any], ...] = ()
     validations: tuple[dict[str, Any], ...] = ()
+    probes: ProbeReport | None = None
 
     @property
     def name(self) -> str:
@@ -226,7 +229,7 @@ def read_runs(directories: list[Path]) -> list[Run]:
 
 def _read(number: int, directory: Path) -> Run:
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory", hint="give the output of an eval or a finetune")
+        raise InputError(f"{directory}: no such directory", hint="give the output of an eval, a probe or a finetune")
     manifest = manifests.read(directory)
     if manifest is None:
         for begun, command in _BEGUN.items():
@@ -235,31 +238,41 @@ def _read(number: int, directory: Path) -> Run:
                 raise InputError(message, hint=f"finish it first: {command}")
         raise InputError(
             f"{directory} has no {manifests.FILE_NAME}: no output of ctxext",
-            hint="give the output of an eval or a finetune",
+            hint="give the output of an eval, a probe or a finetune",
         )
-    present = [name for name in (manifests.FILE_NAME, RESULTS, STEPS, VALIDATIONS) if (directory / name).is_file()]
-    wanted = {"eval": RESULTS, "finetune": STEPS}.get(manifest.kind)
+    readable = (manifests.FILE_NAME, RESULTS, STEPS, VALIDATIONS, PROBES)
+    present = [name for name in readable if (directory / name).is_file()]
+    wanted = {"eval": RESULTS, "finetune": STEPS, "probe": PROBES}.get(manifest.kind)
     if wanted is not None and wanted not in present:
         raise InputError(f"{directory} has no {wanted}: nothing was measured there", hint="run it again")
     files = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in present}
     run = Run(number, directory, manifest, files)
     if manifest.kind == "eval":
         return replace(run, results=_results(directory / RESULTS))
+    if manifest.kind == "probe":
+        return replace(run, probes=_probes(directory / PROBES))
     return replace(run, steps=_lines(directory / STEPS), validations=_lines(directory / VALIDATIONS))
 
 
 def _results(path: Path) -> Results:
-    hint = "it may be of another version of ctxext: run the evaluation again"
-    try:
-        results = TypeAdapter(Results).validate_json(path.read_bytes())
-    except ValidationError as error:
-        faults = "\n".join(f"  {fault}" for fault in _faults(error))
-        raise DataError(f"{path} does not hold an evaluation's results:\n{faults}", hint=hint) from None
+    results = _validated(path, TypeAdapter(Results), "an evaluation's results")
     names = [suite.get("suite") for suite in results.spec.suites]
     for model in results.models:
         if [suite.suite for suite in model.suites] != names:
-            raise DataError(f"{path}: the suites of {model.model} are not those of its spec, {names}", hint=hint)
+            raise DataError(f"{path}: the suites of {model.model} are not those of its spec, {names}", hint=_AGAIN)
     return results
+
+
+def _probes(path: Path) -> ProbeReport:
+    return _validated(path, TypeAdapter(ProbeReport), "what probes found")
+
+
+def _validated(path: Path, adapter: TypeAdapter[Any], what: str) -> Any:
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except ValidationError as error:
+        faults = "\n".join(f"  {fault}" for fault in _faults(error))
+        raise DataError(f"{path} does not hold {what}:\n{faults}", hint=_AGAIN) from None
 
 
 def _faults(error: ValidationError) -> list[str]:

@@ -1,0 +1,251 @@
+"""The RoPE doctor: what each layer's positions are meant to be, what they are, how they came about, what they bear.
+
+Rotations are measured, not read: in a text of one token over and over every layer's state is the same at every place
+(attention over equal values gives that value), so a query differs from the one at the start by its rotation alone, and
+the angle between the two, by places, is the frequency. A layer without RoPE turns by nothing. What is measured is what
+the attention is given, whatever config.json says.
+
+D head dim; its dimensions i and i + D/2 turn together.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxext.config import manifest as manifests
+from ctxext.config.manifest import Manifest
+from ctxext.errors import ModelError
+from ctxext.model.families import rope_of
+from ctxext.model.load import causal_lm, hidden_states
+from ctxext.model.positions import inverse_frequencies, original_theta
+from ctxext.model.source import ModelSource, from_directory, read_config
+from ctxext.probes.finding import Curve, Curves, Finding, Table
+from ctxext.probes.spec import Positions
+from ctxext.probes.subject import Subject, Told
+
+TOKENS = 256  # of the text; places far from the start tell slow rotations from none
+SURE = math.pi / 2  # radians: a place is used for a frequency that is meant to have turned by at most so much there
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative, of a frequency
+
+
+def measure(subject: Subject, spec: Positions, told: Told) -> Finding:
+    """A table of layers, one of the model's past, and the frequencies as a picture."""
+    source = subject.source
+    rope, config = rope_of(source.config), source.config
+    half = config["head_dim"] // 2
+    plain = [original_theta(config) ** (-i / half) for i in range(half)] if rope else []
+    meant, scale = (
+        inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], TOKENS) if rope else ([], 1.0)
+    )
+    realised = _realised(subject, meant or [1.0] * half)
+    told(1, 1)
+    layers = [_layer(source, index, realised[index], meant, plain) for index in range(len(source.kinds))]
+    steps = history(source)
+    notes = _notes(source, layers, subject.dtype)
+    facts: dict[str, Any] = {
+        "rope": {key: value for key, value in rope.items() if value is not None},
+        "original_length": source.original_length,
+        "usable_length": source.usable_length,
+        "attention_scale": {"meant": scale, "built": _built_scale(subject)},
+        "intended": meant,
+        "layers": layers,
+        "history": steps,
+    }
+    return Finding(
+        facts, _pictures(source, realised, meant, plain), (_layers_table(layers), _history_table(steps)), notes
+    )
+
+
+def _realised(subject: Subject, meant: list[float]) -> Tensor:
+    """fp64 [L, D/2]: the angle a token of place by which each layer's queries turn, as attention is given them."""
+    found: dict[int, Tensor] = {}
+    places = torch.tensor([max(1, min(TOKENS - 1, int(SURE / f))) for f in meant])  # [D/2]
+
+    def watch(module: nn.Module, query: Tensor, *_: Any) -> None:
+        q = query[0].double().cpu()  # [H,T,D]
+        half = q.shape[-1] // 2
+        z = torch.complex(q[..., :half], q[..., half:])  # [H,T,D/2]
+        turned = (
+            z[:, places, torch.arange(half)] * z[:, 0].conj()
+        )  # [H,D/2]: all heads turn alike, the long ones are sure
+        found[int(module.layer_idx)] = turned.sum(0).angle() / places
+
+    token = torch.full((1, TOKENS), _plain_token(subject), device=subject.loaded.device)
+    with torch.no_grad():
+        hidden_states(subject.loaded.model, token, watch=watch)
+    return torch.stack([found[layer] for layer in range(len(subject.kinds))])
+
+
+def _plain_token(subject: Subject) -> int:
+    """A token that stands for text: of the letter e, and no special one."""
+    ids = subject.loaded.tokenizer.encode("e", add_special_tokens=False)
+    return int(ids[-1])
+
+
+def _built_scale(subject: Subject) -> float:
+    """What the built model multiplies cos and sin with."""
+    rotary = getattr(causal_lm(subject.loaded.model).get_decoder(), "rotary_emb", None)
+    named = [name for name in vars(rotary) if name.endswith("attention_scaling")] if rotary is not None else []
+    return float(getattr(rotary, named[0])) if named else 1.0
+
+
+def _layer(source: ModelSource, index: int, realised: Tensor, meant: list[float], plain: list[float]) -> dict[str, Any]:
+    """What is known of one layer; lengths in tokens."""
+    kind = source.kinds[index]
+    wanted = meant if kind.use_rope else [0.0] * len(realised)
+    apart = [abs(got - want) / (want or 1.0) for got, want in zip(realised.tolist(), wanted, strict=True)]
+    stretch = [p / m for p, m in zip(plain, meant, strict=True)] if kind.use_rope else []
+    return {
+        "layer": index,
+        "kind": kind.letter,
+        "sees": kind.sliding_window,
+        "realised": realised.tolist(),
+        "apart": max(apart),
+        "longest_wavelength": 2 * math.pi / min(meant) if kind.use_rope else None,
+        "stretched": [min(stretch), max(stretch)] if stretch else None,
+        "bears": _bears(source, index),
+    }
+
+
+def _bears(source: ModelSource, index: int) -> int | None:
+    """Tokens of text up to which the layer's positions are such as it was trained with; None: positions set no end."""
+    kind = source.kinds[index]
+    if not kind.use_rope:
+        return None
+    within = kind.sliding_window is not None and kind.sliding_window <= (source.original_length or 0)
+    return None if within else source.usable_length
+
+
+def history(source: ModelSource) -> list[dict[str, Any]]:
+    """How the model came about, the first first: every output of ctxext among its parents that is still there."""
+    steps: list[dict[str, Any]] = []
+    path, manifest = source.path, source.manifest
+    seen: set[Path] = set()
+    while path is not None and path not in seen:
+        seen.add(path)
+        steps.append(_step(path, manifest))
+        parents = [Path(entry["path"]) for entry in manifest.parents.values() if entry.get("path")] if manifest else []
+        path = next((parent for parent in parents if parent not in seen), None)
+        manifest = None
+        if path is not None and not path.is_dir():
+            steps.append({"path": str(path), "made_by": "not there any more"})
+            break
+        if path is not None:
+            try:
+                manifest = manifests.read(path)
+            except ModelError:
+                steps.append({"path": str(path), "made_by": "its ctxext.json is broken"})
+                break
+    return steps[::-1]
+
+
+def _step(path: Path, manifest: Manifest | None) -> dict[str, Any]:
+    """One output: what made it, and what its layers and positions became."""
+    try:
+        source = from_directory(path, weights=False)
+        read_config(path)
+    except ModelError as error:
+        return {"path": str(path), "made_by": manifest.kind if manifest else "unknown", "fault": str(error)}
+    rope = rope_of(source.config)
+    spec = manifest.spec if manifest else {}
+    return {
+        "path": str(path),
+        "made_by": manifest.kind if manifest else "not by ctxext",
+        "layers": "".join(kind.letter for kind in source.kinds),
+        "rope": rope.get("rope_type", "default") if rope else None,
+        "factor": rope.get("factor") if rope else None,
+        "theta": rope.get("rope_theta") if rope else None,
+        "trained_at": spec.get("ctx") if isinstance(spec.get("ctx"), int) else None,
+        "usable_length": source.usable_length,
+        "original_length": source.original_length,
+    }
+
+
+def _notes(source: ModelSource, layers: list[dict[str, Any]], dtype: str) -> tuple[str, ...]:
+    """What a doctor would say."""
+    notes, original, rope = [], source.original_length, rope_of(source.config)
+    wrong = [str(one["layer"]) for one in layers if one["apart"] > TOLERANCE[dtype]]
+    if wrong:
+        notes.append(f"layers {', '.join(wrong)} turn by other angles than config.json means: see `apart`")
+    if original is None:
+        notes.append("RoPE is scaled and nothing says from which length: --original-length is needed to extend further")
+    full = [one for one in layers if one["kind"] == "F"]
+    plain = rope.get("rope_type") == "default" and rope["rope_theta"] == original_theta(source.config)
+    if full and original and source.usable_length > original and plain:
+        notes.append(
+            f"full layers with RoPE are said to bear {source.usable_length:,} tokens; their positions are those of the "
+            f"{original:,} they were first trained at, and only training beyond it can have made up for that"
+        )
+    small = [one for one in layers if one["kind"] == "S" and one["bears"] is None and one["stretched"][1] > 1.001]
+    if small:
+        notes.append(
+            f"{len(small)} sliding layers see no farther than they were trained to and are stretched all the same, "
+            f"up to {max(one['stretched'][1] for one in small):g} times"
+        )
+    if any(one["kind"] == "N" for one in layers):
+        notes.append("positions set no end to N layers; what they retrieve at a length is for eval to say")
+    return tuple(notes)
+
+
+def _pictures(source: ModelSource, realised: Tensor, meant: list[float], plain: list[float]) -> tuple[Curves, ...]:
+    if not meant:
+        return ()
+    places = tuple(float(i) for i in range(len(meant)))
+    layers = [i for i, kind in enumerate(source.kinds) if kind.use_rope]
+    mean = realised[layers].mean(0).tolist()
+    lines = [
+        Curve("as first trained", places, tuple(2 * math.pi / f for f in plain)),
+        Curve("intended", places, tuple(2 * math.pi / f for f in meant)),
+        Curve(
+            "realised, mean of the layers with RoPE", places, tuple(2 * math.pi / f if f > 0 else None for f in mean)
+        ),
+    ]
+    title = "Tokens of a full turn, by pair of dimensions"
+    level, name = (float(source.original_length), "first trained at") if source.original_length else (None, "")
+    return (
+        Curves(
+            "wavelengths", title, "pair of dimensions", "tokens", tuple(lines), log=True, level=level, level_name=name
+        ),
+    )
+
+
+def _layers_table(layers: list[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            str(one["layer"]),
+            one["kind"],
+            "all" if one["sees"] is None else f"{one['sees']:,}",
+            "none" if one["stretched"] is None else f"{one['stretched'][0]:.3g} to {one['stretched'][1]:.3g}",
+            f"{one['apart']:.1e}",
+            "no end" if one["bears"] is None else f"{one['bears']:,}",
+        )
+        for one in layers
+    ]
+    caption = (
+        "what a layer sees, how much its wavelengths were stretched, how far its measured rotations are from the "
+        "intended (relative; without RoPE: radians a token), and the tokens its positions bear"
+    )
+    return Table(caption, ("layer", "kind", "sees", "stretched", "apart", "bears"), tuple(rows))
+
+
+def _history_table(steps: list[dict[str, Any]]) -> Table:
+    def shown(value: Any) -> str:
+        return (
+            ""
+            if value is None
+            else f"{value:,}"
+            if isinstance(value, int)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        )
+
+    names = ("made_by", "layers", "rope", "factor", "theta", "trained_at", "usable_length", "path")
+    rows = tuple(tuple(shown(step.get(name)) for name in names) for step in steps)
+    header = ("made by", "layers", "RoPE", "factor", "theta", "trained at", "usable to", "path")
+    return Table("how the model came about, the first first; lengths in tokens", header, rows)

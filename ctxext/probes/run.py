@@ -1,0 +1,119 @@
+"""Probes on models, one model in memory at a time; what they found, on disk as JSON, pictures and a manifest."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from ctxext.config import manifest as manifests
+from ctxext.config.output import staged_output
+from ctxext.errors import EnvironmentFault
+from ctxext.evals.engine import Progress
+from ctxext.probes import (
+    attention_distance,
+    gradient_influence,
+    layer_niah,
+    positions,
+    qk_distance,
+    receptive_field,
+    retrieval_heads,
+    retrieval_trace,
+)
+from ctxext.probes.finding import Finding, ProbeReport, ProbeResult
+from ctxext.probes.plan import ProbePlan
+from ctxext.probes.subject import Subject, Told
+from ctxext.train.memory import is_out_of_memory
+
+RESULTS = "probes.json"
+MEASURES: dict[str, Callable[[Subject, Any, Told], Finding]] = {
+    "receptive-field": receptive_field.measure,
+    "layer-niah": layer_niah.measure,
+    "gradient-influence": gradient_influence.measure,
+    "retrieval-heads": retrieval_heads.measure,
+    "retrieval-trace": retrieval_trace.measure,
+    "qk-distance": qk_distance.measure,
+    "attention-distance": attention_distance.measure,
+    "positions": positions.measure,
+}
+
+
+def measure(
+    plan: ProbePlan, progress: Progress = lambda *_: None, notice: Callable[[str], None] = lambda _: None
+) -> ProbeReport:
+    """Every probe of the plan on each of its models; nothing is written.
+
+    `progress(what, done, in all)` and `notice(line)` are told on the way. Raises EnvironmentFault where memory runs
+    out.
+    """
+    began, found = time.monotonic(), list[list[Finding]]()
+    names = _names(plan)
+    for name, source in zip(names, plan.sources, strict=True):
+        subject = Subject(source, plan.spec.dtype)
+        found.append([])
+        for spec in plan.spec.probes:
+
+            def told(done: int, total: int, what: str = f"{name} {spec.probe}") -> None:
+                progress(what, done, total)
+
+            told(0, 1)
+            found[-1].append(_in_memory(subject, spec, told))
+            for note in found[-1][-1].notes:
+                notice(f"{name}, {spec.probe}: {note}")
+        del subject
+        gc.collect()
+    results = [
+        ProbeResult(spec.probe, _plain(asdict(spec)), tuple(of_model[i] for of_model in found))
+        for i, spec in enumerate(plan.spec.probes)
+    ]
+    layouts = tuple("".join(kind.letter for kind in source.kinds) for source in plan.sources)
+    return ProbeReport(tuple(names), layouts, time.monotonic() - began, tuple(results))
+
+
+def write(plan: ProbePlan, report: ProbeReport) -> list[str]:
+    """probes.json, a PNG for each picture, ctxext.json last: whole or not at all. Gives the pictures' names."""
+    from ctxext.report.panels import draw
+
+    with staged_output(plan.out, plan.force) as place:
+        (place / RESULTS).write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n", "utf-8")
+        # Drawn from what was written, as `ctxext report` will draw it again.
+        read = TypeAdapter(ProbeReport).validate_json((place / RESULTS).read_bytes())
+        pictures = [drawn.path.name for drawn in draw(read, place)]
+        parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
+        facts = {"seconds": report.seconds, "pictures": pictures}
+        manifests.write(place, manifests.new("probe", spec=_plain(asdict(plan.spec)), parents=parents, facts=facts))
+    return pictures
+
+
+def _in_memory(subject: Subject, spec: Any, told: Told) -> Finding:
+    """The measurement; where memory runs out, what helps is said."""
+    try:
+        return MEASURES[spec.probe](subject, spec, told)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EnvironmentFault(
+            f"out of memory in {spec.probe} of {subject.source.name}: {' '.join(str(error).split())[:200]}",
+            hint="give a smaller --length or --samples, or --dtype bfloat16",
+        ) from error
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _names(plan: ProbePlan) -> list[str]:
+    """One for each model, told apart by their directories where two have the same."""
+    names = [source.name for source in plan.sources]
+    if len(set(names)) < len(names):
+        names = ["/".join(source.directory.absolute().parts[-2:]) for source in plan.sources]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def _plain(data: Any) -> Any:
+    return json.loads(json.dumps(data))

@@ -1,0 +1,28 @@
+"""Runs of text of an exact length, drawn with a seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxext.data.cases import private_random, prompt_ids
+from ctxext.data.haystack import haystack_ids
+from ctxext.evals.haystacks import haystack
+
+
+def text_rows(tokenizer: Any, data: str, length: int, samples: int, seed: int) -> Tensor:
+    """Ids [samples, length]: what the tokenizer begins a text with (a BOS, or nothing), then text from random places.
+
+    `data` as evals/haystacks.py has it; a text shorter than a row is repeated. The rows of a smaller `length` are the
+    beginnings of those of a greater one.
+    """
+    _, text = haystack(data)
+    ids, begin = haystack_ids(tokenizer, text), prompt_ids(tokenizer, "")
+    rng = private_random("probe texts", seed)
+    rows = []
+    for _ in range(samples):
+        start = rng.randrange(len(ids))
+        rows.append(begin + [ids[(start + i) % len(ids)] for i in range(length - len(begin))])
+    return torch.tensor(rows)

@@ -1,0 +1,38 @@
+"""What probes found, as a section: a picture and its table under each other, probe by probe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ctxext.report import panels
+from ctxext.report.markup import Html, details, picture, pictures, table, tag
+from ctxext.report.runs import Run
+
+
+def section(place: Path, runs: Sequence[Run]) -> Html:
+    """Every probe of every probing, in the order given; pictures go to `place`. Nothing where nothing was probed."""
+    parts: list[Html] = []
+    for run in runs:
+        if run.probes is None:
+            continue
+        drawn = panels.draw(run.probes, place, prefix=f"run-{run.number}-")
+        for result in run.probes.results:
+            told = [(m, f) for m, f in zip(run.probes.models, result.findings, strict=True)]
+            shown = [
+                picture(one.path, lambda _: None, one.alt, one.caption) for one in drawn if one.probe == result.probe
+            ]
+            asked = ", ".join(f"{key} {value}" for key, value in result.spec.items() if key != "probe")
+            parts += [
+                tag("h3", f"{result.probe}, {' and '.join(run.probes.models)}"),
+                tag("p", f"Asked: {asked or 'nothing more'}. From run {run.number}; {run.versions}.", class_="quiet"),
+                *[tag("p", f"{model}: {note}.", class_="quiet") for model, finding in told for note in finding.notes],
+                pictures(shown),
+            ]
+            tables = [
+                table(f"{model}: {one.caption}.", one.header, one.rows)
+                for model, finding in told
+                for one in finding.tables
+            ]
+            parts += [details("In numbers", *tables)] if tables else []
+    return tag("section", tag("h2", "Probes", id="probes"), *parts) if parts else Html("")
