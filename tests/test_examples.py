@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ctxext.probes.spec import PROBES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,3 +43,19 @@ def test_the_retrofit_goes_from_plan_to_merge_and_retrieves_beyond_what_it_saw(t
     ]
     tiny, plain, converted, healed = found
     assert min(healed.values()) > 0.5 and healed[4096] > max(tiny[4096], plain[4096], converted[4096]) + 0.3, found
+
+
+@pytest.mark.slow
+def test_a_look_inside_has_every_probe_and_one_page(tmp_path):
+    environment = os.environ | {"CTXEXT": str(Path(sys.executable).with_name("ctxext"))}
+    script = ROOT / "examples" / "look_inside.sh"
+    done = subprocess.run(["bash", script], cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    runs = tmp_path / "runs" / "inside"
+    results = [
+        r for name in ("probes", "trace") for r in json.loads((runs / name / "probes.json").read_text())["results"]
+    ]
+    assert {result["probe"] for result in results} == set(PROBES)
+    heads = next(result["findings"][1]["facts"] for result in results if result["probe"] == "retrieval-heads")
+    assert heads["top"][0][0] == 1, heads["top"]  # tiny retrieves in layer 1
+    assert (runs / "report" / "report.html").read_text().count("data:image/png") >= 15

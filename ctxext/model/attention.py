@@ -27,6 +27,7 @@ from ctxext.errors import ModelError
 from ctxext.ops.backends import choice
 from ctxext.ops.masks import Pattern
 
+
 @dataclass(frozen=True)
 class Intervention:
     """What is taken from one layer: `visible` tokens are all that a query sees, itself included (None: as ever), and

@@ -49,10 +49,12 @@ def generate(
     stop: Collection[int] = (),
     chunk: int = CHUNK,
     choose: Callable[[Tensor], Tensor] = greedy,
+    **attention_arguments: Any,
 ) -> list[list[int]]:
     """The continuation of each prompt: at most `max_new_tokens` ids, ending before the first of `stop`.
 
     `choose` takes logits [B, V] to ids [B]; those of rows that have ended are drawn and not used.
+    `attention_arguments` go to model/attention.py with every forward: watch, backend.
 
     Memory: the cache of B x (T + max_new_tokens) tokens on full layers and B x W on sliding ones, and the activations
     of B x `chunk`; logits are made of one token a row. Raises InputError for an empty prompt.
@@ -73,6 +75,7 @@ def generate(
             position_ids=positions[:, begin:end] if padded else None,
             past_key_values=cache,
             use_cache=True,
+            **attention_arguments,
         )
     answers: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
@@ -93,6 +96,7 @@ def generate(
             position_ids=positions if padded else None,
             past_key_values=cache,
             use_cache=True,
+            **attention_arguments,
         )
     return answers
 

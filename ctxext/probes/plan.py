@@ -12,9 +12,11 @@ from ctxext.config.output import check_free
 from ctxext.data import documents
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals.haystacks import GRASS
+from ctxext.evals.longppl import check as check_evaluator
+from ctxext.evals.spec import LongPpl
 from ctxext.evals.suite import check_length
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.probes.spec import LONGEST, OF_A_RUN, PROBES, SHORTEST, ProbeSpec, asked
+from ctxext.probes.spec import KEEP_THEM, LONGEST, OF_A_RUN, PROBES, SHORTEST, ProbeSpec, asked
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,7 @@ def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
     if not is_run(source):
         return "is no finetune run", "name the directory of a finetune run"
     if name == "retrieval-trace" and not any(source.directory.glob("checkpoints/step-*")):
-        return (
-            "has no checkpoints left",
-            "a finished run removes them; faults.keep is how many it keeps while it trains",
-        )
+        return ("has no checkpoints left", KEEP_THEM)
     return None
 
 
@@ -90,7 +89,19 @@ def _filled(probe: Any, sources: tuple[ModelSource, ...], extrapolate: bool) -> 
         raise InputError(f"{probe.probe}: length {length} is less than {SHORTEST} tokens")
     for source in sources:
         check_length(source, max(length, *(getattr(probe, "lengths", None) or (0,))), extrapolate)
+    if probe.probe == "receptive-field":
+        _loss_can_be_measured(probe, length)
     return replace(probe, length=length)
+
+
+def _loss_can_be_measured(probe: Any, length: int) -> None:
+    if probe.data == GRASS:
+        raise InputError(
+            "receptive-field measures the loss of its text, and that of repeated sentences says nothing",
+            hint="give --data a text, or leave it out; --set layer-niah.data=grass is for one probe",
+        )
+    if probe.evaluator is not None:
+        check_evaluator(LongPpl(evaluator=probe.evaluator, lengths=(length,), data=probe.data))
 
 
 def _scikit_learn_is_there() -> None:

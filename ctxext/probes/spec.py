@@ -161,6 +161,7 @@ PROBES: dict[str, type] = {
     "positions": Positions,
 }
 OF_A_RUN = ("retrieval-trace", "qk-distance")  # these follow a training run; `all` leaves them out of other models
+KEEP_THEM = "train with --set faults.keep_at_end=true, and faults.keep as large as there are steps to follow"
 
 
 @spec

@@ -33,6 +33,7 @@ from ctxext.model.layout import LayerKind
 from ctxext.model.positions import check_realised
 from ctxext.model.shards import EMBEDDING
 from ctxext.model.weights import HEAD
+from ctxext.ops.attention import attention_rows
 from ctxext.ops.cost import loss_chunk
 from ctxext.ops.masks import Pattern
 from ctxext.train.loss import token_losses
@@ -239,15 +240,8 @@ def _mass(
     scaling: float | None,
 ) -> None:
     """Add to `masses` what [B,H] of the attention of query `at` [B] falls on the `wanted` keys [B,T]."""
-    rows = torch.arange(len(at), device=at.device)
-    q = query[rows, :, at].float()  # [B,H,D]
-    k = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)  # [B,H,T,D]
-    scores = torch.einsum("bhd,bhtd->bht", q, k) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    place = torch.arange(key.shape[2], device=at.device)
-    seen = place <= at[:, None]  # [B,T]
-    if pattern.sliding_window is not None:
-        seen &= place > at[:, None] - pattern.sliding_window
-    share = scores.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+    chosen = query[torch.arange(len(at), device=at.device), :, at][:, :, None]  # [B,H,1,D]
+    share = attention_rows(chosen, key, at[:, None], sliding_window=pattern.sliding_window, scale=scaling)[:, :, 0]
     masses.append((share * wanted[:, None]).sum(-1).cpu())
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctxext.errors import EnvironmentFault
+from ctxext.model.shards import open_shard
 from ctxext.train.engine import Engine
+from ctxext.train.optimizer import MASTER
 
 STATE, TENSORS, RNG = "state.json", "tensors.safetensors", "rng"
+DAMAGE = (OSError, ValueError, KeyError, EnvironmentFault)  # what reading a checkpoint that is not whole raises
 
 
 @dataclass
@@ -101,7 +105,7 @@ def load_newest(run: Path, engine: Engine, say: Callable[[str], None], *, step: 
             continue
         try:
             state, tensors = _read(checkpoint)
-        except (OSError, ValueError, KeyError, EnvironmentFault) as error:
+        except DAMAGE as error:
             say(f"warning: {checkpoint} is damaged ({error}); trying the one before")
             continue
         torch.set_rng_state(tensors.pop(RNG))
@@ -109,6 +113,23 @@ def load_newest(run: Path, engine: Engine, say: Callable[[str], None], *, step: 
         engine.clip.mean, engine.clip.seen = state.pop("clip_mean"), state.pop("clip_seen")
         return Progress(**(state | {"rollbacks": tuple(state["rollbacks"])}))
     return None
+
+
+def kept(run: Path, say: Callable[[str], None]) -> list[tuple[int, Callable[[str], Tensor | None]]]:
+    """The whole checkpoints of a run, oldest first: (step, a reader of what trained).
+
+    The reader gives the fp32 value of a parameter by its name in the model, None for one that did not train; it reads
+    when it is called. A damaged checkpoint is said and passed over.
+    """
+    found = list[tuple[int, Callable[[str], Tensor | None]]]()
+    for checkpoint in _checkpoints(run):
+        try:
+            _state(checkpoint)
+        except DAMAGE as error:
+            say(f"{checkpoint} is damaged ({error}): it is left out")
+            continue
+        found.append((_step(checkpoint), partial(_master, checkpoint / TENSORS)))
+    return found
 
 
 def newest_step(run: Path) -> int:
@@ -124,10 +145,20 @@ def discard_after(run: Path, step: int) -> None:
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state = json.loads((checkpoint / STATE).read_text("utf-8"))
+    return _state(checkpoint), load_file(checkpoint / TENSORS)
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint whose tensors are what was written."""
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text("utf-8"))
     if _sha256(checkpoint / TENSORS) != state.pop("sha256"):
         raise EnvironmentFault(f"{TENSORS} is not what was written: its sha256 differs")
-    return state, load_file(checkpoint / TENSORS)
+    return state
+
+
+def _master(path: Path, name: str) -> Tensor | None:
+    with open_shard(path) as (names, get):
+        return get(f"{MASTER}/{name}") if f"{MASTER}/{name}" in names else None
 
 
 def _checkpoints(run: Path) -> list[Path]:

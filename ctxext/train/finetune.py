@@ -144,7 +144,7 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
 def finish(
     plan: RunPlan, run: Path, engine: Engine, progress: Progress, events: Events, known: dict[str, Any]
 ) -> int | None:
-    """Gates, then the bundle; the checkpoints are removed. Returns how many trained tensors were found again."""
+    """Gates, then the bundle; checkpoints go unless asked for. Returns how many trained tensors were found again."""
     spec, validations = plan.spec.validation, metrics.read(run / metrics.VALIDATIONS)
     if validations:
         check_short(progress.short_first, validations[-1]["short"], spec.max_short_ppl_increase)
@@ -172,7 +172,8 @@ def finish(
     if engine.rank > 0:
         return None
     count = save_bundle(run, plan, engine.model, masters, facts)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    if not plan.spec.faults.keep_at_end:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return count
 
 

@@ -243,6 +243,7 @@ class FaultSpec:
     save_steps      optimizer steps between checkpoints; the first step is always saved
     save_minutes    minutes between checkpoints, whichever comes first; None: by steps alone
     keep            checkpoints kept, the newest
+    keep_at_end     they stay when the run is done, for `ctxext probe` to follow it through; else they are removed
     on_divergence   a loss or gradient that is not finite, or a spike: rollback goes back to the newest checkpoint once,
                     with the learning rates halved, and stops the second time; stop stops
     spike           nats a token by which a step's loss may exceed its running mean
@@ -251,6 +252,7 @@ class FaultSpec:
     save_steps: Positive = 50
     save_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     keep: Positive = 2
+    keep_at_end: bool = False
     on_divergence: Literal["rollback", "stop"] = "rollback"
     spike: Rate = 3.0
 

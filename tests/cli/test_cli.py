@@ -18,7 +18,8 @@ COMMANDS = {
     "--extrapolate --set --out --force --json --nope-log-scale",
     "merge": "--out --dtype --force --json --alpha-multiplier --nope-scale --length --data",
     "verify": "--ctx --attention --out --force --json",
-    "probe": "--compare --preset --length --samples --ablate --data --seed --dtype --extrapolate --set --out --force --json",
+    "probe": "--compare --preset --length --samples --ablate --data --seed --dtype --extrapolate --set --out --force "
+    "--json",
     "pretrain": "--preset --out --force",
     "report": "--out --title --force --json",
 }

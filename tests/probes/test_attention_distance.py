@@ -53,7 +53,7 @@ def test_watched_rows_come_in_turns_and_leave_the_model_alone(monkeypatch):
 
 
 def test_distance_sink_and_entropy_are_those_of_the_weights():
-    """Of equal weights over all before it a query at t looks t / 2 back, has sinks / (t + 1) on them, ln(t + 1) nats."""
+    """Of equal weights a query at t looks t / 2 back, has sinks / (t + 1) on the first tokens and ln(t + 1) nats."""
     subject = Subject(resolve("tiny"))
     for layer in subject.loaded.model.model.layers:
         torch.nn.init.zeros_(layer.self_attn.q_proj.weight)

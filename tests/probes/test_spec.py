@@ -59,6 +59,8 @@ def test_all_leaves_out_what_follows_a_run(tmp_path):
         (["attention-distance"], {"attention-distance.lengths": ["1k"]}, "bears 512 tokens"),
         (["attention-distance"], {"length": 32}, "less than 64"),
         (["attention-distance"], {"data": "no-such-file.txt"}, "no-such-file"),
+        (["receptive-field"], {"data": "grass"}, "repeated sentences"),
+        (["receptive-field"], {"evaluator": "no-such-model"}, "no-such-model"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused(names, given, words, tmp_path):

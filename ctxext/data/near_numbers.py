@@ -1,0 +1,68 @@
+"""Passkeys that differ in their last digit alone: which one a text holds can be told from nothing but that digit.
+
+The near-identical numbers are the layer-wise probe's of "Rethinking the Role of Efficient Attention in Hybrid
+Architectures" (arXiv 2606.15378, code): 31415920 and so on. The sentences are the passkey's (synthetic.py), whose keys
+have fewer digits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ctxext.data.cases import private_random
+from ctxext.data.haystack import Tokenizer, haystack_ids
+from ctxext.data.synthetic import NEEDLE, QUESTION
+from ctxext.errors import InputError
+
+STEM = "3141592"
+MIDDLE = (0.25, 0.75)  # of the text: where needles are
+
+
+@dataclass(frozen=True)
+class NearCase:
+    """A prompt of an exact length that holds number `label`, which its last token is to be told by."""
+
+    prompt_ids: tuple[int, ...]
+    label: int
+    depth: float
+
+
+def near_cases(
+    tokenizer: Tokenizer, text: str, length: int, *, classes: int, samples: int, parting: bool, seed: int
+) -> list[NearCase]:
+    """`samples` cases of `length` tokens in runs of `text`, the labels 0 to classes - 1 in turn; at most 10 classes.
+
+    A prompt ends with the question; where `parting`, with the answer's tokens that all classes share as well, so that
+    the next token is the first to differ. Depths are drawn from MIDDLE. Raises InputError for a length without room.
+    """
+    keys = [f"{STEM}{label}" for label in range(classes)]
+    hay = haystack_ids(tokenizer, text)
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    needles = [tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False) for key in keys]
+    asked = [tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False) for key in keys]
+    question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
+    # A tokenizer may merge across the boundary: the question ends where its tokens with and without an answer part.
+    end = _shared(asked if parting else [question, *asked])
+    fixed = len(begin) + max(map(len, needles)) + len(end)
+    if fixed > length:
+        raise InputError(
+            f"these numbers need at least {fixed} tokens with this tokenizer, got length {length}",
+            hint="give a greater length",
+        )
+    cases = []
+    for number in range(samples):
+        label, rng = number % classes, private_random("near numbers", seed, length, number)
+        start, depth = rng.randrange(len(hay)), rng.uniform(*MIDDLE)
+        room = length - len(begin) - len(needles[label]) - len(end)
+        filler = [hay[(start + i) % len(hay)] for i in range(room)]
+        before = round(depth * room)
+        prompt = [*begin, *filler[:before], *needles[label], *filler[before:], *end]
+        cases.append(NearCase(tuple(prompt), label, depth))
+    return cases
+
+
+def _shared(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The longest beginning that all rows have."""
+    count = next((i for i, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1), min(map(len, rows)))
+    return list(rows[0][:count])

@@ -1,0 +1,144 @@
+"""The weights of a finetune run at every step that is still on the disk: its start, its checkpoints, its result.
+
+A run removes its checkpoints when it is done, so these are there only where they were kept. What is read here are fp32
+masters by parameter name (train/checkpoint.py); of a run that trains adapters, A, B and the modules trained whole. All
+steps are looked at under the result's config, its positions and layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxext.config import manifest as manifests
+from ctxext.errors import InputError, ModelError
+from ctxext.model.shards import open_shard, tensor_reader
+from ctxext.model.source import ModelSource
+from ctxext.model.weights import ADAPTER_FILE
+from ctxext.probes.plan import is_run
+from ctxext.train.checkpoint import kept
+
+PEFT, LORA, WHOLE = "base_model.model.", ".lora_", ".modules_to_save.default"
+
+
+@dataclass(frozen=True)
+class State:
+    """What trained, at one step: `read` gives a parameter by its name in the model in memory."""
+
+    step: int
+    read: Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class History:
+    """A run's `states`, oldest first: the weights it began from (step 0), its checkpoints, its `result`.
+
+    `weights` reads the weights it began from by their names in an ordinary checkpoint. `checkpoints` counts those that
+    are not the result itself.
+    """
+
+    states: tuple[State, ...]
+    result: State
+    weights: Callable[[str], Tensor]
+    checkpoints: int
+
+    @property
+    def start(self) -> State:
+        return self.states[0]
+
+
+def history(source: ModelSource, say: Callable[[str], None]) -> History:
+    """The history of a finished finetune run; a damaged checkpoint is said and passed over.
+
+    Raises InputError where the model is no such run, ModelError where what it began from is not what it was.
+    """
+    if source.manifest is None or not is_run(source):
+        raise InputError(f"{source.name} is no finetune run", hint="name the directory of a finetune run")
+    run, adapters, last = source.directory, source.base is not None, int(source.manifest.facts.get("result_step") or 0)
+    weights = _required(
+        tensor_reader(source.base.directory if source.base else _began_from(source)), "the model before"
+    )
+    result = State(last, _adapter(run) if adapters else _required(tensor_reader(run), str(run)))
+
+    def untrained(name: str) -> Tensor:
+        if LORA in name:
+            return torch.zeros_like(result.read(name))  # whatever A is, B is zero at the start
+        return weights(name.removeprefix(PEFT).replace(WHOLE, ""))
+
+    found = [State(step, _required(read, f"step {step}")) for step, read in kept(run, say) if step != last]
+    states = sorted([State(0, untrained), *found, result], key=lambda state: state.step)
+    return History(tuple(states), result, weights, len(found))
+
+
+@torch.no_grad()
+def put(model: Any, state: State) -> None:
+    """The weights of a state into the model of its run, in memory. Raises ModelError where they are of another."""
+    adapters = hasattr(model, "peft_config")
+    for name, parameter in model.named_parameters():
+        if not adapters or LORA in name or WHOLE in name:
+            tensor = state.read(name)
+            if tensor.shape != parameter.shape:
+                raise ModelError(f"step {state.step}: {name} is {list(tensor.shape)}, not {list(parameter.shape)}")
+            parameter.copy_(tensor)
+
+
+def projection(history: History, state: State, source: ModelSource, name: str) -> Tensor:
+    """The weight fp32 [out,in] of the linear layer `name` (model.layers.0.self_attn.q_proj) at a state, its adapter
+    folded in: W + scale B A. Only this weight is read."""
+    if source.base is None:
+        return state.read(f"{name}.weight").float()
+    weight = history.weights(f"{name}.weight").float()
+    scale = lora_scales(source.directory).get(name.rpartition(".")[2])
+    if scale is None:
+        return weight
+    a, b = (state.read(f"{PEFT}{name}{LORA}{side}.default.weight").float() for side in "AB")
+    return weight + scale * (b @ a)
+
+
+def lora_scales(run: Path) -> dict[str, float]:
+    """alpha / rank by the name of the modules that have an adapter."""
+    config = json.loads((run / "adapter_config.json").read_text("utf-8"))
+    return {
+        name: (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"]) / config["r"]
+        for name in config["target_modules"]
+    }
+
+
+def _began_from(source: ModelSource) -> Path:
+    """The model that a run with `tuning: full` began from, if it is still what it was."""
+    assert source.manifest is not None
+    parent = source.manifest.parents["source"]
+    path = Path(parent["path"])
+    if not path.is_dir() or manifests.weight_hashes(path) != parent["weights"]:
+        raise ModelError(
+            f"{source.name}: the model it was trained from, {path}, is not there any more, or has other weights",
+            hint="put it back: the run's first step is read from it",
+        )
+    return path
+
+
+def _adapter(run: Path) -> Callable[[str], Tensor]:
+    path = run / ADAPTER_FILE
+
+    def read(name: str) -> Tensor | None:
+        stored = name.replace(WHOLE, "").replace(".default", "")
+        with open_shard(path) as (names, get):
+            return get(stored) if stored in names else None
+
+    return _required(read, str(path))
+
+
+def _required(read: Callable[[str], Tensor | None], where: str) -> Callable[[str], Tensor]:
+    def reading(name: str) -> Tensor:
+        tensor = read(name)
+        if tensor is None:
+            raise ModelError(f"{where}: there is no {name}", hint="the checkpoint is of another run")
+        return tensor
+
+    return reading

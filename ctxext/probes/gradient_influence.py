@@ -1,0 +1,127 @@
+"""How far back the last predictions reach: the gradient of their logits with respect to each input embedding.
+
+    B batch   T tokens   E model width   V vocabulary
+
+    G(distance) = || d (sum over V of the logits, averaged over the last positions) / d embedding at T-1-distance ||_2
+
+the mean over texts ("Rethinking the Role of Efficient Attention in Hybrid Architectures", arXiv 2606.15378, code: last
+20 positions, 1000 texts of 8,192 tokens). It is linear in the head, whose rows are summed first: no logits are made. A
+gradient says what a small change of the token there would do, not what the token does.
+
+Memory: the layers' inputs [T,E] and what ONE layer keeps for its backward pass: each is computed again when its turn
+comes. (transformers' own recomputation works in training mode alone, which would switch dropout of adapters on.)
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxext.errors import InputError, ModelError
+from ctxext.model.load import causal_lm, hidden_states, output_weight
+from ctxext.probes.finding import Curve, Curves, Finding, Table
+from ctxext.probes.spec import GradientInfluence
+from ctxext.probes.subject import Subject, Told
+from ctxext.probes.texts import text_rows
+
+PER_DOUBLING = 4  # buckets of distance
+
+
+def measure(subject: Subject, spec: GradientInfluence, told: Told) -> Finding:
+    """G by distance, in buckets that grow, and the share of its sum that comes from beyond each distance."""
+    assert spec.length is not None
+    if spec.last > spec.length:
+        raise InputError(f"gradient-influence: last {spec.last} positions of {spec.length} tokens")
+    rows = text_rows(subject.loaded.tokenizer, spec.data, spec.length, spec.samples, spec.seed)
+    model = subject.loaded.model.requires_grad_(False)  # a probe trains nothing
+    total = torch.zeros(spec.length, dtype=torch.float64)
+    for number, row in enumerate(rows):
+        total += influence(model, row[None].to(subject.loaded.device), spec.last)[0].cpu()
+        told(number + 1, spec.samples)
+    g = (total / spec.samples).flip(0)  # [T] by distance
+    if not bool(g.isfinite().all()):
+        raise ModelError("a gradient is not finite", hint="probe the model in float32")
+    edges = bucket_edges(spec.length)
+    buckets = [
+        {"start": start, "stop": stop, "influence": float(g[start:stop].mean())} for start, stop in pairwise(edges)
+    ]
+    beyond = {str(d): float(g[d:].sum() / g.sum()) for d in _doublings(spec.length)} if g.sum() > 0 else {}
+    facts = {
+        "length": spec.length,
+        "last": spec.last,
+        "samples": spec.samples,
+        "layers": subject.letters,
+        "windows": sorted({kind.sliding_window for kind in subject.kinds if kind.sliding_window is not None}),
+        "buckets": buckets,
+        "share_beyond": beyond,
+    }
+    title = f"What the last {spec.last} predictions hear of a token, at {spec.length:,} tokens"
+    points = [(_middle(b), b["influence"] or None) for b in buckets if b["start"] > 0]  # the axis is logarithmic
+    line = Curve("gradient", tuple(x for x, _ in points), tuple(y for _, y in points))
+    picture = Curves("influence", title, "tokens before the last", "norm of the gradient", (line,), True, True)
+    return Finding(facts, (picture,), (_table(g, beyond, spec),), tuple(_notes(subject, spec)))
+
+
+def influence(model: Any, ids: Tensor, last: int) -> Tensor:
+    """fp64 [B,T]: the norm of the gradient at each input embedding of ids [B,T], each row by itself."""
+    decoder = causal_lm(model).get_decoder()
+    calls: list[tuple[nn.Module, Tensor, dict[str, Any]]] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((module, args[0], kwargs))
+
+    parts = (*decoder.layers, decoder.norm)
+    handles = [part.register_forward_pre_hook(keep, with_kwargs=True) for part in parts]
+    try:
+        with torch.no_grad():
+            gradient = torch.zeros_like(hidden_states(model, ids))  # [B,T,E]
+    finally:
+        for handle in handles:
+            handle.remove()
+    weight = output_weight(model)
+    gradient[:, -last:] = weight.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)) / last
+    while calls:
+        part, x, kwargs = calls.pop()
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = part(x, **kwargs)
+        (gradient,) = torch.autograd.grad(y, x, gradient)
+        del x, y
+    return torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
+
+
+def bucket_edges(length: int) -> list[int]:
+    """Where buckets of distance begin and the last one ends: 0, 1, 2 and so on, from 8 in steps that grow."""
+    edges = [0, 1]
+    while edges[-1] < length:
+        edges.append(max(edges[-1] + 1, round(edges[-1] * 2 ** (1 / PER_DOUBLING))))
+    return [*edges[:-1], length]
+
+
+def _doublings(length: int) -> list[int]:
+    return [1 << i for i in range((length - 1).bit_length())]
+
+
+def _middle(bucket: dict[str, Any]) -> float:
+    return (bucket["start"] + bucket["stop"] - 1) / 2
+
+
+def _table(g: Tensor, beyond: dict[str, float], spec: GradientInfluence) -> Table:
+    rows = [(f"{int(d):,}", f"{float(g[int(d)]):.3g}", f"{share:.4f}") for d, share in beyond.items()]
+    caption = f"gradient of the last {spec.last} logits, mean over {spec.samples} texts of {spec.length:,} tokens"
+    return Table(caption, ("tokens back", "norm", "share of the sum from there on"), tuple(rows))
+
+
+def _notes(subject: Subject, spec: GradientInfluence) -> list[str]:
+    windows = [kind.sliding_window for kind in subject.kinds if kind.sliding_window is not None]
+    if not windows:
+        return []
+    shown = ", ".join(f"{window:,}" for window in sorted(set(windows)))
+    reach = sum(window - 1 for window in windows)
+    if len(windows) < len(subject.kinds):
+        return [f"a window ends at {shown} tokens, the sliding layers in a row at {reach:,}: the rest is full layers'"]
+    # The first of the last positions reaches farther than the last one does.
+    return [f"no layer is full: exactly zero beyond {reach + spec.last - 1:,} tokens back"]

@@ -1,0 +1,162 @@
+"""At which depth of a model the answer becomes readable: a linear classifier on the residual stream after each layer.
+
+    B batch   E model width   L layers   N questions
+
+A text holds one of a few near-identical numbers (data/near_numbers.py). At ONE token at its end the residual stream
+after each layer, and what that layer added to it, go to a classifier each: standardised, logistic regression, judged on
+questions it has not seen ("Rethinking the Role of Efficient Attention in Hybrid Architectures", arXiv 2606.15378, code:
+10,000 texts of 16,000 tokens, 80/20 stratified, C = 0.1). The residual before the first layer is that token's
+embedding, the same in every question: chance, by construction.
+
+The paper's token is the question's last. A model whose tokens are digits has no use for the last digit there: it says
+the shared ones first. Hence `parting`, ours: the answer's shared tokens are fed in, and the last of them is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxext.data.near_numbers import NearCase, near_cases
+from ctxext.evals.engine import wilson
+from ctxext.evals.haystacks import haystack
+from ctxext.model.load import causal_lm, hidden_states
+from ctxext.probes.finding import Bars, Finding, Table
+from ctxext.probes.spec import LayerNiah
+from ctxext.probes.subject import Subject, Told
+
+BATCH_TOKENS = 16_384
+TOKEN = {"parting": "the last token before the answers part ways", "question": "the question's last token"}
+
+
+def measure(subject: Subject, spec: LayerNiah, told: Told) -> Finding:
+    """Accuracy of the residual after each layer and of each layer's change, on the questions kept apart."""
+    assert spec.length is not None
+    where, text = haystack(spec.data)
+    cases = near_cases(
+        subject.loaded.tokenizer,
+        text,
+        spec.length,
+        classes=spec.classes,
+        samples=spec.samples,
+        parting=spec.at == "parting",
+        seed=spec.seed,
+    )
+    layers = len(subject.kinds)
+    steps = spec.samples + 2 * layers + 1
+    states = _states(subject, cases, lambda done: told(done, steps))
+    labels = torch.tensor([case.label for case in cases])
+    features = {"residual": states, "change": states[1:].float() - states[:-1].float()}
+    found: dict[str, list[dict[str, Any]]] = {}
+    done = spec.samples
+    for name, of in features.items():
+        found[name] = []
+        for each in of:
+            hits, n = readable(each, labels, spec)
+            low, high = wilson(hits, n)
+            found[name].append({"accuracy": hits / n, "hits": hits, "low": low, "high": high})
+            told(done := done + 1, steps)
+    embedding, *found["residual"] = found["residual"]
+    facts = {
+        "length": spec.length,
+        "chance": 1 / spec.classes,
+        "train": spec.samples - n,
+        "test": n,
+        "read_at": TOKEN[spec.at],
+        "hidden_in": where,
+        "layers": subject.letters,
+        "embedding": embedding,
+        **found,
+    }
+    note = f"before the first layer, where the token is its embedding: {embedding['accuracy']:.3f}"
+    return Finding(facts, _bars(found, subject.letters, spec), (_table(facts, subject.letters),), (note,))
+
+
+def readable(features: Tensor, labels: Tensor, spec: LayerNiah) -> tuple[int, int]:
+    """Of features [N,E] with labels [N], how many the classifier gets right of those it has not seen, and their number.
+
+    The split is stratified and the same for every layer: it depends on the labels and the seed alone.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    of = features.double().cpu().numpy()
+    train, test = train_test_split(range(len(of)), test_size=spec.test, stratify=labels, random_state=spec.seed)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=spec.inverse_regularisation, max_iter=1000))
+    classifier.fit(of[train], labels[train].numpy())
+    return int((classifier.predict(of[test]) == labels[test].numpy()).sum()), len(test)
+
+
+@torch.no_grad()
+def _states(subject: Subject, cases: list[NearCase], told: Any) -> Tensor:
+    """The residual stream [L+1,N,E] at the last token of each case, before the first layer and after each."""
+    ids = torch.tensor([case.prompt_ids for case in cases])  # [N,T]
+    step, parts = max(1, BATCH_TOKENS // ids.shape[1]), list[Tensor]()
+    for begin in range(0, len(ids), step):
+        with _last_tokens(subject.loaded.model) as kept:
+            hidden_states(subject.loaded.model, ids[begin : begin + step].to(subject.loaded.device))
+        parts.append(torch.stack(kept))
+        told(min(begin + step, len(ids)))
+    return torch.cat(parts, 1)
+
+
+@contextmanager
+def _last_tokens(model: Any) -> Iterator[list[Tensor]]:
+    """A list that a forward fills: the first layer's input and each layer's output at the last token, [B,E] each."""
+    kept: list[Tensor] = []
+    layers = causal_lm(model).get_decoder().layers
+
+    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept.append(args[0][:, -1].cpu().clone())
+
+    def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        kept.append(output[:, -1].cpu().clone())
+
+    handles = [layers[0].register_forward_pre_hook(before), *(layer.register_forward_hook(after) for layer in layers)]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bars(found: dict[str, list[dict[str, Any]]], letters: str, spec: LayerNiah) -> tuple[Bars, ...]:
+    titles = {
+        "residual": f"One of {spec.classes} numbers, read from the residual after each layer",
+        "change": f"One of {spec.classes} numbers, read from what each layer adds",
+    }
+    labels = tuple(map(str, range(len(letters))))
+    return tuple(
+        Bars(
+            name,
+            titles[name],
+            "layer",
+            "accuracy",
+            labels,
+            tuple(one["accuracy"] for one in each),
+            letters,
+            level=1 / spec.classes,
+            level_name="chance",
+        )
+        for name, each in found.items()
+    )
+
+
+def _table(facts: dict[str, Any], letters: str) -> Table:
+    def shown(one: dict[str, Any]) -> str:
+        return f"{one['accuracy']:.3f} ({one['low']:.3f} to {one['high']:.3f})"
+
+    rows = [("embedding", "", shown(facts["embedding"]), "")]
+    both = zip(facts["residual"], facts["change"], strict=True)
+    rows += [(str(i), letters[i], shown(residual), shown(change)) for i, (residual, change) in enumerate(both)]
+    caption = (
+        f"accuracy on {facts['test']} questions at {facts['length']:,} tokens, 95% interval; chance "
+        f"{facts['chance']:.3f}; read at {facts['read_at']}"
+    )
+    return Table(caption, ("after layer", "kind", "residual", "its change"), tuple(rows))

@@ -1,0 +1,298 @@
+"""Which heads fetch the answer of a passkey from the text, by two definitions; and what the model loses without them.
+
+mass   the attention from the position before the answer, the prompt's last token, to the answer's tokens in the needle,
+       mean over questions (arXiv 2606.15378, released code)
+copy   the model decodes greedily, with a cache; a step at which a head attends most to a token of the needle, and that
+       token is the one just generated, scores 1 / |needle|. The sum over an answer's steps, mean over the questions
+       that succeed: ROUGE-1 recall above 50% (arXiv 2404.15574, section 2, and its released code)
+
+The needle of both is the answer where it stands in the sentence that was inserted, as the released code of 2404.15574
+has it (the sentence around it counts for nothing): |needle| are the answer's tokens, and a head that copies all of them
+scores 1. A passkey's sentence has its key twice, and either will do. ROUGE-1 recall is counted in tokens: the share of
+the answer's tokens found in what was generated, in any order, each as often as it stands there.
+
+A sliding layer cannot see an answer beyond its window. Its zero is by construction, and it is flagged: `reach` is the
+share of questions whose answer, its last token at least, the prompt's last token can see.
+
+    B questions of a batch   T tokens of a prompt   N of an answer   L layers   H heads   S keys
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxext.data.cases import private_random
+from ctxext.data.haystack import Case, haystack_ids, passkey_case
+from ctxext.data.synthetic import NEEDLE
+from ctxext.errors import InputError
+from ctxext.evals.engine import batches
+from ctxext.evals.haystacks import haystack
+from ctxext.model.decode import CHUNK, generate
+from ctxext.model.layout import LayerKind
+from ctxext.model.load import LoadedModel
+from ctxext.ops.attention import attention_rows
+from ctxext.ops.masks import Pattern
+from ctxext.probes.ablation import BATCH_TOKENS, Head, ablate
+from ctxext.probes.finding import Finding, Grid, Table
+from ctxext.probes.spec import RetrievalHeads
+from ctxext.probes.subject import Subject, Told, watch_rows
+
+SHOWN = 20  # heads of the table
+LAST = 4  # queries whose entropy is measured (arXiv 2606.15378, released code)
+RECALL = 0.5  # of an answer's tokens: more is a success
+ABOVE = (0.1, 0.5)  # EVALS' anchors: llama-2-7b-80k has 3.2% of its heads above 0.1 and 0.6% above 0.5
+SAYS = {
+    "mass": "attention mass from the prompt's last token to the answer in the needle (arXiv 2606.15378)",
+    "copy": "copying while decoding, 1 is every token of the answer (arXiv 2404.15574)",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A passkey case, and where in its prompt tokens of the answer stand: `needle`, ascending."""
+
+    case: Case
+    needle: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return len(self.case.prompt_ids)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The copy scores fp64 [L,H], None where no question succeeded."""
+
+    scores: Tensor | None
+    successes: int
+    trials: int
+
+
+def measure(subject: Subject, spec: RetrievalHeads, told: Told) -> Finding:
+    """Scores of all heads as grids and as a ranked table, and what masking the best of them takes from the model.
+
+    Raises InputError where `ablate` asks for more heads than there are, as many others beside them.
+    """
+    assert spec.length is not None
+    L, H = len(subject.kinds), subject.heads
+    if spec.ablate is not None and 2 * spec.ablate > L * H:
+        raise InputError(
+            f"retrieval-heads: ablate {spec.ablate} masks as many heads and then as many others, and "
+            f"{subject.source.name} has {L * H} in all",
+            hint=f"give at most {L * H // 2}",
+        )
+    asked = questions(subject.loaded, spec.data, spec.length, spec.samples, spec.seed)
+    reach = reachable(subject.kinds, asked)
+    check_reach("retrieval-heads: ablate", spec.ablate or 0, reach, H)
+    done, runs = 0, len(spec.definitions) + (2 + spec.draws if spec.ablate else 0)
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        told(done, runs * len(asked))
+
+    mass = answer_attention(subject.loaded, asked, more)[0] if "mass" in spec.definitions else None
+    copied = copies(subject.loaded, asked, more) if "copy" in spec.definitions else Copied(None, 0, 0)
+    scores = {"copy": copied.scores, "mass": mass}
+    known = {name: score for name, score in scores.items() if score is not None}  # the first is what ranks
+    ranked = ranking(next(iter(known.values())), reach) if known else []
+    facts: dict[str, Any] = {
+        "length": spec.length,
+        "haystack": haystack(spec.data)[0],
+        "layers": subject.letters,
+        "definitions": {name: SAYS[name] for name in spec.definitions},
+        "reach": reach,
+        "ranked_by": next(iter(known), None),
+        "top": [list(head) for head in ranked[:SHOWN]],
+    }
+    for name in spec.definitions:
+        score = known.get(name)
+        facts[name] = {
+            "scores": None if score is None else score.tolist(),
+            "statistics": None if score is None else statistics(score.tolist()),
+        }
+    if "copy" in spec.definitions:
+        facts["copy"] |= {"successes": copied.successes, "trials": copied.trials}
+    tables = [_ranked_table(ranked, known, reach, subject, spec)] if known else []
+    if spec.ablate is not None and known:
+        facts["ablation"], table = ablate(subject.loaded, spec, ranked[: spec.ablate], (L, H), lambda: more(len(asked)))
+        tables.append(table)
+    pictures = tuple(_grid(name, score, subject.letters, spec) for name, score in known.items())
+    return Finding(facts, pictures, tuple(tables), _notes(spec, subject, copied, reach))
+
+
+def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: int) -> list[Question]:
+    """`samples` passkeys of `length` tokens with their answers, at depths evenly spread over the text."""
+    ids = haystack_ids(loaded.tokenizer, haystack(data)[1])
+    rng = private_random("retrieval heads", seed, length)
+    made = []
+    for i in range(samples):
+        case = passkey_case(loaded.tokenizer, length, (i + 0.5) / samples, rng, ids)
+        needle = loaded.tokenizer.encode("\n" + NEEDLE.format(key=case.key), add_special_tokens=False)
+        digits = [j for j, token in enumerate(needle) if any(c.isdigit() for c in loaded.tokenizer.decode([token]))]
+        made.append(Question(case, tuple(case.needle_start + j for j in digits)))  # no other word of it has a digit
+    return sorted(made, key=lambda question: question.size)
+
+
+def answer_attention(
+    loaded: LoadedModel, asked: Sequence[Question], more: Callable[[int], object] = lambda count: None
+) -> Tensor:
+    """fp64 [2,L,H]: the mass on the answer, and the entropy in nats of the prompts' last 4 queries; means over
+    `asked`. `more(count)` is told of questions that are done."""
+    L, H = len(loaded.kinds), loaded.source.shape.num_heads
+    total = torch.zeros(2, L, H, dtype=torch.float64)
+    for batch in batches(asked, BATCH_TOKENS):
+        ids = torch.tensor([question.case.prompt_ids for question in batch], device=loaded.device)
+        wanted = _needles(batch, ids.shape[1], loaded.device)
+        at = torch.arange(ids.shape[1] - LAST, ids.shape[1]).expand(len(batch), LAST)
+
+        def take(layer: int, weights: Tensor, rows: slice, wanted: Tensor = wanted) -> None:
+            if rows.start + weights.shape[2] == LAST:
+                total[0, layer] += (weights[:, :, -1] * wanted[:, None]).sum((0, 2)).double().cpu()
+            total[1, layer] += torch.special.entr(weights).sum((0, 2, 3)).double().cpu() / LAST
+
+        watch_rows(loaded.model, ids, at, take)
+        more(len(batch))
+    return total / len(asked)
+
+
+def copies(
+    loaded: LoadedModel, asked: Sequence[Question], more: Callable[[int], object] = lambda count: None
+) -> Copied:
+    """The copy scores of all heads."""
+    total = torch.zeros(len(loaded.kinds), loaded.source.shape.num_heads, dtype=torch.float64)
+    successes = 0
+    for batch in batches(asked, BATCH_TOKENS):
+        prompts = [question.case.prompt_ids for question in batch]
+        answers, places = looked_at(loaded, prompts, len(batch[0].case.answer_ids))
+        whole = torch.cat([torch.tensor(prompts), answers], 1)  # [B,T+N]
+        wanted = _needles(batch, whole.shape[1], torch.device("cpu"))
+        hits = _hits(answers, places, whole, wanted).double()
+        for i, question in enumerate(batch):
+            if recall(answers[i].tolist(), question.case.answer_ids) > RECALL:
+                total += hits[:, :, i].sum(1) / len(question.case.answer_ids)
+                successes += 1
+        more(len(batch))
+    return Copied(total / successes if successes else None, successes, len(asked))
+
+
+def _hits(answers: Tensor, places: Tensor, whole: Tensor, wanted: Tensor) -> Tensor:
+    """Bool [L,N,B,H]: steps at which a head looked most at a token of the needle that is the one generated. answers
+    [B,N], places [L,N,B,H] in the rows of `whole` and `wanted` [B,T+N]."""
+    row = torch.arange(len(whole))[:, None]  # against places' last two axes
+    hits: Tensor = wanted[row, places] & (whole[row, places] == answers.t()[..., None])
+    return hits
+
+
+def looked_at(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], steps: int, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Greedy answers [B,N] of N = `steps` tokens to prompts of one length, and the index [L,N,B,H] in prompt and answer
+    of the token that each head attended most to when each of them was generated."""
+    back: dict[int, list[Tensor]] = {}
+
+    def watch(module: nn.Module, query: Tensor, key: Tensor, pattern: Pattern, scaling: float | None) -> None:
+        """Where the last query looks, as tokens back from the end, itself being -1: the cache of a sliding layer has
+        lost its first tokens, so an index from the front would mean something else."""
+        S = key.shape[2]
+        at = torch.full((len(query), 1), S - 1, device=key.device)
+        rows = attention_rows(query[:, :, -1:], key, at, sliding_window=pattern.sliding_window, scale=scaling)
+        back.setdefault(int(module.layer_idx), []).append(rows[:, :, 0].argmax(-1).cpu() - S)  # [B,H]
+
+    answers = torch.tensor(generate(loaded.model, prompts, steps, chunk=chunk, watch=watch))
+    T = len(prompts[0])
+    first = -(-T // chunk) - 1  # the forward that the first token comes from
+    places = torch.stack([torch.stack(back[layer][first:]) for layer in range(len(loaded.kinds))])
+    return answers, places + torch.arange(T, T + steps)[:, None, None]
+
+
+def recall(given: Sequence[int], reference: Sequence[int]) -> float:
+    """ROUGE-1 recall in tokens: the share of `reference` that is found in `given`, a token as often as it is there."""
+    return sum((Counter(given) & Counter(reference)).values()) / len(reference)
+
+
+def reachable(kinds: Sequence[LayerKind], asked: Sequence[Question]) -> list[float]:
+    """For each layer the share of questions of whose answer the prompt's last token can see at least the end."""
+    back = [question.size - 1 - question.needle[-1] for question in asked]
+    return [
+        sum(kind.sliding_window is None or distance < kind.sliding_window for distance in back) / len(back)
+        for kind in kinds
+    ]
+
+
+def check_reach(what: str, wanted: int, reach: Sequence[float], heads: int) -> None:
+    """Raise InputError unless `wanted` heads are of layers that can see an answer, `heads` in each layer."""
+    there = heads * sum(of > 0 for of in reach)
+    if there < wanted:
+        raise InputError(
+            f"{what} {wanted}, but only {there} heads can see an answer", hint="the others' windows end before it"
+        )
+
+
+def ranking(scores: Tensor, reach: Sequence[float]) -> list[Head]:
+    """(layer, head), best first, of the layers that can reach an answer; equal scores in the model's order."""
+    heads = [(layer, head) for layer, of in enumerate(reach) if of > 0 for head in range(scores.shape[1])]
+    return sorted(heads, key=lambda head: -float(scores[head]))
+
+
+def statistics(scores: Sequence[Sequence[float]]) -> dict[str, float]:
+    """Of all heads how many, and what share, score above 0.1 and above 0.5."""
+    flat = [score for layer in scores for score in layer]
+    counts = {above: sum(score > above for score in flat) for above in ABOVE}
+    found = {f"above_{above}": float(count) for above, count in counts.items()}
+    return {"heads": len(flat), **found, **{f"share_above_{above}": n / len(flat) for above, n in counts.items()}}
+
+
+def _needles(batch: Sequence[Question], tokens: int, device: torch.device) -> Tensor:
+    """Bool [B,tokens]: where tokens of the answer stand in the needle."""
+    wanted = torch.zeros(len(batch), tokens, dtype=torch.bool)
+    for row, question in enumerate(batch):
+        wanted[row, list(question.needle)] = True
+    return wanted.to(device)
+
+
+def _notes(spec: RetrievalHeads, subject: Subject, copied: Copied, reach: Sequence[float]) -> tuple[str, ...]:
+    notes = []
+    if "copy" in spec.definitions and copied.scores is None:
+        notes.append(
+            f"copy: none of {copied.trials} answers was found: the model cannot do this, so no head has a score"
+        )
+    blind = [str(layer) for layer, of in enumerate(reach) if of == 0]
+    partly = [str(layer) for layer, of in enumerate(reach) if 0 < of < 1]
+    if blind:
+        notes.append(f"no answer is within the window of layers {', '.join(blind)}: their zeros are by construction")
+    if partly:
+        notes.append(f"only some answers are within the window of layers {', '.join(partly)}: see their reach")
+    if spec.ablate is not None and copied.scores is None and "mass" not in spec.definitions:
+        notes.append("nothing was masked: no head has a score to be chosen by")
+    return tuple(notes)
+
+
+def _grid(name: str, scores: Tensor, letters: str, spec: RetrievalHeads) -> Grid:
+    rows, columns = (tuple(map(str, range(size))) for size in scores.shape)
+    title = f"Retrieval heads by {name}, {spec.length:,} tokens"
+    return Grid(name, title, "head", "layer", rows, columns, tuple(map(tuple, scores.tolist())), letters)
+
+
+def _ranked_table(
+    ranked: Sequence[Head], known: dict[str, Tensor], reach: Sequence[float], subject: Subject, spec: RetrievalHeads
+) -> Table:
+    first = next(iter(known))
+    rows = [
+        (
+            str(place),
+            f"{layer}.{head}",
+            subject.letters[layer],
+            *(f"{known[name][layer, head]:.3f}" if name in known else "none" for name in ("copy", "mass")),
+            f"{reach[layer]:.0%}",
+        )
+        for place, (layer, head) in enumerate(ranked[:SHOWN], start=1)
+    ]
+    caption = f"heads by {first}, of {spec.samples} passkeys in {spec.length:,} tokens; reach: answers within sight"
+    return Table(caption, ("rank", "layer.head", "kind", "copy", "mass", "reach"), tuple(rows))
