@@ -61,9 +61,8 @@ def chosen(model: str, letter: str, window: int, count: int, calibration: str | 
 
 def case(model: str, letter: str, window: int, count: int, calibration: str | None, of_all: Callable[[], Row]) -> Row:
     auto, found = chosen(model, letter, window, count, calibration), of_all()
-    fixed = {
-        ",".join(map(str, full)): name for name, full in fixed_choices(len(load_model(model).kinds), count).items()
-    }
+    patterns = fixed_choices(len(load_model(model).kinds), count)
+    fixed = {",".join(map(str, full)): name for name, full in reversed(patterns.items())}  # the first name stays
     best_fixed = min((choice for choice in fixed if choice in found), key=lambda choice: float(found[choice]))
     best = min(found, key=lambda choice: float(found[choice]))
     return {

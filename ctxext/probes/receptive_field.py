@@ -187,15 +187,15 @@ def _bars(whole: Scores, found: list[tuple[Restriction, Scores]], letters: str) 
     for name, (title, unit) in MEASURED.items():
         if whole.get(name) is None:
             continue
-        sign, more = (-1, "lost") if name == "passkey" else (1, "above nothing restricted")
+        lost = (-1, "Passkeys lost") if name == "passkey" else (1, f"{title}, above nothing restricted,")
         pictures.append(
             Bars(
                 f"layers-{name.replace('_', '-')}",
-                f"{title}, {more}, where one layer sees {mine[0][0].visible:,} tokens",
+                f"{lost[1]} where one layer sees {mine[0][0].visible:,} tokens",
                 "layer",
                 unit,
                 tuple(str(one.layers[0]) for one, _ in mine),
-                tuple(_apart(score[name], whole[name], sign) for _, score in mine),
+                tuple(_apart(score[name], whole[name], lost[0]) for _, score in mine),
                 letters,
             )
         )

@@ -62,8 +62,9 @@ def _brief(name: str, most: int = 22) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def _title(text: str) -> str:
-    return fill(short(text).replace("\n", ""), 58)
+def _title(text: str, width: float) -> str:
+    """A title in lines that fit in so many inches."""
+    return fill(short(text).replace("\n", ""), int(11.5 * width))
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -103,7 +104,7 @@ def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
             ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes[-1].set_xlabel(picture.x_label)
     axes[0].set_ylabel(picture.y_label)
-    axes[0].set_title(_title(picture.title), loc="left")
+    axes[0].set_title(_title(picture.title, figure.get_figwidth() - 0.7), loc="left")
     if keys:
         figure.legend([handle for _, handle in keys], [name for name, _ in keys], loc="outside lower left")
     return figure
@@ -159,9 +160,10 @@ def _bars(models: Sequence[tuple[str, Bars]]) -> Figure:
     for ax in axes:
         ax.set_xticks(list(places)[::every], picture.labels[::every])
         ax.grid(False, axis="x")
+        ax.set_axisbelow(True)
     axes[-1].set_xlabel(picture.x_label)
     axes[0].set_ylabel(picture.y_label)
-    axes[0].set_title(_title(picture.title), loc="left")
+    axes[0].set_title(_title(picture.title, figure.get_figwidth() - 0.7), loc="left")
     if keys:
         figure.legend(handles=keys, loc="outside lower left", ncols=2)
     return figure
@@ -180,15 +182,14 @@ def _grid(models: Sequence[tuple[str, Grid]]) -> Figure:
     smallest = min((x for _, _, cells in panels for row in cells for x in row if math.isfinite(x)), default=0.0)
     scale = Normalize(min(0.0, smallest), picture.highest if picture.highest is not None else largest or 1.0)
     for ax, (model, each, cells) in zip(axes, panels, strict=False):
-        mesh = _cells_drawn(ax, each, cells, scale, "cividis", _brief(model) if len(models) > 1 else _title(each.title))
+        mesh = _cells_drawn(ax, each, cells, scale, "cividis", _brief(model) if len(models) > 1 else "")
     figure.colorbar(mesh, ax=list(axes[: len(models)]), fraction=0.04, pad=0.02).outline.set_visible(False)
     if same:
         apart = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(panels[0][2], panels[1][2], strict=True)]
         most = max((abs(x) for row in apart for x in row if math.isfinite(x)), default=0.0) or 1.0
         mesh = _cells_drawn(axes[-1], picture, apart, Normalize(-most, most), "RdBu_r", "difference")
         figure.colorbar(mesh, ax=axes[-1], fraction=0.08, pad=0.02).outline.set_visible(False)
-    if len(models) > 1:
-        figure.suptitle(_title(picture.title), x=0.01, ha="left", fontsize=9.5)
+    figure.suptitle(_title(picture.title, figure.get_figwidth()), x=0.01, ha="left", fontsize=9.5)
     return figure
 
 
@@ -205,7 +206,7 @@ def _cells_drawn(ax: Axes, grid: Grid, cells: list[list[float]], scale: Normaliz
             for c, cell in enumerate(row):
                 red, green, blue, _ = palette(scale(cell)) if math.isfinite(cell) else (1, 1, 1, 1)
                 ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
-                shown = "none" if not math.isfinite(cell) else f"{cell:.0f}" if abs(cell) >= 10 else f"{cell:.2g}"
+                shown = _told(cell)
                 ax.text(c + 0.5, r + 0.5, shown, ha="center", va="center", fontsize=6.5, color=ink)
     rows, columns = (math.ceil(len(names) / 32) for names in (grid.rows, grid.columns))
     letters = grid.letters or " " * len(grid.rows)
@@ -222,6 +223,12 @@ def _cells_drawn(ax: Axes, grid: Grid, cells: list[list[float]], scale: Normaliz
     ax.set_ylabel(grid.y_label)
     ax.set_title(title, loc="left", fontsize=9)
     return mesh
+
+
+def _told(cell: float) -> str:
+    if not math.isfinite(cell):
+        return "none"
+    return "0" if abs(cell) < 5e-4 else f"{cell:.0f}" if abs(cell) >= 10 else f"{cell:.2g}"
 
 
 def _level(ax: Axes, picture: Curves | Bars) -> list[tuple[str, Line2D]]:
