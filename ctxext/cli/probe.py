@@ -58,9 +58,9 @@ def probe(
         set_ or [], example="retrieval-heads.draws=5"
     )
     plan = plan_probe(model, names, fields, preset=preset, compare=compare, out=out, force=force)
+    console.quiet_libraries()
     from ctxext.probes import run
 
-    console.quiet_libraries()
     with console.progress() as display:
         task = display.add_task("loading", total=None, note="")
         report = run.measure(
