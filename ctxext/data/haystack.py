@@ -28,6 +28,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
+    def decode(self, ids: list[int]) -> str: ...
+
 
 @dataclass(frozen=True)
 class Case:
@@ -89,6 +91,13 @@ def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Ra
     before = round(depth * room)
     prompt = bos + filler[:before] + list(needle) + filler[before:] + list(question)
     return Case(tuple(prompt), tuple(answer), length, depth, len(bos) + before, key)
+
+
+def key_places(tokenizer: Tokenizer, case: Case) -> tuple[int, ...]:
+    """Where in a case's prompt the tokens of its key stand: those with a digit, which no other word of a needle has."""
+    needle = tokenizer.encode("\n" + NEEDLE.format(key=case.key), add_special_tokens=False)
+    digits = [i for i, token in enumerate(needle) if any(c.isdigit() for c in tokenizer.decode([token]))]
+    return tuple(case.needle_start + i for i in digits)
 
 
 def passkey_cases(

@@ -28,8 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxext.data.cases import private_random
-from ctxext.data.haystack import Case, haystack_ids, passkey_case
-from ctxext.data.synthetic import NEEDLE
+from ctxext.data.haystack import Case, haystack_ids, key_places, passkey_case
 from ctxext.errors import InputError
 from ctxext.evals.engine import batches
 from ctxext.evals.haystacks import haystack
@@ -134,9 +133,7 @@ def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: i
     made = []
     for i in range(samples):
         case = passkey_case(loaded.tokenizer, length, (i + 0.5) / samples, rng, ids)
-        needle = loaded.tokenizer.encode("\n" + NEEDLE.format(key=case.key), add_special_tokens=False)
-        digits = [j for j, token in enumerate(needle) if any(c.isdigit() for c in loaded.tokenizer.decode([token]))]
-        made.append(Question(case, tuple(case.needle_start + j for j in digits)))  # no other word of it has a digit
+        made.append(Question(case, key_places(loaded.tokenizer, case)))
     return sorted(made, key=lambda question: question.size)
 
 

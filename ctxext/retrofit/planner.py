@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ctxext.data.cases import private_random
 from ctxext.data.documents import EMBEDDED, read_documents
-from ctxext.data.haystack import Case, passkey_case
-from ctxext.data.synthetic import NEEDLE
+from ctxext.data.haystack import Case, key_places, passkey_case
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals.perplexity import encode
 from ctxext.model.convert import ConversionPlan
@@ -270,9 +269,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     for row, case in enumerate(cases, start=count):
         asked = len(case.prompt_ids)
         answers[row, asked - 1 : T - 1] = True
-        needle = tokenizer.encode("\n" + NEEDLE.format(key=case.key), add_special_tokens=False)
-        digits = [i for i, token in enumerate(needle) if any(c.isdigit() for c in tokenizer.decode([token]))]
-        needles[row, [case.needle_start + i for i in digits]] = True  # no other word of the needle has a digit
+        needles[row, list(key_places(tokenizer, case))] = True
     return Samples(torch.cat([text, rows]), count, answers, needles)
 
 
