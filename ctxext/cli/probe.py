@@ -15,7 +15,7 @@ EXAMPLES = """Examples:\n
   ctxext probe tiny retrieval-heads --ablate 2 --preset smoke\n
   ctxext probe ./converted all --compare tiny --preset smoke --out ./inside\n
   ctxext probe runs/20260101T000000.000000Z-finetune-tiny retrieval-trace qk-distance\n
-  ctxext probe llama2-7b layer-niah --preset paper --dtype bfloat16 """
+  ctxext probe llama3.1-8b layer-niah --preset paper --dtype bfloat16 """
 
 
 def probe(

@@ -21,7 +21,7 @@ from ctxext.errors import InputError, ModelError
 from ctxext.model.shards import open_shard, tensor_reader
 from ctxext.model.source import ModelSource
 from ctxext.model.weights import ADAPTER_FILE
-from ctxext.probes.plan import is_run
+from ctxext.probes.plan import is_run, result_step
 from ctxext.train.checkpoint import kept
 
 PEFT, LORA, WHOLE = "base_model.model.", ".lora_", ".modules_to_save.default"
@@ -60,7 +60,7 @@ def history(source: ModelSource, say: Callable[[str], None]) -> History:
     """
     if source.manifest is None or not is_run(source):
         raise InputError(f"{source.name} is no finetune run", hint="name the directory of a finetune run")
-    run, adapters, last = source.directory, source.base is not None, int(source.manifest.facts.get("result_step") or 0)
+    run, adapters, last = source.directory, source.base is not None, result_step(source)
     weights = _required(
         tensor_reader(source.base.directory if source.base else _began_from(source)), "the model before"
     )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxext.errors import InputError, ModelError
+from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.probes.finding import Curve, Curves, Finding, Table
 from ctxext.probes.spec import GradientInfluence
@@ -33,8 +33,6 @@ PER_DOUBLING = 4  # buckets of distance
 def measure(subject: Subject, spec: GradientInfluence, told: Told) -> Finding:
     """G by distance, in buckets that grow, and the share of its sum that comes from beyond each distance."""
     assert spec.length is not None
-    if spec.last > spec.length:
-        raise InputError(f"gradient-influence: last {spec.last} positions of {spec.length} tokens")
     rows = text_rows(subject.loaded.tokenizer, spec.data, spec.length, spec.samples, spec.seed)
     model = subject.loaded.model.requires_grad_(False)  # a probe trains nothing
     total = torch.zeros(spec.length, dtype=torch.float64)
@@ -116,6 +114,13 @@ def _table(g: Tensor, beyond: dict[str, float], spec: GradientInfluence) -> Tabl
 
 
 def _notes(subject: Subject, spec: GradientInfluence) -> list[str]:
+    return [
+        f"nearer than {spec.last} tokens a token is heard by its own predictions too: compare from there on",
+        *_ends(subject, spec),
+    ]
+
+
+def _ends(subject: Subject, spec: GradientInfluence) -> list[str]:
     windows = [kind.sliding_window for kind in subject.kinds if kind.sliding_window is not None]
     if not windows:
         return []

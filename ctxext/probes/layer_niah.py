@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ctxext.data.near_numbers import NearCase, near_cases
+from ctxext.errors import ModelError
 from ctxext.evals.engine import wilson
 from ctxext.evals.haystacks import haystack
 from ctxext.model.load import causal_lm, hidden_states
@@ -50,13 +51,16 @@ def measure(subject: Subject, spec: LayerNiah, told: Told) -> Finding:
     steps = spec.samples + 2 * layers + 1
     states = _states(subject, cases, lambda done: told(done, steps))
     labels = torch.tensor([case.label for case in cases])
-    features = {"residual": states, "change": states[1:].float() - states[:-1].float()}
-    found: dict[str, list[dict[str, Any]]] = {}
+    if not bool(states.isfinite().all()):
+        raise ModelError("a residual is not finite", hint="probe the model in float32")
+    found: dict[str, list[dict[str, Any]]] = {"residual": [], "change": []}
     done = spec.samples
-    for name, of in features.items():
-        found[name] = []
-        for each in of:
-            hits, n = readable(each, labels, spec)
+    for layer in range(layers + 1):
+        features = {"residual": states[layer]} | (
+            {"change": states[layer].float() - states[layer - 1].float()} if layer else {}
+        )
+        for name, of in features.items():
+            hits, n = readable(of, labels, spec)
             low, high = wilson(hits, n)
             found[name].append({"accuracy": hits / n, "hits": hits, "low": low, "high": high})
             told(done := done + 1, steps)

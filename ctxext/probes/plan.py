@@ -47,6 +47,8 @@ def plan_probe(
     sources = tuple(resolve(name) for name in (model, *([compare] if compare else [])))
     for source in sources:
         require_tokenizer(source.directory)
+    if "all" in names and len(names) > 1:
+        raise InputError(f"{' '.join(names)}: all stands alone")
     if names == ["all"]:
         names = [name for name in PROBES if all(_wanting(name, source) is None for source in sources)]
     for name, source in product(names, sources):
@@ -67,13 +69,21 @@ def is_run(source: ModelSource) -> bool:
     return made is not None and (made.kind == "finetune" or (made.kind == "model" and "source" in made.parents))
 
 
+def result_step(source: ModelSource) -> int:
+    """The step of a run whose weights are its result."""
+    facts = source.manifest.facts if source.manifest else {}
+    return int(facts.get("result_step") or facts.get("steps") or 0)
+
+
 def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
     """What a model has not that the probe follows, and a hint; None where it has all."""
     if name not in OF_A_RUN:
         return None
     if not is_run(source):
         return "is no finetune run", "name the directory of a finetune run"
-    if name == "retrieval-trace" and not any(source.directory.glob("checkpoints/step-*")):
+    result = f"step-{result_step(source):06d}"
+    between = [path for path in source.directory.glob("checkpoints/step-*") if path.name != result]
+    if name == "retrieval-trace" and not between:
         return ("has no checkpoints left", KEEP_THEM)
     return None
 
@@ -87,11 +97,28 @@ def _filled(probe: Any, sources: tuple[ModelSource, ...], extrapolate: bool) -> 
     length = probe.length or min(LONGEST, *(source.usable_length for source in sources))
     if length < SHORTEST:
         raise InputError(f"{probe.probe}: length {length} is less than {SHORTEST} tokens")
+    if getattr(probe, "last", 1) > length:
+        raise InputError(f"{probe.probe}: last {probe.last} positions of {length:,} tokens")
     for source in sources:
         check_length(source, max(length, *(getattr(probe, "lengths", None) or (0,))), extrapolate)
+        _heads_are_there(probe, source)
     if probe.probe == "receptive-field":
         _loss_can_be_measured(probe, length)
     return replace(probe, length=length)
+
+
+def _heads_are_there(probe: Any, source: ModelSource) -> None:
+    """As many heads as are masked or followed; masking takes as many others for a control."""
+    heads = source.shape.num_layers * source.shape.num_heads
+    ablated, followed = getattr(probe, "ablate", None) or 0, getattr(probe, "heads", 0)
+    if 2 * ablated > heads:
+        raise InputError(
+            f"{probe.probe}: ablate {ablated} masks as many heads and then as many others, and {source.name} has "
+            f"{heads} in all",
+            hint=f"give at most {heads // 2}",
+        )
+    if followed > heads:
+        raise InputError(f"{probe.probe}: heads {followed}, and {source.name} has {heads} in all")
 
 
 def _loss_can_be_measured(probe: Any, length: int) -> None:

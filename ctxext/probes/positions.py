@@ -29,6 +29,8 @@ from ctxext.probes.spec import Positions
 from ctxext.probes.subject import Subject, Told
 
 TOKENS = 256  # of the text; places far from the start tell slow rotations from none
+BY_LENGTH = ("dynamic", "longrope")  # rotations that change where a text is longer than the original length
+MOST_TOKENS = 32_768  # of such a text
 SURE = math.pi / 2  # radians: a place is used for a frequency that is meant to have turned by at most so much there
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative, of a frequency
 
@@ -39,18 +41,22 @@ def measure(subject: Subject, spec: Positions, told: Told) -> Finding:
     rope, config = rope_of(source.config), source.config
     half = config["head_dim"] // 2
     plain = [original_theta(config) ** (-i / half) for i in range(half)] if rope else []
+    tokens = _tokens(source, rope)
     meant, scale = (
-        inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], TOKENS) if rope else ([], 1.0)
+        inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], tokens) if rope else ([], 1.0)
     )
-    realised = _realised(subject, meant or [1.0] * half)
+    realised = _realised(subject, meant or [1.0] * half, tokens)
     told(1, 1)
     layers = [_layer(source, index, realised[index], meant, plain) for index in range(len(source.kinds))]
     steps = history(source)
     notes = _notes(source, layers, subject.dtype)
+    if rope.get("rope_type") in BY_LENGTH:
+        notes += (f"{rope['rope_type']} turns by the text's length: intended and measured in {tokens:,} tokens",)
     facts: dict[str, Any] = {
         "rope": {key: value for key, value in rope.items() if value is not None},
         "original_length": source.original_length,
         "usable_length": source.usable_length,
+        "measured_tokens": tokens,
         "attention_scale": {"meant": scale, "built": _built_scale(subject)},
         "intended": meant,
         "layers": layers,
@@ -61,21 +67,28 @@ def measure(subject: Subject, spec: Positions, told: Told) -> Finding:
     )
 
 
-def _realised(subject: Subject, meant: list[float]) -> Tensor:
-    """fp64 [L, D/2]: the angle a token of place by which each layer's queries turn, as attention is given them."""
+def _tokens(source: ModelSource, rope: dict[str, Any]) -> int:
+    """Of the text: long enough that rotations which change with its length have changed."""
+    if rope.get("rope_type") not in BY_LENGTH:
+        return TOKENS
+    original = rope.get("original_max_position_embeddings") or source.config["max_position_embeddings"]
+    return max(TOKENS, min(source.usable_length, 2 * original, MOST_TOKENS))
+
+
+def _realised(subject: Subject, meant: list[float], tokens: int) -> Tensor:
+    """fp64 [L, D/2]: the angle a token of place by which each layer's queries turn, as attention is given them in a
+    text of so many tokens."""
     found: dict[int, Tensor] = {}
     places = torch.tensor([max(1, min(TOKENS - 1, int(SURE / f))) for f in meant])  # [D/2]
 
     def watch(module: nn.Module, query: Tensor, *_: Any) -> None:
-        q = query[0].double().cpu()  # [H,T,D]
+        q = query[0, :, :TOKENS].double().cpu()  # [H,TOKENS,D]
         half = q.shape[-1] // 2
-        z = torch.complex(q[..., :half], q[..., half:])  # [H,T,D/2]
-        turned = (
-            z[:, places, torch.arange(half)] * z[:, 0].conj()
-        )  # [H,D/2]: all heads turn alike, the long ones are sure
-        found[int(module.layer_idx)] = turned.sum(0).angle() / places
+        z = torch.complex(q[..., :half], q[..., half:])  # [H,TOKENS,D/2]
+        turned = z[:, places, torch.arange(half)] * z[:, 0].conj()  # [H,D/2]
+        found[int(module.layer_idx)] = turned.sum(0).angle() / places  # all heads turn alike, the long ones are sure
 
-    token = torch.full((1, TOKENS), _plain_token(subject), device=subject.loaded.device)
+    token = torch.full((1, tokens), _plain_token(subject), device=subject.loaded.device)
     with torch.no_grad():
         hidden_states(subject.loaded.model, token, watch=watch)
     return torch.stack([found[layer] for layer in range(len(subject.kinds))])

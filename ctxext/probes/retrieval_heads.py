@@ -76,16 +76,10 @@ class Copied:
 def measure(subject: Subject, spec: RetrievalHeads, told: Told) -> Finding:
     """Scores of all heads as grids and as a ranked table, and what masking the best of them takes from the model.
 
-    Raises InputError where `ablate` asks for more heads than there are, as many others beside them.
+    Raises InputError where `ablate` asks for more heads than can see an answer.
     """
     assert spec.length is not None
     L, H = len(subject.kinds), subject.heads
-    if spec.ablate is not None and 2 * spec.ablate > L * H:
-        raise InputError(
-            f"retrieval-heads: ablate {spec.ablate} masks as many heads and then as many others, and "
-            f"{subject.source.name} has {L * H} in all",
-            hint=f"give at most {L * H // 2}",
-        )
     asked = questions(subject.loaded, spec.data, spec.length, spec.samples, spec.seed)
     reach = reachable(subject.kinds, asked)
     check_reach("retrieval-heads: ablate", spec.ablate or 0, reach, H)
@@ -100,7 +94,7 @@ def measure(subject: Subject, spec: RetrievalHeads, told: Told) -> Finding:
     copied = copies(subject.loaded, asked, more) if "copy" in spec.definitions else Copied(None, 0, 0)
     scores = {"copy": copied.scores, "mass": mass}
     known = {name: score for name, score in scores.items() if score is not None}  # the first is what ranks
-    ranked = ranking(next(iter(known.values())), reach) if known else []
+    ranked = ranking(list(known.values()), reach) if known else []
     facts: dict[str, Any] = {
         "length": spec.length,
         "haystack": haystack(spec.data)[0],
@@ -123,7 +117,10 @@ def measure(subject: Subject, spec: RetrievalHeads, told: Told) -> Finding:
         facts["ablation"], table = ablate(subject.loaded, spec, ranked[: spec.ablate], (L, H), lambda: more(len(asked)))
         tables.append(table)
     pictures = tuple(_grid(name, score, subject.letters, spec) for name, score in known.items())
-    return Finding(facts, pictures, tuple(tables), _notes(spec, subject, copied, reach))
+    notes = _notes(spec, subject, copied, reach)
+    if spec.ablate is not None and ranked and float(next(iter(known.values()))[ranked[spec.ablate - 1]]) == 0:
+        notes += (f"fewer than {spec.ablate} heads have a score above 0: the rest of those masked are no such heads",)
+    return Finding(facts, pictures, tuple(tables), notes)
 
 
 def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: int) -> list[Question]:
@@ -232,10 +229,10 @@ def check_reach(what: str, wanted: int, reach: Sequence[float], heads: int) -> N
         )
 
 
-def ranking(scores: Tensor, reach: Sequence[float]) -> list[Head]:
-    """(layer, head), best first, of the layers that can reach an answer; equal scores in the model's order."""
-    heads = [(layer, head) for layer, of in enumerate(reach) if of > 0 for head in range(scores.shape[1])]
-    return sorted(heads, key=lambda head: -float(scores[head]))
+def ranking(scores: Sequence[Tensor], reach: Sequence[float]) -> list[Head]:
+    """(layer, head), best first, of layers that can reach an answer: by the first scores, equal ones by the next."""
+    heads = [(layer, head) for layer, of in enumerate(reach) if of > 0 for head in range(scores[0].shape[1])]
+    return sorted(heads, key=lambda head: [-float(each[head]) for each in scores])
 
 
 def statistics(scores: Sequence[Sequence[float]]) -> dict[str, float]:

@@ -46,7 +46,7 @@ def measure(subject: Subject, spec: RetrievalTrace, told: Told) -> Finding:
             told(number, len(run.states))
     finally:
         put(loaded.model, run.result)
-    heads = ranking(found[run.result.step][0], reach)[: spec.heads]
+    heads = ranking([found[run.result.step][0]], reach)[: spec.heads]
     return Finding(
         _facts(spec, subject, run, found, heads), _curves(spec, found, heads), (_table(found, heads),), tuple(notes)
     )

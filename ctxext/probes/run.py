@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import staged_output
-from ctxext.errors import EnvironmentFault
+from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.evals.engine import Progress
 from ctxext.probes import (
     attention_distance,
@@ -92,9 +92,18 @@ def write(plan: ProbePlan, report: ProbeReport) -> list[str]:
 
 
 def _in_memory(subject: Subject, spec: Any, told: Told) -> Finding:
-    """The measurement; where memory runs out, what helps is said."""
+    """The measurement; where memory runs out, what helps is said. Raises ModelError for a number that is not finite."""
     try:
-        return MEASURES[spec.probe](subject, spec, told)
+        finding = MEASURES[spec.probe](subject, spec, told)
+        json.dumps(asdict(finding), allow_nan=False)
+        return finding
+    except ValueError as error:
+        if "JSON compliant" not in str(error):
+            raise
+        raise ModelError(
+            f"{spec.probe}: {subject.source.name} gives numbers that are not finite",
+            hint="probe the model in float32; if it is, its weights may hold NaN",
+        ) from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -187,10 +187,22 @@ def asked(names: list[str], given: dict[str, Any], *, preset: str | None = None)
     unknown = [key for key in told if key not in PROBES and key not in _WHOLE]
     if unknown:
         raise InputError(f"probe preset {preset}: {unknown[0]!r} is no probe and no field; probes: {', '.join(PROBES)}")
+    for name, section in told.items():
+        if name in PROBES:
+            _check_section(f"probe preset {preset}, {name}", name, section)
     data = {key: value for key, value in told.items() if key in _WHOLE}
     probes = [{**(told.get(name) or {}), "probe": name} for name in names]
     spread(given, data, probes, names=_WHOLE, tag="probe", classes=PROBES, of=" ".join(names))
     return build(ProbeSpec, {**data, "probes": probes}, source="probe spec")
+
+
+def _check_section(place: str, name: str, section: Any) -> None:
+    """Also of a probe that was not asked for: a misspelt field is found at once."""
+    if not isinstance(section, dict):
+        raise InputError(f"{place}: got {section!r}; allowed: fields and their values, such as {{samples: 20}}")
+    known = {field.name for field in fields(PROBES[name])} - {"probe"}
+    if wrong := sorted(set(section) - known):
+        raise InputError(f"{place}: {wrong[0]!r} is no field; allowed: {', '.join(sorted(known))}")
 
 
 _WHOLE = {field.name for field in fields(ProbeSpec)} - {"probes"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -50,6 +50,8 @@ def draw(report: ProbeReport, place: Path, prefix: str = "") -> list[Drawn]:
         for name, models in shown.items():
             path = place / f"{prefix}{result.probe}-{name}.png"
             first = models[-1][1]
+            if len(models) < len(report.models):  # the other has no such picture: say whose this is
+                models = [(models[0][0], replace(first, title=f"{first.title}: {models[0][0]} alone"))]
             with drawing():
                 save(_DRAW[first.kind](models), path)
             models_text = " and ".join(model for model, _ in models)
@@ -77,7 +79,7 @@ def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
     """All lines in one picture, those of the model before dashed; below it the difference, where lines share labels."""
     picture, apart = models[-1][1], _differences(models)
     labels = list(dict.fromkeys(line.label for _, each in models for line in each.lines))
-    count = len(labels) * len(models) + (picture.level is not None)
+    count = len(labels) * len(models) + sum(each.level is not None for _, each in models)
     figure = _figure(1.3 * WIDTH, 3.0 + 0.19 * count + (1.7 if apart else 0))
     axes = figure.subplots(1 + bool(apart), 1, squeeze=False, height_ratios=[1.7, 1][: 1 + bool(apart)])[:, 0]
     keys: list[Any] = []
@@ -89,7 +91,7 @@ def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
             axes[0].plot([x for x, _ in points], [y for _, y in points], **look)
             name = f"{line.label}, {_brief(model)}" if len(models) > 1 else line.label
             keys.append((short(name), Line2D([], [], **look)))
-    keys += _level(axes[0], picture)
+    keys += _levels(axes[0], models)
     for label, x, y in apart:
         axes[1].plot(x, y, **_look(labels.index(label)))
     if apart:
@@ -149,7 +151,7 @@ def _bars(models: Sequence[tuple[str, Bars]]) -> Figure:
             Patch(facecolor="0.75", hatch="///", label=_brief(models[0][0])),
             Patch(facecolor="0.45", label=_brief(models[1][0])),
         ]
-    keys += [handle for _, handle in _level(axes[0], picture)]
+    keys += [handle for _, handle in _levels(axes[0], models)]
     if pairs:
         values = zip(models[0][1].values, picture.values, strict=True)
         apart = [b - a if a is not None and b is not None else math.nan for a, b in values]
@@ -231,11 +233,17 @@ def _told(cell: float) -> str:
     return "0" if abs(cell) < 5e-4 else f"{cell:.0f}" if abs(cell) >= 10 else f"{cell:.2g}"
 
 
-def _level(ax: Axes, picture: Curves | Bars) -> list[tuple[str, Line2D]]:
-    if picture.level is None:
-        return []
-    ax.axhline(picture.level, color="0.35", linestyle=":", linewidth=1.3)
-    return [(picture.level_name, Line2D([], [], color="0.35", linestyle=":", label=picture.level_name))]
+def _levels(ax: Axes, models: Sequence[tuple[str, Curves]] | Sequence[tuple[str, Bars]]) -> list[tuple[str, Line2D]]:
+    """Each model's level, or one where they agree; that of the model before is in longer dashes."""
+    given = [(model, each.level, each.level_name) for model, each in models if each.level is not None]
+    alike = len({level for _, level, _ in given}) == 1
+    keys = []
+    for number, (model, level, name) in enumerate(given[:1] if alike else given):
+        style = (0, (5, 3)) if not alike and number == 0 else ":"
+        ax.axhline(level, color="0.35", linestyle=style, linewidth=1.3)
+        label = name if alike else f"{name}, {_brief(model)}"
+        keys.append((label, Line2D([], [], color="0.35", linestyle=style, label=label)))
+    return keys
 
 
 def _look(number: int) -> dict[str, Any]:

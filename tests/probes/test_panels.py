@@ -1,7 +1,7 @@
 """Findings drawn: one model, two, shapes that differ, numbers that are missing; and what a report makes of them."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from PIL import Image
@@ -63,6 +63,31 @@ def test_the_difference_is_the_first_less_the_one_before():
 def test_models_of_other_shapes_stand_beside_each_other_without_a_difference(tmp_path):
     drawn = panels.draw(reported(finding(layers=4), finding(layers=2)), tmp_path)
     assert len(drawn) == 3
+
+
+def test_every_model_has_its_own_level():
+    drawn = []
+
+    class Axes:
+        def axhline(self, level, **look):
+            drawn.append((level, look["linestyle"]))
+
+    curves = finding().pictures[0]
+    pairs = [("before", replace(curves, level=0.85)), ("after", replace(curves, level=0.95))]
+    assert [name for name, _ in panels._levels(Axes(), pairs)] == ["whole, before", "whole, after"]
+    assert [level for level, _ in drawn] == [0.85, 0.95] and drawn[0][1] != drawn[1][1]
+    drawn.clear()
+    assert [name for name, _ in panels._levels(Axes(), [("before", curves), ("after", curves)])] == ["whole"]
+    assert [level for level, _ in drawn] == [1.5]
+
+
+def test_a_picture_that_one_model_lacks_names_the_other(tmp_path):
+    alone = replace(finding(), pictures=finding().pictures[2:])
+    for name, report in {"one": reported(alone), "two": reported(alone, replace(alone, pictures=()))}.items():
+        (tmp_path / name).mkdir()
+        panels.draw(report, tmp_path / name)
+    one, two = (pixels(tmp_path / name / "receptive-field-heads.png") for name in ("one", "two"))
+    assert one != two
 
 
 def test_the_same_findings_give_the_same_bytes(tmp_path):

@@ -23,6 +23,12 @@ SCALED = {
     "default": {},
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 4.0},
+    "longrope": {
+        "short_factor": [1.0, 1.0, 1.0, 1.0],
+        "long_factor": [1.0, 2.0, 4.0, 8.0],
+        "factor": 8.0,
+        "original_max_position_embeddings": 128,
+    },
     "yarn": {"factor": 8.0, "original_max_position_embeddings": 128},
     "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 128},
 }
@@ -35,7 +41,10 @@ def test_every_layer_turns_as_the_config_means(kind, family, model_dir):
     finding = look(Subject(from_directory(model_dir(family, rope_parameters=rope, max_position_embeddings=1024))))
     assert all(layer["apart"] < 1e-4 for layer in finding.facts["layers"])
     scale = finding.facts["attention_scale"]
-    assert scale["built"] == pytest.approx(scale["meant"]) and (scale["meant"] > 1) == (kind == "yarn")
+    assert scale["built"] == pytest.approx(scale["meant"]) and (scale["meant"] > 1) == (kind in ("yarn", "longrope"))
+    stretched = max(layer["stretched"][1] for layer in finding.facts["layers"])
+    assert (stretched > 1.5) == (kind != "default"), stretched  # also where it depends on the length of the text
+    assert any("by the text's length" in note for note in finding.notes) == (kind in ("dynamic", "longrope"))
     json.dumps(dataclasses.asdict(finding), allow_nan=False)
 
 

@@ -18,6 +18,7 @@ from ctxext.model.source import resolve
 from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import lower_bounds
 from ctxext.probes.ablation import without
+from ctxext.probes.plan import plan_probe
 from ctxext.probes.retrieval_heads import (
     Question,
     _hits,
@@ -25,6 +26,7 @@ from ctxext.probes.retrieval_heads import (
     looked_at,
     measure,
     questions,
+    ranking,
     reachable,
     recall,
     statistics,
@@ -110,10 +112,18 @@ def test_the_questions_of_the_ablation_are_others(induction, letters):
     assert not mine & {item.case.prompt_ids for item in theirs}
 
 
-def test_more_heads_than_there_are_cannot_be_masked(induction, letters):
+def test_more_heads_than_there_are_cannot_be_masked(induction, letters, tmp_path):
     with pytest.raises(InputError, match="16 in all") as caught:
-        found(induction, letters, ablate=9)
+        plan_probe(str(induction), ["retrieval-heads"], {"ablate": 9, "data": str(letters)}, out=tmp_path / "out")
     assert "at most 8" in caught.value.hint
+
+
+def test_equal_scores_are_ranked_by_the_other_definition_and_masking_them_is_said(induction, letters):
+    copy, mass = torch.tensor([[0.0, 0.0], [0.5, 0.0]]), torch.tensor([[0.1, 0.3], [0.2, 0.9]])
+    assert ranking([copy, mass], [1.0, 1.0]) == [(1, 0), (1, 1), (0, 1), (0, 0)]
+    assert ranking([copy, mass], [0.0, 1.0]) == [(1, 0), (1, 1)]
+    notes = found(induction, letters, ablate=8, draws=1, samples=2, definitions=("copy",)).notes
+    assert any("fewer than 8 heads have a score above 0" in note for note in notes)
 
 
 def test_a_model_that_cannot_do_it_has_no_copy_scores(model_dir, letters):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ctxext.config import manifest as manifests
-from ctxext.errors import EnvironmentFault, InputError
+from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.probes import run
 from ctxext.probes.plan import plan_probe
@@ -79,3 +79,18 @@ def test_an_output_that_exists_is_refused_at_once(hybrid, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="exists"):
         plan_probe(hybrid, ["positions"], out=tmp_path / "out")
+
+
+def test_numbers_that_are_not_finite_are_refused(write_model, tmp_path):
+    """NaN in one weight: the probe and the model are named, and nothing is written."""
+    from safetensors.torch import load_file, save_file
+
+    place = write_model(tmp_path / "model", max_position_embeddings=512)
+    tensors = load_file(place / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    for name in ("attention-distance", "layer-niah"):
+        given = {"length": 512, "samples": 40} if name == "layer-niah" else {"length": 128, "samples": 1}
+        plan = plan_probe(str(place), [name], given, out=tmp_path / "out")
+        with pytest.raises(ModelError, match="not finite"):
+            run.measure(plan)

@@ -45,6 +45,21 @@ def test_a_preset_that_names_no_probe_is_refused(tmp_path):
         asked(["layer-niah"], {}, preset=str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layer-niah: 5", "got 5; allowed: fields"),
+        ("layer-niah: [a]", "allowed: fields"),
+        ("retrieval-heads: {smaples: 4}", "'smaples' is no field"),
+    ],
+)
+def test_a_preset_is_checked_whole(text, words, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(InputError, match=words):
+        asked(["positions", "layer-niah"], {}, preset=str(path))
+
+
 def test_all_leaves_out_what_follows_a_run(tmp_path):
     plan = plan_probe("tiny", ["all"], out=tmp_path / "out")
     assert [probe.probe for probe in plan.spec.probes] == [name for name in PROBES if name not in OF_A_RUN]
@@ -59,6 +74,9 @@ def test_all_leaves_out_what_follows_a_run(tmp_path):
         (["attention-distance"], {"attention-distance.lengths": ["1k"]}, "bears 512 tokens"),
         (["attention-distance"], {"length": 32}, "less than 64"),
         (["attention-distance"], {"data": "no-such-file.txt"}, "no-such-file"),
+        (["gradient-influence"], {"length": 128, "last": 129}, "last 129 positions of 128"),
+        (["retrieval-heads"], {"ablate": 9}, "ablate 9 masks as many heads and then as many others.*16 in all"),
+        (["all", "positions"], {}, "all stands alone"),
         (["receptive-field"], {"data": "grass"}, "repeated sentences"),
         (["receptive-field"], {"evaluator": "no-such-model"}, "no-such-model"),
     ],
