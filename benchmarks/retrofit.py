@@ -187,10 +187,10 @@ def _by_arm(arms: dict[str, list[Row]]) -> list[str]:
     names = [name for name in names if all(name in row for rows in arms.values() for row in rows)]
     shown = {name: "{:.0%}" if name.startswith("passkey") else "{:.3f}" for name in names}
     made = [
-        [arm, *(cell(rows, name, shown[name]) for name in names), cell(rows, "cpu_seconds", "{:.0f}")]
+        [arm, *(cell(rows, name, shown[name]) for name in names), cell(rows, "cpu_seconds", "{:.0f}"), str(len(rows))]
         for arm, rows in arms.items()
     ]
-    return table(["", *names, "CPU seconds"], made)
+    return table(["", *names, "CPU seconds", "seeds"], made)
 
 
 PARTS = {"heal": heal, "tiny": tiny, "ablation": ablation}

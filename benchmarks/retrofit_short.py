@@ -95,8 +95,8 @@ def report(rows: Rows) -> str:
         for part, name, found in arms:
             values = [middle(found, key) for key in names]
             cells = ["" if value is None else form.format(value) for value in values]
-            made.append([name, part, *cells, cell(found, "cpu_seconds", "{:.0f}")])
-        lines.extend(["", f"## {title}", "", *table(["", "", *columns, "CPU seconds"], made)])
+            made.append([name, part, *cells, cell(found, "cpu_seconds", "{:.0f}"), str(len(found))])
+        lines.extend(["", f"## {title}", "", *table(["", "", *columns, "CPU seconds", "seeds"], made)])
 
     shown("Passkeys found, by length in tokens", [f"passkey at {n:,}" for n in LENGTHS], "{:.0%}", heads)
     shown("Loss on held-out files, nats a token, by length", [f"loss at {n:,}" for n in LENGTHS], "{:.3f}", heads)
