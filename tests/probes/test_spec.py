@@ -38,6 +38,12 @@ def test_what_cannot_be_is_refused(names, given, error, words):
         asked(names, given)
 
 
+def test_a_fault_within_a_probe_is_one_fault():
+    with pytest.raises(SpecError) as caught:
+        asked(["layer-niah"], {"samples": 5})
+    assert caught.value.faults == ("probes.0.samples: got 5; allowed: at least 40",)
+
+
 def test_a_preset_that_names_no_probe_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("layer-nia: {samples: 100}\n")
