@@ -1,8 +1,8 @@
 """The weights of a finetune run at every step that is still on the disk: its start, its checkpoints, its result.
 
-A run removes its checkpoints when it is done, unless faults.keep_at_end. What is read here are fp32 masters by parameter
-name (train/checkpoint.py); of a run that trains adapters, A, B and the modules trained whole. All steps are looked at
-under the result's config, its positions and layout.
+A run removes its checkpoints when it is done, unless faults.keep_at_end. What is read here are fp32 masters by
+parameter name (train/checkpoint.py); of a run that trains adapters, A, B and the modules trained whole. All steps are
+looked at under the result's config, its positions and layout.
 """
 
 from __future__ import annotations
