@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Look inside a model before and after retrofit: every probe, with pictures (docs/probes.md says how to read them).
 #
-#     examples/look_inside.sh         # `tiny`, under five minutes on two CPU cores; everything goes to ./runs/inside
+#     examples/look_inside.sh         # `tiny`, a minute and a half on two CPU cores; all goes to ./runs/inside
 #
 # tiny becomes a hybrid whose layers 1 and 3 are full and lose their positions, and heals for 60 steps at its own
 # 512 tokens with itself as teacher, with a checkpoint every 10 steps to follow its heads through.

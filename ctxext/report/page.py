@@ -110,6 +110,8 @@ def _about(plan: ReportPlan) -> list[str]:
     lengths = sorted({length for block in plan.blocks for length in block.lengths if length})
     span = " to ".join(dict.fromkeys(map(format_tokens, lengths[:: max(1, len(lengths) - 1)])))
     compared = [f"{', '.join(labels)}{f' at {span} tokens' if lengths else ''}"] if labels else []
+    probed = dict.fromkeys(name for run in plan.runs if run.probes for name in run.probes.models)
+    compared += [f"{'a' if compared else 'A'} look inside {', '.join(probed)}"] if probed else []
     lines.append("; ".join([*compared, *([f"training of {', '.join(trained)}"] if trained else [])]) or "No results")
     kinds = [run.manifest.kind for run in plan.runs]
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))

@@ -111,6 +111,7 @@ def test_a_report_has_a_section_for_probes(tmp_path):
     written = write_report(plan)
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert len(written.pictures) == 6 and page.count("data:image/png;base64,") == 6
+    assert "A look inside after, before." in page and "No results" not in page
     assert "receptive-field, after and before" in page and "after: said beside." in page
     assert "<script>" not in page and "2&lt;script&gt;" in page and "<b>by" not in page
 
