@@ -41,18 +41,12 @@ def naive_attention(
 
 
 def attention_rows(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    at: torch.Tensor,
-    *,
-    sliding_window: int | None = None,
-    starts: torch.Tensor | None = None,
-    scale: float | None = None,
+    q: torch.Tensor, k: torch.Tensor, at: torch.Tensor, *, sliding_window: int | None = None, scale: float | None = None
 ) -> torch.Tensor:
     """What chosen queries see, as weights: q [B,H,R,D] at key indices at [B,R], k [B,K,S,D] -> fp32 [B,H,R,S].
 
-    starts [B] is the first key of each row that is no padding. The rows sum to 1; computed in fp32. Memory is
-    O(B H R S): a few rows of a long text, never all of them.
+    The rows sum to 1; computed in fp32. Memory is O(B H R S): a few rows of a long text, never all of them. Padding and
+    packed documents are not known here: rows of one length.
     """
     B, H, R, D = q.shape
     K, S = k.shape[1:3]
@@ -62,7 +56,5 @@ def attention_rows(
     seen = key <= at[..., None]  # [B,R,S]
     if sliding_window is not None:
         seen &= key > at[..., None] - sliding_window
-    if starts is not None:
-        seen &= key >= starts[:, None, None]
     scores *= D**-0.5 if scale is None else scale
     return scores.masked_fill_(~seen[:, None], float("-inf")).softmax(-1)

@@ -31,12 +31,6 @@ def test_chosen_rows_are_those_of_naive_attention(window):
     torch.testing.assert_close(given, truth.gather(2, at[:, None, :, None].expand(B, H, 3, T)))
 
 
-def test_padding_is_seen_by_no_row():
-    q, k = torch.randn(1, 2, 1, 4), torch.randn(1, 1, 9, 4)
-    weights = attention_rows(q, k, torch.tensor([[8]]), starts=torch.tensor([3]))
-    assert (weights[..., :3] == 0).all() and torch.allclose(weights.sum(-1), torch.ones(1, 2, 1))
-
-
 def test_watched_rows_come_in_turns_and_leave_the_model_alone(monkeypatch):
     subject = Subject(resolve("tiny"))
     ids = text_rows(subject.loaded.tokenizer, "embedded", 96, 2, 0)
