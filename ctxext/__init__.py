@@ -1,3 +1,20 @@
-"""ctxext takes a pretrained causal LM and makes it long."""
+"""ctxext takes a pretrained causal LM and makes it long. The commands are functions here (ctxext/api.py says more)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctxext.api import convert, evaluate, finetune, merge, probe, write_report
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "convert", "evaluate", "finetune", "merge", "probe", "write_report"]
+
+
+def __getattr__(name: str) -> Any:
+    """The functions, found when first asked for: `ctxext --help` pays for none of them."""
+    if name not in __all__:
+        raise AttributeError(f"module 'ctxext' has no attribute {name!r}")
+    from ctxext import api
+
+    return getattr(api, name)

@@ -100,7 +100,7 @@ def plan_eval(
     check_free(out, force, keep=[source.path for source in sources])
     if (out / REQUEST).is_file():
         with (out / REQUEST).open() as file:
-            _hold(file, out)
+            hold(file, out)
     return plan
 
 
@@ -110,18 +110,18 @@ def _unfinished(place: Path, plan: EvalPlan) -> bool:
         return False
     with (place / REQUEST).open() as file:
         try:
-            _hold(file, place)
+            hold(file, place)
             return bool(json.load(file) == plan.request)
         except (InputError, ValueError):
             return False
 
 
-def _hold(file: IO[str], out: Path) -> None:
+def hold(file: IO[str], out: Path, what: str = "evaluation") -> None:
     """Keep others from going on with `out` meanwhile; a file system without locks is taken as it is."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise InputError(f"{out} is being written by another evaluation", hint="give another --out") from None
+        raise InputError(f"{out} is being written by another {what}", hint="give another --out") from None
     except OSError:
         return
 
@@ -142,7 +142,7 @@ def eval_models(
         if not plan.resumes:
             (plan.out / REQUEST).write_text(json.dumps(plan.request, indent=2) + "\n", "utf-8")
         with (plan.out / REQUEST).open() as held:
-            _hold(held, plan.out)
+            hold(held, plan.out)
             try:
                 report = evaluate(
                     plan.sources, plan.spec, against=plan.against, place=plan.out, progress=progress, notice=notice

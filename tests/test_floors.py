@@ -22,6 +22,11 @@ FLOORS = {
     "pipeline": 7,
     "report": 7,
     "study": 7,
+    "api": 7,
+    "generation": 7,
+    "planning": 7,
+    "export": 7,
+    "doctor": 7,
     "cli": 8,
 }
 OUTSIDE_THE_FLOORS = {"", "__main__"}  # ctxext/__init__.py, which imports nothing, and the way in

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ctxext import __version__
-from ctxext.cli import console, convert, evaluate, finetune, merge, pretrain, probe, report, verify
+from ctxext.cli import console, convert, evaluate, finetune, merge, presets, pretrain, probe, report, run, verify
 
 app = typer.Typer(
     help="Take a pretrained causal LM and make it long: retrofit its layers, extend its context, prove it.",
@@ -43,3 +43,5 @@ app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
 app.command("probe", epilog=probe.EXAMPLES)(probe.probe)
 app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
 app.command("report", epilog=report.EXAMPLES)(report.report)
+app.command("run", epilog=run.EXAMPLES)(run.run)
+app.add_typer(presets.app, name="presets", help="What presets there are, what they say, and whether they are in order.")

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,14 @@ def progress() -> Iterator[Progress]:
     terminal = Console(stderr=True)
     with Progress(*columns, console=terminal, transient=True, disable=quiet or not terminal.is_terminal) as display:
         yield display
+
+
+@contextmanager
+def told(first: str) -> Iterator[Callable[[str, int | None, int | None], None]]:
+    """`progress` for one task: what is yielded is told what is done, how far, of how much."""
+    with progress() as display:
+        task = display.add_task(first, total=None, note="")
+        yield lambda what, done, total: display.update(task, description=what, completed=done, total=total)
 
 
 def quiet_libraries() -> None:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ctxext.cli import console
-from ctxext.errors import InputError
 
 if TYPE_CHECKING:
-    from ctxext.model.convert import ConversionPlan, ConversionReport
-    from ctxext.retrofit.layers import Request
     from ctxext.retrofit.planner import LayerPlan
 
 EXAMPLES = """Examples:\n
@@ -57,98 +53,38 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Turn most layers into small sliding windows and leave a few full, without touching the weights."""
-    from ctxext.model.convert import plan_conversion
+    from ctxext import api
 
-    auto = full_layers == "auto"
-    plan = plan_conversion(
+    plan = api.plan_convert(
         model,
         hybrid,
         out=out,
-        full_layers=None if auto else full_layers,
+        full_layers=full_layers,
         sliding_window=sliding_window,
         dtype=dtype,
         allow_pickle=allow_pickle,
         force=force,
     )
-    asked = {"budget": budget, "length": length, "calibration": calibration, "calibration-tokens": calibration_tokens}
-    request = _request(plan, auto, {**asked, "explain": explain or None, "i-know": i_know or None})
+    request = api.plan_layers(
+        plan,
+        full_layers,
+        budget=budget,
+        length=length,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        explain=explain or None,
+        i_know=i_know or None,
+    )
     console.quiet_libraries()
-    chosen = None if request is None else _choose(plan, request)
-    report = _run(plan, chosen, gate=gate, force=force)
+    with console.told("starting") as told:
+        chosen = api.layers_for(plan, request, console.say, told)
+        report = api.write_conversion(plan, chosen, gate=gate, force=force, say=console.say, told=told)
     if as_json:
         console.emit(report.as_dict() | ({} if chosen is None else {"planner": chosen.as_dict()}))
         return
     if chosen is not None:
         _print_choice(chosen, explain)
     console.pairs([*report.rows(), ("written to", report.out), ("seconds", f"{report.seconds:.1f}")])
-
-
-def _request(plan: ConversionPlan, auto: bool, asked: dict[str, Any]) -> Request | None:
-    """What the planner is asked for by its options (None: not given), checked before torch is imported."""
-    from ctxext.retrofit.layers import plan_request
-    from ctxext.units import parse_tokens
-
-    given = [name for name, value in asked.items() if value is not None]
-    if not auto:
-        if given:
-            raise InputError(f"--{given[0]} is for the planner", hint="add --full-layers auto")
-        return None
-    length, tokens = (None if asked[n] is None else parse_tokens(asked[n]) for n in ("length", "calibration-tokens"))
-    return plan_request(
-        plan.source.shape,
-        plan.source.kinds,
-        plan.hybrid,
-        plan.source.usable_length,
-        budget=asked["budget"],
-        length=length,
-        calibration=asked["calibration"],
-        tokens=tokens,
-        i_know=asked["i-know"] is not None,
-    )
-
-
-def _choose(plan: ConversionPlan, request: Request) -> LayerPlan:
-    from ctxext.retrofit.planner import choose_layers
-
-    console.say(f"measuring which layers of {plan.source.name} to keep full")
-    with console.progress() as display:
-        task = display.add_task("measuring", total=None, note="")
-        return choose_layers(
-            plan,
-            request,
-            progress=lambda what, done, total: display.update(
-                task, description=f"measuring {what}", completed=done, total=total
-            ),
-        )
-
-
-def _run(plan: ConversionPlan, chosen: LayerPlan | None, *, gate: bool, force: bool) -> ConversionReport:
-    from ctxext.model.convert import run_conversion, with_kinds
-
-    attachments: dict[str, bytes] = {}
-    facts: dict[str, object] = {}
-    if chosen is not None:
-        from ctxext.retrofit.picture import pareto_png
-
-        plan = with_kinds(plan, chosen.kinds)
-        facts["planner"] = chosen.facts()
-        attachments = {
-            "retrofit.json": (json.dumps(chosen.as_dict(), indent=2) + "\n").encode(),
-            "pareto.png": pareto_png(chosen),
-        }
-    console.say(f"converting {plan.source.name} to {plan.out}")
-    with console.progress() as display:
-        task = display.add_task("copying weights", total=None, note="")
-        return run_conversion(
-            plan,
-            gate=gate,
-            force=force,
-            attachments=attachments,
-            facts=facts,
-            progress=lambda done, total: display.update(
-                task, completed=done, total=total, description="proving" if done == total else "copying weights"
-            ),
-        )
 
 
 def _print_choice(chosen: LayerPlan, explain: bool) -> None:

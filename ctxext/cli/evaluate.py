@@ -90,14 +90,8 @@ def _run(
     if plan.resumes:
         console.say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
     console.quiet_libraries()
-    with console.progress() as display:
-        task = display.add_task("loading", total=None, note="")
-        report = eval_models(
-            plan,
-            force=force,
-            progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total),
-            notice=console.say,
-        )
+    with console.told("loading") as told:
+        report = eval_models(plan, force=force, progress=told, notice=console.say)
     if as_json:
         console.emit(report.to_dict())
     else:

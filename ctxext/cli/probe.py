@@ -61,13 +61,8 @@ def probe(
     console.quiet_libraries()
     from ctxext.probes import run
 
-    with console.progress() as display:
-        task = display.add_task("loading", total=None, note="")
-        report = run.measure(
-            plan,
-            lambda what, done, total: display.update(task, description=what, completed=done, total=total),
-            console.say,
-        )
+    with console.told("loading") as told:
+        report = run.measure(plan, told, console.say)
     pictures = run.write(plan, report)
     if as_json:
         console.emit(asdict(report))

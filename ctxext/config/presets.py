@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,6 +111,36 @@ def names(kind: str) -> list[str]:
     """The names `find` knows for a kind, sorted."""
     found = {path.stem for root in _roots(kind) for path in root.glob("*.yaml")}
     return sorted(name for name in found if _NAME.fullmatch(name))
+
+
+def kinds(kind: str | None = None) -> tuple[str, ...]:
+    """All kinds, or the one that is named. Raises InputError for one that is not known."""
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"no presets of kind {kind!r}; allowed: {', '.join(KINDS)}")
+    return KINDS if kind is None else (kind,)
+
+
+def parted(name: str) -> tuple[str, str]:
+    """ "finetune/heal" as its kind and name; of a file, or a name of one kind alone, the kind is found.
+
+    Raises InputError where no kind has the name, or several have.
+    """
+    kind, slash, rest = name.partition("/")
+    if slash and kind in KINDS:
+        return kind, rest
+    if _looks_like_a_path(name) and Path(name).parent.name in KINDS:
+        return Path(name).parent.name, name
+    having = [kind for kind in KINDS if name in names(kind)]
+    if len(having) == 1:
+        return having[0], name
+    found = f"{name} is a preset of {' and '.join(having)}" if having else f"no preset is named {name!r}"
+    raise InputError(found, hint=f"write KIND/NAME; kinds are {', '.join(KINDS)}")
+
+
+def comment(kind: str, name: str) -> str:
+    """What a preset's own comment at its top says, as one line."""
+    lines = find(kind, name).path.read_text("utf-8").splitlines()
+    return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
 
 
 def model_preset(preset: Preset) -> ModelPreset:

@@ -37,7 +37,8 @@ from typing import Any
 import psutil
 
 from ctxext.errors import CheckFailed, CtxextError, DataError, EnvironmentFault, InputError, ModelError
-from ctxext.train.parallel import Launch, gpus
+from ctxext.train.parallel import Launch, gpus, plan_launch
+from ctxext.train.plan import RunPlan, divided
 
 LAUNCH, LOGS = "launch.json", "logs"
 EVENTS, REPORT, DIED, STOP = "events.jsonl", "report.json", "died.json", "stop"  # in LOGS
@@ -70,6 +71,21 @@ class Death:
     def words(self) -> str:
         how = f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
         return f"{self.name} died ({how})"
+
+
+def launched(
+    plan: RunPlan,
+    zero: str | None,
+    nproc: int | None,
+    hostfile: Path | None,
+    *,
+    resume: bool = False,
+    repeats: Path | None = None,
+) -> tuple[RunPlan, Launch | None]:
+    """On how many processes a plan runs (`repeats`: as that run did), and the plan with the memory of one of them."""
+    before = Launch.read(repeats / LAUNCH) if repeats and (repeats / LAUNCH).is_file() else None
+    launch = plan_launch(plan, zero, nproc, hostfile, resume=resume, repeats=before)
+    return (divided(plan, launch.partition) if launch else plan), launch
 
 
 def launch_run(run: Path, launch: Launch, say: Callable[[str], None], on_step: Callable[[Any], None]) -> dict[str, Any]:

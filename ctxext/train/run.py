@@ -10,22 +10,61 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from ctxext.config import manifest as manifests
+from ctxext.config import presets
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
 from ctxext.config.output import check_free
 from ctxext.data.documents import EMBEDDED, SELF, fingerprint
 from ctxext.errors import InputError, ModelError
-from ctxext.model.source import ModelSource, from_directory
+from ctxext.model.source import ModelSource, from_directory, resolve
 from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.spec import DataSpec, FinetuneSpec
 from ctxext.train.teacher import teacher_weights
+from ctxext.units import parse_tokens
 
 SPEC_FILE = "spec.yaml"
+
+
+def asked_fields(
+    ctx: str | int | None, data: str | None, steps: int | None, original_length: str | int | None
+) -> dict[str, Any]:
+    """What is asked for most often, as fields of the spec; None is not given. "8k,32k" are a stage and the last ctx."""
+    given = {"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}
+    fields = {name: value for name, value in given.items() if value is not None}
+    if isinstance(ctx, str) and "," in ctx:
+        *fields["stages"], fields["ctx"] = [part.strip() for part in ctx.split(",")]
+    return fields
+
+
+def plan_asked(
+    model: str | None,
+    preset: str,
+    given: Mapping[str, Any],
+    *,
+    needs_weights: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunPlan:
+    """The plan of a preset with `given` over it, fields by dotted path; without `model`, of the newest conversion."""
+    fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
+    for key, value in given.items():
+        set_value(fields, key, value)
+    if "ctx" not in fields and not fields.get("distill"):
+        raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
+    if model is None:
+        model = str(manifests.newest(manifests.RUNS, ("conversion", "model")))
+        say(f"no MODEL given: taking the newest, {model}")
+    source = resolve(model, weights=needs_weights)
+    given_length = fields.get("original_length")
+    length = source.original_length if given_length is None else parse_tokens(given_length)
+    if "ctx" not in fields and length is not None:
+        fields["ctx"] = length
+        say(f"no --ctx given: healing at {length:,} tokens, the length it was first trained at")
+    return plan_run(source, build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)"))
 
 
 def start_run(plan: RunPlan, run: Path) -> None:
@@ -124,7 +163,7 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
         raise InputError(f"{run} is finished", hint="ctxext eval or ctxext merge it")
     start = _read(run)
     new = _changed(start.spec, changes or {})
-    differ = _differences(asdict(start.spec), asdict(new))
+    differ = differences(asdict(start.spec), asdict(new))
     if differ and not accept:
         raise InputError(
             f"{run} was started with another spec: {', '.join(differ)}",
@@ -190,12 +229,13 @@ def _changed(old: FinetuneSpec, changes: Mapping[str, Any]) -> FinetuneSpec:
     return build(FinetuneSpec, fields, source="the run's spec with what was given")
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """What changed from one mapping to another, by dotted path, in words."""
     found = []
     for name in old | new:
         a, b = old.get(name), new.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{name}.")
+            found += differences(a, b, f"{prefix}{name}.")
         elif a != b:
             found.append(f"{prefix}{name} was {a}, is {b}")
     return found

@@ -22,6 +22,10 @@ COMMANDS = {
     "--json",
     "pretrain": "--preset --out --force",
     "report": "--out --title --force --json",
+    "run": "--set --from --dry-run --untrusted --out --force --json",
+    "presets list": "--json",
+    "presets show": "--json",
+    "presets validate": "--json",
 }
 
 
@@ -39,14 +43,18 @@ def test_the_commands_and_their_options_are_these():
     from ctxext.cli.app import app
 
     group = typer.main.get_command(app)
+    commands = {}
+    for name, command in group.commands.items():
+        below = getattr(command, "commands", None)
+        commands |= {f"{name} {sub}": of for sub, of in below.items()} if below else {name: command}
     found = {
         name: {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")}
-        for name, command in group.commands.items()
+        for name, command in commands.items()
     }
     assert found == {name: set(options.split()) for name, options in COMMANDS.items()}
 
 
-@pytest.mark.parametrize("arguments", [["--help"], *[[name, "--help"] for name in COMMANDS]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], *[[*name.split(), "--help"] for name in COMMANDS]], ids=" ".join)
 def test_help_imports_no_torch(arguments, tmp_path):
     code = (
         "import sys, atexit; from ctxext.cli import main\n"

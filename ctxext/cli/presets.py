@@ -1,0 +1,77 @@
+"""ctxext presets"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ctxext.cli import console
+
+EXAMPLES = """Examples:\n
+  ctxext presets list\n
+  ctxext presets list finetune\n
+  ctxext presets show finetune/heal\n
+  ctxext presets validate"""
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+
+
+@app.command("list", epilog=EXAMPLES)
+def list_(
+    kind: Annotated[
+        str | None, typer.Argument(help="models, hybrid, finetune, pretrain, eval, probe or pipelines [default: all]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print names and comments as JSON")] = False,
+) -> None:
+    """Every preset by kind, with what its own comment says first."""
+    from ctxext.config import presets
+
+    rows = [(f"{one}/{name}", presets.comment(one, name)) for one in presets.kinds(kind) for name in presets.names(one)]
+    if as_json:
+        console.emit([{"name": name, "comment": comment} for name, comment in rows])
+        return
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, comment in rows:
+        print(f"{name.ljust(width)}  {comment.partition('. ')[0].rstrip('.')}")
+
+
+@app.command("show", epilog=EXAMPLES)
+def show(
+    name: Annotated[
+        str, typer.Argument(metavar="KIND/NAME", help="As `ctxext presets list` prints it, or a YAML file")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print what it sets as JSON")] = False,
+) -> None:
+    """What a preset says: why, in its comment, and what differs from the defaults."""
+    from ctxext.config import presets
+
+    found = presets.find(*presets.parted(name))
+    if as_json:
+        comment = presets.comment(found.kind, name.partition("/")[2])
+        console.emit(
+            {"name": f"{found.kind}/{found.name}", "path": str(found.path), "comment": comment, "sets": found.data}
+        )
+        return
+    console.say(str(found.path))
+    print(found.path.read_text("utf-8").rstrip())
+
+
+@app.command("validate", epilog=EXAMPLES)
+def validate(
+    name: Annotated[str | None, typer.Argument(metavar="KIND/NAME", help="One preset [default: all]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every fault as JSON")] = False,
+) -> None:
+    """Read presets as the commands do; exit code 1 when one has a fault."""
+    from ctxext.errors import CheckFailed
+    from ctxext.study.presets import validated
+
+    found = validated(name)
+    if as_json:
+        console.emit([{"name": name, "faults": faults} for name, faults in found])
+    else:
+        for name, faults in found:
+            print("\n  ".join([f"{name}: {'in order' if not faults else f'{len(faults)} faults'}", *faults]))
+    bad = [name for name, faults in found if faults]
+    if bad:
+        raise CheckFailed(f"presets with faults: {', '.join(bad)}", hint="mend the YAML at the paths above")

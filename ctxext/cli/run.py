@@ -1,0 +1,83 @@
+"""ctxext run"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ctxext.cli import console
+
+if TYPE_CHECKING:
+    from ctxext.study.run import Plan
+
+EXAMPLES = """Examples:\n
+  ctxext run retrofit-100k --set model=llama3.1-8b --set data=books/ --dry-run\n
+  ctxext run extend-32k --set model=./my-model --set data=books/ --out ./long\n
+  ctxext run retrofit-100k --from heal --force\n
+  ctxext run sweep.yaml --set over.rank=[8,16,32]"""
+
+
+def run(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline preset or a YAML file")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="One of its values, as name=value, or any part by its path; may be repeated"),
+    ] = None,
+    begin: Annotated[
+        str | None, typer.Option("--from", help="Run this step and those after it anew; take those before as they are")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every step as it would run, and stop")] = False,
+    untrusted: Annotated[
+        bool, typer.Option("--untrusted", help="Refuse paths and links that lead out of the working directory")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Output directory, the same to go on [default: ./runs/<name>]")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs that are of other inputs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the jobs, or the results, as JSON")] = False,
+) -> None:
+    """Run named steps over the same functions as the commands; what is done and unchanged is skipped."""
+    from ctxext.config.loader import assignments
+    from ctxext.study.pipeline import read_pipeline
+    from ctxext.study.run import plan_pipeline, run_pipeline
+
+    read = read_pipeline(pipeline, assignments(set_ or [], example="model=./my-model"))
+    plan = plan_pipeline(read, out, begin=begin, force=force, trusted=not untrusted)
+    if dry_run:
+        _show_plan(plan, as_json)
+        return
+    console.quiet_libraries()
+    with console.told("starting") as told:
+        found = run_pipeline(plan, say=console.say, told=told)
+    if found is None:
+        console.say("stopped; the same command goes on")
+        raise typer.Exit(130)
+    if as_json:
+        console.emit(asdict(found))
+        return
+    console.table(found.JOBS, found.job_rows())
+    if found.rows:
+        print()
+        console.table(found.header, found.rows)
+    console.say(f"written to {plan.out}: results.md, results.json")
+
+
+def _show_plan(plan: Plan, as_json: bool) -> None:
+    jobs = [
+        {"job": job.id, "command": job.command, "standing": plan.standings[job.id], "arguments": job.arguments}
+        for job in plan.pipeline.jobs
+    ]
+    if as_json:
+        console.emit({"name": plan.pipeline.name, "out": str(plan.out), "jobs": jobs})
+        return
+    words = {"new": "runs", "waits": "runs", "again": "runs anew", "changed": "runs anew, replacing",
+             "unfinished": "goes on", "done": "done, skipped", "taken": "taken as it is"}  # fmt: skip
+    rows = [
+        (job.id, job.command, words[plan.standings[job.id]], " ".join(f"{k}={v}" for k, v in job.arguments.items()))
+        for job in plan.pipeline.jobs
+    ]
+    for name, command, standing, arguments in rows:
+        print(f"{name}  ({command}; {standing})\n    {arguments}")

@@ -1,0 +1,177 @@
+"""A pipeline's YAML -> jobs: every step at every cell of its matrix, checked as far as text can be. No torch.
+
+values: {model: tiny, ctx: 2k}            # names that steps take, and that --set NAME=VALUE changes
+over: {hybrid: [swa128-nope, SSSN]}       # a matrix: what names one of these, itself or by a step, runs for each
+steps:
+  convert: {command: convert, model: "${model}", hybrid: "${hybrid}"}
+  measure: {command: eval, models: ["${model}", "${convert}"], suite: smoke}
+  page: {command: report, runs: ["${measure[*]}"]}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from ctxext.config import presets
+from ctxext.config.loader import build, set_value, spec
+from ctxext.errors import SpecError
+from ctxext.study import steps
+from ctxext.study.flow import filled, malformed, references
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+MOST_JOBS = 1000
+PARTS = ("values", "over", "steps")
+Axis = str | int | float | bool
+
+
+@spec
+class PipelineSpec:
+    """The file. A step is a mapping with its `command` and that command's arguments."""
+
+    steps: dict[str, dict[str, Any]]
+    values: dict[str, Any] = field(default_factory=dict)
+    over: dict[str, list[Axis]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step at one cell.
+
+    id         the step, and the cell's values where it has some: the name of its output
+    arguments  with values and axes filled in; references to steps stand until these are done
+    uses       of the steps it refers to: which job of each
+    collects   of the steps it refers to with [*]: all jobs
+    """
+
+    id: str
+    step: str
+    command: str
+    cell: dict[str, Axis]
+    arguments: dict[str, Any]
+    uses: dict[str, str] = field(default_factory=dict)
+    collects: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Jobs in the order in which they run."""
+
+    name: str
+    values: dict[str, Any]
+    over: dict[str, list[Axis]]
+    jobs: tuple[Job, ...]
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(job.step for job in self.jobs))
+
+
+def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeline:
+    """The pipeline of a preset's name or a YAML file. `changes`: values by name, or any part by its dotted path.
+
+    Raises SpecError with every fault, each with its path; InputError for a file that is not there.
+    """
+    found = presets.find("pipelines", name)
+    data = {part: dict(value) if isinstance(value, dict) else value for part, value in found.data.items()}
+    values = data.get("values") or {}
+    faults = []
+    for path, value in (changes or {}).items():
+        if path.split(".")[0] in PARTS:
+            set_value(data, path, value)
+        elif path.split(".")[0] in values:
+            set_value(data, f"values.{path}", value)
+        else:
+            faults.append(f"--set {path}: no value has this name; there are {', '.join(values) or 'none'}")
+    if faults:
+        raise SpecError(str(found.path), faults)
+    pipeline = build(PipelineSpec, data, source=str(found.path))
+    faults = [*_name_faults(pipeline), *_reference_faults(pipeline)]
+    if not faults:
+        jobs = _jobs(pipeline)
+        faults = list(dict.fromkeys(fault for job in jobs for fault in _job_faults(job)))
+    if faults:
+        raise SpecError(str(found.path), faults)
+    return Pipeline(found.name, pipeline.values, pipeline.over, tuple(jobs))
+
+
+def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
+    if not pipeline.steps:
+        yield "steps: none; allowed: at least one"
+    for part in PARTS:
+        for name in getattr(pipeline, part):
+            if not NAME.fullmatch(name):
+                yield f"{part}.{name}: allowed are names of letters, digits, - and _"
+            if any(name in getattr(pipeline, other) for other in PARTS[: PARTS.index(part)]):
+                yield f"{part}.{name}: the name is taken by a value or an axis"
+    for name, axis in pipeline.over.items():
+        if not axis or len({_slug(value) for value in axis}) < len(axis):
+            yield f"over.{name}: {'empty' if not axis else 'a value stands twice'}; allowed: a list of different values"
+    for name, step in pipeline.steps.items():
+        if step.get("command") not in steps.SPECS:
+            given = step.get("command", "none")
+            yield f"steps.{name}.command: got {given!r}; allowed: {', '.join(steps.SPECS)}"
+    cells = 1
+    for axis in pipeline.over.values():
+        cells *= len(axis)
+    if cells * len(pipeline.steps) > MOST_JOBS:
+        yield f"over: {cells:,} cells of {len(pipeline.steps)} steps; allowed: {MOST_JOBS:,} in all"
+
+
+def _reference_faults(pipeline: PipelineSpec) -> Iterator[str]:
+    for name, value in pipeline.values.items():
+        if next(references(value), None):
+            yield f"values.{name}: a value refers to nothing; write the reference where the value is used"
+    before: list[str] = []
+    for name, step in pipeline.steps.items():
+        for text in malformed(step):
+            yield f"steps.{name}: {text!r} holds no reference; allowed: ${{name}}, ${{step.key}}, ${{step[*]}}"
+        for reference in references(step):
+            known = [*before, *([] if reference.every else [*pipeline.values, *pipeline.over])]
+            if reference.name not in known:
+                later = reference.name in pipeline.steps
+                why = "a step that does not come before" if later else "no value, axis or step has this name"
+                yield f"steps.{name}: {reference.text}: {why}; there are {', '.join(known) or 'none'}"
+        before.append(name)
+    used = {reference.name for step in pipeline.steps.values() for reference in references(step)}
+    for part in ("values", "over"):
+        yield from (f"{part}.{name}: no step uses it" for name in getattr(pipeline, part) if name not in used)
+
+
+def _jobs(pipeline: PipelineSpec) -> list[Job]:
+    jobs: list[Job] = []
+    axes: dict[str, tuple[str, ...]] = {}  # that a step depends on
+    for name, step in pipeline.steps.items():
+        found = [reference for reference in references(step) if not reference.every]
+        own = {reference.name for reference in found} & set(pipeline.over)
+        own |= {axis for reference in found for axis in axes.get(reference.name, ())}
+        axes[name] = tuple(axis for axis in pipeline.over if axis in own)
+        for values in product(*(pipeline.over[axis] for axis in axes[name])):
+            cell = dict(zip(axes[name], values, strict=True))
+            arguments = filled({key: value for key, value in step.items() if key != "command"}, pipeline.values | cell)
+            uses = {r.name: _id(r.name, {axis: cell[axis] for axis in axes[r.name]}) for r in found if r.name in axes}
+            every = {reference.name for reference in references(step) if reference.every}
+            collects = {other: tuple(job.id for job in jobs if job.step == other) for other in every}
+            jobs.append(Job(_id(name, cell), name, step["command"], cell, arguments, uses, collects))
+    return jobs
+
+
+def _job_faults(job: Job) -> list[str]:
+    """What is wrong with a job's arguments; a reference to a step is taken for text."""
+    where = f"steps.{job.step}"
+    try:
+        step = steps.read(job.command, job.arguments, source=where)
+    except SpecError as error:
+        return [f"{where}.{fault}" for fault in error.faults]
+    return [f"{where}: {fault}" for fault in steps.faults(job.command, step)]
+
+
+def _id(step: str, cell: Mapping[str, Axis]) -> str:
+    return ".".join([step, *(_slug(value) for value in cell.values())])
+
+
+def _slug(value: Axis) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", str(value)).strip("-") or "empty"

@@ -1,0 +1,50 @@
+"""Presets read as the commands read them: the faults of each, none where it is in order. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ctxext.config import presets
+from ctxext.config.loader import build
+from ctxext.errors import CtxextError, SpecError
+from ctxext.study import steps
+from ctxext.study.pipeline import read_pipeline
+
+
+def _pretrain(name: str) -> Any:
+    from ctxext.train.pretrain import PretrainSpec
+
+    found = presets.find("pretrain", name)
+    return build(PretrainSpec, found.data, source=str(found.path))
+
+
+def _probe(name: str) -> Any:
+    return steps.resolved("probe", steps.Probe(model="tiny", preset=name))
+
+
+READ: dict[str, Callable[[str], Any]] = {
+    "models": lambda name: presets.model_preset(presets.find("models", name)),
+    "hybrid": lambda name: steps.resolved("convert", steps.Convert(model="tiny", hybrid=name)),
+    "finetune": lambda name: steps.resolved("finetune", steps.Finetune(model="tiny", preset=name)),
+    "pretrain": _pretrain,
+    "eval": lambda name: steps.resolved("eval", steps.Evaluate(models="tiny", suite=name)),
+    "probe": _probe,
+    "pipelines": read_pipeline,
+}
+
+
+def validated(name: str | None = None) -> list[tuple[str, list[str]]]:
+    """KIND/NAME and its faults, of one preset or of all there are."""
+    given = [presets.parted(name)] if name else [(kind, one) for kind in presets.KINDS for one in presets.names(kind)]
+    return [(f"{kind}/{one}", _faults(kind, one)) for kind, one in given]
+
+
+def _faults(kind: str, name: str) -> list[str]:
+    try:
+        READ[kind](name)
+    except SpecError as error:
+        return list(error.faults)
+    except CtxextError as error:
+        return [error.message]
+    return []

@@ -1,0 +1,193 @@
+"""A pipeline carried out: jobs one after the other, what is done skipped, what was begun gone on with. No torch.
+
+<out>/pipeline.json     the pipeline as it was read, locked while it runs
+<out>/<job>/            a step's output, as its command makes it
+<out>/state/<job>.json  what it was asked, what it read, what it reported
+<out>/results.json, results.md, ctxext.json   when all is done
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ctxext import api
+from ctxext.config import manifest as manifests
+from ctxext.errors import CtxextError, InputError
+from ctxext.pipeline import hold
+from ctxext.study import state, steps
+from ctxext.study.flow import filled
+from ctxext.study.pipeline import Job, Pipeline
+from ctxext.study.results import Results, results
+from ctxext.study.trust import check_inside
+from ctxext.train.run import differences
+
+FILE = "pipeline.json"
+RUNS: dict[str, Callable[..., Any]] = {
+    "convert": api.convert,
+    "finetune": api.finetune,
+    "eval": api.evaluate,
+    "probe": api.probe,
+    "merge": api.merge,
+    "report": api.write_report,
+}
+TELLS = {"convert": ("say", "told"), "finetune": ("say", "on_step"), "eval": ("say", "told"), "probe": ("say", "told"),
+         "merge": ("say",), "report": ()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pipeline and where it goes. `standings` are those of jobs whose inputs are known; `waits` for others' outputs.
+
+    begin    the step to begin at: those before it are taken as they are, it and those after it run anew
+    trusted  False: no path, and no link, may lead out of the working directory
+    """
+
+    pipeline: Pipeline
+    out: Path
+    begin: str | None
+    force: bool
+    trusted: bool
+    standings: dict[str, str]
+
+
+def plan_pipeline(
+    pipeline: Pipeline, out: Path | None = None, *, begin: str | None = None, force: bool = False, trusted: bool = True
+) -> Plan:
+    """Where every job stands; nothing is written.
+
+    Raises InputError where a finished output is of other inputs and `force` does not say to replace it, and for a
+    `begin` whose earlier steps are not done.
+    """
+    out = out or manifests.RUNS / pipeline.name
+    if begin is not None and begin not in pipeline.steps:
+        raise InputError(f"--from {begin}: no step has this name; there are {', '.join(pipeline.steps)}")
+    if out.exists() and not (out / FILE).is_file():
+        raise InputError(f"{out} exists and is no pipeline's output", hint="give another --out")
+    standings: dict[str, str] = {}
+    for job in pipeline.jobs:
+        if begin is not None:
+            early = pipeline.steps.index(job.step) < pipeline.steps.index(begin)
+            standings[job.id] = _taken(out, job) if early else "again"
+        elif any(standings[other] != "done" for other in _needs(job)):
+            standings[job.id] = "waits"
+        else:
+            standings[job.id] = _standing(job, pipeline, out, force, trusted)
+    return Plan(pipeline, out, begin, force, trusted, standings)
+
+
+def _taken(out: Path, job: Job) -> str:
+    record = state.read(out, job)
+    if record is None or not record["done"] or not (out / job.id).exists():
+        raise InputError(f"--from: {job.id} comes before and is not done", hint="begin there, or earlier")
+    return "taken"
+
+
+def _standing(job: Job, pipeline: Pipeline, out: Path, force: bool, trusted: bool) -> str:
+    record = state.read(out, job)
+    asked = state.request(job, _filled(job, _reports(pipeline, out, job), out, trusted))
+    found = state.standing(record, asked, out / job.id)
+    if found == "changed" and not force:
+        moved = differences(record["request"], asked) if record else ["it is not of this pipeline"]
+        raise InputError(
+            f"{out / job.id} is there, and not what is asked for: {'; '.join(moved) or 'its files changed since'}",
+            hint="give --force to run the step again and replace it, or another --out",
+        )
+    return found
+
+
+def run_pipeline(plan: Plan, *, say: api.Say = api._nobody, told: api.Told = api._nobody) -> Results | None:
+    """Every job in its turn, then the results on disk. None where training was interrupted: the same call goes on.
+
+    Errors are those of the commands, with the step's name before them; what was done stays done.
+    """
+    plan.out.mkdir(parents=True, exist_ok=True)
+    about = {"name": plan.pipeline.name, "values": plan.pipeline.values, "over": plan.pipeline.over}
+    with (plan.out / FILE).open("a+") as file:
+        hold(file, plan.out, "pipeline")
+        (plan.out / FILE).write_text(json.dumps(state.plain(about), indent=2) + "\n", "utf-8")
+        outcomes: dict[str, str] = {}
+        for number, job in enumerate(plan.pipeline.jobs, 1):
+            say(f"[{number}/{len(plan.pipeline.jobs)}] {job.id}: {job.command}")
+            try:
+                outcomes[job.id] = _job(plan, job, say, told)
+            except CtxextError as error:
+                error.message = f"step {job.id}: {error.message}"
+                error.args = (error.message,)
+                raise
+            if outcomes[job.id] == "interrupted":
+                return None
+        found = results(plan.pipeline, plan.out, outcomes)
+        (plan.out / "results.json").write_text(json.dumps(asdict(found), indent=2) + "\n", "utf-8")
+        (plan.out / "results.md").write_text(found.markdown(), "utf-8")
+        facts = {"jobs": outcomes, "seconds": found.seconds}
+        manifests.write(plan.out, manifests.new("pipeline", spec=state.plain(about), parents={}, facts=facts))
+    return found
+
+
+def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
+    """Run, resume or skip one job: `ran`, `resumed`, `skipped`, `taken` or `interrupted`."""
+    if plan.standings[job.id] == "taken":
+        return "taken"
+    out, record = plan.out / job.id, state.read(plan.out, job)
+    step = _filled(job, _reports(plan.pipeline, plan.out, job), plan.out, plan.trusted)
+    asked = state.request(job, step)
+    standing = "again" if plan.standings[job.id] == "again" else state.standing(record, asked, out)
+    if standing == "done":
+        say(f"  as asked and unchanged: {out}")
+        return "skipped"
+    resume = standing == "unfinished" and job.command == "finetune" and _resumable(out)
+    keep = resume or (standing == "unfinished" and job.command == "eval")
+    state.write(plan.out, job, {"request": asked, "done": False, "report": None, "seconds": None, "output": None})
+    began = time.monotonic()
+    report = _call(job.command, step, out, resume, not keep, say, told)
+    if getattr(report, "finished", True) is False:
+        return "interrupted"
+    told_of = state.plain(report.to_dict() if hasattr(report, "to_dict") else asdict(report)) | {"out": str(out)}
+    done = {"request": asked, "done": True, "report": told_of, "seconds": round(time.monotonic() - began, 1)}
+    state.write(plan.out, job, done | {"output": state.plain(state.stamp(str(out)))})
+    return "resumed" if keep and record is not None else "ran"
+
+
+def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: api.Say, told: api.Told) -> Any:
+    given = {field.name: getattr(step, field.name) for field in fields(step)}
+    steps_told = {"say": say, "told": told, "on_step": lambda metrics: told("training", metrics.step, 0)}
+    heard = {name: steps_told[name] for name in TELLS[command]}
+    if command == "finetune":
+        given["resume"] = resume
+    return RUNS[command](**given, **heard, out=out, force=force)
+
+
+def _resumable(out: Path) -> bool:
+    """A training that began and did not end: one that ended is done, and one without its spec never began."""
+    return (out / "spec.yaml").is_file() and not (out / manifests.FILE_NAME).exists()
+
+
+def _filled(job: Job, reports: tuple[dict[str, Any], dict[str, list[str]]], out: Path, trusted: bool) -> Any:
+    """The job's spec with what earlier steps found. Raises InputError for what they did not find."""
+    try:
+        arguments = filled(job.arguments, *reports)
+    except LookupError as error:
+        raise InputError(f"step {job.id}: {error.args[0]}") from None
+    step = steps.read(job.command, arguments, source=f"step {job.id}")
+    if not trusted:
+        check_inside(job, step, out)
+    return step
+
+
+def _reports(pipeline: Pipeline, out: Path, job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """What the steps that a job refers to reported, and the outputs of all cells of those it collects."""
+    by_id = {other.id: other for other in pipeline.jobs}
+    known: dict[str, Any] = {}
+    for name, other in job.uses.items():
+        record = state.read(out, by_id[other])
+        known[name] = (record["report"] if record else None) or {"out": str(out / other)}
+    return known, {name: [str(out / other) for other in jobs] for name, jobs in job.collects.items()}
+
+
+def _needs(job: Job) -> list[str]:
+    return [*job.uses.values(), *(other for jobs in job.collects.values() for other in jobs)]

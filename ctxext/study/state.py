@@ -1,0 +1,141 @@
+"""What is done of a pipeline: a file a job, with what was asked, what was read, and what came out. No torch.
+
+<out>/state/<job>.json   {"request", "done", "report", "seconds", "output"}
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ctxext import __version__
+from ctxext.config import manifest as manifests
+from ctxext.data.documents import EMBEDDED, fingerprint
+from ctxext.errors import ModelError
+from ctxext.model.source import resolve
+from ctxext.study import steps
+from ctxext.study.pipeline import Job
+
+FOLDER = "state"
+LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is compared
+
+Standing = Literal["new", "unfinished", "done", "changed"]
+
+
+def request(job: Job, step: Any) -> dict[str, Any]:
+    """What makes two runs of a job the same: its arguments, what its presets say, all that it reads, the version."""
+    meant = steps.resolved(job.command, step)
+    arguments = asdict(step)
+    named = {name: value for name, value in arguments.items() if name in steps.MODELS and value is not None}
+    reads = {
+        name: [stamp(one) for one in ([value] if isinstance(value, str) else value)] for name, value in named.items()
+    }
+    return plain(
+        {
+            "command": job.command,
+            "arguments": arguments,
+            "means": meant,
+            "reads": {**reads, **_texts(job.command, meant, arguments)},
+            "ctxext": __version__,
+        }
+    )
+
+
+def stamp(name: str) -> Any:
+    """A directory by the content of its files, with that of the base it names; a model's name where there is none."""
+    path: Path | None = Path(name)
+    if not Path(name).is_dir():
+        path = resolve(name, weights=False).path
+    if path is None:
+        return name
+    weights = manifests.weight_hashes(path)
+    small = [file for file in sorted(path.iterdir()) if file.is_file() and file.name not in weights]
+    files = {file.name: _sha256(file) for file in small if file.stat().st_size <= LARGEST}
+    manifest = manifests.read(path)
+    base = manifest.parents.get("base") if manifest else None
+    return {"weights": weights, "files": files, **({"base": base["weights"]} if base else {})}
+
+
+def standing(record: dict[str, Any] | None, asked: dict[str, Any], out: Path) -> Standing:
+    """How far a job is: `done` as asked, begun and `unfinished`, of other inputs or tampered with, or `new`."""
+    if record is None:
+        return "changed" if out.exists() else "new"
+    if record["request"] != asked:
+        return "changed" if record["done"] and out.exists() else "new"
+    if not record["done"]:
+        return "unfinished"
+    if not out.exists():
+        return "new"
+    return "done" if plain(stamp(str(out))) == record["output"] else "changed"
+
+
+def read(root: Path, job: Job) -> dict[str, Any] | None:
+    """What is known of a job. Raises ModelError where its file is broken."""
+    path = root / FOLDER / f"{job.id}.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_bytes())
+        if {"request", "done", "report", "seconds", "output"} <= record.keys():
+            return dict(record)
+        reason = "a key is missing"
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        reason = str(error)
+    raise ModelError(f"{path} is broken: {reason}", hint="remove it, and the step runs again")
+
+
+def write(root: Path, job: Job, record: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    path = root / FOLDER / f"{job.id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    partial.rename(path)
+
+
+def plain(data: Any) -> Any:
+    """Data as JSON gives it back; a number that is not finite becomes text."""
+    return json.loads(json.dumps(_finite(data), default=_mapped))
+
+
+def _mapped(value: Any) -> Any:
+    return _finite(asdict(value)) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
+        return str(data)
+    if isinstance(data, dict):
+        return {str(key): _finite(value) for key, value in data.items()}
+    return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
+
+
+def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Of the text that a step reads, what tells whether it changed."""
+    if command == "finetune":
+        from ctxext.train.run import data_hash
+
+        teacher = teacher_of(meant)
+        return {"data": data_hash(meant.data), "teacher": None if teacher is None else stamp(teacher)}
+    if command == "eval":
+        from ctxext.evals.suites import inputs
+
+        return {"data": [inputs(suite) for suite in meant.suites]}
+    named = [arguments.get(name) for name in ("data", "calibration")]
+    return {
+        "data": [fingerprint(text) for text in named if text is not None and (text == EMBEDDED or Path(text).exists())]
+    }
+
+
+def teacher_of(spec: Any) -> str | None:
+    """The model that a finetune spec names as its teacher; None for none, and for the model itself."""
+    teacher = spec.distill.teacher if spec.distill else "self"
+    return None if teacher == "self" else str(teacher)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,180 @@
+"""What a step of a pipeline may be: a command of api.py, with its arguments as a spec. No torch.
+
+A step names no output: a pipeline puts it beside the others. `settings` are fields by dotted path, as of `--set`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, field
+from typing import TYPE_CHECKING, Any
+
+from ctxext.config import presets
+from ctxext.config.loader import build, set_value, spec
+from ctxext.errors import CtxextError, SpecError
+
+if TYPE_CHECKING:
+    from ctxext.evals.spec import EvalSpec
+    from ctxext.probes.spec import ProbeSpec
+    from ctxext.train.spec import FinetuneSpec
+
+Length = str | int
+
+
+@spec
+class Convert:
+    model: str
+    hybrid: str
+    full_layers: str | None = None
+    budget: str | int | None = None
+    length: Length | None = None
+    calibration: str | None = None
+    calibration_tokens: Length | None = None
+    i_know: bool = False
+    sliding_window: int | None = None
+    dtype: str | None = None
+    gate: bool = True
+
+
+@spec
+class Finetune:
+    model: str
+    ctx: Length | None = None
+    preset: str = "lora-alpha"
+    data: str | None = None
+    steps: int | None = None
+    original_length: Length | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    zero: str | None = None
+    nproc: int | None = None
+    hostfile: str | None = None
+
+
+@spec
+class Evaluate:
+    models: tuple[str, ...] | str
+    suite: str = "perplexity"
+    lengths: tuple[Length, ...] | str | None = None
+    against: str | None = None
+    data: str | None = None
+    text_field: str | None = None
+    protocol: str | None = None
+    evaluator: str | None = None
+    limit: Length | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    extrapolate: bool = False
+    nope_log_scale: float | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@spec
+class Probe:
+    model: str
+    names: tuple[str, ...] | str = "all"
+    compare: str | None = None
+    preset: str | None = None
+    length: Length | None = None
+    samples: int | None = None
+    ablate: int | None = None
+    data: str | None = None
+    seed: int | None = None
+    dtype: str | None = None
+    extrapolate: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@spec
+class Merge:
+    run: str
+    dtype: str | None = None
+    alpha_multiplier: str | float | None = None
+    nope_scale: str | float | None = None
+    length: Length | None = None
+    data: str | None = None
+
+
+@spec
+class Report:
+    runs: tuple[str, ...] | str
+    title: str | None = None
+
+
+SPECS: dict[str, type] = {
+    "convert": Convert,
+    "finetune": Finetune,
+    "eval": Evaluate,
+    "probe": Probe,
+    "merge": Merge,
+    "report": Report,
+}
+MODELS = {"model", "models", "run", "runs", "compare", "against", "evaluator"}  # arguments that name what is read
+
+
+def read(command: str, arguments: dict[str, Any], source: str) -> Any:
+    """The spec of a step. Raises SpecError with every fault."""
+    return build(SPECS[command], arguments, source=source)
+
+
+def faults(command: str, step: Any) -> list[str]:
+    """What presets and fields show to be wrong by themselves, before the models of later steps exist."""
+    try:
+        resolved(command, step)
+    except SpecError as error:
+        return list(error.faults)
+    except CtxextError as error:
+        return [error.message]
+    return []
+
+
+def resolved(command: str, step: Any) -> Any:
+    """What a step asks for with its presets read: a spec, or None where its arguments are all there is."""
+    return RESOLVED[command](step) if command in RESOLVED else None
+
+
+def _convert(step: Convert) -> Any:
+    from ctxext.model.layout import find_hybrid
+
+    return find_hybrid(step.hybrid, step.sliding_window)
+
+
+def _finetune(step: Finetune) -> FinetuneSpec:
+    """Without a ctx it stands at the longest there is: a healing run takes the model's own when it starts."""
+    from ctxext.train.run import asked_fields
+    from ctxext.train.spec import FinetuneSpec
+
+    fields: dict[str, Any] = {"ctx": 1 << 30} | dict(presets.find("finetune", step.preset).data)
+    for key, value in (asked_fields(step.ctx, step.data, step.steps, step.original_length) | step.settings).items():
+        set_value(fields, key, value)
+    return build(FinetuneSpec, fields, source="finetune")
+
+
+def _evaluate(step: Evaluate) -> EvalSpec:
+    from ctxext.api import eval_fields
+    from ctxext.evals.spec import asked
+
+    given = {
+        name: value for name, value in asdict(step).items() if name not in ("models", "suite", "against", "settings")
+    }
+    return asked(step.suite, eval_fields(given) | step.settings)
+
+
+def _probe(step: Probe) -> ProbeSpec:
+    from ctxext.api import said
+    from ctxext.probes.spec import PROBES, asked
+
+    given = {
+        name: value
+        for name, value in asdict(step).items()
+        if name not in ("model", "names", "compare", "preset", "settings")
+    }
+    names = [step.names] if isinstance(step.names, str) else list(step.names)
+    return asked(list(PROBES) if names == ["all"] else names, said(given) | step.settings, preset=step.preset)
+
+
+RESOLVED: dict[str, Callable[[Any], Any]] = {
+    "convert": _convert,
+    "finetune": _finetune,
+    "eval": _evaluate,
+    "probe": _probe,
+}

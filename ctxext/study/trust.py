@@ -1,0 +1,74 @@
+"""A pipeline that somebody else wrote: no path, no link and no preset of it leads out of the working directory.
+
+What it does is bounded too: a step is one of ctxext's own commands, YAML holds no tags, weights are safetensors, remote
+code is never run. Not bounded: how long it runs, how much it writes under its output, and which hub ids it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.config.presets import shipped
+from ctxext.errors import InputError
+from ctxext.study import steps
+from ctxext.study.pipeline import Job
+
+
+def check_inside(job: Job, step: Any, out: Path) -> None:
+    """Refuse a job that reads or writes elsewhere. Raises InputError naming the text, and where it leads."""
+    if getattr(step, "hostfile", None) is not None:
+        raise InputError(f"step {job.id}: hostfile: an untrusted pipeline starts no process on other hosts")
+    allowed = [Path.cwd().resolve(), shipped("presets").resolve(), shipped("deepspeed_configs").resolve()]
+    meant = steps.resolved(job.command, step)
+    for text in _texts([asdict(step), asdict(meant) if is_dataclass(meant) else None]):  # type: ignore[arg-type]
+        path = Path(text)
+        leads_up = path.is_absolute() or text.startswith("~") or ".." in path.parts
+        if leads_up and not (path.is_absolute() and any(path.resolve().is_relative_to(place) for place in allowed)):
+            raise _outside(job, text, path)
+        for entry in _entries(path):
+            if not any(entry.resolve().is_relative_to(place) for place in allowed):
+                raise _outside(job, text, entry)
+    _check_base(job, step, allowed)
+    if not any(out.absolute().resolve().is_relative_to(place) for place in allowed[:1]):
+        raise _outside(job, str(out), out)
+
+
+def _check_base(job: Job, step: Any, allowed: list[Path]) -> None:
+    """The base that a run's manifest names."""
+    named = [getattr(step, name, None) or () for name in steps.MODELS]
+    for text in (one for value in named for one in ([value] if isinstance(value, str) else value)):
+        manifest = manifests.read(Path(text)) if Path(text).is_dir() else None
+        for parent in manifest.parents.values() if manifest else ():
+            place = Path(str(parent.get("path", "."))).resolve()
+            if not any(place.is_relative_to(inside) for inside in allowed):
+                raise _outside(job, f"{text}/{manifests.FILE_NAME}", place)
+
+
+def _entries(path: Path) -> Iterator[Path]:
+    """What stands at a path, links not followed; nothing for text that is no path."""
+    try:
+        if path.is_symlink() or path.exists():
+            yield path
+            if path.is_dir():
+                yield from path.rglob("*")
+    except OSError:
+        return
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _outside(job: Job, text: str, leads: Path) -> InputError:
+    return InputError(
+        f"step {job.id}: {text!r} leads to {leads.resolve()}, outside the working directory",
+        hint="put what it needs below the working directory, or run without --untrusted a pipeline that you trust",
+    )

@@ -1,0 +1,162 @@
+"""A pipeline as text: its cells, and every fault at once."""
+
+import pytest
+import yaml
+
+from ctxext import api
+from ctxext.config import presets
+from ctxext.errors import InputError, SpecError
+from ctxext.study import steps
+from ctxext.study.pipeline import read_pipeline
+from ctxext.study.presets import READ, validated
+from ctxext.study.run import RUNS, TELLS
+
+
+@pytest.fixture
+def read(tmp_path):
+    def reading(data, **changes):
+        path = tmp_path / "p.yaml"
+        path.write_text(data if isinstance(data, str) else yaml.safe_dump(data, sort_keys=False))
+        return read_pipeline(str(path), changes)
+
+    return reading
+
+
+SWEEP = {
+    "values": {"model": "tiny", "text": None},
+    "over": {"hybrid": ["SN", "SSSN"], "rank": [8, 16]},
+    "steps": {
+        "convert": {"command": "convert", "model": "${model}", "hybrid": "${hybrid}", "sliding_window": 32},
+        "heal": {"command": "finetune", "model": "${convert}", "preset": "heal", "settings": {"lora.rank": "${rank}"}},
+        "before": {"command": "eval", "models": "${model}", "data": "${text}"},
+        "page": {"command": "report", "runs": ["${before}", "${heal[*]}"]},
+    },
+}
+
+
+def test_a_step_runs_for_the_axes_that_it_or_a_step_it_names_depends_on(read):
+    jobs = {job.id: job for job in read(SWEEP).jobs}
+    assert list(jobs) == [
+        "convert.SN", "convert.SSSN", "heal.SN.8", "heal.SN.16", "heal.SSSN.8", "heal.SSSN.16", "before", "page",
+    ]  # fmt: skip
+    assert jobs["heal.SSSN.8"].uses == {"convert": "convert.SSSN"}
+    assert jobs["heal.SSSN.8"].arguments["settings"] == {"lora.rank": 8}
+    assert jobs["page"].collects == {"heal": ("heal.SN.8", "heal.SN.16", "heal.SSSN.8", "heal.SSSN.16")}
+    assert jobs["page"].cell == {} and jobs["before"].arguments["data"] is None
+
+
+def test_set_changes_a_value_an_axis_or_any_part(read):
+    changes = {"model": "llama2-7b", "over.rank": [4], "steps.convert.sliding_window": 64}
+    jobs = read(SWEEP, **changes).jobs
+    assert len(jobs) == 6 and jobs[0].arguments["model"] == "llama2-7b" and jobs[0].arguments["sliding_window"] == 64
+    with pytest.raises(SpecError, match="modell: no value has this name; there are model, text"):
+        read(SWEEP, modell="x")
+
+
+def test_every_fault_is_told_at_once_with_its_path(read):
+    with pytest.raises(SpecError) as caught:
+        read({
+            "values": {"model": "tiny", "idle": 1},
+            "over": {"rank": [8, 8]},
+            "steps": {
+                "a": {"command": "convert", "model": "${model}", "hybrid": "swa128-nop"},
+                "b": {"command": "train"},
+                "c": {"command": "finetune", "model": "${d}", "ctx": "2k", "settings": {"lora.rank": "${rank}"}},
+                "d": {"command": "merge", "run": "${nobody}"},
+            },
+        })  # fmt: skip
+    faults = "\n".join(caught.value.faults)
+    for expected in (
+        "values.idle: no step uses it",
+        "over.rank: a value stands twice",
+        "steps.b.command: got 'train'",
+        "steps.c: ${d}: a step that does not come before",
+        "steps.d: ${nobody}: no value, axis or step has this name",
+    ):
+        assert expected in faults, faults
+
+
+def test_presets_and_fields_of_steps_are_read_too(read):
+    with pytest.raises(SpecError) as caught:
+        read({"steps": {
+            "a": {"command": "convert", "model": "tiny", "hybrid": "swa128-nop"},
+            "b": {"command": "finetune", "model": "${a}", "ctx": "2k", "preset": "longlorra"},
+            "c": {"command": "finetune", "model": "${a}", "ctx": "2k", "settings": {"lora.rank": "many"}},
+            "d": {"command": "eval", "models": "${a}", "suite": "perplexity", "lengths": ["2 apples"]},
+            "e": {"command": "probe", "model": "${a}", "names": ["nose"]},
+            "f": {"command": "merge", "run": "${a}", "dtyp": "float32"},
+        }})  # fmt: skip
+    faults = "\n".join(caught.value.faults)
+    for step, expected in {
+        "a": "swa128-nop",
+        "b": "longlorra",
+        "c": "lora.rank",
+        "d": "2 apples",
+        "e": "nose",
+        "f": "dtyp",
+    }.items():
+        assert any(line.startswith(f"steps.{step}") and expected in line for line in caught.value.faults), faults
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps: {}", "steps: none"),
+        ("steps: {a: {command: merge, run: x}, 'a b': {command: merge, run: x}}", "steps.a b"),
+        ("values: {a: 1}\nsteps: {a: {command: merge, run: '${a}'}}", "the name is taken"),
+        ("over: {n: []}\nsteps: {a: {command: merge, run: '${n}'}}", "over.n: empty"),
+        ("values: {a: '${b}'}\nsteps: {s: {command: merge, run: '${a}'}}", "a value refers to nothing"),
+        ("steps: {a: {command: merge, run: '${a'}}", "holds no reference"),
+        (
+            f"over: {{n: {list(range(1001))}}}\nsteps: {{a: {{command: merge, run: '${{n}}'}}}}",
+            "1,001 cells",
+        ),
+        ("steps: {a: &x {command: merge, run: b}, c: *x}", "anchors"),
+    ],
+)
+def test_bad_pipelines_are_refused(read, text, said):
+    with pytest.raises(SpecError, match=said):
+        read(text)
+
+
+def test_a_step_takes_the_arguments_of_the_function_it_calls():
+    import inspect
+
+    for command, cls in steps.SPECS.items():
+        arguments = set(inspect.signature(RUNS[command]).parameters) - {"out", "force", "resume", "allow_pickle"}
+        assert set(cls.__dataclass_fields__) == arguments - set(TELLS[command]), command
+        assert set(TELLS[command]) == arguments & {"say", "told", "on_step"}
+
+
+def test_every_function_of_the_package_is_found_by_name():
+    import ctxext
+
+    for name in ctxext.__all__[1:]:
+        assert getattr(ctxext, name) is getattr(api, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        ctxext.nothing  # noqa: B018
+
+
+def test_every_preset_that_ships_is_in_order():
+    found = validated()
+    assert set(READ) == set(presets.KINDS) and len(found) > 30
+    assert {name: faults for name, faults in found if faults} == {}
+
+
+def test_a_preset_with_a_fault_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind, text in (("finetune", "stepss: 3"), ("hybrid", "pattern: SX"), ("pipelines", "steps: {}")):
+        place = tmp_path / "presets" / kind
+        place.mkdir(parents=True)
+        (place / "mine.yaml").write_text(text)
+    faulty = {name for name, faults in validated() if faults}
+    assert faulty == {"finetune/mine", "hybrid/mine", "pipelines/mine"}
+    with pytest.raises(InputError, match="mine is a preset of hybrid and finetune and pipelines"):
+        validated("mine")
+    assert len(validated("finetune/heal")) == len(validated("heal")) == 1
+
+
+@pytest.mark.parametrize("kind", presets.KINDS)
+def test_a_preset_begins_with_why(kind):
+    silent = {name for name in presets.names(kind) if not presets.comment(kind, name)}
+    assert silent <= {"llama2-7b", "llama2-13b", "llama3-8b"}, silent  # which have nothing odd

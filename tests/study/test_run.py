@@ -1,0 +1,185 @@
+"""Pipelines carried out: skipped, gone on with after a kill, refused where the inputs changed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ctxext.config import manifest as manifests
+from ctxext.errors import InputError, ModelError
+from ctxext.study import state
+from ctxext.study.pipeline import read_pipeline
+from ctxext.study.run import plan_pipeline, run_pipeline
+
+PIPELINE = """
+values: {model: MODEL, text: text.txt, rate: 1e-3, held_out: text.txt}
+over: {hybrid: [SN, NS]}
+steps:
+  convert: {command: convert, model: "${model}", hybrid: "${hybrid}", sliding_window: 8}
+  train:
+    command: finetune
+    model: "${convert}"
+    ctx: 64
+    preset: smoke
+    data: "${text}"
+    settings: {optimizer.learning_rate: "${rate}", data.min_tokens: null}
+  merged: {command: merge, run: "${train}"}
+  measure: {command: eval, models: ["${convert}", "${merged}"], lengths: [32], data: "${held_out}", limit: 256}
+  page: {command: report, runs: ["${train[*]}", "${measure[*]}"], title: "loss ${train.final_loss}"}
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, model_dir):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a sentence of some words, and another one. " * 200)
+    text = PIPELINE.replace("MODEL", str(model_dir())).replace(', title: "loss ${train.final_loss}"', "")
+    (tmp_path / "p.yaml").write_text(text)
+    return tmp_path
+
+
+def run(force=False, begin=None, **changes):
+    said: list[str] = []
+    plan = plan_pipeline(read_pipeline("p.yaml", changes), None, begin=begin, force=force)
+    found = run_pipeline(plan, say=said.append)
+    return {job.id: job.outcome for job in found.jobs} if found else None, found, said
+
+
+def test_a_matrix_runs_is_skipped_and_runs_again_where_its_inputs_change(place):
+    outcomes, found, _ = run()
+    assert outcomes == dict.fromkeys(outcomes, "ran") and len(outcomes) == 9
+    assert found.header[:2] == ("hybrid", "model") and [row[0] for row in found.rows] == ["SN", "SN", "NS", "NS"]
+    assert all(float(row[2].rstrip("*")) > 1 for row in found.rows)
+    root = place / "runs" / "p"
+    assert manifests.read(root).kind == "pipeline" and (root / "page" / "report.html").is_file()
+    assert found.markdown() == (root / "results.md").read_text()
+
+    stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
+    outcomes, again, _ = run()
+    assert set(outcomes.values()) == {"skipped"} and again.rows == found.rows
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+
+    with pytest.raises(
+        InputError, match=r"train.SN is there, and not what is asked for: .*learning_rate was 0.001, is 0"
+    ):
+        run(rate=2e-3)
+    outcomes, _, _ = run(force=True, rate=2e-3)
+    ran = {job for job, outcome in outcomes.items() if outcome == "ran"}
+    assert ran == {job for job in outcomes if not job.startswith("convert")}
+
+    outcomes, _, _ = run(begin="measure", rate=2e-3)
+    assert {job: outcome for job, outcome in outcomes.items() if outcome == "ran"} == {
+        "measure.SN": "ran", "measure.NS": "ran", "page": "ran",
+    }  # fmt: skip
+    assert outcomes["train.SN"] == "taken"
+
+
+def test_what_changed_under_the_pipeline_is_noticed(place):
+    run(**{"over.hybrid": ["SN"]})
+    config = place / "runs" / "p" / "convert.SN" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(InputError, match="its files changed since"):
+        run(**{"over.hybrid": ["SN"]})
+    with pytest.raises(InputError, match="--from: convert.NS comes before and is not done"):
+        run(begin="train", **{"over.hybrid": ["NS"]})
+    with pytest.raises(InputError, match="no step has this name; there are convert, train, merged"):
+        run(begin="trian")
+    (place / "runs" / "p" / "state" / "convert.SN.json").write_text("{")
+    with pytest.raises(ModelError, match="broken.*"):
+        run(**{"over.hybrid": ["SN"]})
+
+
+def test_changed_text_runs_what_reads_it_again(place):
+    run(**{"over.hybrid": ["SN"]})
+    time.sleep(0.01)
+    (place / "text.txt").write_text("other words altogether, and more of them. " * 200)
+    outcomes, _, _ = run(force=True, **{"over.hybrid": ["SN"]})
+    assert outcomes["convert.SN"] == "skipped" and outcomes["train.SN"] == outcomes["page"] == "ran"
+
+
+def test_a_place_that_is_not_a_pipelines_is_left_alone(place):
+    (place / "runs" / "p").mkdir(parents=True)
+    (place / "runs" / "p" / "precious").write_text("")
+    with pytest.raises(InputError, match="no pipeline's output"):
+        run()
+
+
+def test_a_step_that_fails_is_named_and_what_was_done_stays(place):
+    text = (place / "p.yaml").read_text().replace('run: "${train}"', 'run: "${convert}"')
+    (place / "p.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"step merged.SN: .*holds no adapter"):
+        run(**{"over.hybrid": ["SN"]})
+    pipeline = read_pipeline("p.yaml", {"over.hybrid": ["SN"]})
+    assert plan_pipeline(pipeline).standings["train.SN"] == "done"
+
+
+def test_numbers_flow_into_later_steps_and_missing_ones_are_named(place):
+    text = (place / "p.yaml").read_text()
+    title = '"after ${train.steps_done} steps"'
+    with_title = text.replace('["${train[*]}", "${measure[*]}"]', f'"${{measure}}", title: {title}')
+    (place / "p.yaml").write_text(with_title)
+    run(**{"over.hybrid": ["SN"]})
+    assert "after 2 steps" in (place / "runs" / "p" / "page.SN" / "report.html").read_text()
+    (place / "p.yaml").write_text(with_title.replace("steps_done", "step_done"))
+    with pytest.raises(InputError, match=r"step page.SN: .*no 'step_done'; there are out, finished"):
+        run(force=True, **{"over.hybrid": ["SN"]})
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_of_training_is_gone_on_with(place):
+    """The run is killed after a checkpoint, and the pipeline ends with the same loss as one that was not killed."""
+    text = (place / "p.yaml").read_text().replace("over: {hybrid: [SN, NS]}\n", "over: {hybrid: [SN]}\n")
+    settings = "steps: 40, faults.save_steps: 5, data.min_tokens: null"
+    (place / "p.yaml").write_text(text.replace("data.min_tokens: null", settings))
+    command = [sys.executable, "-c", "from ctxext.cli import main; main()", "run", "p.yaml"]
+    process = subprocess.Popen(command, cwd=place, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    checkpoints = place / "runs" / "p" / "train.SN" / "checkpoints"
+    until = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*")):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    job = next(job for job in read_pipeline("p.yaml").jobs if job.step == "train")
+    assert state.read(place / "runs" / "p", job)["done"] is False
+    done = subprocess.run([*command, "--json"], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    outcomes = {job["id"]: job["outcome"] for job in json.loads(done.stdout)["jobs"]}
+    assert outcomes["convert.SN"] == "skipped" and outcomes["train.SN"] == "resumed"
+    assert "resuming after step" in done.stderr
+    loss = state.read(place / "runs" / "p", job)["report"]["final_loss"]
+    subprocess.run([*command, "--out", "unbroken"], cwd=place, capture_output=True, check=True)
+    assert state.read(place / "unbroken", job)["report"]["final_loss"] == loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["extend-32k", "extend-100k", "retrofit-100k", "longlora-reproduction", "ablation"])
+def test_a_pipeline_that_ships_runs_on_the_embedded_model(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = (
+        "{steps: 2, global_batch_size: 1, micro_batch_size: 1, optimizer.warmup_steps: 0, validation.every_steps: null}"
+    )
+    given = {"model": "tiny", "data": "null", "limit": "2k", "ctx": "1k", "training": small, "lengths": "[512, 1k]",
+             "suite": "perplexity", "held_out": "null", "short": "512", "preset": "smoke", "over.ctx": "[512, 1k]",
+             "full_layers": "odd"}  # fmt: skip
+    text = read_text(name)
+    wanted = {key: value for key, value in given.items() if key.startswith("over.") or f"  {key}:" in text}
+    wanted.pop("ctx" if name == "longlora-reproduction" else "over.ctx", None)
+    if name != "ablation" and "preset" in wanted:
+        wanted["preset"] = "lora-alpha"
+    sets = [part for key, value in wanted.items() for part in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-c", "from ctxext.cli import main; main()", "run", name, *sets, "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["rows"] and all(job["outcome"] == "ran" for job in found["jobs"])
+
+
+def read_text(name):
+    from ctxext.config import presets
+
+    return presets.find("pipelines", name).path.read_text()
