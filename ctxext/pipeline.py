@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import shutil
@@ -11,11 +10,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ctxext import __version__
 from ctxext.config import manifest as manifests
-from ctxext.config.output import check_free, replacing
+from ctxext.config.output import check_free, hold, replacing
 from ctxext.data.documents import EMBEDDED, fingerprint, read_documents
 from ctxext.errors import InputError
 from ctxext.evals.spec import EvalSpec, asked
@@ -100,7 +99,7 @@ def plan_eval(
     check_free(out, force, keep=[source.path for source in sources])
     if (out / REQUEST).is_file():
         with (out / REQUEST).open() as file:
-            hold(file, out)
+            hold(file, out, "evaluation")
     return plan
 
 
@@ -110,20 +109,10 @@ def _unfinished(place: Path, plan: EvalPlan) -> bool:
         return False
     with (place / REQUEST).open() as file:
         try:
-            hold(file, place)
+            hold(file, place, "evaluation")
             return bool(json.load(file) == plan.request)
         except (InputError, ValueError):
             return False
-
-
-def hold(file: IO[str], out: Path, what: str = "evaluation") -> None:
-    """Keep others from going on with `out` meanwhile; a file system without locks is taken as it is."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out} is being written by another {what}", hint="give another --out") from None
-    except OSError:
-        return
 
 
 def eval_models(
@@ -142,7 +131,7 @@ def eval_models(
         if not plan.resumes:
             (plan.out / REQUEST).write_text(json.dumps(plan.request, indent=2) + "\n", "utf-8")
         with (plan.out / REQUEST).open() as held:
-            hold(held, plan.out)
+            hold(held, plan.out, "evaluation")
             try:
                 report = evaluate(
                     plan.sources, plan.spec, against=plan.against, place=plan.out, progress=progress, notice=notice

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctxext.cli import console
+from ctxext.cli import completion, console
 
 if TYPE_CHECKING:
     from ctxext.retrofit.planner import LayerPlan
@@ -20,8 +20,17 @@ EXAMPLES = """Examples:\n
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A local directory, a preset name, or a hub id")],
-    hybrid: Annotated[str, typer.Option(help="A layout preset, a YAML file, or a pattern of S, N, F such as SSSN")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A local directory, a preset name, or a hub id", autocompletion=completion.of("models")),
+    ],
+    hybrid: Annotated[
+        str,
+        typer.Option(
+            help="A layout preset, a YAML file, or a pattern of S, N, F such as SSSN",
+            autocompletion=completion.of("hybrid"),
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-convert-<name>]")] = None,
     full_layers: Annotated[
         str | None,
@@ -55,26 +64,11 @@ def convert(
     """Turn most layers into small sliding windows and leave a few full, without touching the weights."""
     from ctxext import api
 
-    plan = api.plan_convert(
-        model,
-        hybrid,
-        out=out,
-        full_layers=full_layers,
-        sliding_window=sliding_window,
-        dtype=dtype,
-        allow_pickle=allow_pickle,
-        force=force,
-    )
-    request = api.plan_layers(
-        plan,
-        full_layers,
-        budget=budget,
-        length=length,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        explain=explain or None,
-        i_know=i_know or None,
-    )
+    plan = api.plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
+                            allow_pickle=allow_pickle, force=force)  # fmt: skip
+    asked = {"budget": budget, "length": length, "calibration": calibration, "calibration_tokens": calibration_tokens,
+             "explain": explain or None, "i_know": i_know or None}  # fmt: skip
+    request = api.plan_layers(plan, full_layers, **asked)
     console.quiet_libraries()
     with console.told("starting") as told:
         chosen = api.layers_for(plan, request, console.say, told)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctxext.cli import console
+from ctxext.cli import completion, console
 
 EXAMPLES = """Examples:\n
   ctxext eval --suite perplexity\n
@@ -26,7 +26,8 @@ def evaluate(
         str,
         typer.Option(
             help="perplexity, longppl, passkey, niah, ruler, longbench, short, several joined by commas, "
-            "or an eval preset such as smoke"
+            "or an eval preset such as smoke",
+            autocompletion=completion.suites,
         ),
     ] = "perplexity",
     lengths: Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ctxext.cli import console
+from ctxext.cli import completion, console
 
 EXAMPLES = """Examples:\n
   ctxext presets list\n
@@ -39,27 +39,46 @@ def list_(
 @app.command("show", epilog=EXAMPLES)
 def show(
     name: Annotated[
-        str, typer.Argument(metavar="KIND/NAME", help="As `ctxext presets list` prints it, or a YAML file")
+        str,
+        typer.Argument(
+            metavar="KIND/NAME",
+            help="As `ctxext presets list` prints it, or a YAML file",
+            autocompletion=completion.of(),
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print what it sets as JSON")] = False,
 ) -> None:
     """What a preset says: why, in its comment, and what differs from the defaults."""
     from ctxext.config import presets
+    from ctxext.study.presets import differences
 
     found = presets.find(*presets.parted(name))
+    differs = differences(presets.parted(name)[1]) if found.kind == "finetune" else []
     if as_json:
-        comment = presets.comment(found.kind, name.partition("/")[2])
+        comment = presets.comment(*presets.parted(name))
         console.emit(
-            {"name": f"{found.kind}/{found.name}", "path": str(found.path), "comment": comment, "sets": found.data}
+            {
+                "name": f"{found.kind}/{found.name}",
+                "path": str(found.path),
+                "comment": comment,
+                "sets": found.data,
+                "differs": [{"field": field, "here": here, "default": default} for field, here, default in differs],
+            }
         )
         return
     console.say(str(found.path))
     print(found.path.read_text("utf-8").rstrip())
+    if differs:
+        print()
+        console.pairs([(field, f"{here}   (by default {default})") for field, here, default in differs])
 
 
 @app.command("validate", epilog=EXAMPLES)
 def validate(
-    name: Annotated[str | None, typer.Argument(metavar="KIND/NAME", help="One preset [default: all]")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="KIND/NAME", help="One preset [default: all]", autocompletion=completion.of()),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every fault as JSON")] = False,
 ) -> None:
     """Read presets as the commands do; exit code 1 when one has a fault."""

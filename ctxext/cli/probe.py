@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ctxext.cli import console
+from ctxext.cli import completion, console
 
 EXAMPLES = """Examples:\n
   ctxext probe tiny positions\n
@@ -26,10 +26,14 @@ def probe(
             metavar="NAME...",
             help="receptive-field, layer-niah, gradient-influence, retrieval-heads, retrieval-trace, qk-distance, "
             "attention-distance, positions, or all",
+            autocompletion=completion.probes,
         ),
     ],
     compare: Annotated[str | None, typer.Option(help="A model to compare with: the one before")] = None,
-    preset: Annotated[str | None, typer.Option(help="Sizes of all probes: smoke, paper, or a YAML file")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Sizes of all probes: smoke, paper, or a YAML file", autocompletion=completion.of("probe")),
+    ] = None,
     length: Annotated[str | None, typer.Option(help="Tokens [default: the usable length, at most 8k]")] = None,
     samples: Annotated[int | None, typer.Option(help="Texts or questions of each probe")] = None,
     ablate: Annotated[int | None, typer.Option(help="retrieval-heads: mask the top K heads, and K random ones")] = None,

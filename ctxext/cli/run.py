@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ctxext.cli import console
+from ctxext.cli import completion, console
 
 if TYPE_CHECKING:
     from ctxext.study.run import Plan
@@ -21,7 +21,12 @@ EXAMPLES = """Examples:\n
 
 
 def run(
-    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A pipeline preset or a YAML file")],
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PIPELINE", help="A pipeline preset or a YAML file", autocompletion=completion.of("pipelines")
+        ),
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="One of its values, as name=value, or any part by its path; may be repeated"),

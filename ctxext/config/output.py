@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.units import format_bytes
@@ -122,3 +124,13 @@ def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Itera
         if aside.exists() and not os.path.lexists(out):
             aside.rename(out)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def hold(file: IO[str], out: Path, what: str) -> None:
+    """Keep others from going on with `out` meanwhile; a file system without locks is taken as it is."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out} is being written by another {what}", hint="give another --out") from None
+    except OSError:
+        return

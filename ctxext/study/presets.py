@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from ctxext.config import presets
@@ -38,6 +39,23 @@ def validated(name: str | None = None) -> list[tuple[str, list[str]]]:
     """KIND/NAME and its faults, of one preset or of all there are."""
     given = [presets.parted(name)] if name else [(kind, one) for kind in presets.KINDS for one in presets.names(kind)]
     return [(f"{kind}/{one}", _faults(kind, one)) for kind, one in given]
+
+
+def differences(name: str) -> list[tuple[str, Any, Any]]:
+    """Of a finetune preset: the fields that differ from the defaults, as (dotted path, its value, the default)."""
+    meant, default = (
+        dict(_flat(asdict(steps.resolved("finetune", steps.Finetune(model="tiny", preset=preset)))))
+        for preset in (name, "lora-alpha")
+    )
+    return [(path, value, default.get(path)) for path, value in meant.items() if value != default.get(path)]
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, part in value.items():
+            yield from _flat(part, f"{path}.{key}" if path else key)
+    else:
+        yield path, value
 
 
 def _faults(kind: str, name: str) -> list[str]:

@@ -17,8 +17,8 @@ from typing import Any
 
 from ctxext import api
 from ctxext.config import manifest as manifests
+from ctxext.config.output import hold
 from ctxext.errors import CtxextError, InputError
-from ctxext.pipeline import hold
 from ctxext.study import state, steps
 from ctxext.study.flow import filled
 from ctxext.study.pipeline import Job, Pipeline

@@ -1,0 +1,34 @@
+"""Names for the shell to complete: presets of a kind, suites, probes (ctxext --install-completion)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def of(*kinds: str) -> Callable[[str], list[str]]:
+    """A completer of preset names; where not one kind is named, of KIND/NAME."""
+
+    def complete(incomplete: str) -> list[str]:
+        from ctxext.config import presets
+
+        named = [(kind, name) for kind in kinds or presets.KINDS for name in presets.names(kind)]
+        known = [name if len(kinds) == 1 else f"{kind}/{name}" for kind, name in named]
+        return [name for name in known if name.startswith(incomplete)]
+
+    return complete
+
+
+def suites(incomplete: str) -> list[str]:
+    """Suites of `ctxext eval`, and its presets; after a comma, the next suite."""
+    from ctxext.config import presets
+    from ctxext.evals.spec import SUITES
+
+    before, comma, last = incomplete.rpartition(",")
+    known = list(SUITES) if comma else [*SUITES, *presets.names("eval")]
+    return [f"{before}{comma}{name}" for name in known if name.startswith(last)]
+
+
+def probes(incomplete: str) -> list[str]:
+    from ctxext.probes.spec import PROBES
+
+    return [name for name in ("all", *PROBES) if name.startswith(incomplete)]
