@@ -12,6 +12,23 @@ from ctxext.cli import completion, console
 if TYPE_CHECKING:
     from ctxext.retrofit.planner import LayerPlan
 
+ModelArgument = Annotated[
+    str, typer.Argument(help="A local directory, a preset name, or a hub id", autocompletion=completion.of("models"))
+]
+HybridOption = Annotated[
+    str,
+    typer.Option(
+        help="A layout preset, a YAML file, or a pattern of S, N, F such as SSSN",
+        autocompletion=completion.of("hybrid"),
+    ),
+]
+FullLayersOption = Annotated[
+    str | None,
+    typer.Option(
+        help="odd, even, last, or layers from 0 such as 3,7,11: these are full, all others sliding; auto: the "
+        "planner measures and chooses"
+    ),
+]
 EXAMPLES = """Examples:\n
   ctxext convert llama2-7b --hybrid swa128-nope\n
   ctxext convert ./my-model --hybrid swa128-nope --full-layers 3,7,11\n
@@ -20,25 +37,10 @@ EXAMPLES = """Examples:\n
 
 
 def convert(
-    model: Annotated[
-        str,
-        typer.Argument(help="A local directory, a preset name, or a hub id", autocompletion=completion.of("models")),
-    ],
-    hybrid: Annotated[
-        str,
-        typer.Option(
-            help="A layout preset, a YAML file, or a pattern of S, N, F such as SSSN",
-            autocompletion=completion.of("hybrid"),
-        ),
-    ],
+    model: ModelArgument,
+    hybrid: HybridOption,
     out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-convert-<name>]")] = None,
-    full_layers: Annotated[
-        str | None,
-        typer.Option(
-            help="odd, even, last, or layers from 0 such as 3,7,11: these are full, all others sliding; auto: the "
-            "planner measures and chooses"
-        ),
-    ] = None,
+    full_layers: FullLayersOption = None,
     budget: Annotated[
         str | None,
         typer.Option(
