@@ -33,7 +33,7 @@ class Manifest:
 
     kind: conversion, finetune, model, eval and the like. created: ISO 8601, UTC, with microseconds.
     command: as typed. spec: resolved, plain data. parents: by role, each with its path and weight hashes.
-    facts: what was measured.
+    facts: what was measured, and the sha256 of the output's own weights.
     """
 
     kind: str
@@ -74,10 +74,13 @@ def new(
 
 
 def write(directory: Path, manifest: Manifest) -> Path:
-    """Writes ctxext.json into a directory that exists. What JSON cannot hold is a TypeError, a number
-    that is not finite a ValueError."""
+    """Writes ctxext.json into a directory that exists; where weights lie in it, their hashes are among its facts.
+    What JSON cannot hold is a TypeError, a number that is not finite a ValueError."""
     path = Path(directory) / FILE_NAME
-    path.write_text(json.dumps(asdict(manifest), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    data, own = asdict(manifest), weight_hashes(directory)
+    if own:
+        data["facts"] = {"weights": own} | data["facts"]
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -1,0 +1,45 @@
+"""ctxext export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ctxext.cli import console
+
+EXAMPLES = """Examples:\n
+  ctxext export ./merged\n
+  ctxext export ./merged --target vllm --out ./for-vllm\n
+  ctxext export ./merged --target gguf --check-only --json"""
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="A merged run, a conversion, a model directory")],
+    target: Annotated[str, typer.Option(help="hf, vllm, gguf or ollama")] = "hf",
+    out: Annotated[
+        Path | None, typer.Option(help="Output directory [default: ./runs/<time>-export-<target>-<name>]")
+    ] = None,
+    check_only: Annotated[
+        bool, typer.Option("--check-only", help="Say whether it would be honoured; write nothing")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict and what was written as JSON")] = False,
+) -> None:
+    """Give a model to others as a directory, where they honour its exact windows and NoPE layers; else exit code 1."""
+    from ctxext.export import write
+
+    plan = write.plan_export(model, target, None if check_only else out, force)
+    if check_only or not plan.verdict.honoured:
+        if as_json:
+            console.emit(plan.verdict.as_dict())
+        else:
+            console.pairs(plan.verdict.rows(), to_stderr=not check_only)
+        write.refuse(plan.verdict)
+        return
+    done = write.export(plan)
+    if as_json:
+        console.emit(done.as_dict())
+    else:
+        console.pairs(write.rows(done))

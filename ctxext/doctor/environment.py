@@ -1,0 +1,193 @@
+"""The environment: versions, GPU, kernels, compilers, DeepSpeed's builds, room, the hub. torch is imported inside.
+
+Not looked at: whether a kernel gives the right numbers (`ctxext verify` measures that on a model), whether
+FlexAttention compiles (it takes long), the other hosts of a run. A token is looked for, never read out.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from ctxext.doctor.finding import Finding
+from ctxext.units import format_bytes, format_duration
+
+PATIENCE = 2.0  # seconds for the hub
+LOCK_AGE = 600  # seconds; no extension of DeepSpeed's takes as long to build
+LITTLE_DISK, LITTLE_MEMORY = 10 * 1024**3, 2 * 1024**3  # bytes
+
+
+def environment() -> list[Finding]:
+    """Every finding about this machine, in about three seconds, most of them torch's import."""
+    return [*_versions(), *_gpu(), *_kernels(), *_builds(), *_room(), *_hub()]
+
+
+def _versions() -> list[Finding]:
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    python = importlib.metadata.metadata("ctxext")["Requires-Python"] or ">=3.11"
+    here = platform.python_version()
+    fits = SpecifierSet(python).contains(here)
+    found = [
+        Finding("python", "ok" if fits else "failure", f"{here} ({python})", "" if fits else f"use Python {python}")
+    ]
+    good = []
+    for text in importlib.metadata.requires("ctxext") or []:
+        wanted = Requirement(text)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        remedy = f"pip install '{wanted.name}{wanted.specifier}'"
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding(wanted.name, "failure", "not installed", remedy))
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            found.append(Finding(wanted.name, "failure", f"{version}, outside {wanted.specifier}", remedy))
+        good.append(f"{wanted.name} {version}" if wanted.specifier else wanted.name)
+    return [*found, Finding("packages", "ok", f"installed: {', '.join(good)}")]
+
+
+def _gpu() -> list[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        if built and (shutil.which("nvidia-smi") or shutil.which("rocm-smi")):
+            text = f"torch {torch.__version__} sees no GPU, though this machine has a driver's tools"
+            return [Finding("gpu", "failure", text, "check nvidia-smi, and that torch's CUDA fits the driver")]
+        return [Finding("gpu", "ok", f"none for torch {torch.__version__}: all runs on the CPU")]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        text = f"{torch.cuda.get_device_name(index)}, {format_bytes(free)} of {format_bytes(total)} free"
+        busy = free < total / 2
+        remedy = "another process holds most of it (nvidia-smi lists them)" if busy else ""
+        found.append(Finding(f"gpu {index}", "warning" if busy else "ok", text, remedy))
+    return found
+
+
+def _kernels() -> list[Finding]:
+    """Each backend of ops/backends, run once on a small call where it serves one; FlexAttention is not compiled."""
+    import torch
+
+    from ctxext.errors import CtxextError
+    from ctxext.ops.backends.choice import attention
+    from ctxext.ops.masks import Pattern
+
+    gpu = torch.cuda.is_available()
+    where, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
+    q = torch.zeros(1, 2, 256, 64, device=where, dtype=dtype)
+    found = []
+    for backend in ("blocked", "varlen"):
+        try:
+            attention(q, q, q, Pattern(128), backend=backend)
+            found.append(Finding(f"kernel {backend}", "ok", f"ran on the {where}"))
+        except CtxextError as error:
+            text, remedy = error.message.rpartition(": ")[2], "pip install flash-attn, or a newer torch" if gpu else ""
+            found.append(Finding(f"kernel {backend}", "warning" if gpu else "ok", f"not used: {text}", remedy))
+        except Exception as error:  # a kernel that was built for another torch raises whatever it likes
+            text = f"present and broken: {type(error).__name__}: {str(error)[:200]}"
+            found.append(Finding(f"kernel {backend}", "failure", text, "install it again for this torch and CUDA"))
+    triton = find_spec("triton") is not None
+    text = ("triton is there; not compiled here" if triton else "no triton") if gpu else "not used: it needs a GPU"
+    lacks = gpu and not triton
+    found.append(Finding("kernel flex", "warning" if lacks else "ok", text, "pip install triton" if lacks else ""))
+    if find_spec("flash_attn") is None:
+        return [*found, Finding("flash-attn", "ok", "not installed; torch's own varlen kernel serves instead")]
+    try:
+        import flash_attn
+    except Exception as error:
+        text = f"installed and does not import: {type(error).__name__}: {error}"
+        return [
+            *found,
+            Finding("flash-attn", "failure", text, "pip install --force-reinstall flash-attn, or remove it"),
+        ]
+    return [*found, Finding("flash-attn", "ok", str(flash_attn.__version__))]
+
+
+def _builds() -> list[Finding]:
+    """What DeepSpeed's offloading and torch.compile build with, and builds that another process left locked."""
+    import torch
+
+    compiler = next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name
+                     and (path := shutil.which(name))), None)  # fmt: skip
+    nvcc = shutil.which("nvcc") or shutil.which(str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"))
+    gpu = torch.cuda.is_available()
+    lacks = gpu and not nvcc
+    cuda = "install the CUDA toolkit if DeepSpeed is to build for the GPU" if lacks else ""
+    gxx = "" if compiler else "install g++: --zero 2_offload and 3_offload, and flex, build with it"
+    found = [
+        Finding("C++ compiler", "ok" if compiler else "warning", compiler or "none", gxx),
+        Finding("nvcc", "warning" if lacks else "ok", nvcc or "none", cuda),
+    ]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    locks = [path for path in root.glob("**/lock") if path.is_file()]
+    for lock in locks:
+        age = time.time() - lock.stat().st_mtime
+        old = age > LOCK_AGE
+        text = f"{lock} is {format_duration(age)} old" + ("" if old else ": a build may be going on")
+        remedy = (
+            f"rm {lock}: whatever builds {lock.parent.name} waits for it for ever" if old else "wait, then look again"
+        )
+        found.append(Finding("DeepSpeed builds", "failure" if old else "warning", text, remedy))
+    return found if locks else [*found, Finding("DeepSpeed builds", "ok", f"no lock under {root}")]
+
+
+def _room() -> list[Finding]:
+    import psutil  # type: ignore[import-untyped]
+
+    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    found = []
+    own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for name, place in (("disk here", Path.cwd()), ("disk of the hub's cache", hub), ("disk of ctxext's cache", own)):
+        there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+        free = shutil.disk_usage(there).free
+        little = free < LITTLE_DISK
+        remedy = "make room, or give --out (HF_HOME for the cache) on another disk" if little else ""
+        found.append(Finding(name, "warning" if little else "ok", f"{format_bytes(free)} free ({there})", remedy))
+        if not os.access(there, os.W_OK):
+            found.append(Finding(name, "failure", f"{there} cannot be written", "give --out or HF_HOME elsewhere"))
+    memory = psutil.virtual_memory()
+    little = memory.available < LITTLE_MEMORY
+    text = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} available"
+    remedy = "close what holds it: a model is loaded here before it goes anywhere" if little else ""
+    return [*found, Finding("memory", "warning" if little else "ok", text, remedy)]
+
+
+def _hub(environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    from huggingface_hub import get_token
+
+    token = "a token is present" if get_token() else "no token (`hf auth login`; public models need none)"
+    if environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return [Finding("hub", "ok", f"not asked: HF_HUB_OFFLINE is set; {token}")]
+    endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co")
+    answer: list[str] = []
+    thread = Thread(target=_ask, args=(endpoint, answer), daemon=True)  # a name server may take longer than any timeout
+    thread.start()
+    thread.join(PATIENCE + 1)
+    said = answer[0] if answer else f"no answer in {PATIENCE + 1:g} s"
+    if said == "":
+        return [Finding("hub", "ok", f"{endpoint} answers; {token}")]
+    remedy = "give local directories instead of hub ids; set HF_HUB_OFFLINE=1 if that is how it should be"
+    return [Finding("hub", "warning", f"{endpoint} cannot be reached ({said}); {token}", remedy)]
+
+
+def _ask(endpoint: str, answer: list[str]) -> None:
+    try:
+        urlopen(Request(endpoint, method="HEAD"), timeout=PATIENCE).close()
+        answer.append("")
+    except HTTPError:  # it answered
+        answer.append("")
+    except (OSError, ValueError) as error:
+        answer.append(str(getattr(error, "reason", error)))

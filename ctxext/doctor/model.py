@@ -1,0 +1,265 @@
+"""The health of one model directory or run: files, hashes, shapes, positions, tokenizer, adapter, base, targets.
+
+Headers and small files are read, and the weights where there is a hash to compare them with. No model is built but a
+shadow, eight numbers wide, whose RoPE is compared with what the config means. torch is imported inside.
+Not looked at: whether the weights are any good (`ctxext eval`), what attention sees (`ctxext verify`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.config import presets
+from ctxext.config.loader import build
+from ctxext.config.manifest import Manifest
+from ctxext.doctor.finding import Finding, judged
+from ctxext.errors import InputError, ModelError
+from ctxext.export.matrix import TARGETS, verdict
+from ctxext.model.adapter_plan import LoraSpec, plan_trainables
+from ctxext.model.families import Config, expected_tensors, normalise, rope_of
+from ctxext.model.source import original_length, read_config, require_tokenizer, usable_length
+from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
+from ctxext.units import format_tokens
+
+AGAIN = "copy or download the files again, or write the output again"
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def model(name: str) -> list[Finding]:
+    """Every finding about a local directory, a run or a preset that lies here. Raises InputError for anything else."""
+    path = _place(name)
+    found = [judged("manifest", lambda: _manifest(path)), judged("config", lambda: _config(path))]
+    manifest = None if found[0].status == "failure" else manifests.read(path)
+    if found[1].status == "failure":
+        return [*found, Finding("weights", "warning", "not examined: nothing says what they should be", AGAIN)]
+    config = normalise(read_config(path))
+    adapter = (path / "adapter_config.json").is_file()
+    found += _adapter(path, manifest, config) if adapter else _weights(path, config)
+    if manifest is not None and all(finding.name != "files" or finding.status != "failure" for finding in found):
+        found += _hashes(path, manifest, adapter)
+    found.append(judged("positions", lambda: _positions(path, config), "mend rope_parameters in config.json"))
+    found += _promises(manifest, config)
+    found += _tokenizer(path, config)
+    if adapter:
+        return [*found, Finding("exports", "ok", "not before it is merged (ctxext merge)")]
+    return [*found, *(_export(target, config) for target in TARGETS)]
+
+
+def _place(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if "/" not in name:
+        preset = presets.find("models", name)
+        directory = presets.model_preset(preset).directory
+        if directory is not None:
+            return preset.path.parent / directory
+    raise InputError(f"{name} is no local directory: nothing is downloaded to be examined", hint="give a directory")
+
+
+def _manifest(path: Path) -> str:
+    found = manifests.read(path)
+    if found is None:
+        return "no ctxext.json: a model of others"
+    return f"{found.kind}, {found.created[:10]}, by ctxext {found.versions.get('ctxext')}"
+
+
+def _config(path: Path) -> str:
+    if (path / "spec.yaml").is_file() and not (path / "config.json").is_file():
+        raise ModelError("an unfinished run: no model is here yet", hint=f"ctxext finetune --resume --out {path}")
+    config = normalise(read_config(path))
+    return f"{config['model_type']}, {config['num_hidden_layers']} layers, {len(expected_tensors(config))} tensors"
+
+
+def _weights(path: Path, config: Config) -> list[Finding]:
+    """The files against the index, the tensors against the config, the head against the embeddings."""
+    found = [judged("files", lambda: f"{len({info.file for info in read_tensors(path).values()})} whole", AGAIN)]
+    if found[0].status == "failure":
+        return found
+    tensors = read_tensors(path)
+    named = {info.file for info in tensors.values()}
+    stray = sorted(file.name for file in path.glob("*.safetensors") if file.name not in named)
+    if stray:
+        found.append(Finding("files", "warning", f"not in {INDEX}: {', '.join(stray)}", "remove what nothing reads"))
+    expected = expected_tensors(config)
+    tied, stored = bool(config["tie_word_embeddings"]), HEAD in tensors
+    if not tied and not stored:
+        text = f"config.json says the head is its own, and there is no {HEAD}"
+        found.append(Finding("tied embeddings", "failure", text, "set tie_word_embeddings to true in config.json"))
+        expected.pop(HEAD)
+    elif stored:
+        found.append(_head(path, tied))
+    else:
+        found.append(Finding("tied embeddings", "ok", "tied, and no head is stored"))
+
+    def agrees() -> str:
+        check_tensors(path, tensors, expected)
+        return f"{len(tensors)} tensors, names and shapes as config.json has them"
+
+    return [*found, judged("tensors", agrees, AGAIN)]
+
+
+def _head(path: Path, tied: bool) -> Finding:
+    import torch
+
+    from ctxext.model.shards import EMBEDDING, tensor_reader
+
+    read = tensor_reader(path)
+    head, embedding = read(HEAD), read(EMBEDDING)
+    same = head is not None and embedding is not None and head.shape == embedding.shape and torch.equal(head, embedding)
+    name = "tied embeddings"
+    if tied and not same:
+        text = f"config.json says tied, and {HEAD} differs from {EMBEDDING}: it would be dropped"
+        return Finding(name, "failure", text, "set tie_word_embeddings to false in config.json")
+    if same and not tied:
+        text = f"not tied, and {HEAD} equals {EMBEDDING}: they would part in training"
+        return Finding(name, "warning", text, "set tie_word_embeddings to true if they belong together")
+    return Finding(
+        name, "ok", "tied, and the stored head equals the embeddings" if tied else "not tied, a head of its own"
+    )
+
+
+def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Finding]:
+    """Every tensor that the run's spec and adapter_config.json say was trained is in the file."""
+
+    def complete() -> str:
+        stored = set(read_header(path / ADAPTER_FILE))
+        settings = json.loads((path / "adapter_config.json").read_text("utf-8"))
+        whole, targets = set(settings.get("modules_to_save") or ()), set(settings.get("target_modules") or ())
+        if manifest is not None and "lora" in manifest.spec:
+            lora = build(LoraSpec, manifest.spec["lora"], source=f"{path / manifests.FILE_NAME}: spec.lora")
+            plan = plan_trainables(config, "lora", lora)
+            whole, targets = whole | set(plan.whole), targets | {group.name for group in plan.lora}
+        wanted = {f"base_model.model.{name}.weight" for name in whole}
+        for name in (name.removesuffix(".weight") for name in expected_tensors(config)):
+            if name.rpartition(".")[2] in targets and not name.endswith(".bias"):
+                kind = "lora_embedding_{}" if name.endswith("embed_tokens") else "lora_{}.weight"
+                wanted |= {f"base_model.model.{name}.{kind.format(part)}" for part in "AB"}
+        lost = sorted(wanted - stored)
+        saved = manifest.facts.get("trained_tensors") if manifest else None
+        if lost:
+            raise ModelError(f"{len(lost)} trained tensors are not in {ADAPTER_FILE}, first {lost[0]}")
+        if saved is not None and saved != len(stored):
+            raise ModelError(f"{ADAPTER_FILE} has {len(stored)} tensors, {saved} were saved")
+        return f"{len(stored)} trained tensors, none missing"
+
+    def base() -> str:
+        parent = manifest.parents.get("base") if manifest else None
+        if parent is None:
+            raise ModelError("nothing says which base it was trained on", hint="merge foreign adapters with PEFT")
+        if not Path(parent["path"]).is_dir():
+            raise ModelError(f"{parent['path']} is gone", hint="put the base back there, or train again")
+        if manifests.weight_hashes(Path(parent["path"])) != parent["weights"]:
+            raise ModelError(f"the weights in {parent['path']} are others now", hint="put the original base back")
+        return f"{parent['path']}, unchanged"
+
+    again = "copy the run again; a checkpoint of it still has what trained (ctxext finetune --resume)"
+    return [judged("adapter", complete, again), judged("base", base)]
+
+
+def _hashes(path: Path, manifest: Manifest, adapter: bool) -> list[Finding]:
+    """The weights against what was recorded of them; whether what they were made from is still there."""
+    found, own = [], manifest.facts.get("weights")
+    if isinstance(own, dict):
+        found.append(judged("hashes", lambda: _as_written(path, own), AGAIN))
+    else:
+        found.append(Finding("hashes", "ok", "not checked: the manifest records those of the parents only"))
+    for role, parent in manifest.parents.items():
+        place = Path(parent.get("path", ""))
+        if (role == "base" and adapter) or not place.is_absolute():
+            continue
+        if not place.is_dir():
+            found.append(Finding(f"parent {role}", "ok", f"{place} is gone; it is not needed to run this"))
+        elif manifests.weight_hashes(place) != parent.get("weights"):
+            remedy = "nothing, unless you meant to make this again from it"
+            found.append(Finding(f"parent {role}", "warning", f"the weights in {place} are others now", remedy))
+        else:
+            found.append(Finding(f"parent {role}", "ok", f"{place}, unchanged"))
+    return found
+
+
+def _as_written(path: Path, own: dict[str, str]) -> str:
+    here = manifests.weight_hashes(path)
+    ill = sorted(name for name, value in own.items() if here.get(name) != value)
+    if ill:
+        raise ModelError(f"{', '.join(ill)}: other bytes than were written")
+    return f"{len(own)} files as they were written"
+
+
+def _positions(path: Path, config: Config) -> str:
+    """The RoPE that transformers makes of config.json as it stands, against what this package understands by it."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    from ctxext.model.positions import check_realised
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "moe_intermediate_size": 8}
+    raw = read_config(path) | {"head_dim": config["head_dim"]} | dict.fromkeys(SPECIAL)
+    raw |= {name: value for name, value in small.items() if name in raw}
+    try:
+        with torch.random.fork_rng():
+            shadow: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(raw))
+    except Exception as error:  # whatever a config of others makes transformers raise
+        raise ModelError(f"transformers makes no model of it: {type(error).__name__}: {str(error)[:200]}") from error
+    worst = check_realised(shadow, config)
+    rope = rope_of(config)
+    if not rope:
+        return "no layer has RoPE"
+    return f"{rope['rope_type']}, theta {rope['rope_theta']:g}; realised to {worst:.0e} (relative)"
+
+
+def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
+    """What a run said its positions are, against the config that lies there now."""
+    facts = manifest.facts if manifest else {}
+    meant, found = facts.get("rope_parameters"), []
+    if meant and meant != rope_of(config):
+        text = f"the run meant {meant}, config.json has {rope_of(config)}"
+        found.append(Finding("positions meant", "failure", text, "put the run's own config.json back"))
+    usable, claimed = facts.get("usable_length"), usable_length(config)
+    if usable and usable > claimed:
+        text = f"trained to {format_tokens(usable)} tokens, config.json claims {format_tokens(claimed)}"
+        found.append(Finding("length", "warning", text, "raise max_position_embeddings in config.json"))
+    if original_length(config) is None and not facts.get("original_length"):
+        text = "RoPE is scaled and nothing says from which length"
+        found.append(Finding("length", "warning", text, "give --original-length when you extend it"))
+    return found
+
+
+def _tokenizer(path: Path, config: Config) -> list[Finding]:
+    size = config["vocab_size"]
+
+    def opens() -> str:
+        from ctxext.model.load import load_tokenizer
+
+        require_tokenizer(path)
+        known = load_tokenizer(path).get_vocab()
+        largest = max(known.values(), default=-1)
+        if largest >= size:
+            raise ModelError(f"its largest id is {largest:,}, the embedding has {size:,} rows")
+        return f"opens; {len(known):,} tokens for {size:,} rows of the embedding"
+
+    def in_range() -> str:
+        defaults = path / "generation_config.json"
+        also = json.loads(defaults.read_text("utf-8")) if defaults.is_file() else {}
+        ids: dict[str, Any] = {}
+        for place, settings in (("config.json", read_config(path)), (defaults.name, also)):
+            for name in SPECIAL:
+                value = settings.get(name)
+                for one in value if isinstance(value, list) else [value]:
+                    if one is not None and not (isinstance(one, int) and 0 <= one < size):
+                        raise ModelError(f"{place}: {name} {one!r} is outside the {size:,} rows of the embedding")
+                    ids[name] = value if value is not None else ids.get(name)
+        return ", ".join(f"{name} {value}" for name, value in ids.items())
+
+    remedy = "copy the tokenizer's files of the model these weights came from"
+    return [judged("tokenizer", opens, remedy), judged("special tokens", in_range, "mend the id in that file")]
+
+
+def _export(target: str, config: Config) -> Finding:
+    found = verdict(target, config)
+    name = f"export {target}"
+    if found.honoured:
+        return Finding(name, "ok", found.how)
+    return Finding(name, "warning", "; ".join(found.objections), "; or ".join(found.nearest))

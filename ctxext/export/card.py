@@ -1,0 +1,206 @@
+"""The model card of an exported directory: what it is, layer by layer, and how it came about. No path, no user's name.
+
+How it was made is read from the manifests of the model and its parents, as far back as these are still in place.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctxext import __version__
+from ctxext.config import manifest as manifests
+from ctxext.config import presets
+from ctxext.config.manifest import Manifest
+from ctxext.errors import CtxextError
+from ctxext.export.matrix import Verdict
+from ctxext.model.families import rope_of
+from ctxext.model.layout import LayerKind
+from ctxext.model.source import ModelSource
+from ctxext.units import format_tokens
+
+HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
+FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+PARENTS = ("finetune", "base", "source", "model")  # the roles of the model that an output was made of
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output of the chain: its directory (None where it is gone), what it is called, what its manifest says."""
+
+    path: Path | None
+    name: str
+    manifest: Manifest | None
+
+
+def history(path: Path) -> list[Step]:
+    """The chain of models, the oldest first and the one in `path` last."""
+    steps: list[Step] = []
+    path = path.absolute()
+    while len(steps) < 100:  # a chain may bite its tail
+        there = path.is_absolute() and path.is_dir()
+        found = manifests.read(path) if there else None
+        name = (found.facts.get("name") if found else None) or hub_id(path) or path.name
+        steps.append(Step(path if there else None, str(name), found))
+        parent = next((found.parents[role] for role in PARENTS if role in found.parents), None) if found else None
+        if parent is None:
+            break
+        path = Path(parent["path"])
+    return steps[::-1]
+
+
+def hub_id(path: Path) -> str | None:
+    """The hub's name of a model that lies in the hub's cache."""
+    found = HUB_CACHE.search(f"{path.absolute()}/")
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def write_card(source: ModelSource, verdict: Verdict, commands: Sequence[str]) -> str:
+    """The card of a model that is no bundle; `commands` run it where the verdict's target does."""
+    steps = history(source.directory)
+    base, license_ = _base_id(steps[0]), _license(steps)
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front |= {"license": license_} if license_ else {}
+    front |= {"base_model": base} if base and len(steps) > 1 else {}
+    front["tags"] = ["ctxext", "long-context"]
+    first = (
+        "an unstated length" if source.original_length is None else f"{format_tokens(source.original_length)} tokens"
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {steps[-1].name}",
+        f"Up to {format_tokens(source.usable_length)} tokens; first trained at {first}.",
+        "## Layers",
+        _layers(source),
+        "## How it was made",
+        "\n".join(f"{number}. {_told(step)}" for number, step in enumerate(steps, start=1)),
+        *_measured(steps),
+        "## Use",
+        _use(source, commands),
+        "## Limits",
+        "\n".join(f"- {line}" for line in _limits(source, verdict, base, license_)),
+        f"Written by ctxext {__version__}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def minimum_transformers() -> str:
+    """The oldest transformers ctxext is tested with."""
+    for requirement in importlib.metadata.requires("ctxext") or []:
+        found = re.match(r"transformers\b[^;]*>=([\d.]+)", requirement)
+        if found:
+            return found[1]
+    return importlib.metadata.version("transformers")
+
+
+def _base_id(root: Step) -> str | None:
+    if root.path is not None and hub_id(root.path):
+        return hub_id(root.path)
+    try:
+        return presets.model_preset(presets.find("models", root.name)).hub_id
+    except CtxextError:
+        return None
+
+
+def _license(steps: Sequence[Step]) -> str | None:
+    """What the oldest card of the chain that names a licence names."""
+    for step in steps:
+        card = step.path / "README.md" if step.path else None
+        if card is None or not card.is_file() or not (front := FRONT.match(card.read_text("utf-8", "replace"))):
+            continue
+        try:
+            stated = yaml.safe_load(front[1])
+        except yaml.YAMLError:
+            continue
+        if isinstance(stated, dict) and isinstance(stated.get("license"), str):
+            return str(stated["license"])
+    return None
+
+
+def _layers(source: ModelSource) -> str:
+    of: dict[LayerKind, list[str]] = {}
+    for number, kind in enumerate(source.kinds):
+        of.setdefault(kind, []).append(str(number))
+    lines = ["| layers, from 0 | attention | positions |", "|---|---|---|"]
+    for kind, layers in of.items():
+        seen = "full" if kind.sliding_window is None else f"the last {format_tokens(kind.sliding_window)} tokens"
+        lines.append(f"| {', '.join(layers)} | {seen} | {'RoPE' if kind.use_rope else 'none (NoPE)'} |")
+    rope = {name: value for name, value in rope_of(source.config).items() if not isinstance(value, list)}
+    stated = ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in rope.items()
+    )
+    return "\n".join(lines) + (f"\n\nRoPE: {stated}." if rope else "")
+
+
+def _told(step: Step) -> str:
+    found = step.manifest
+    if found is None:
+        return f"**{step.name}**, as its authors released it" if step.path else f"**{step.name}**"
+    spec, facts, by = found.spec, found.facts, f"(ctxext {found.versions.get('ctxext')}, {found.created[:10]})"
+    if found.kind == "conversion":
+        said = f"converted to {spec.get('layout')} (`--hybrid {Path(str(spec.get('hybrid'))).stem}`), weights unchanged"
+    elif found.kind == "merge":
+        said = f"adapter, embeddings and norms merged in fp32, stored in {spec.get('dtype')}"
+    elif found.parents and "ctx" in spec:
+        what = "all weights" if found.kind == "model" else "LoRA with embeddings and norms"
+        said = f"trained ({what}) at {format_tokens(spec['ctx'])} tokens"
+        said += f", {facts['tokens']:,} of them in {facts.get('steps')} steps; {facts.get('positions')}"
+        said += "; learned from a teacher" if facts.get("teacher") else ""
+    else:
+        said = "pretrained" if found.kind == "model" else found.kind
+    return f"**{step.name}**: {said} {by}"
+
+
+def _measured(steps: Sequence[Step]) -> list[str]:
+    rows = []
+    for step in steps:
+        facts = step.manifest.facts if step.manifest else {}
+        gate, merge = facts.get("gate") or {}, facts.get("merge") or {}
+        found = {
+            "source layout against the source, max logit difference": gate.get("identity_max_diff"),
+            "this layout against a hand-written walk, max difference": gate.get("hybrid_max_diff"),
+            "first training loss": facts.get("first_loss"),
+            "final training loss": facts.get("final_loss"),
+            "merged against live, max logit difference": merge.get("merged_max_diff"),
+            "perplexity before the merge, fp32": merge.get("perplexity_live"),
+            f"perplexity as stored, {merge.get('dtype')}": merge.get("perplexity_saved"),
+        }
+        rows += [f"| {step.name} | {name} | {value:.4g} |" for name, value in found.items() if value is not None]
+    return ["## Measured", "\n".join(["| model | what | value |", "|---|---|---|", *rows])] if rows else []
+
+
+def _use(source: ModelSource, commands: Sequence[str]) -> str:
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'where = "."  # this directory, or the name it has on the hub\n'
+        "tokenizer = AutoTokenizer.from_pretrained(where)\n"
+        "model = AutoModelForCausalLM.from_pretrained(where)"
+    )
+    needs = f"transformers {minimum_transformers()} or newer; no remote code."
+    more = "\n".join(commands)
+    return f"{needs}\n\n```python\n{code}\n```" + (f"\n\nNot run by ctxext:\n\n```\n{more}\n```" if commands else "")
+
+
+def _limits(source: ModelSource, verdict: Verdict, base: str | None, license_: str | None) -> list[str]:
+    lines = [f"Beyond {format_tokens(source.usable_length)} tokens nothing was trained."]
+    if source.kind == "conversion":
+        lines.append(
+            "Layers lost their window or RoPE and nothing was trained since: expect damage until it is healed."
+        )
+    if verdict.target != "hf":
+        lines.append(f"{verdict.target}: {verdict.how}; {verdict.not_checked} ({verdict.checked}).")
+    else:
+        lines.append(
+            "Whether other programs honour the windows and NoPE layers: `ctxext export --check-only --target ...`."
+        )
+    if license_ is None:
+        lines.append("The licence of the base is not known here: find it, and add `license:` above before publishing.")
+    if base is None:
+        lines.append("The base has no name on the hub that is known here; add `base_model:` above if it has one.")
+    return lines

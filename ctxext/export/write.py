@@ -1,0 +1,172 @@
+"""An exported directory: weights as they are, config, tokenizer, card; whole or not at all, config.json last.
+
+Weights are hard-linked where the disk allows it, else copied. What is written says nothing of where it was made: local
+paths are taken out, and every text is searched for them before the directory appears. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.config.output import check_free, staged_output
+from ctxext.errors import CheckFailed, InputError
+from ctxext.export.card import history, write_card
+from ctxext.export.matrix import TARGETS, Verdict, verdict
+from ctxext.model.convert import TOKENIZER_FILES
+from ctxext.model.source import ModelSource, require_tokenizer, resolve, tensors_of
+from ctxext.model.weights import INDEX
+
+NAMES = ("_name_or_path", "name_or_path")  # where transformers notes the place a file was read from
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """A model, and what a target makes of it."""
+
+    source: ModelSource
+    verdict: Verdict
+    out: Path
+    force: bool
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where."""
+
+    out: str
+    verdict: Verdict
+    files: tuple[str, ...]
+    linked: int
+    commands: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"out": self.out, **self.verdict.as_dict(), "files": self.files, "linked": self.linked} | {
+            "commands": self.commands,
+            "commands_run": False,
+        }
+
+
+def plan_export(model: str, target: str, out: Path | None = None, force: bool = False) -> ExportPlan:
+    """Find a model and judge it. Raises InputError for a target there is not and for an adapter that is not merged."""
+    if target not in TARGETS:
+        raise InputError(f"--target {target!r}: allowed are {', '.join(TARGETS)}")
+    if (Path(model) / "adapter_config.json").is_file():
+        raise InputError(f"{model} is an adapter: no target runs it as it was trained", hint=f"ctxext merge {model}")
+    source = resolve(model)
+    require_tokenizer(source.directory)
+    out = out or manifests.default_out(f"export-{target}", source.name)
+    check_free(out, force, keep=[source.path])
+    judged = verdict(target, source.config, history(source.directory)[0].name)
+    return ExportPlan(source, judged, out, force)
+
+
+def refuse(judged: Verdict) -> None:
+    """Raises CheckFailed, with the nearest that would be honoured, where a verdict is no."""
+    if not judged.honoured:
+        lines = "\n".join(f"  {text}" for text in judged.objections)
+        raise CheckFailed(
+            f"{judged.target} does not honour {judged.model_type} {judged.layout}\n{lines}",
+            hint="honoured would be: " + "; or ".join(judged.nearest),
+        )
+
+
+def export(plan: ExportPlan) -> Exported:
+    """Write the directory. Raises CheckFailed where the target does not honour the model, or a path would leak."""
+    refuse(plan.verdict)
+    source, directory = plan.source, plan.source.directory
+    weights = sorted({info.file for info in tensors_of(source).values()})
+    texts = {
+        "README.md": write_card(source, plan.verdict, _commands(plan, ".") if plan.verdict.target != "hf" else ()),
+        "config.json": _without_place(directory / "config.json"),
+    }
+    if (directory / "tokenizer_config.json").is_file():
+        texts["tokenizer_config.json"] = _without_place(directory / "tokenizer_config.json")
+    if plan.verdict.target == "ollama":
+        texts["Modelfile"] = f"FROM ./{_plain(source.name)}.gguf\nPARAMETER num_ctx {source.usable_length}\n"
+    _search(texts, source)
+    with staged_output(plan.out, plan.force) as staging:
+        linked = sum(_place(directory / name, staging / name) for name in weights)
+        for name in {INDEX, *TOKENIZER_FILES} - texts.keys():
+            if (directory / name).is_file():
+                shutil.copyfile(directory / name, staging / name)
+        manifests.write(staging, _manifest(plan, weights))
+        for name in sorted(texts, key=lambda name: name == "config.json"):
+            (staging / name).write_text(texts[name], "utf-8")
+        files = tuple(sorted(path.name for path in staging.iterdir()))
+    return Exported(str(plan.out), plan.verdict, files, linked, _commands(plan, str(plan.out)))
+
+
+def _place(source: Path, out: Path) -> bool:
+    """Hard-link (True) or copy a weight file; a link into the hub's cache is followed."""
+    real = source.resolve()
+    try:
+        os.link(real, out)
+        return True
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(real, out)
+        return False
+
+
+def _without_place(path: Path) -> str:
+    """A JSON file less the place transformers says it was read from."""
+    settings = {name: value for name, value in json.loads(path.read_text("utf-8")).items() if name not in NAMES}
+    return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+
+
+def _manifest(plan: ExportPlan, weights: Sequence[str]) -> manifests.Manifest:
+    source = plan.source
+    hashes = {name: value for name, value in manifests.weight_hashes(source.directory).items() if name in weights}
+    lengths = {"original_length": source.original_length, "usable_length": source.usable_length}
+    return manifests.new(
+        "export",
+        command=["ctxext", "export", source.name, "--target", plan.verdict.target],
+        spec={"target": plan.verdict.target},
+        parents={"model": {"path": source.name, "weights": hashes}},
+        facts={"name": source.name, **lengths, "layout": plan.verdict.layout, "weights": hashes},
+    )
+
+
+def _search(texts: Mapping[str, str], source: ModelSource) -> None:
+    """Raises CheckFailed when a text names a directory of this machine or its user's home."""
+    places = {str(Path.home()), str(Path.cwd())}
+    places |= {str(step.path) for step in history(source.directory) if step.path is not None}
+    for name, text in texts.items():
+        for place in places - {"/"}:
+            if re.search(rf"{re.escape(place)}(?![\w.-])", text):
+                raise CheckFailed(
+                    f"{name} would name {place}, a place of this machine", hint="take it out of the source"
+                )
+
+
+def _commands(plan: ExportPlan, here: str) -> tuple[str, ...]:
+    """What to type next; none of it was run."""
+    judged, source, name = plan.verdict, plan.source, _plain(plan.source.name)
+    if judged.target == "hf":
+        return (f"hf upload YOUR-NAME/{name} {here}",)
+    if judged.target == "vllm":
+        backend = " --model-impl transformers" if judged.model_type == "mellum" else ""
+        return (f"vllm serve {here} --max-model-len {source.usable_length}{backend}",)
+    stored = str(source.config.get("dtype") or source.config.get("torch_dtype"))
+    kind = {"float16": "f16", "bfloat16": "bf16"}.get(stored, "f32")
+    gguf = f"python llama.cpp/convert_hf_to_gguf.py {here} --outfile {here}/{name}.gguf --outtype {kind}"
+    if judged.target == "gguf":
+        return gguf, f"llama-cli -m {here}/{name}.gguf -c {source.usable_length}"
+    return gguf, f"ollama create {name} -f {here}/Modelfile"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
+
+
+def rows(exported: Exported) -> Sequence[tuple[str, str]]:
+    """The result as lines for a screen."""
+    done = [("written to", exported.out), ("files", f"{len(exported.files)}, {exported.linked} of them hard links")]
+    return [*exported.verdict.rows(), *done, *(("next (not run)", line) for line in exported.commands)]

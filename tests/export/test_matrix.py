@@ -1,0 +1,143 @@
+"""Every layout x family x target has a verdict with sources, and no pattern passes that the target would alter."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from ctxext.config import presets
+from ctxext.errors import InputError, ModelError
+from ctxext.export.matrix import FACTS, TARGETS, verdict
+from ctxext.model.families import FAMILIES, hybrid_config, normalise
+from ctxext.model.layout import find_hybrid, layer_kinds, pattern_text
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192}  # fmt: skip
+SOURCES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def plain(family, **changes):
+    return normalise({"model_type": family, "sliding_window": None, **SIZES, **changes})
+
+
+def converted(family, hybrid, window=None, **changes):
+    source = plain(family, **changes)
+    return normalise(hybrid_config(source, layer_kinds(find_hybrid(hybrid, window), 8)))
+
+
+def honoured(target, config):
+    return verdict(target, config).honoured
+
+
+def llama_cpp(config):
+    """What llama.cpp computes, layer by layer, written down again: (RoPE, window), or None where it stops."""
+    kind = config["model_type"]
+    if kind == "mellum":
+        return None
+    return [(kind != "smollm3" or (i + 1) % 4 != 0, None) for i in range(config["num_hidden_layers"])]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", SOURCES)
+@pytest.mark.parametrize("hybrid", [*presets.names("hybrid"), "FFFN", "NNNN", "FS", "FFNN", "N"])
+def test_every_layout_of_every_family_has_a_verdict_and_none_is_honoured_silently(hybrid, family, target):
+    if family == "qwen3" and hybrid in ("FFFN", "FFNN"):  # Mellum has no words for these: `convert` refuses them
+        with pytest.raises(ModelError, match="all have RoPE or none has"):
+            converted(family, hybrid)
+        return
+    config = converted(family, hybrid, 128 if hybrid == "FS" else None)
+    found = verdict(target, config)
+    assert found.sources and found.how and re.fullmatch(r"2026-\d\d", found.checked) and found.not_checked
+    if not found.honoured:
+        assert found.nearest and all("SOURCE" in text or "--set" in text for text in found.nearest)
+    kinds = FAMILIES[config["model_type"]].kinds(config)
+    assert found.layout == pattern_text(kinds)
+    if target in ("hf", "vllm"):
+        assert found.honoured
+    else:
+        exact = llama_cpp(config) == [(kind.use_rope, kind.sliding_window) for kind in kinds]
+        assert found.honoured == (exact and family in ("llama", "mistral"))  # of qwen2, biases are not established
+
+
+@pytest.mark.parametrize("target", ["gguf", "ollama"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_nearest_pattern_that_is_named_would_be_honoured(family, target):
+    for hybrid in ("swa128-nope", "full", "swa2048"):
+        for text in verdict(target, converted(family, hybrid)).nearest:
+            pattern = re.search(r"--hybrid (\w+)", text)
+            near = converted(family, pattern[1]) if pattern else plain(family)
+            assert pattern or "without converting" in text
+            assert honoured(target, near)
+
+
+@pytest.mark.parametrize("family", SOURCES)
+def test_a_plain_model_is_honoured_everywhere(family):
+    for target in TARGETS:
+        assert honoured(target, plain(family)), target
+
+
+def test_a_window_counts_only_where_it_hides_something():
+    assert not honoured("gguf", plain("mistral", sliding_window=4096))
+    assert honoured("gguf", plain("mistral", sliding_window=8192))
+    assert honoured("vllm", plain("mistral", sliding_window=4096))
+
+
+def test_windows_of_some_qwen_layers_are_refused_by_vllm_and_the_way_out_is_the_same_layout():
+    config = plain("qwen3", use_sliding_window=True, sliding_window=512, max_window_layers=6)
+    found = verdict("vllm", config, "mine")
+    assert not found.honoured and "--hybrid FFFFFFSS --sliding-window 512" in found.nearest[0]
+    assert found.nearest[0].startswith("ctxext convert mine")
+    assert honoured("vllm", converted("qwen3", "FFFFFFSS", 512))
+
+
+ROPES = {
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048},
+    "yarn+": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 2048,
+              "attention_factor": 1.0},
+    "llama3": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    "longrope": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+                 "original_max_position_embeddings": 2048, "factor": 4.0},
+}  # fmt: skip
+ALLOWED = {  # (target, family): the scalings it honours
+    ("hf", "llama"): set(ROPES),
+    ("vllm", "llama"): {"linear", "yarn", "llama3"},
+    ("vllm", "smollm3"): {"linear", "yarn", "yarn+", "llama3"},
+    ("gguf", "llama"): {"linear", "yarn", "llama3"},
+    ("gguf", "qwen3"): {"linear", "yarn"},
+    ("gguf", "smollm3"): {"linear", "yarn", "llama3"},
+    ("ollama", "llama"): set(),
+}
+
+
+@pytest.mark.parametrize(("target", "family"), ALLOWED)
+def test_positions_that_the_target_would_lose_are_refused(target, family):
+    make = (lambda rope: converted("llama", "FFFN", rope_parameters=rope)) if family == "smollm3" else (
+        lambda rope: plain(family, rope_parameters=rope))  # fmt: skip
+    assert {name for name, rope in ROPES.items() if honoured(target, make(rope))} == ALLOWED[target, family]
+
+
+def test_llama3_of_another_original_length_needs_it_where_the_converter_looks():
+    rope = ROPES["llama3"] | {"original_max_position_embeddings": 4096}
+    assert not honoured("gguf", plain("llama", rope_parameters=rope))
+    assert honoured("gguf", plain("llama", rope_parameters=rope, original_max_position_embeddings=4096))
+
+
+def test_foreign_smollm3_whose_windows_lie_on_the_nope_layers():
+    config = plain("smollm3", use_sliding_window=True, sliding_window=64)
+    assert not honoured("gguf", config) and honoured("hf", config)
+    assert honoured("gguf", plain("smollm3"))  # SmolLM3 as released
+
+
+def test_every_class_has_a_row_for_every_target_and_unknown_ones_are_refused():
+    assert set(FACTS) == set(TARGETS)
+    for target in TARGETS:
+        assert set(FACTS[target]) == set(FAMILIES)
+        assert all(fact.sources for fact in FACTS[target].values())
+    with pytest.raises(InputError, match="allowed are hf, vllm, gguf, ollama"):
+        verdict("onnx", plain("llama"))
+    with pytest.raises(ModelError, match="not supported"):
+        verdict("hf", plain("llama") | {"model_type": "gpt2"})
+    assert replace(verdict("hf", plain("llama")), objections=("no",)).honoured is False
