@@ -9,7 +9,7 @@ INSTALLED := .venv/installed
 export DS_BUILD_OPS = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-all test-gpu check size clean
+.PHONY: demo docs test test-all test-gpu test-lowest coverage check size clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
@@ -24,16 +24,33 @@ test-all: $(INSTALLED)
 test-gpu:
 	python3 -m pytest -q -m gpu -rs
 
+# In an environment of its own, with the lowest versions that are supported.
+test-lowest:
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install -q "$$(grep '^torch==' constraints-lowest.txt)"
+	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e ".[test]"
+	.venv-lowest/bin/python -m pytest -q
+
+# Which lines the tests reach. Twice the time of `make test`.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pip install -q coverage
+	$(BIN)/python -m coverage run --source=ctxext -m pytest -q
+	$(BIN)/python -m coverage report --skip-covered
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages of docs/commands, from the command line itself.
+docs: $(INSTALLED)
+	$(BIN)/python tools/commands.py
+
 size:
 	@$(PYTHON) tools/size.py
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
 # torch comes first and alone, at its pin: a build of it that this machine prefers (such as the one for CPUs) is kept,
 # and nothing after it pulls in another. `.[test]` is what the tests need; `.[dev]` is larger by lm-eval, wandb and

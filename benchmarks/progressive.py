@@ -39,6 +39,7 @@ from ctxext.train.prepare import prepare_data
 from ctxext.train.spec import FinetuneSpec
 
 NAME, T, W, BATCH = "annealed", 512, 32, 16
+LAYOUT = ("layer_types", "no_rope_layers", "use_sliding_window", "sliding_window")
 SHARES = (0.0, 0.25, 0.5)  # of the steps; 0: at once
 
 
@@ -78,9 +79,10 @@ def register(stage: Stage) -> None:
     AttentionMaskInterface.register(NAME, attention.left_padding)
 
 
-def student_of(plan: RunPlan) -> Any:
+def student_of(plan: RunPlan, layout: dict[str, Any] | None = None) -> Any:
+    """The model that a run would train, in the layout of another config if that is given."""
     torch.manual_seed(plan.spec.seed)
-    model = build_model(plan.source.directory, plan.config, torch.float32)
+    model = build_model(plan.source.directory, plan.config | (layout or {}), torch.float32)
     return attach(model, plan.trainables, plan.spec.lora.rank, plan.source.name)
 
 
@@ -94,10 +96,11 @@ def arm(full: str, sn: str, share: float, teacher: bool, seed: int, steps: int, 
     }  # fmt: skip
     for path, value in changes.items():
         set_value(fields, path, value)
-    plan = plan_run(resolve(full), build(FinetuneSpec, fields, source="heal"))
+    plan = plan_run(resolve(sn), build(FinetuneSpec, fields, source="heal"))
     stage = Stage()
     register(stage)
-    model = student_of(plan)
+    everywhere = resolve(full).config
+    model = student_of(plan, {name: everywhere.get(name) for name in LAYOUT})
     taught = TeacherModel(relayout(model, plan.teacher.config), plan.teacher.length) if plan.teacher else None
     model.get_base_model().config._attn_implementation = NAME
     engine, (sequences, _) = LocalEngine(model, plan.spec.optimizer, taught), prepare_data(plan, Events())
@@ -106,8 +109,7 @@ def arm(full: str, sn: str, share: float, teacher: bool, seed: int, steps: int, 
         batch = [sequences.sequence(i) for i in range(step * BATCH, (step + 1) * BATCH)]
         forward_backward(engine, batch, plan, step)
         engine.step(rate_factor(step, steps, plan.spec.optimizer))
-    converted_plan = plan_run(resolve(sn), build(FinetuneSpec, fields, source="heal"))
-    result = student_of(converted_plan)
+    result = student_of(plan)
     mine, found = trainable(result), trainable(model)
     with torch.no_grad():
         for name, parameter in mine.items():
@@ -115,8 +117,7 @@ def arm(full: str, sn: str, share: float, teacher: bool, seed: int, steps: int, 
         stage.move(1, 1, 0.0)
         apart = (result(input_ids=held_out[:2, :-1]).logits - model(input_ids=held_out[:2, :-1]).logits).abs().max()
     assert apart < 1e-3, f"the last stage is not the conversion: {apart}"
-    source = converted_plan.source
-    loaded = LoadedModel(result.eval(), load_tokenizer(source.directory), source, torch.device("cpu"))
+    loaded = LoadedModel(result.eval(), load_tokenizer(plan.source.directory), plan.source, torch.device("cpu"))
     return {"loss": row_loss(loaded, held_out)}
 
 
