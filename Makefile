@@ -42,7 +42,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The pages of docs/commands, from the command line itself.
+# The pages of docs/commands from the command line itself, and tables of memory from plans.
 docs: $(INSTALLED)
 	$(BIN)/python tools/commands.py
 

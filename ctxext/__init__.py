@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctxext.api import convert, evaluate, finetune, merge, probe, write_report
+    from ctxext.api import convert, evaluate, export_model, finetune, merge, plan, probe, write_report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "evaluate", "finetune", "merge", "probe", "write_report"]
+__all__ = ["__version__", "convert", "evaluate", "export_model", "finetune", "merge", "plan", "probe", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The commands as functions: `from ctxext import convert, finetune, evaluate, probe, merge, write_report`.
+"""The commands as functions: `from ctxext import plan, convert, finetune, evaluate, merge, ...`.
 
 Each does what the command of its name does, takes its options by name (a length is tokens, or text such as "32k"), and
 returns the report that the command prints. Nothing is printed: `say(line)` is told what a user should know, and
@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
+from ctxext.config.output import staged_output
 from ctxext.errors import InputError
 from ctxext.units import parse_tokens
 
 if TYPE_CHECKING:
     from ctxext.evals.suite import EvalReport
+    from ctxext.export.write import Exported
     from ctxext.model.convert import ConversionPlan, ConversionReport
     from ctxext.model.merge import MergeReport
+    from ctxext.planning.answer import Answer
     from ctxext.probes.finding import ProbeReport
     from ctxext.report.page import Report
     from ctxext.retrofit.layers import Request
@@ -35,10 +38,41 @@ Told = Callable[[str, int, int], None]
 OnStep = Callable[["StepMetrics"], None]
 Where = str | Path
 AUTO = "auto"
+PLAN = "plan.json"
 
 
 def _nobody(*_: Any) -> None:
     """Whom nobody listens to."""
+
+
+def plan(
+    model: Where,
+    ctx: str | int,
+    *,
+    hybrid: str | None = None,
+    gpu: str | None = None,
+    memory: str | None = None,
+    gpus: int = 1,
+    preset: str = "lora-alpha",
+    settings: Mapping[str, Any] | None = None,
+    out: Where | None = None,
+    force: bool = False,
+) -> Answer:
+    """What of the ways to train at `ctx` fits, how fast, and the commands; no torch, no weights. With `out`, plan.json.
+
+    Where nothing fits it is returned all the same: `answer.refuse()` raises CheckFailed then.
+    """
+    from ctxext.planning.answer import answer, ask
+
+    asked, rates = ask(str(model), str(ctx), hybrid=hybrid, gpu=gpu, memory=memory, cards_=gpus, preset=preset,
+                       fixed=settings or {})  # fmt: skip
+    found = answer(asked, rates)
+    if out is not None:
+        with staged_output(Path(out), force) as place:
+            (place / PLAN).write_text(json.dumps(found.as_dict(), indent=2) + "\n", "utf-8")
+            spec = {"model": str(model), "ctx": parse_tokens(ctx), "preset": preset, **dict(settings or {})}
+            manifests.write(place, manifests.new("plan", spec=spec, parents={}, facts={"fitting": found.fitting}))
+    return found
 
 
 def convert(
@@ -66,15 +100,8 @@ def convert(
     """
     plan = plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
                         allow_pickle=allow_pickle, force=force)  # fmt: skip
-    request = plan_layers(
-        plan,
-        full_layers,
-        budget=budget,
-        length=length,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        i_know=i_know or None,
-    )
+    request = plan_layers(plan, full_layers, budget=budget, length=length, calibration=calibration,
+                          calibration_tokens=calibration_tokens, i_know=i_know or None)  # fmt: skip
     return write_conversion(plan, layers_for(plan, request, say, told), gate=gate, force=force, say=say, told=told)
 
 
@@ -84,8 +111,9 @@ def plan_convert(
     """The conversion without its planner's choice; refuses what the model's files can decide."""
     from ctxext.model.convert import plan_conversion
 
-    named = None if full_layers == AUTO else full_layers
-    return plan_conversion(str(model), hybrid, out=_path(out), full_layers=named, **given)
+    return plan_conversion(
+        str(model), hybrid, out=_path(out), full_layers=None if full_layers == AUTO else full_layers, **given
+    )
 
 
 def plan_layers(plan: ConversionPlan, full_layers: str | None, **given: Any) -> Request | None:
@@ -342,6 +370,16 @@ def merge(
     plan = plan_merge(str(run), _path(out), dtype, force, alpha_multiplier=alpha_multiplier, nope_scale=nope_scale,
                       length=length, data=data)  # fmt: skip
     return merge_run(plan, notice=say)
+
+
+def export_model(model: Where, target: str = "hf", *, out: Where | None = None, force: bool = False) -> Exported:
+    """Give a merged run or a model to others. Raises CheckFailed where `target` (hf, vllm, gguf, ollama) would not
+    honour its exact windows and layers without positions."""
+    from ctxext.export.write import export, plan_export, refuse
+
+    found = plan_export(str(model), target, _path(out), force)
+    refuse(found.verdict)
+    return export(found)
 
 
 def write_report(

@@ -7,6 +7,7 @@ guessed: no exponents ("1e5"), no leading zeros ("010"), no rounding ("0.3k" is 
 from __future__ import annotations
 
 import re
+import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -50,9 +51,9 @@ def parse_duration(value: int | float | str) -> float:
     Raises:
         InputError: anything else; text without a unit is refused, because "10" may be seconds or minutes.
     """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf"):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
         return float(value)
-    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) and len(value) <= _LONGEST else None
     if match is None:
         allowed = 'a number and a unit, such as "90s", "10m" or "2h"'
         raise InputError(f"{_shown(value)} is no duration; allowed: {allowed}")

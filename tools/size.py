@@ -1,4 +1,4 @@
-"""Prints the size of every file against the budget: package 17,000 lines of code (docstrings, comments and blank lines
+"""Prints the size of every file against the budget: package 21,000 lines of code (docstrings, comments and blank lines
 not counted, so that nobody saves on them); file 400 lines, function 60, training loop 120, all counted.
 
 A line that is over budget is marked; nothing fails here (tests/test_floors.py does).
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-PACKAGE, FILE, FUNCTION, LOOP = 17_000, 400, 60, 120
+PACKAGE, FILE, FUNCTION, LOOP = 21_000, 400, 60, 120
 
 
 def code_lines(text: str, tree: ast.Module) -> int:

@@ -7,7 +7,24 @@ from typing import Annotated
 import typer
 
 from ctxext import __version__
-from ctxext.cli import console, convert, evaluate, finetune, merge, presets, pretrain, probe, report, run, verify
+from ctxext.cli import (
+    chat,
+    console,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    merge,
+    plan,
+    presets,
+    pretrain,
+    probe,
+    report,
+    run,
+    verify,
+)
 
 app = typer.Typer(
     help="Take a pretrained causal LM and make it long: retrofit its layers, extend its context, prove it.",
@@ -35,13 +52,21 @@ def options(
     console.debug, console.quiet = debug, quiet
 
 
-app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
-app.command("finetune", epilog=finetune.EXAMPLES)(finetune.finetune)
-app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
-app.command("merge", epilog=merge.EXAMPLES)(merge.merge)
-app.command("verify", epilog=verify.EXAMPLES)(verify.verify)
-app.command("probe", epilog=probe.EXAMPLES)(probe.probe)
-app.command("pretrain", epilog=pretrain.EXAMPLES)(pretrain.pretrain)
-app.command("report", epilog=report.EXAMPLES)(report.report)
-app.command("run", epilog=run.EXAMPLES)(run.run)
+for name, command, examples in (
+    ("plan", plan.plan, plan.EXAMPLES),
+    ("convert", convert.convert, convert.EXAMPLES),
+    ("finetune", finetune.finetune, finetune.EXAMPLES),
+    ("eval", evaluate.evaluate, evaluate.EXAMPLES),
+    ("merge", merge.merge, merge.EXAMPLES),
+    ("generate", generate.generate, generate.EXAMPLES),
+    ("chat", chat.chat, chat.EXAMPLES),
+    ("export", export.export, export.EXAMPLES),
+    ("verify", verify.verify, verify.EXAMPLES),
+    ("probe", probe.probe, probe.EXAMPLES),
+    ("report", report.report, report.EXAMPLES),
+    ("run", run.run, run.EXAMPLES),
+    ("doctor", doctor.doctor, doctor.EXAMPLES),
+    ("pretrain", pretrain.pretrain, pretrain.EXAMPLES),
+):
+    app.command(name, epilog=examples)(command)
 app.add_typer(presets.app, name="presets", help="What presets there are, what they say, and whether they are in order.")

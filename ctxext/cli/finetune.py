@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ctxext.cli import console
+from ctxext.cli import completion, console
 from ctxext.errors import InputError
 
 if TYPE_CHECKING:
+    from ctxext.planning.time import Estimate
     from ctxext.train.finetune import FinetuneReport
     from ctxext.train.metrics import StepMetrics
     from ctxext.train.parallel import Launch
     from ctxext.train.plan import RunPlan
 
 DEFAULT_PRESET = "lora-alpha"
+PresetOption = Annotated[
+    str, typer.Option(help="A finetune preset or a YAML file", autocompletion=completion.of("finetune"))
+]
 ZeroOption = Annotated[str | None, typer.Option(help="DeepSpeed ZeRO: 1, 2, 3, 2_offload, 3_offload or a JSON file")]
 ProcessesOption = Annotated[
     int | None,
@@ -57,13 +63,17 @@ EXAMPLES = """Examples:\n
 
 def finetune(
     model: Annotated[
-        str | None, typer.Argument(help="A directory, preset or hub id [default: the newest conversion]")
+        str | None,
+        typer.Argument(
+            help="A directory, preset or hub id [default: the newest conversion]",
+            autocompletion=completion.of("models"),
+        ),
     ] = None,
     ctx: Annotated[
         str | None,
         typer.Option(help="Training context in tokens, such as 8192, 100k (k = 1024), or stages: 8k,32k,100k"),
     ] = None,
-    preset: Annotated[str, typer.Option(help="A finetune preset or a YAML file")] = DEFAULT_PRESET,
+    preset: PresetOption = DEFAULT_PRESET,
     data: Annotated[
         str | None, typer.Option(help="Files, a directory, or a datasets id [default: the embedded corpus]")
     ] = None,
@@ -87,8 +97,11 @@ def finetune(
 ) -> None:
     """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, positions where needed."""
     from ctxext.config import manifest as manifests
+    from ctxext.config.loader import assignments
+    from ctxext.train.launch import launched
+    from ctxext.train.run import asked_fields, plan_asked
 
-    given = _fields({"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}, set_ or [])
+    given = asked_fields(ctx, data, steps, original_length) | assignments(set_ or [], example="lora.rank=16")
     if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
         raise InputError(
             "--resume and --repeat take a run's own model and spec", hint="give one of them, without MODEL and --preset"
@@ -97,7 +110,7 @@ def finetune(
         from ctxext.cli.multiplier import refuse_beside, search
 
         refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
-        search(_plan(model, preset, _briefly(given), needs_weights=True), out, force, as_json)
+        search(plan_asked(model, preset, _briefly(given), needs_weights=True, say=console.say), out, force, as_json)
         return
     if resume:
         from ctxext.train.run import newest_unfinished, plan_resumed
@@ -105,31 +118,29 @@ def finetune(
         run = out or newest_unfinished(manifests.RUNS)
         decided = plan_resumed(run, given, accept=force)
     else:
-        decided = _repeated(repeat, given, force) if repeat else _plan(model, preset, given, needs_weights=not plan)
+        decided = (
+            _repeated(repeat, given, force)
+            if repeat
+            else plan_asked(model, preset, given, needs_weights=not plan, say=console.say)
+        )
         run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
-    decided, launch = _launched(decided, zero, nproc, hostfile, resume, repeat)
+    decided, launch = launched(decided, zero, nproc, hostfile, resume=resume, repeats=repeat)
     if plan:
         _show_plan(decided, launch, as_json)
         return
-    console.pairs(_rows(decided, launch), to_stderr=True)
+    console.pairs([*_rows(decided, launch), ("predicted", _predicted(decided, launch)[0])], to_stderr=True)
     _run(decided, run, resume, force, as_json, launch, repeat)
-
-
-def _launched(
-    plan: RunPlan, zero: str | None, nproc: int | None, hostfile: Path | None, resume: bool, repeat: Path | None
-) -> tuple[RunPlan, Launch | None]:
-    """On how many processes a plan runs, and the plan with the memory of one of them."""
-    from ctxext.train.launch import LAUNCH
-    from ctxext.train.parallel import Launch, plan_launch
-    from ctxext.train.plan import divided
-
-    before = Launch.read(repeat / LAUNCH) if repeat and (repeat / LAUNCH).is_file() else None
-    launch = plan_launch(plan, zero, nproc, hostfile, resume=resume, repeats=before)
-    return (divided(plan, launch.partition) if launch else plan), launch
 
 
 def _rows(plan: RunPlan, launch: Launch | None) -> list[tuple[str, str]]:
     return plan.rows() + ([("processes", f"{launch.summary()}; the memory is that of each")] if launch else [])
+
+
+def _predicted(plan: RunPlan, launch: Launch | None) -> tuple[str, Estimate | None]:
+    from ctxext.ops.cost import WHOLE
+    from ctxext.planning.answer import prediction
+
+    return prediction(plan, launch.partition if launch else WHOLE)
 
 
 def _show_plan(plan: RunPlan, launch: Launch | None, as_json: bool) -> None:
@@ -155,64 +166,18 @@ def _repeated(run: Path, given: dict[str, Any], force: bool) -> RunPlan:
     return plan
 
 
-def _fields(given: dict[str, Any], sets: list[str]) -> dict[str, Any]:
-    """What options say about the spec, by dotted path; `--set` comes last."""
-    from ctxext.config.loader import assignments
-
-    fields = {key: value for key, value in given.items() if value is not None}
-    if "," in (fields.get("ctx") or ""):
-        *fields["stages"], fields["ctx"] = [part.strip() for part in fields["ctx"].split(",")]
-    return fields | assignments(sets, example="lora.rank=16")
-
-
-def _plan(model: str | None, preset: str, given: dict[str, Any], *, needs_weights: bool) -> RunPlan:
-    from ctxext.config import manifest as manifests
-    from ctxext.config import presets
-    from ctxext.config.loader import build, set_value
-    from ctxext.model.source import resolve
-    from ctxext.train.plan import plan_run
-    from ctxext.train.spec import FinetuneSpec
-    from ctxext.units import parse_tokens
-
-    fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
-    for key, value in given.items():
-        set_value(fields, key, value)
-    if "ctx" not in fields and not fields.get("distill"):
-        raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
-    if model is None:
-        newest = manifests.newest(manifests.RUNS, ("conversion", "model"))
-        console.say(f"no MODEL given: taking the newest, {newest}")
-        model = str(newest)
-    source = resolve(model, weights=needs_weights)
-    given_length = fields.get("original_length")
-    length = source.original_length if given_length is None else parse_tokens(given_length)
-    if "ctx" not in fields and length is not None:
-        fields["ctx"] = length
-        console.say(f"no --ctx given: healing at {length:,} tokens, the length it was first trained at")
-    spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)")
-    return plan_run(source, spec)
-
-
 def _run(
     plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, launch: Launch | None, repeat: Path | None
 ) -> None:
-    from ctxext.config.output import replacing
-    from ctxext.train.launch import LOGS
-    from ctxext.train.run import discard_unstarted, start_run
+    from ctxext import api
     from ctxext.units import format_bytes, format_duration
 
-    if resume:
-        report = train_with_progress(plan, run, resume=True, launch=launch)
-    else:
-        read = [Path(part.source) for part in plan.spec.data.parts]
-        with replacing(run, force, keep=[plan.source.path, repeat, *(path for path in read if path.exists())]):
-            start_run(plan, run)
-            try:
-                report = train_with_progress(plan, run, resume=False, launch=launch)
-            except BaseException:
-                if not (run / LOGS).exists():  # which have the traceback of a process that died
-                    discard_unstarted(run)
-                raise
+    if launch is None:
+        console.quiet_libraries()
+    with training_progress(plan) as on_step:
+        report = api.carry_out(
+            plan, run, resume=resume, force=force, launch=launch, repeats=repeat, say=console.say, on_step=on_step
+        )
     if as_json:
         console.emit(report.as_dict())
     elif report.finished:
@@ -222,7 +187,8 @@ def _run(
             ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
             ("gradient spikes", f"{report.spikes} of {report.steps} steps scaled down"),
             ("rollbacks", str(report.rollbacks)),
-            ("peak memory", format_bytes(report.peak_memory)),
+            ("peak memory", f"{format_bytes(report.peak_memory)}, predicted {format_bytes(sum(plan.memory.values()))}"),
+            ("a step", _step_row(report, _predicted(plan, launch)[1])),
             ("took", format_duration(report.seconds)),
             ("written to", report.out),
         ]
@@ -231,6 +197,13 @@ def _run(
         console.say(f"stopped after step {report.steps_done} of {report.steps}; go on with")
         console.say(f"  ctxext finetune --resume --out {run}")
         raise typer.Exit(130)
+
+
+def _step_row(report: FinetuneReport, predicted: Estimate | None) -> str:
+    from ctxext.units import format_duration
+
+    beside = "nothing was predicted" if predicted is None else f"predicted {format_duration(predicted.seconds)}"
+    return f"{format_duration(report.seconds_per_step or 0.0)}, the median; {beside}"
 
 
 def _losses(report: FinetuneReport, plan: RunPlan) -> str:
@@ -247,9 +220,9 @@ def _held_out(report: FinetuneReport) -> str:
     return f"{report.held_out[0]:.3f} -> {report.held_out[1]:.3f}, under the attention it runs with"
 
 
-def train_with_progress(plan: RunPlan, run: Path, *, resume: bool, launch: Launch | None = None) -> FinetuneReport:
-    """Run a plan under a progress bar; a line every tenth of the way where stderr is no terminal."""
-    from ctxext.train.launch import launch_run
+@contextmanager
+def training_progress(plan: RunPlan) -> Iterator[Callable[[StepMetrics], None]]:
+    """What a run's steps are told to: a progress bar; a line every tenth of the way where stderr is no terminal."""
     from ctxext.units import format_bytes
 
     with console.progress() as display:
@@ -263,11 +236,4 @@ def train_with_progress(plan: RunPlan, run: Path, *, resume: bool, launch: Launc
             if display.disable and metrics.step % max(1, plan.steps // 10) == 0:
                 console.say(f"step {metrics.step}/{plan.steps}  {note}")
 
-        fields = launch_run(run, launch, console.say, on_step) if launch else None
-        console.quiet_libraries()
-        from ctxext.train.finetune import FinetuneReport, run_finetune
-        from ctxext.train.loop import Events
-
-        if fields is not None:
-            return FinetuneReport(**fields)
-        return run_finetune(plan, run, resume=resume, events=Events(console.say, on_step))
+        yield on_step

@@ -20,6 +20,7 @@ def pretrain(
     preset: Annotated[str, typer.Option(help="A pretrain preset or a YAML file")] = "tiny",
     out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-pretrain-<name>]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON")] = False,
 ) -> None:
     """Train a small model from nothing, as the embedded model `tiny` was trained."""
     from ctxext.config import manifest as manifests
@@ -31,10 +32,17 @@ def pretrain(
     recipe = build(PretrainSpec, found.data, source=str(found.path))
     out = out or manifests.default_out("pretrain", found.name)
     console.quiet_libraries()
-    from ctxext.cli.finetune import train_with_progress
+    from ctxext.cli.finetune import training_progress
+    from ctxext.train.finetune import run_finetune
+    from ctxext.train.loop import Events
 
     def train(plan: RunPlan, run: Path) -> Any:
         console.pairs(plan.rows(), to_stderr=True)
-        return train_with_progress(plan, run, resume=False)
+        with training_progress(plan) as on_step:
+            return run_finetune(plan, run, events=Events(console.say, on_step))
 
-    console.say(f"written to {pretrain(recipe, out, force=force, train=train)}")
+    written = pretrain(recipe, out, force=force, train=train)
+    if as_json:
+        console.emit({"out": str(written)})
+    else:
+        console.say(f"written to {written}")

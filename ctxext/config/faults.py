@@ -36,6 +36,7 @@ _ALLOWED = {
     "finite_number": "a finite number",
 }
 # Not said of what has a fault further in: of a list too, since pydantic counts the items that are good.
+_MOST = 50  # lines; a file with more faults than that is no spec
 _WRONG_SHAPE = {"dataclass_type", "literal_error", "none_required", "union_tag_not_found", "too_short"}
 
 
@@ -50,13 +51,13 @@ class _Fault:
 def describe(cls: type, data: Any, error: ValidationError) -> list[str]:
     """One line a fault, as pydantic orders them. The branches of a union that do not fit are one fault."""
     found = [_fault(data, line) for line in error.errors(include_url=False)]
+    outer = {fault.path[:depth] for fault in found for depth in range(len(fault.path))}
     lines: dict[tuple[str | int, ...], list[_Fault]] = {}
     for fault in found:
-        depth = len(fault.path)
-        deeper = any(len(other.path) > depth and other.path[:depth] == fault.path for other in found)
-        if not (deeper and fault.type in _WRONG_SHAPE):
+        if not (fault.path in outer and fault.type in _WRONG_SHAPE):
             lines.setdefault(fault.path, []).append(fault)
-    return [_line(cls, data, path, faults) for path, faults in lines.items()]
+    told = [_line(cls, data, path, faults) for path, faults in list(lines.items())[:_MOST]]
+    return told + ([f"and {len(lines) - _MOST:,} more"] if len(lines) > _MOST else [])
 
 
 def _fault(data: Any, line: Any) -> _Fault:

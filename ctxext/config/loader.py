@@ -25,7 +25,7 @@ from ctxext.config.faults import describe
 from ctxext.errors import InputError, SpecError
 from ctxext.units import parse_tokens
 
-LARGEST_FILE = 1024**2  # bytes
+LARGEST = 64 * 1024  # bytes of a file, characters of a value: PyYAML reads 100 KB a second, a preset has one or two
 
 S = TypeVar("S")
 
@@ -52,7 +52,7 @@ Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0)]
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file of UTF-8 text, at most 1 MiB; an empty file is an empty mapping.
+    """The mapping in a YAML file of UTF-8 text, at most 64 KiB; an empty file is an empty mapping.
 
     Raises:
         InputError: no such file, or one that cannot be read.
@@ -60,8 +60,8 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise SpecError(str(path), [f"{path.stat().st_size:,} bytes; allowed: at most {LARGEST_FILE:,}"])
+        if path.stat().st_size > LARGEST:
+            raise SpecError(str(path), [f"{path.stat().st_size:,} bytes; allowed: at most {LARGEST:,}"])
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
@@ -144,6 +144,8 @@ def _plain(value: Any) -> Any:
 
 
 def _parse(text: str, source: str) -> Any:
+    if len(text) > LARGEST:
+        raise SpecError(source, [f"{len(text):,} characters; allowed: at most {LARGEST:,}"])
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:

@@ -9,6 +9,7 @@ import difflib
 import re
 from dataclasses import dataclass
 from itertools import takewhile
+from os.path import isfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -94,13 +95,13 @@ def find(kind: str, name: str) -> Preset:
     """
     if _looks_like_a_path(name):
         path = Path(name)
-        if not path.is_file():
+        if not isfile(path):  # which, unlike is_file, says no to names that no system has
             raise InputError(f"no file {name}", hint=f"names known without a path: {_list(kind)}")
         return Preset(kind, path.stem, path, read_yaml(path))
     if _NAME.fullmatch(name):
         for root in _roots(kind):
             path = root / f"{name}.yaml"
-            if path.is_file():
+            if isfile(path):
                 return Preset(kind, name, path, read_yaml(path))
     close = difflib.get_close_matches(name, names(kind), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else None
@@ -149,7 +150,7 @@ def model_preset(preset: Preset) -> ModelPreset:
 
 
 def _looks_like_a_path(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) or (("/" in name or "\\" in name) and Path(name).is_file())
+    return name.endswith((".yaml", ".yml")) or (("/" in name or "\\" in name) and isfile(name))
 
 
 def _roots(kind: str) -> list[Path]:

@@ -3,7 +3,8 @@
 The cache is transformers' own (DynamicCache), which keeps `sliding_window` - 1 tokens of a layer with a window; its
 full layers have room for the whole answer from the start, where transformers copies all keys and values at every token.
 Rows are padded on the left and the padding is seen by none; positions count a row's own tokens, so that a row is
-rotated as it would be by itself. Beams, penalties and sampling from a part of the vocabulary are not done.
+rotated as it would be by itself. A cache may be kept, so that what a row has seen is not computed again. Beams,
+penalties and sampling from a part of the vocabulary are not done.
 
 B rows, T tokens of the longest prompt, V vocabulary.
 """
@@ -49,11 +50,18 @@ def generate(
     stop: Collection[int] = (),
     chunk: int = CHUNK,
     choose: Callable[[Tensor], Tensor] = greedy,
+    cache: DynamicCache | None = None,
+    prefilled: Callable[[int, int], None] = lambda done, total: None,
+    told: Callable[[int, int], None] = lambda row, token: None,
     **attention_arguments: Any,
 ) -> list[list[int]]:
     """The continuation of each prompt: at most `max_new_tokens` ids, ending before the first of `stop`.
 
-    `choose` takes logits [B, V] to ids [B]; those of rows that have ended are drawn and not used.
+    choose      takes logits [B, V] to ids [B]; those of rows that have ended are drawn and not used
+    cache       a `reserved_cache` with what the rows, of one length, have seen before their prompts; it then holds the
+                prompts as well, and all that was answered but a last token that nothing came after
+    prefilled   told how many tokens of the longest prompt are done, of how many, at each chunk
+    told        told (row, id) of each token when it is chosen
     `attention_arguments` go to model/attention.py with every forward: watch, backend.
 
     Memory: the cache of B x (T + max_new_tokens) tokens on full layers and B x W on sliding ones, and the activations
@@ -61,48 +69,42 @@ def generate(
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise InputError("nothing to generate from: a prompt has no tokens")
-    weight = output_weight(model)
-    decoder = causal_lm(model).get_decoder()
+    weight, decoder = output_weight(model), causal_lm(model).get_decoder()
     ids, mask = _padded(prompts, weight.device)  # [B, T]
-    padded = not bool(mask.all())
+    padded, T = not bool(mask.all()), ids.shape[1]
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
-    cache, out = reserved_cache(decoder.config, ids.shape[1] + max_new_tokens), None
-    for begin in range(0, ids.shape[1], chunk):
-        end = min(begin + chunk, ids.shape[1])
-        out = decoder(
-            input_ids=ids[:, begin:end],
-            attention_mask=mask[:, :end] if padded else None,
-            position_ids=positions[:, begin:end] if padded else None,
-            past_key_values=cache,
-            use_cache=True,
-            **attention_arguments,
-        )
-    answers: list[list[int]] = [[] for _ in prompts]
-    going = [True] * len(prompts)
+    cache = reserved_cache(decoder.config, 0) if cache is None else cache
+    if padded and cache.get_seq_length():
+        raise InputError("prompts that go on with a cache must be of one length")
+    reserve(cache, cache.get_seq_length() + T + max_new_tokens)
+
+    def last_state(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        padding = {"attention_mask": mask, "position_ids": positions} if padded else {}
+        out = decoder(input_ids=ids, past_key_values=cache, use_cache=True, **padding, **attention_arguments)
+        return out.last_hidden_state[:, -1]  # [B, E]
+
+    for begin in range(0, T, chunk):
+        end = min(begin + chunk, T)
+        state = last_state(ids[:, begin:end], mask[:, :end], positions[:, begin:end])
+        prefilled(end, T)
+    answers, going = [list[int]() for _ in prompts], [True] * len(prompts)
     for step in range(max_new_tokens):
-        logits = torch.nn.functional.linear(out.last_hidden_state[:, -1], weight)  # [B, V]
-        chosen = choose(logits)  # [B]
+        chosen = choose(torch.nn.functional.linear(state, weight))  # [B, V] -> [B]
         for row, token in enumerate(chosen.tolist()):
             going[row] = going[row] and token not in stop
             if going[row]:
                 answers[row].append(token)
+                told(row, token)
         if not any(going) or step + 1 == max_new_tokens:
             break
         mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1)
         positions = positions[:, -1:] + 1
-        out = decoder(
-            input_ids=chosen[:, None],
-            attention_mask=mask if padded else None,
-            position_ids=positions if padded else None,
-            past_key_values=cache,
-            use_cache=True,
-            **attention_arguments,
-        )
+        state = last_state(chosen[:, None], mask, positions)
     return answers
 
 
 class ReservedLayer(DynamicLayer):
-    """Keys and values of a full layer in memory for `reserve` tokens, written in place."""
+    """Keys and values of a full layer in memory for `reserve` tokens, written in place; moved when that has grown."""
 
     def __init__(self, reserve: int):
         super().__init__()
@@ -114,11 +116,19 @@ class ReservedLayer(DynamicLayer):
         end = begin + key_states.shape[2]
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.store = [x.new_empty(*x.shape[:2], self.reserve, x.shape[3]) for x in (key_states, value_states)]
+            self.store = [x.new_empty(*x.shape[:2], 0, x.shape[3]) for x in (key_states, value_states)]
+        if self.store[0].shape[2] < self.reserve:
+            self.store = [_moved(store, begin, self.reserve) for store in self.store]
         for store, new in zip(self.store, (key_states, value_states), strict=True):
             store[:, :, begin:end] = new
         self.keys, self.values = (store[:, :, :end] for store in self.store)
         return self.keys, self.values
+
+
+def _moved(store: Tensor, held: int, reserve: int) -> Tensor:
+    larger = store.new_empty(*store.shape[:2], reserve, store.shape[3])
+    larger[:, :, :held] = store[:, :, :held]
+    return larger
 
 
 def reserved_cache(config: Any, tokens: int) -> DynamicCache:
@@ -126,6 +136,13 @@ def reserved_cache(config: Any, tokens: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [ReservedLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def reserve(cache: DynamicCache, tokens: int) -> None:
+    """Room for `tokens` in all on the full layers of a `reserved_cache`; what they hold is moved at the next update."""
+    for layer in cache.layers:
+        if isinstance(layer, ReservedLayer):
+            layer.reserve = max(layer.reserve, tokens)
 
 
 def _padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

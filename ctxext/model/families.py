@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctxext.errors import ModelError
+from ctxext.model.config_fields import FIELDS, KEPT, LABELS, LAYER_TYPES, check_fields, check_lengths, check_rope
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.ops.cost import ModelShape
 
@@ -55,7 +56,8 @@ def _smollm3_kinds(config: Config) -> tuple[LayerKind, ...]:
     layers = config["num_hidden_layers"]
     uses_rope = config.get("no_rope_layers")
     if uses_rope is None:
-        uses_rope = [(i + 1) % config.get("no_rope_layer_interval", 4) != 0 for i in range(layers)]
+        interval = config.get("no_rope_layer_interval", 4)
+        uses_rope = [not interval or (i + 1) % interval != 0 for i in range(layers)]
     types = config.get("layer_types")
     if types is None:
         types = ["full_attention" if rope or window is None else "sliding_attention" for rope in uses_rope]
@@ -68,14 +70,13 @@ def _smollm3_kinds(config: Config) -> tuple[LayerKind, ...]:
 def _mellum_kinds(config: Config) -> tuple[LayerKind, ...]:
     if set(config.get("mlp_layer_types") or ["sparse"]) != {"dense"}:
         raise ModelError("mellum with mixture-of-experts layers is not supported, only dense layers are")
-    types = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
     rope = config["rope_parameters"]
     return tuple(
         LayerKind(
             rope[kind] != NO_ROPE | {"rope_theta": rope[kind].get("rope_theta")},
             config["sliding_window"] if kind == "sliding_attention" else None,
         )
-        for kind in types
+        for kind in config["layer_types"]
     )
 
 
@@ -98,7 +99,7 @@ ROPE_FIELDS = {  # rope_type: the numbers it cannot do without
     "linear": ("factor",),
     "dynamic": ("factor",),
     "yarn": (),
-    "longrope": (),
+    "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 SOURCES = ("llama", "mistral", "qwen2", "qwen3")
@@ -115,25 +116,30 @@ REQUIRED = (
 def family_of(config: Config) -> Family:
     """The row for a config.json; raises ModelError for a model_type ctxext does not know."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     return FAMILIES[model_type]
 
 
 def normalise(config: Config) -> Config:
-    """A copy of a raw config.json with every field this package reads present, old spellings included.
+    """A copy of a raw config.json with every field this package reads present, old spellings included, and no other.
 
     `rope_theta` and `rope_scaling` (transformers 4) become `rope_parameters`. Raises ModelError for a missing or
-    senseless field.
+    senseless field (config_fields.py).
     """
     family_of(config)
-    missing = [field for field in REQUIRED if not isinstance(config.get(field), int) or config[field] < 1]
-    if missing:
-        raise ModelError(f"config.json: {', '.join(missing)} must be a whole number of 1 or more")
-    config = DEFAULTS.get(config["model_type"], {}) | config
+    if missing := [field for field in REQUIRED if config.get(field) is None]:
+        raise ModelError(f"config.json: {', '.join(missing)} missing")
+    if config.get("quantization_config"):
+        raise ModelError("config.json: quantised weights are not supported", hint="give the model they were made from")
+    check_fields(config, FIELDS | LABELS)
+    check_lengths(config)
+    config = {k: v for k, v in (DEFAULTS.get(config["model_type"], {}) | config).items() if k in KEPT}
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
+    if config["head_dim"] < 4 or config["head_dim"] % 2:
+        raise ModelError(f"config.json: a head of {config['head_dim']}; allowed are even numbers from 4")
     if heads % config["num_key_value_heads"]:
         raise ModelError(
             f"config.json: {heads} query heads do not divide over {config['num_key_value_heads']} kv heads"
@@ -142,6 +148,8 @@ def normalise(config: Config) -> Config:
         raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported, only silu is")
     config.setdefault("tie_word_embeddings", config["model_type"] == "smollm3")
     config.setdefault("rms_norm_eps", 1e-6)
+    if config["model_type"] == "mellum" and not config.get("layer_types"):
+        config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
     config["rope_parameters"] = _rope_parameters(config)
     return config
 
@@ -154,16 +162,37 @@ def _rope_parameters(config: Config) -> Config:
     rope = rope or scaling or {}
     if not isinstance(rope, dict):
         raise ModelError(f"config.json: RoPE parameters must be an object, not {rope!r}")
-    if "full_attention" in rope or "sliding_attention" in rope:
-        return rope
+    if config["model_type"] == "mellum":
+        types = config["layer_types"]
+        return {name: _mellum_rope(rope, name, config) for name in LAYER_TYPES if name in rope or name in types}
+    rope = {"rope_theta": 10000.0 if theta is None else theta} | rope
+    return _one_rope(rope, config["head_dim"])
+
+
+def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
+    """What a Mellum config says of one type of layer: RoPE's parameters, or that there is none."""
+    one = rope.get(name)
+    if not isinstance(one, dict):
+        raise ModelError(f"config.json: rope_parameters must have an object for {name}")
+    if name == "sliding_attention" and name in config["layer_types"] and config.get("sliding_window") is None:
+        raise ModelError("config.json: layers of sliding_attention, and no sliding_window")
+    if {key: value for key, value in one.items() if key != "rope_theta"} != NO_ROPE:
+        return _one_rope(one, config["head_dim"])
+    check_rope(one, config["head_dim"])
+    return dict(one)
+
+
+def _one_rope(rope: Config, head_dim: int) -> Config:
+    if by_type := [name for name in LAYER_TYPES if name in rope]:
+        raise ModelError(f"config.json: RoPE parameters for {by_type[0]} inside those for all layers")
     rope = dict(rope)
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    rope.setdefault("rope_theta", 10000.0 if theta is None else theta)
-    if rope["rope_type"] not in ROPE_FIELDS:
+    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in ROPE_FIELDS:
         raise ModelError(f"config.json: rope_type {rope['rope_type']!r}; supported are {', '.join(ROPE_FIELDS)}")
     for field in ("rope_theta", *ROPE_FIELDS[rope["rope_type"]]):
-        if not isinstance(rope.get(field), (int, float)) or rope[field] <= 0:
-            raise ModelError(f"config.json: {rope['rope_type']} RoPE needs {field}, a positive number")
+        if rope.get(field) is None:
+            raise ModelError(f"config.json: {rope['rope_type']} RoPE needs {field}")
+    check_rope(rope, head_dim)
     return rope
 
 

@@ -68,7 +68,7 @@ def run_gate(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(source_config["vocab_size"], (1, tokens), generator=generator)
 
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     used = getattr(config, "use_sliding_window", True)
     if getattr(config, "layer_types", None):
         used = used and "sliding_attention" in config.layer_types
@@ -104,7 +104,12 @@ def _build(config: Config) -> Any:
 def _logits(directory: Path, config: Any, ids: Tensor, rounded_to: torch.dtype | None) -> Tensor:
     """Logits [1, T, V] of a stock model in fp32; its weights optionally rounded to another dtype on the way."""
     model = AutoModelForCausalLM.from_pretrained(
-        directory, config=config, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+        directory,
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=False,
     ).eval()
     with torch.no_grad():
         if rounded_to is not None:

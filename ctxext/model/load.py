@@ -134,7 +134,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory. Raises ModelError when there is none or it does not open."""
     require_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers raises bare Exception for a file that is not its own
         raise ModelError(f"{path}: the tokenizer does not open ({error})") from error
 

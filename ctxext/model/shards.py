@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,13 +33,35 @@ def weight_files(directory: Path, allow_pickle: bool) -> list[Path]:
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """(names, a function that reads one tensor). Pickles are opened with `weights_only`, which runs no code."""
+    """(names, a function that reads one tensor). Pickles are opened with `weights_only`, which runs no code.
+
+    Raises ModelError for a file that is not what its name says.
+    """
     if path.suffix == ".bin":
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = _unpickled(path)
         yield list(tensors), tensors.__getitem__
         return
-    with safe_open(path, framework="pt") as shard:
+    try:
+        shard = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"{path} is no sound safetensors file ({error})", hint="copy the file again") from None
+    with shard:
         yield list(shard.keys()), shard.get_tensor
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except Exception as error:  # of the reader of pickles, of zip files, of torch: whatever a damaged file calls forth
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ModelError(
+            f"{path} holds more than tensors, or is damaged ({type(error).__name__}: {reason})",
+            hint="nothing in it was run; save the model as safetensors",
+        ) from None
+    named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ModelError(f"{path} holds something else than tensors by name")
+    return dict(tensors)
 
 
 def tensor_reader(directory: Path) -> Callable[[str], Tensor | None]:

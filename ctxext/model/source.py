@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, replace
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.manifest import Manifest
 from ctxext.errors import EnvironmentFault, InputError, ModelError
+from ctxext.model.config_fields import FACTS, PARENT, check_fields
 from ctxext.model.families import Config, expected_tensors, family_of, hybrid_config, model_shape, normalise
 from ctxext.model.layout import LayerKind, kinds_of
 from ctxext.model.weights import ADAPTER_FILE, TensorInfo, check_tensors, only_pickles, read_header, read_tensors
@@ -73,7 +75,7 @@ def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> 
     Raises InputError when there is no such model, ModelError when its files are incomplete or disagree, and
     EnvironmentFault when the hub cannot be reached.
     """
-    if Path(model).is_dir():
+    if isdir(model):  # which, unlike Path.is_dir, says no to names that no system has
         return from_directory(Path(model), weights=weights, allow_pickle=allow_pickle)
     if "/" in model and not HUB_ID.fullmatch(model):
         raise InputError(
@@ -90,8 +92,9 @@ def from_directory(
 ) -> ModelSource:
     """Describe the model in a directory: a plain Hugging Face one, or any of ctxext's outputs."""
     manifest = manifests.read(path)
-    raw = read_config(path)
-    config = normalise(raw)
+    facts: dict[str, Any] = manifest.facts if manifest else {}
+    check_fields(facts, FACTS, path / manifests.FILE_NAME)
+    config = normalise(read_config(path))
     kind = manifest.kind if manifest else "source"
     base = None
     if (path / "adapter_config.json").exists():
@@ -99,7 +102,6 @@ def from_directory(
         _check_adapter(path, manifest)
     elif weights and not (allow_pickle and only_pickles(path)):
         check_tensors(path, read_tensors(path), expected_tensors(config))
-    facts: dict[str, Any] = manifest.facts if manifest else {}
     original = facts.get("original_length") or original_length(config)
     usable = facts.get("usable_length") or usable_length(config)
     name = name or facts.get("name") or path.resolve().name
@@ -158,10 +160,12 @@ def original_config(source: ModelSource) -> Config:
             hint="give a model that was not trained by ctxext, or a conversion of one",
         )
     facts = source.manifest.facts if source.manifest else {}
-    if "source_layout" not in facts:
-        raise InputError(f"{source.name}: its ctxext.json does not say what its layout was", hint="convert it again")
-    rope = facts["source_rope_parameters"]
-    return hybrid_config(source.config | {"rope_parameters": rope}, kinds_of(facts["source_layout"]))
+    try:
+        rope, kinds = facts["source_rope_parameters"], kinds_of(facts["source_layout"])
+        return hybrid_config(source.config | {"rope_parameters": rope}, kinds)
+    except (KeyError, TypeError):
+        message = f"{source.name}: its ctxext.json does not say what its layout was"
+        raise InputError(message, hint="convert it again") from None
 
 
 def tensors_of(source: ModelSource) -> dict[str, TensorInfo]:
@@ -184,9 +188,12 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
             f"{path}: an adapter without a ctxext.json that names its base",
             hint="ctxext opens the bundles it wrote; merge foreign adapters with PEFT first",
         )
-    parent = manifest.parents["base"]
+    parent = {"path": None, "weights": None} | manifest.parents["base"]
+    check_fields(parent, PARENT, f"{path / manifests.FILE_NAME}, its base")
     base = Path(parent["path"])
-    if not base.is_dir():
+    if isfile(base / "adapter_config.json"):
+        raise ModelError(f"{path}: its base {base} is an adapter too", hint="merge that one first")
+    if not isdir(base):
         raise ModelError(
             f"{path}: its base {base} is not there any more",
             hint="put the base model back at that path, or train again from where it is now",

@@ -57,6 +57,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(file.read(length))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file", hint="the checkpoint is incomplete: copy it again") from None
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: the safetensors header is no JSON ({error})") from None
     if not isinstance(header, dict):
@@ -71,7 +73,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def _tensor_info(path: Path, name: str, entry: object, data_bytes: int) -> TensorInfo:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
-        sound = all(isinstance(n, int) and n >= 0 for n in [*shape, begin, end])
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in [*shape, begin, end])
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:

@@ -10,8 +10,8 @@
     sliding          T W - W (W - 1) / 2        3/4 of the layers W = 128 at 100k: a step is under half of dense
     S²               about T G / 2              G = T / 4: a quarter of the pairs of dense
 
-Counts are exact integers. `training_memory` is an estimate, to be used as ±20%: its formulas predicted two published
-runs within -5% and +17%, none of them on the CPU.
+Counts are exact integers. `training_memory` counts the tensors that are live at the peak of a step; docs/plan.md says
+how near it came on a CPU. On a GPU it was not measured.
 """
 
 from __future__ import annotations
@@ -114,10 +114,7 @@ def layer_pairs(shape: ModelShape, T: int, layer: Layer) -> int:
 def kv_cache_bytes(
     shape: ModelShape, windows: Sequence[int | None], T: int, item_bytes: int = 2, batch: int = 1
 ) -> int:
-    """Bytes of the key/value cache after T tokens; `windows` has W or None for each layer.
-
-    A sliding layer holds min(T, W) tokens while a token is computed. (transformers stores W - 1 between two tokens.)
-    """
+    """Bytes of the key/value cache after T tokens; `windows` has W or None for each layer, which holds min(T, W)."""
     tokens = sum(T if window is None else min(T, window) for window in windows)
     return 2 * batch * tokens * shape.num_kv_heads * shape.head_dim * item_bytes
 
@@ -152,6 +149,20 @@ def step_flops(
     return model_flops(shape, layers, T, weights_train=weights_train) + again
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What trains of a layer: a frozen matrix does not keep its input for the backward pass, one that trains does.
+
+    adapted   projections with LoRA: q_proj and so on; their LoRA matrices are fp32, and so is the input each one keeps
+    norms     the norms' weights train
+    weights   everything trains, nothing is adapted
+    """
+
+    adapted: frozenset[str] = frozenset()
+    norms: bool = True
+    weights: bool = False
+
+
 def training_memory(
     shape: ModelShape,
     layers: Sequence[Layer],
@@ -159,6 +170,7 @@ def training_memory(
     micro_batch: int = 1,
     *,
     trainable: int,
+    trained: Trained = Trained(),
     moment_bytes: int = 8,
     item_bytes: int = 2,
     checkpointing: int = 1,
@@ -172,9 +184,8 @@ def training_memory(
 ) -> dict[str, int]:
     """Bytes of a training step on one device by what holds them; the total is the sum.
 
-    An estimate: see the top of this file for GPUs. On a CPU the layers of S²-Attn hold far more (LOG.md has figures).
-
     trainable     parameters that train: fp32 master, gradient and two AdamW moments, 16 bytes each
+    trained       which parts of a layer those are
     moment_bytes  of the two moments together: 8, or 2 for 8-bit AdamW
     item_bytes    of a stored weight and of an activation
     checkpointing layers that share a checkpoint, all of which are live while they are computed again; 0: none
@@ -184,25 +195,29 @@ def training_memory(
     partition     what of it other processes hold; what waits on the host is not counted, and no split was measured
     keep_attention, tiles (tokens), offload are the knobs of the training spec. Offloaded checkpoints are not counted:
     they are on the host, `X` bytes each, but for the two on their way.
-    The patterns of the layers matter to tiles alone: the kernels used here hold no scores. What a layer stores without
-    checkpointing, or beside others of its checkpoint, is our count and was not measured.
+    The patterns of the layers matter to tiles alone: the kernels used here hold no scores. `layer` is what the peak of
+    a layer's backward pass needs, or of the loss where that is more; `loss` what it needs all the way besides.
     """
-    tokens, E, F = T * micro_batch, shape.hidden_size, shape.intermediate_size
-    X = tokens * E * item_bytes
-    kv = shape.num_kv_heads / shape.num_heads
-    live = (9 + 2 * kv) * X + 4 * tokens * F * item_bytes  # of a layer between its forward and its backward
+    tokens, X = T * micro_batch, T * micro_batch * shape.hidden_size * item_bytes
+    attention, mlp = _kept(shape, item_bytes, trained)  # bytes a token
+    live = tokens * (attention + mlp)
     stored = -(-len(layers) // checkpointing) if checkpointing else len(layers)
     if checkpointing and offload:
         stored = min(2, stored)
     kept = [window is None for window, _ in layers].count(True) if keep_attention else 0
-    c = loss_chunk(shape.vocab_size) if chunk is None else chunk
-    work = max(_layer_work(shape, T, micro_batch, layer, item_bytes, tiles) for layer in layers)
+    logits = min(loss_chunk(shape.vocab_size) if chunk is None else chunk, tokens) * shape.vocab_size
+    work = max(_layer_work(shape, T, micro_batch, layer, item_bytes, trained, tiles) for layer in layers)
+    work = work if checkpointing else tokens * 3 * shape.intermediate_size * item_bytes
+    work += max(0, min(checkpointing, len(layers)) - 1) * (live + X)
+    # the last norm keeps its input and its output normalised; both, and its result, are there while the loss is made
+    head = 3 * X + (0 if item_bytes == 4 else 2 * X) + logits * (4 if item_bytes == 4 else 4 + item_bytes)
+    own = 0 if trained.weights and item_bytes == 4 else MASTER_BYTES  # a weight that is fp32 is its own master
     items = {
-        **_state(shape, trainable, moment_bytes, item_bytes, quantized, partition),
-        "checkpoints" if checkpointing else "activations": int(stored * (X if checkpointing else live)),
+        **_state(shape, trainable, own + moment_bytes, item_bytes, quantized, partition),
+        "checkpoints" if checkpointing else "activations": stored * (X if checkpointing else live + X),
         "kept attention": kept * tokens * shape.num_heads * (shape.head_dim * item_bytes + 4),
-        "layer": work + int(max(0, min(checkpointing, len(layers)) - 1) * live),
-        "loss": 10 * min(c, tokens) * shape.vocab_size + X,
+        "layer": max(work, head),
+        "loss": 2 * X,  # the gradient of the last states as the loss made it, and as it is handed down
         "positions": tokens * (8 * shape.head_dim + 32),
         "runtime": runtime,
     }
@@ -210,12 +225,12 @@ def training_memory(
 
 
 def _state(
-    shape: ModelShape, trainable: int, moment_bytes: int, item_bytes: int, quantized: float | None, by: Partition
+    shape: ModelShape, trainable: int, optimizer_bytes: int, item_bytes: int, quantized: float | None, by: Partition
 ) -> dict[str, int]:
     """Bytes of what does not depend on the tokens: weights, and what belongs to those that train."""
     matrices, every = shape.num_layers * layer_matrices(shape), parameter_count(shape)
     weights = item_bytes * (every - matrices) + (quantized or item_bytes) * matrices
-    optimizer = 0 if by.offload_optimizer else (MASTER_BYTES + moment_bytes) * trainable / by.ranks
+    optimizer = 0 if by.offload_optimizer else optimizer_bytes * trainable / by.ranks
     gradients = GRADIENT_BYTES * trainable / (by.ranks if by.stage >= 2 else 1)
     if by.stage >= 2 and by.offload_optimizer:
         gradients = 0
@@ -230,23 +245,46 @@ def _state(
     }
 
 
-def _layer_work(shape: ModelShape, T: int, batch: int, layer: Layer, item_bytes: int, tiles: int | None) -> int:
-    """Bytes in use at most while one layer is recomputed and differentiated."""
-    E, F, kv = shape.hidden_size, shape.intermediate_size, shape.num_kv_heads / shape.num_heads
+def _kept(shape: ModelShape, item_bytes: int, trained: Trained) -> tuple[int, int]:
+    """Bytes a token that the attention half and the MLP half of a layer keep for their backward pass, its input apart:
+    counted in transformers' Llama and PEFT, op by op, and seen so in torch's profiler (fp32 and bf16, on a CPU)."""
+    E, F, i, full = shape.hidden_size, shape.intermediate_size, item_bytes, trained.weights
+    queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
 
-    def attention(tokens: int) -> float:
-        return (8 + 4 * kv) * tokens * E * item_bytes
+    def inputs(width: int, *names: str) -> int:
+        """What matrices with one input keep of it; LoRA's in bf16 each make an fp32 copy of their own."""
+        adapted = len(trained.adapted & set(names))
+        return i * width if full else 4 * width * (min(adapted, 1) if i == 4 else adapted)
 
-    def mlp(tokens: int) -> float:
-        return (6 * F + 3 * E) * tokens * item_bytes
+    norm = (0 if i == 4 else 4) * E + (i * E if full or trained.norms else 0)  # its input in fp32, normalised
+    heads = i * 2 * (queries + keys) + inputs(queries, "o_proj")  # q, k, v, what the kernel returns; it put together
+    attention = norm + inputs(E, "q_proj", "k_proj", "v_proj") + heads
+    return attention, norm + (i * E if i == 4 else 0) + inputs(E, "gate_proj", "up_proj") + 3 * i * F
 
-    X, window, group = T * batch * E * item_bytes, *layer
+
+def _layer_work(
+    shape: ModelShape, T: int, batch: int, layer: Layer, item_bytes: int, trained: Trained, tiles: int | None
+) -> int:
+    """Bytes in use at most while one layer is recomputed and differentiated, whole or in tiles.
+
+    Either the gradients of the MLP's three states of F, or of q, k and v; what is put together gives way to its own.
+    """
+    E, i, (window, group) = shape.hidden_size, item_bytes, layer
+    attention, mlp = _kept(shape, i, trained)
+    mlp += 3 * i * shape.intermediate_size
+    back = i * shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
     if tiles is None:
-        return int(max(attention(T * batch), 3 * X + mlp(T * batch)))
-    if window is None and group is None:
-        return int(max(attention(T * batch), 3 * X + mlp(min(tiles, T) * batch)))
-    tile = min(T, tiles + window if window is not None else 2 * -(-tiles // (group or 1)) * (group or 1))
-    return int(2 * X + max(attention(tile * batch), mlp(tile * batch)))
+        return T * batch * max(attention + mlp, attention + i * E + back)
+    if window is not None:
+        size, halo = max(tiles, window), window - 1
+    elif group is not None:
+        size, halo = -(-tiles // group) * group, group // 2
+    else:
+        size, halo = T, 0
+    rows, states = min(T, size + halo), 2 * i * E  # a tile's h and its gradient; dx is of the whole row
+    mlp -= i * E if i == 4 else 0  # its input is h
+    tile = max(rows * (attention + states) + min(tiles, T) * mlp, rows * (attention + states + back))
+    return batch * (T * E * i + tile)
 
 
 def loss_chunk(V: int) -> int:

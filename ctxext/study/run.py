@@ -28,15 +28,17 @@ from ctxext.train.run import differences
 
 FILE = "pipeline.json"
 RUNS: dict[str, Callable[..., Any]] = {
+    "plan": api.plan,
     "convert": api.convert,
     "finetune": api.finetune,
     "eval": api.evaluate,
     "probe": api.probe,
     "merge": api.merge,
+    "export": api.export_model,
     "report": api.write_report,
 }
 TELLS = {"convert": ("say", "told"), "finetune": ("say", "on_step"), "eval": ("say", "told"), "probe": ("say", "told"),
-         "merge": ("say",), "report": ()}  # fmt: skip
+         "merge": ("say",), "plan": (), "export": (), "report": ()}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,8 @@ def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
     report = _call(job.command, step, out, resume, not keep, say, told)
     if getattr(report, "finished", True) is False:
         return "interrupted"
-    told_of = state.plain(report.to_dict() if hasattr(report, "to_dict") else asdict(report)) | {"out": str(out)}
+    as_dict = getattr(report, "to_dict", None) or getattr(report, "as_dict", None)
+    told_of = state.plain(as_dict() if as_dict else asdict(report)) | {"out": str(out)}
     done = {"request": asked, "done": True, "report": told_of, "seconds": round(time.monotonic() - began, 1)}
     state.write(plan.out, job, done | {"output": state.plain(state.stamp(str(out)))})
     return "resumed" if keep and record is not None else "ran"

@@ -22,6 +22,18 @@ Length = str | int
 
 
 @spec
+class Plan:
+    model: str
+    ctx: Length
+    hybrid: str | None = None
+    gpu: str | None = None
+    memory: str | None = None
+    gpus: int = 1
+    preset: str = "lora-alpha"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@spec
 class Convert:
     model: str
     hybrid: str
@@ -95,17 +107,25 @@ class Merge:
 
 
 @spec
+class Export:
+    model: str
+    target: str = "hf"
+
+
+@spec
 class Report:
     runs: tuple[str, ...] | str
     title: str | None = None
 
 
 SPECS: dict[str, type] = {
+    "plan": Plan,
     "convert": Convert,
     "finetune": Finetune,
     "eval": Evaluate,
     "probe": Probe,
     "merge": Merge,
+    "export": Export,
     "report": Report,
 }
 MODELS = {"model", "models", "run", "runs", "compare", "against", "evaluator"}  # arguments that name what is read
@@ -172,7 +192,12 @@ def _probe(step: Probe) -> ProbeSpec:
     return asked(list(PROBES) if names == ["all"] else names, said(given) | step.settings, preset=step.preset)
 
 
+def _plan(step: Plan) -> FinetuneSpec:
+    return _finetune(Finetune(model=step.model, ctx=step.ctx, preset=step.preset, settings=step.settings))
+
+
 RESOLVED: dict[str, Callable[[Any], Any]] = {
+    "plan": _plan,
     "convert": _convert,
     "finetune": _finetune,
     "eval": _evaluate,

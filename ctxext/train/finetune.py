@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -41,10 +42,8 @@ from ctxext.train.teacher import teacher_weights
 from ctxext.train.telemetry import telling
 from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
-from ctxext.units import format_duration, format_flops
 
 NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from its first step"
-MATMUL_SHARE = 0.5  # of a large matmul's speed that a step reaches, as a first guess; the progress bar knows better
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class FinetuneReport:
     held_out   loss on held-out text before the first and after the last step at ctx, under the attention it runs with
     spikes     steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
     rollbacks  times it went back to a checkpoint because the loss or the gradient went wrong
+    seconds_per_step   the median, without the first step where there are more
     """
 
     out: str
@@ -68,6 +68,7 @@ class FinetuneReport:
     spikes: int
     rollbacks: int
     trained_tensors: int | None
+    seconds_per_step: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,9 +136,6 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
         events.say(f"warning: {note}")
     teacher = _teacher(plan, model, dtype)
     engine = ZeroEngine(model, plan, ranks, teacher) if ranks else LocalEngine(model, plan.spec.optimizer, teacher)
-    rate = MATMUL_SHARE * engine.world * _matmul_rate(next(model.parameters()))
-    seconds = (plan.stop - plan.first) * plan.step_flops / rate
-    events.say(f"estimated time: {format_duration(seconds)} (at {format_flops(rate)}/s, half of a matmul's speed here)")
     return engine, sequences, HeldOut(held, cases) if held is not None else None
 
 
@@ -195,18 +193,8 @@ def report(plan: RunPlan, run: Path, progress: Progress, count: int | None, seco
         spikes=sum(line["gradient_scale"] < 1.0 for line in lines),
         rollbacks=len(progress.rollbacks),
         trained_tensors=count,
+        seconds_per_step=statistics.median(line["seconds"] for line in lines[1:] or lines) if lines else None,
     )
-
-
-def _matmul_rate(like: torch.Tensor) -> float:
-    """FLOP/s of a large matmul in the dtype and on the device that train: the ceiling of a run."""
-    a = torch.randn(1024, 1024, device=like.device).to(like.dtype)
-    best = 0.0
-    for _ in range(5):
-        began = time.perf_counter()
-        (a @ a).sum().item()  # item waits for the device
-        best = max(best, 2 * 1024**3 / (time.perf_counter() - began))
-    return best
 
 
 def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:

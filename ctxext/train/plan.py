@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ctxext.config import manifest as manifests
 from ctxext.data.documents import EMBEDDED, SELF
 from ctxext.errors import InputError, ModelError
 from ctxext.model.adapter_plan import Trainables, plan_trainables
@@ -21,6 +20,7 @@ from ctxext.model.source import ModelSource
 from ctxext.ops import cost
 from ctxext.ops.masks import Pattern
 from ctxext.train import recompute
+from ctxext.train.measured import measured_length
 from ctxext.train.schedule import Attention, attention_at, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
 from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
@@ -43,8 +43,8 @@ class RunPlan:
     first, stop        the steps at this ctx, from `first` (from 0) up to, not including, `stop`; `earlier` has the
                        plans of the shorter contexts before it, whose positions, groups and batches are their own
     tokens_before      what they train on
-    measured_length    the longest length this model was evaluated at, of what lies under ./runs; None if never
     teacher            whom it learns from; None: from the text alone
+    gpu                whether it is planned for a GPU; None: for this machine
     """
 
     spec: FinetuneSpec
@@ -59,12 +59,12 @@ class RunPlan:
     memory: dict[str, int]
     step_flops: int
     model_flops: int
-    measured_length: int | None
     first: int
     stop: int
     tokens_before: int = 0
     earlier: tuple[RunPlan, ...] = ()
     teacher: Teacher | None = None
+    gpu: bool | None = None
 
     def stage_of(self, done: int) -> RunPlan:
         """The plan of the step after `done` steps; the last one's once all are done."""
@@ -86,6 +86,10 @@ class RunPlan:
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         return family_of(self.config).kinds(self.config)
+
+    @property
+    def measured_length(self) -> int | None:
+        return measured_length(self.source)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
@@ -166,11 +170,8 @@ class RunPlan:
             ),
         ]
         if any(not kind.use_rope for kind in self.kinds):
-            known = (
-                "never measured"
-                if self.measured_length is None
-                else f"measured to {format_tokens(self.measured_length)}"
-            )
+            longest = self.measured_length
+            known = "never measured" if longest is None else f"measured to {format_tokens(longest)}"
             rows.append(("NoPE layers", f"no positions to stretch, but their attention dilutes with length ({known})"))
         return rows
 
@@ -203,9 +204,14 @@ class RunPlan:
         )
 
 
-def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
-    """Derive a run. Raises InputError or ModelError for whatever cannot be trained as asked."""
-    _refuse(source, spec)
+def plan_run(
+    source: ModelSource, spec: FinetuneSpec, *, gpu: bool | None = None, trainables: Trainables | None = None
+) -> RunPlan:
+    """Derive a run, for this machine or one with a `gpu` or without; `trainables` where they are known already.
+
+    Raises InputError or ModelError for whatever cannot be trained as asked.
+    """
+    _refuse(source, spec, on_gpu(gpu))
     source = source.with_original_length(spec.original_length)
     spec = _rooted(spec)
     teacher = plan_teacher(source, spec)
@@ -216,13 +222,12 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         original_length=source.original_length,
         usable_length=source.usable_length,
     )
-    trainables = plan_trainables(source.config, spec.tuning, spec.lora)
+    trainables = trainables or plan_trainables(source.config, spec.tuning, spec.lora)
     if trainables.parameters == 0:
         raise InputError("nothing would train", hint="let lora, embeddings or norms train")
     group_size = _group_size(source, spec)
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
-    gpu = shutil.which("nvidia-smi") is not None  # torch would know for certain, and is not imported here
-    earlier, flops = _earlier(source, spec), _mean_flops(source, spec, group_size)
+    earlier, flops = _earlier(source, spec, gpu), _mean_flops(source, spec, group_size)
     taught = teacher_flops(teacher, source, spec.ctx, mask=spec.data.document_mask) if teacher else 0
     plan = RunPlan(
         spec=spec,
@@ -233,31 +238,36 @@ def plan_run(source: ModelSource, spec: FinetuneSpec) -> RunPlan:
         group_size=group_size,
         global_batch_size=batch,
         steps=spec.steps,
-        dtype=("bfloat16" if gpu else "float32") if spec.dtype == "auto" else spec.dtype,
+        dtype=("bfloat16" if on_gpu(gpu) else "float32") if spec.dtype == "auto" else spec.dtype,
         memory={},
         step_flops=batch * (flops[0] + taught),
         model_flops=batch * (flops[1] + taught),
-        measured_length=measured_length(source),
         first=len(spec.stages) * spec.steps // (len(spec.stages) + 1),
         stop=spec.steps,
         tokens_before=earlier[-1].tokens if earlier else 0,
         earlier=earlier,
         teacher=teacher,
+        gpu=gpu,
     )
     return divided(plan, cost.WHOLE)
 
 
 def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
     """The plan with the memory of one of the processes that share it."""
-    gpu, spec = shutil.which("nvidia-smi") is not None, plan.spec
+    gpu, spec = on_gpu(plan.gpu), plan.spec
     sequences = max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks))
     item_bytes = 2 if plan.dtype == "bfloat16" else 4
     memory = cost.training_memory(
         plan.source.shape,
-        [_pattern(kind, plan.group_size) for kind in plan.source.kinds],
+        [_pattern(kind, None if spec.attention.dense_last else plan.group_size) for kind in plan.kinds],  # its largest
         spec.ctx,
         sequences,
         trainable=plan.trainables.parameters,
+        trained=cost.Trained(
+            adapted=frozenset(group.name for group in plan.trainables.lora),
+            norms=plan.trainables.norm_parameters > 0,
+            weights=spec.tuning == "full",
+        ),
         moment_bytes=8 if spec.optimizer.name == "adamw" else 2,
         item_bytes=item_bytes,
         quantized=QUANTIZED[spec.memory.quantize],
@@ -273,6 +283,11 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
     return replace(plan, memory=memory, earlier=tuple(divided(stage, partition) for stage in plan.earlier))
 
 
+def on_gpu(given: bool | None) -> bool:
+    """What was given, or whether this machine has a GPU: torch would know for certain, and is not imported here."""
+    return shutil.which("nvidia-smi") is not None if given is None else given
+
+
 def _rooted(spec: FinetuneSpec) -> FinetuneSpec:
     """Paths of data and teacher from the root: a run may be resumed from another directory."""
     mixture = tuple(replace(part, source=_absolute(part.source)) for part in spec.data.mixture)
@@ -286,7 +301,7 @@ def _absolute(source: str) -> str:
     return str(Path(source).absolute()) if source not in (EMBEDDED, SELF) and Path(source).exists() else source
 
 
-def _earlier(source: ModelSource, spec: FinetuneSpec) -> tuple[RunPlan, ...]:
+def _earlier(source: ModelSource, spec: FinetuneSpec, gpu: bool | None) -> tuple[RunPlan, ...]:
     """The plans of the shorter contexts: groups are a part of their ctx, and positions stretch where they have to."""
     plans, count, tokens = list[RunPlan](), len(spec.stages) + 1, 0
     for number, ctx in enumerate(spec.stages):
@@ -297,14 +312,14 @@ def _earlier(source: ModelSource, spec: FinetuneSpec) -> tuple[RunPlan, ...]:
             fit = tuple(length for length in passkey.lengths if length <= ctx)
             fitting = replace(passkey, lengths=fit) if fit else None
             changes["validation"] = replace(spec.validation, passkey=fitting)
-        plan = plan_run(source, replace(spec, ctx=ctx, stages=(), **changes))
+        plan = plan_run(source, replace(spec, ctx=ctx, stages=(), **changes), gpu=gpu)
         first, stop = (k * spec.steps // count for k in (number, number + 1))
         plans.append(replace(plan, first=first, stop=stop, tokens_before=tokens))
         tokens = plans[-1].tokens
     return tuple(plans)
 
 
-def _refuse(source: ModelSource, spec: FinetuneSpec) -> None:
+def _refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
     """What no arithmetic is needed to refuse."""
     if source.base is not None:
         raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
@@ -326,7 +341,7 @@ def _refuse(source: ModelSource, spec: FinetuneSpec) -> None:
             hint="train with tuning=lora, or memory.quantize=none",
         )
     odd = [width for width in (source.shape.hidden_size, source.shape.intermediate_size) if width % NF4_BLOCK]
-    if spec.memory.quantize == "nf4" and odd and shutil.which("nvidia-smi") is None:
+    if spec.memory.quantize == "nf4" and odd and not gpu:
         raise InputError(
             f"memory.quantize: nf4 on a CPU needs widths that {NF4_BLOCK} divides, {source.name} has {odd[0]}",
             hint="use memory.quantize=int8",
@@ -380,20 +395,3 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
     if not 2 <= group <= spec.ctx:
         raise InputError(f"attention.group_size {group}: allowed are 2 to ctx ({format_tokens(spec.ctx)})")
     return group
-
-
-def measured_length(source: ModelSource, root: Path = manifests.RUNS) -> int | None:
-    """The longest length, in tokens, at which an eval under `root` measured the model with these weights."""
-    if source.path is None or not root.is_dir():
-        return None
-    weights, longest = manifests.weight_hashes(source.path), 0
-    for directory in root.iterdir():
-        try:
-            manifest = manifests.read(directory)
-        except ModelError:
-            continue
-        if manifest is None or manifest.kind != "eval":
-            continue
-        if any(parent["weights"] == weights for parent in manifest.parents.values()):
-            longest = max(longest, manifest.facts.get("longest", 0))
-    return longest or None

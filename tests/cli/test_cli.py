@@ -20,8 +20,14 @@ COMMANDS = {
     "verify": "--ctx --attention --out --force --json",
     "probe": "--compare --preset --length --samples --ablate --data --seed --dtype --extrapolate --set --out --force "
     "--json",
-    "pretrain": "--preset --out --force",
+    "pretrain": "--preset --out --force --json",
     "report": "--out --title --force --json",
+    "plan": "--ctx --hybrid --gpu --memory --gpus --preset --set --calibrate --json",
+    "generate": "--prompt --file --question --max-new-tokens --temperature --seed --chat --no-chat --dtype --device "
+    "--json",
+    "chat": "--max-new-tokens --temperature --seed --chat --no-chat --dtype --device --json",
+    "export": "--target --out --check-only --force --json",
+    "doctor": "--json",
     "run": "--set --from --dry-run --untrusted --out --force --json",
     "presets list": "--json",
     "presets show": "--json",

@@ -137,7 +137,7 @@ def test_a_file_is_read(tmp_path):
         (b"[1, 2]\n", "holds a list; allowed: a mapping"),
         (b"8k\n", "holds only '8k'"),
         (b"a: 1\na: 2\n", "line 2, column 1: the key 'a' stands here twice"),
-        (b"#" * (1024**2 + 1), "1,048,577 bytes; allowed: at most 1,048,576"),
+        (b"#" * (64 * 1024 + 1), "65,537 bytes; allowed: at most 65,536"),
     ],
 )
 def test_a_broken_file_is_refused(tmp_path, content, problem):

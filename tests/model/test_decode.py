@@ -10,7 +10,7 @@ import torch
 
 from ctxext.errors import InputError
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.model.decode import generate, stop_ids
+from ctxext.model.decode import generate, reserved_cache, stop_ids
 from ctxext.model.load import load_model
 
 PROMPTS = [[1, *range(40, 40 + n)] for n in (3, 29, 30, 17)]
@@ -78,6 +78,29 @@ def test_the_cache_of_a_sliding_layer_does_not_grow(model: Any, monkeypatch: pyt
             assert max(held) <= 8, held
         else:
             assert held[-1] == 30 + NEW - 1, held
+
+
+def test_a_kept_cache_goes_on_where_it_was(model: Any, truth: list[list[int]]) -> None:
+    """In turns of several rows: what was read is not read again, what was answered last is."""
+    rows, cache = [PROMPTS[1], PROMPTS[1][::-1]], reserved_cache(model.get_decoder().config, 0)
+    at_once = generate(model, rows, NEW)
+    told: list[tuple[int, int]] = []
+    parts = [[row[:20] for row in rows], [row[20:] for row in rows]]
+    first = generate(model, parts[0], 1, cache=cache)
+    assert first != [] and cache.get_seq_length() == 20
+    done = []
+    answers = generate(
+        model, parts[1], 10, cache=cache, chunk=6, told=lambda *x: told.append(x), prefilled=lambda *x: done.append(x)
+    )
+    assert done == [(6, 10), (10, 10)]
+    answers = [
+        [*a, *b]
+        for a, b in zip(answers, generate(model, [a[-1:] for a in answers], NEW - 10, cache=cache), strict=True)
+    ]
+    assert answers == at_once and at_once[0] == truth[1]
+    assert [[token for row, token in told if row == number] for number in (0, 1)] == [row[:10] for row in at_once]
+    with pytest.raises(InputError, match="one length"):
+        generate(model, [[1], [1, 2]], 1, cache=cache)
 
 
 def test_an_empty_prompt_is_refused(model: Any) -> None:

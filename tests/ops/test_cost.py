@@ -112,12 +112,12 @@ def test_cache_bytes():
 
 
 def test_training_memory_of_a_7b_at_100k():
-    """Chunked loss 65 GB; whole logits would add 12 bytes a token and entry: 101 GB. An estimate, so within 5%."""
+    """Chunked loss 65 GB, within 5%. Whole logits hold 6 bytes a token and entry while the last norm's states wait."""
     items = training_memory(LLAMA2_7B, [FULL] * 32, 100_000, trainable=139_800_000)
     assert all(isinstance(size, int) and size >= 0 for size in items.values())
     assert sum(items.values()) / 1e9 == pytest.approx(65, rel=0.05)
     whole = training_memory(LLAMA2_7B, [FULL] * 32, 100_000, trainable=139_800_000, chunk=100_000)
-    assert sum(whole.values()) / 1e9 == pytest.approx(101, rel=0.1)
+    assert whole["layer"] == 100_000 * (5 * 4096 * 2 + 6 * 32_000) > items["layer"]
 
 
 def test_training_memory_moves_with_its_arguments():

@@ -27,7 +27,8 @@ def plan_for(model, **fields):
         ({}, {"micro_batch_size": 2, "global_batch_size": 2}, "micro_batch_size=1"),
         ({"checkpoint": 8}, {"dtype": "bfloat16"}, "memory.checkpoint=true"),
         ({"offload": True}, {"dtype": "bfloat16"}, "memory.tiles=4096"),
-        ({}, {"dtype": "bfloat16"}, "memory.offload=true"),
+        ({}, {"dtype": "bfloat16"}, "memory.tiles=4096"),
+        ({}, {"dtype": "float32"}, "memory.offload=true"),
         ({"offload": True, "tiles": 4096}, {"dtype": "bfloat16", "attention": {"train": "s2", "group_size": 2048}},
          "memory.quantize=nf4"),
         ({"offload": True, "tiles": 4096, "quantize": "nf4"}, {"dtype": "bfloat16", "attention":
@@ -67,7 +68,9 @@ def test_a_checkpoint_every_k_layers_trades_inputs_for_layers_that_live_together
         k: plan_for("llama2-7b", dtype="bfloat16", memory={"checkpoint": k}).memory for k in (True, 4, 5, 32, False)
     }
     assert found[True] == plan_for("llama2-7b", dtype="bfloat16", memory={"checkpoint": 1}).memory
-    X, live = 2 * T * E, 2 * T * (11 * E + 4 * F)  # bytes of one input; of all that a layer keeps for its backward
+    # bytes of one input; of all that a layer keeps for its backward pass, its input with it: of its norms' inputs in
+    # fp32 and what they make of them in bf16 12 E, of q, k, v, their attention 8 E, of LoRA's inputs in fp32 16 E
+    X, live = 2 * T * E, T * ((12 + 8 + 16 + 2) * E + 6 * F)
     for k, inputs in ((4, 8), (5, 7), (32, 1)):
         assert found[k]["checkpoints"] == inputs * X
         assert found[k]["layer"] == found[1]["layer"] + (k - 1) * live
@@ -130,3 +133,14 @@ def test_out_of_memory_is_told_kindly(kind, model_dir, tmp_path, monkeypatch):
     with pytest.raises(EnvironmentFault, match=r"out of memory at ctx 64: .*most of it runtime") as caught:
         run_finetune(plan, tmp_path / "run")
     assert "--set" in caught.value.hint and "=" in caught.value.hint
+
+
+def test_tiles_of_a_dense_phase_are_counted():
+    """A run that ends dense needs the room of its dense steps, whose full layers are no tiles."""
+    s2 = {"train": "s2", "group_size": 2048}
+    tiled, ends = (
+        plan_for("llama2-7b", dtype="bfloat16", memory={"tiles": 4096}, attention=s2 | more).memory["layer"]
+        for more in ({}, {"dense_last": 0.5})
+    )
+    dense = plan_for("llama2-7b", dtype="bfloat16", memory={"tiles": 4096}, attention={"train": "dense"})
+    assert tiled < ends == dense.memory["layer"]

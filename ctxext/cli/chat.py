@@ -1,0 +1,78 @@
+"""ctxext chat"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ctxext.cli import console
+from ctxext.cli.generate import AsJson, Device, Dtype, MaxNewTokens, Model, Seed, Temperature, Template, stream
+from ctxext.errors import DataError
+
+if TYPE_CHECKING:
+    from ctxext.generation import Conversation
+
+EXAMPLES = """Examples:\n
+  ctxext chat ./my-model\n
+  ctxext chat ./my-model --temperature 0.7 --seed 1\n
+  printf 'import os\\nimport sys\\n' | ctxext chat tiny --max-new-tokens 20"""
+
+
+def chat(
+    model: Model,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    template: Template = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to a model, a line a turn: what it has read stays in its KV cache. /reset forgets it, /exit ends."""
+    from ctxext import generation
+
+    plan = generation.plan_generation(
+        model,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=template,
+        dtype=dtype,
+        device=device,
+    )
+    console.quiet_libraries()
+    with console.told("loading"):
+        talk = generation.Conversation(plan)
+    how = "by its chat template" if talk.templated else "plainly (no chat template): it goes on with what you write"
+    console.say(f"{plan.source.name}, {how}; /reset forgets, /exit ends")
+    turns = []
+    for line in _lines(talk):
+        answer = stream(talk, line, silent=as_json)
+        turns.append({"asked": line, **answer.as_dict()})
+        if not as_json:
+            console.say("; ".join(value for name, value in answer.rows() if name != "peak memory"))
+    if as_json:
+        console.emit({"model": plan.source.name, "turns": turns})
+
+
+def _lines(talk: Conversation) -> Iterator[str]:
+    """What is said on stdin, a line each; commands are carried out here."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        raw = sys.stdin.buffer.readline()
+        try:
+            line = raw.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin: byte {error.start} of the line is not UTF-8", hint="type UTF-8 text") from None
+        if not raw or line == "/exit":
+            return
+        if line == "/reset":
+            talk.reset()
+            console.say("forgotten")
+        elif re.fullmatch(r"/[a-z]+", line):
+            console.say(f"no command {line}: there are /reset and /exit")
+        elif line:
+            yield line

@@ -1,0 +1,324 @@
+"""A model tried at once: text in, text out as it comes, and what it cost. One conversation is one KV cache.
+
+What a model has read stays in the cache: a turn computes its own tokens and nothing before them. With a chat template,
+what follows an answer is found by rendering the conversation with a marker in the answer's place, so that tokens which
+the model wrote are never divided anew. A template that renders an old turn otherwise once a new one follows it (one
+that drops its reasoning) is taken as it was when it was read: a cache cannot be rewritten.
+
+No torch until a model is opened. Not done: beams, top-p, system prompts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
+from ctxext.model.convert import DTYPES
+from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.units import format_bytes, format_tokens
+
+DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
+MARKER = "\u241eanswer\u241e"  # no answer: a place in a template's rendering
+SUSPECT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+KINDS = {"S": "sliding", "s": "sliding (no RoPE)", "N": "full (no RoPE)", "F": "full"}  # letters of model/layout.py
+PLAIN = "--no-chat goes on with the text as it is"
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """How to answer. `temperature` 0 is greedy; `dtype` None: float32 on a CPU, bfloat16 on a GPU; `chat` None: by the
+    tokenizer's chat template where it has one."""
+
+    source: ModelSource
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    seed: int = 0
+    chat: bool | None = None
+    dtype: str | None = None
+    device: str | None = None
+
+
+def read_prompt(prompt: str | None, file: str | None, question: str | None) -> str:
+    """The text to go on with: `prompt`, or a file (`-` is stdin) and, after an empty line, the question about it.
+
+    Raises InputError for both or neither and for text that is empty, DataError for a file that is no UTF-8 text.
+    """
+    if (prompt is None) == (file is None):
+        raise InputError("give either --prompt TEXT or --file FILE (- is stdin)", hint="with a file, --question TEXT")
+    if question is not None and file is None:
+        raise InputError("--question goes with --file", hint="put the question into --prompt")
+    text = prompt if file is None else _read(file)
+    if not text or text.isspace():
+        raise InputError(f"{'--prompt' if file is None else file} has no text: nothing to go on with")
+    return text if question is None else f"{text.rstrip()}\n\n{question}"
+
+
+def _read(name: str) -> str:
+    try:
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnicodeDecodeError):
+            raise DataError(f"{name}: byte {error.start:,} is not UTF-8", hint="give a file of UTF-8 text") from None
+        raise InputError(f"{name} cannot be read ({error})", hint="give a text file, or - for stdin") from None
+    if "\0" in text:
+        raise DataError(f"{name} holds NUL bytes: it is no text", hint="give a file of UTF-8 text")
+    return text.replace("\r\n", "\n")
+
+
+def plan_generation(model: str, **given: Any) -> GenerationPlan:
+    """The plan, `given` being fields of it; refuses what the arguments and the model's files can decide."""
+    plan = GenerationPlan(resolve(model), **given)
+    device_known = plan.device is None or DEVICE.fullmatch(plan.device)
+    checks = (
+        (plan.max_new_tokens >= 1, f"--max-new-tokens {plan.max_new_tokens}: allowed are 1 and more"),
+        (0 <= plan.temperature < math.inf, f"--temperature {plan.temperature}: allowed are 0 (greedy) and more"),
+        (0 <= plan.seed < 2**63, f"--seed {plan.seed}: allowed are 0 to {2**63 - 1}"),
+        (plan.dtype in (None, *DTYPES), f"--dtype {plan.dtype!r}: allowed are {', '.join(DTYPES)}"),
+        (device_known, f"--device {plan.device!r}: allowed are cpu, cuda and cuda:N"),
+    )
+    for sound, problem in checks:
+        if not sound:
+            raise InputError(problem)
+    require_tokenizer(plan.source.directory)
+    return plan
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is in the cache of the layers of one kind."""
+
+    kind: str
+    layers: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer and its price: `read` tokens were new, `kept` were in the cache; `stopped` by a stop token.
+
+    Speeds are tokens a second; 0 where there was nothing to time. The first token written costs no forward of its own.
+    """
+
+    text: str
+    read: int
+    kept: int
+    written: int
+    stopped: bool
+    read_seconds: float
+    read_speed: float
+    write_seconds: float
+    write_speed: float
+    peak_bytes: int
+    cache: tuple[Held, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value, for the screen."""
+        before = f" after {format_tokens(self.kept)} in the cache" if self.kept else ""
+        read = f"{format_tokens(self.read)} tokens{before}, {self.read_seconds:,.2f} s, {self.read_speed:,.1f} tokens/s"
+        write = f"{format_tokens(self.written)} tokens, {self.write_seconds:,.2f} s, {self.write_speed:,.1f} tokens/s"
+        cache = [
+            f"{held.layers} x {KINDS[held.kind]}, {format_bytes(held.bytes)}: {format_tokens(held.tokens)} tokens"
+            + (", which is all it keeps" if held.kind in "Ss" and held.tokens < self.read + self.kept else "")
+            for held in self.cache
+        ]
+        rows = [("read", read), ("written", write), ("peak memory", format_bytes(self.peak_bytes))]
+        return rows + [("KV cache", line) for line in cache]
+
+
+class TextStream:
+    """Ids one by one, text as soon as it is certain: a character of several tokens waits for its last one.
+
+    What was given out last stays as a beginning to decode after, so that a word keeps the space before it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self.decode = decode
+        self.ids: list[int] = []
+        self.given, self.shown = 0, 0  # how many of them were given out, as how many characters
+
+    def add(self, token: int) -> str:
+        """What this token makes certain; empty inside a character."""
+        self.ids.append(token)
+        text = self.decode(self.ids)
+        if text.endswith(SUSPECT) or len(text) <= self.shown:
+            return ""
+        piece, self.ids = text[self.shown :], self.ids[self.given :]
+        self.given, self.shown = len(self.ids), len(self.decode(self.ids))
+        return piece
+
+    def rest(self) -> str:
+        """What is left at the end: bytes that never became a character."""
+        return self.decode(self.ids)[self.shown :]
+
+
+class Conversation:
+    """A model in memory, and all `ids` it has read and written; those in the cache are never computed again."""
+
+    def __init__(self, plan: GenerationPlan):
+        from ctxext.model.decode import greedy, sampled, stop_ids
+
+        self.plan, self.loaded = plan, _load(plan)
+        self.tokenizer: Any = self.loaded.tokenizer
+        if plan.chat and not self.tokenizer.chat_template:
+            raise InputError(f"--chat: the tokenizer of {plan.source.name} has no chat template", hint=PLAIN)
+        self.templated = bool(self.tokenizer.chat_template) if plan.chat is None else plan.chat
+        self.choose = sampled(plan.temperature, plan.seed) if plan.temperature else greedy
+        self.stop = stop_ids(self.loaded.model, self.tokenizer)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the random numbers go on."""
+        from ctxext.model.decode import reserved_cache
+        from ctxext.model.load import causal_lm
+
+        self.cache = reserved_cache(causal_lm(self.loaded.model).get_decoder().config, 0)
+        self.ids, self.asked, self.warned = list[int](), list[str](), False
+
+    def ask(
+        self,
+        text: str,
+        *,
+        write: Callable[[str], None] = lambda piece: None,
+        told: Callable[[str, int, int], None] = lambda what, done, total: None,
+        warn: Callable[[str], None] = lambda line: None,
+    ) -> Answer:
+        """Add a turn and answer it: `write` gets the answer piece by piece, `told` hears how far the reading is.
+
+        Without a chat template the turn is appended as it is, on a line of its own. Raises ModelError where the
+        template does not render it, and where the tokenizer is not this model's.
+        """
+        from ctxext.model.decode import generate
+
+        new, kept = self._ids_of(text), self.cache.get_seq_length()
+        unread = self.ids[kept:] + new  # the last token of an answer is in no cache yet
+        self._check(unread, kept, warn)
+        stream, clock = TextStream(self.decode), [time.perf_counter()]
+
+        def prefilled(done: int, total: int) -> None:
+            told("reading", done, total)
+            if done == total:
+                _finish(self.loaded.device)
+                clock.append(time.perf_counter())
+
+        def say(row: int, token: int) -> None:
+            if piece := stream.add(token):
+                write(piece)
+
+        told("reading", 0, len(unread))
+        how: dict[str, Any] = {"stop": self.stop, "choose": self.choose, "cache": self.cache}
+        [answer] = generate(self.loaded.model, [unread], self.plan.max_new_tokens, prefilled=prefilled, told=say, **how)
+        clock.append(time.perf_counter())
+        write(stream.rest())
+        self.ids += [*new, *answer]
+        self.asked.append(text)
+        reading, writing = clock[1] - clock[0], clock[2] - clock[1]
+        return Answer(
+            text=self.decode(answer),
+            read=len(unread),
+            kept=kept,
+            written=len(answer),
+            stopped=len(answer) < self.plan.max_new_tokens,
+            read_seconds=reading,
+            read_speed=len(unread) / reading,
+            write_seconds=writing,
+            write_speed=(self.cache.get_seq_length() - kept - len(unread)) / writing,
+            peak_bytes=_peak_bytes(self.loaded.device),
+            cache=self.held(),
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        """Ids as text, without special tokens and with no spaces mended."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def held(self) -> tuple[Held, ...]:
+        """What the cache holds, by kind of layer."""
+        layers: dict[str, list[Any]] = {}
+        for kind, layer in zip(self.loaded.kinds, self.cache.layers, strict=True):
+            layers.setdefault(kind.letter, []).append(layer)
+        return tuple(
+            Held(letter, len(same), same[0].keys.shape[2], sum(x.keys.nbytes + x.values.nbytes for x in same))
+            for letter, same in layers.items()
+        )
+
+    def _ids_of(self, text: str) -> list[int]:
+        """The tokens of a new turn, from behind the last answer to where the next begins."""
+        begin = list[int]()
+        if self.templated:
+            text = self._rendered(text)
+        elif self.ids:
+            text = f"\n{text}\n"
+        elif self.tokenizer.bos_token_id is not None:
+            begin = [self.tokenizer.bos_token_id]
+        return begin + list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _rendered(self, text: str) -> str:
+        messages = []
+        for asked in self.asked:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": MARKER}]
+        messages.append({"role": "user", "content": text})
+        name = self.plan.source.name
+        try:
+            whole: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program: it may raise anything
+            raise ModelError(f"{name}: its chat template does not render this ({error})", hint=PLAIN) from error
+        if whole.count(MARKER) != len(self.asked):
+            raise ModelError(f"{name}: its chat template leaves answers out, which a cache cannot", hint=PLAIN)
+        return whole.rpartition(MARKER)[2]
+
+    def _check(self, unread: list[int], kept: int, warn: Callable[[str], None]) -> None:
+        """Refuses tokens that the model has not; warns, once, where the text leaves the length that it bears."""
+        source, end = self.plan.source, kept + len(unread)
+        vocabulary = source.config["vocab_size"]
+        if max(unread, default=0) >= vocabulary:
+            raise ModelError(
+                f"{source.name}: its tokenizer gives token {max(unread)}, the model has {vocabulary}",
+                hint="put this model's own tokenizer beside its weights",
+            )
+        if end + self.plan.max_new_tokens > source.usable_length and not self.warned:
+            self.warned, first = True, source.original_length
+            warn(
+                f"warning: {format_tokens(end)} tokens given and up to {format_tokens(self.plan.max_new_tokens)} to be "
+                f"written; {source.name} bears {format_tokens(source.usable_length)}"
+                + (f" (first trained at {format_tokens(first)})" if first not in (None, source.usable_length) else "")
+                + ": what comes beyond is not to be trusted"
+            )
+
+
+def _load(plan: GenerationPlan) -> Any:
+    import torch
+
+    from ctxext.model.load import load_model
+
+    device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise EnvironmentFault(f"--device {device}: torch finds {torch.cuda.device_count()} GPUs", hint="--device cpu")
+    return load_model(plan.source, dtype=plan.dtype or ("float32" if device == "cpu" else "bfloat16"), device=device)
+
+
+def _finish(device: Any) -> None:
+    """Wait for what a GPU still computes, before the clock is read."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def _peak_bytes(device: Any) -> int:
+    """The most that was in use: the process's resident set on a CPU, the allocator's on a GPU."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,154 @@
+"""What the fields of a config.json may hold, checked before anything is computed from them. No torch.
+
+Bounds are far beyond any model there is: they stand where a number turns into a list, a tensor or a power of itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ctxext.errors import ModelError
+
+Check = tuple[Callable[[Any], bool], str]
+
+LAYERS = 10_000
+LAYER_TYPES = ("full_attention", "sliding_attention")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def whole(low: int, high: int = 2**31) -> Check:
+    """A whole number; true and false are none."""
+    return (lambda value: type(value) is int and low <= value <= high), f"a whole number from {low} to {high:,}"
+
+
+def real(low: float, high: float) -> Check:
+    """A number between two bounds; NaN is not."""
+    return (lambda value: type(value) in (int, float) and low <= value <= high), f"a number from {low:g} to {high:g}"
+
+
+def one_of(*allowed: str) -> Check:
+    return (lambda value: isinstance(value, str) and value in allowed), " or ".join(allowed)
+
+
+def each(check: Check) -> Check:
+    return (lambda value: isinstance(value, list) and all(map(check[0], value))), f"a list, each {check[1]}"
+
+
+def or_null(check: Check) -> Check:
+    return (lambda value: value is None or check[0](value)), f"{check[1]}, or null"
+
+
+TRUTH: Check = (lambda value: isinstance(value, bool)), "true or false"
+SIZE, TOKEN = whole(1), whole(-1)
+TEXT: Check = (lambda value: isinstance(value, str)), "text"
+TABLE: Check = (lambda value: isinstance(value, dict)), "an object"
+FIELDS: dict[str, Check] = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": whole(1, LAYERS),
+    "num_attention_heads": SIZE,
+    "max_position_embeddings": SIZE,
+    "num_key_value_heads": or_null(SIZE),
+    "head_dim": or_null(SIZE),
+    "sliding_window": or_null(SIZE),
+    "original_max_position_embeddings": or_null(SIZE),
+    "original_rope_theta": or_null(real(1.001, 1e30)),
+    "max_window_layers": whole(0),
+    "no_rope_layer_interval": whole(0),
+    "rms_norm_eps": real(1e-30, 1),
+    "initializer_range": real(0, 1e6),
+    "attention_dropout": real(0, 1),
+    "tie_word_embeddings": TRUTH,
+    "attention_bias": TRUTH,
+    "mlp_bias": TRUTH,
+    "use_sliding_window": TRUTH,
+    "use_cache": TRUTH,
+    "layer_types": or_null(each(one_of(*LAYER_TYPES))),
+    "mlp_layer_types": or_null(each(one_of("dense", "sparse"))),
+    "no_rope_layers": or_null(each(whole(0, 1))),
+    "dtype": or_null(one_of(*DTYPES)),
+    "torch_dtype": or_null(one_of(*DTYPES)),
+    "architectures": or_null(each(TEXT)),
+    "pad_token_id": or_null(TOKEN),
+    "bos_token_id": or_null(TOKEN),
+    "eos_token_id": (
+        lambda value: or_null(TOKEN)[0](value) or each(TOKEN)[0](value),
+        "a token, a list of them, or null",
+    ),
+    "hidden_act": TEXT,
+    "moe_intermediate_size": SIZE,
+    "num_experts_per_tok": SIZE,
+    "num_experts": SIZE,
+    "norm_topk_prob": TRUTH,
+    "output_router_logits": TRUTH,
+    "router_aux_loss_coef": real(0, 1e6),
+}
+LABELS: dict[str, Check] = {  # of classifiers; transformers makes as many as a config.json asks for
+    "num_labels": or_null(whole(0, 10_000)),
+    "id2label": or_null(TABLE),
+    "label2id": or_null(TABLE),
+}
+FACTS: dict[str, Check] = {  # of a ctxext.json beside a model
+    "original_length": or_null(SIZE),
+    "usable_length": or_null(SIZE),
+    "name": or_null(TEXT),
+    "source_layout": or_null(TABLE),
+    "source_rope_parameters": or_null(TABLE),
+}
+PARENT: dict[str, Check] = {"path": TEXT, "weights": TABLE}
+KEPT = {
+    *FIELDS,
+    "model_type",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+}  # no other reaches a class of transformers
+ROPE: dict[str, Check] = {
+    "rope_theta": real(1.001, 1e30),
+    "factor": or_null(real(1, 1e6)),
+    "low_freq_factor": or_null(real(1e-6, 1e6)),
+    "high_freq_factor": or_null(real(1e-6, 1e6)),
+    "beta_fast": or_null(real(1e-6, 1e6)),
+    "beta_slow": or_null(real(1e-6, 1e6)),
+    "attention_factor": or_null(real(1e-6, 1e6)),
+    "original_max_position_embeddings": or_null(whole(2)),
+    "short_factor": each(real(1e-6, 1e9)),
+    "long_factor": each(real(1e-6, 1e9)),
+    "partial_rotary_factor": or_null(real(0, 1)),
+}
+
+
+def check_fields(values: dict[str, Any], table: dict[str, Check], file: object = "config.json") -> None:
+    """Raises ModelError with every field of `values` that holds what `table` does not allow."""
+    wrong = [
+        f"{name} is {_shown(values[name])}, allowed is {allowed}"
+        for name, (sound, allowed) in table.items()
+        if name in values and not sound(values[name])
+    ]
+    if wrong:
+        raise ModelError(f"{file}: {'; '.join(wrong)}")
+
+
+def check_lengths(config: dict[str, Any]) -> None:
+    """Lists with an entry a layer have as many as there are layers. Raises ModelError."""
+    layers = config["num_hidden_layers"]
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+        if config.get(name) is not None and len(config[name]) != layers:
+            raise ModelError(f"config.json: {name} has {len(config[name])} entries, the model has {layers} layers")
+
+
+def check_rope(rope: dict[str, Any], head_dim: int) -> None:
+    """One set of RoPE parameters, whose `rope_type` is known. Raises ModelError."""
+    check_fields(rope, ROPE, "config.json, rope_parameters")
+    if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ModelError("config.json: rope_parameters: high_freq_factor must be above low_freq_factor")
+    for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
+        if len(rope.get(name, ())) != head_dim // 2:
+            raise ModelError(f"config.json: longrope needs {name}, {head_dim // 2} numbers for a head of {head_dim}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

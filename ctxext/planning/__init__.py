@@ -1,0 +1,1 @@
+"""What a run would take on a card, and which knobs make it fit and fast: arithmetic on plans, without torch."""

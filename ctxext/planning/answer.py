@@ -1,0 +1,180 @@
+"""What `ctxext plan` says: what it was asked, what it found, and what that hangs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ctxext.config import presets
+from ctxext.config.loader import build, set_value
+from ctxext.errors import CheckFailed, InputError
+from ctxext.model.layout import pattern_text
+from ctxext.model.source import resolve
+from ctxext.ops.cost import Partition
+from ctxext.planning import cards, search
+from ctxext.planning.calibrate import rates_here
+from ctxext.planning.cards import Rates
+from ctxext.planning.search import Asked, Choice
+from ctxext.planning.time import Estimate, estimate
+from ctxext.train.plan import RunPlan
+from ctxext.train.spec import FinetuneSpec
+from ctxext.units import format_bytes, format_duration, format_flops, format_tokens, parse_bytes, parse_tokens
+
+THIS = "this"
+WORDS = {"linear": "matrices", "attention": "attention kernels", "stream": "memory bandwidth",
+         "host": "the link to the host", "link": "the link between cards"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`listed`: the fastest that fits and the next; `longest`: at the longest context that fits; `leanest`: what
+    needs least at the ctx that was asked for."""
+
+    asked: Asked
+    rates: Rates
+    combinations: int
+    fitting: int
+    listed: list[Choice]
+    longest: Choice | None
+    leanest: Choice
+    dominates: dict[str, Any] | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        asked, longest = self.asked, self.longest
+        return {
+            "model": asked.source.name,
+            "ctx": parse_tokens(asked.ctx),
+            "device": {"memory": asked.memory, "cards": asked.cards, "rates": self.rates.source,
+                       "measured": self.rates.measured},
+            "combinations": self.combinations,
+            "fitting": self.fitting,
+            "fastest": self.listed[0].as_dict(self.rates) if self.listed else None,
+            "next": [choice.as_dict(self.rates) for choice in self.listed[1:]],
+            "longest": None if longest is None else longest.as_dict(self.rates) | {"ctx": longest.plan.spec.ctx},
+            "least_memory": self.leanest.needed,
+            "dominates": self.dominates,
+        }  # fmt: skip
+
+    def refuse(self) -> None:
+        """Raise CheckFailed where nothing fits."""
+        if self.listed:
+            return
+        longest = self.longest
+        raise CheckFailed(
+            f"nothing that was tried fits: at least {format_bytes(self.leanest.needed)} are needed of "
+            f"{format_bytes(self.asked.memory)}, {search.largest(self.leanest)}",
+            hint="give more --gpus, another --gpu, or another --hybrid"
+            if longest is None
+            else f"the longest context that fits is {format_tokens(longest.plan.spec.ctx)} tokens",
+        )
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value lines for a screen; the commands apart."""
+        asked = self.asked
+        where = (
+            f"{format_bytes(asked.memory)} each, {asked.cards} cards" if asked.cards > 1 else format_bytes(asked.memory)
+        )
+        rows = [
+            ("model", f"{asked.source.name} ({pattern_text(asked.source.kinds)})"),
+            ("ctx", f"{format_tokens(parse_tokens(asked.ctx))} tokens"),
+            ("on", f"{where}; {self.rates.source}"),
+            ("tried", f"{self.combinations} combinations, {self.fitting} fit"),
+        ]  # fmt: skip
+        if not self.listed:
+            return rows
+        best = self.listed[0]
+        took = best.timed(self.rates)
+        rows += [
+            ("memory", format_bytes(best.needed) + (f", {format_bytes(best.host)} on the host" if best.host else "")),
+            *((f"  {name}", format_bytes(size)) for name, size in best.plan.memory.items()),
+            ("a step", f"{format_duration(took.seconds)}, {took.tokens_per_second:,.0f} tokens/s, "
+             f"{format_flops(best.plan.step_flops)}"),
+        ]  # fmt: skip
+        rows += [
+            (f"  {part.name}", f"{format_duration(part.seconds)} ({part.seconds / took.seconds:.0%})"
+             + (f", {format_flops(part.flops)}" if part.flops else f", {format_bytes(part.moved)} moved"))
+            for part in took.parts
+        ]  # fmt: skip
+        if (hangs := self.dominates) is not None:
+            rows.append((
+                "hangs on",
+                f"the rate of {WORDS[hangs['rate']]}: {hangs['share']:.0%} of the time; at 20% less a step takes "
+                f"{hangs['slower_if_20_percent_less']:.0%} longer and "
+                + ("the same configuration is fastest" if hangs["same_choice"] else "another configuration is fastest"),
+            ))  # fmt: skip
+        return rows
+
+    def commands(self) -> list[tuple[str, Choice]]:
+        """(what it is, the choice) for each configuration that is shown."""
+        names = ["fastest", "next", "next", "next"]
+        shown = list(zip(names, self.listed, strict=False))
+        return [*shown, *([("longest", self.longest)] if self.longest else [])]
+
+
+def ask(
+    model: str,
+    ctx: str | None,
+    *,
+    hybrid: str | None = None,
+    gpu: str | None = None,
+    memory: str | None = None,
+    cards_: int = 1,
+    preset: str,
+    fixed: Mapping[str, Any],
+) -> tuple[Asked, Rates]:
+    """What is planned and the rates it is planned with. Raises InputError for what cannot be."""
+    if ctx is None:
+        raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 100k")
+    if parse_tokens(ctx) == 0:
+        raise InputError("--ctx 0: a sequence has at least one token")
+    given = None if memory is None else parse_bytes(memory)
+    if given is not None and given < 2**20:
+        raise InputError(f"--memory {memory}: allowed is 1M and more, such as 80G")
+    source = resolve(model, weights=False)
+    fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
+    for key, value in fixed.items():
+        set_value(fields, key, value)
+    spec = build(FinetuneSpec, fields | {"ctx": ctx}, source=f"finetune spec (preset {preset}, options)")
+    rates: Rates | None
+    packed, on_gpu = spec.data.document_mask, True
+    if gpu == THIS or (gpu is None and given is None):
+        rates, size, on_gpu = rates_here(spec.dtype, packed=packed)
+        if rates is None:
+            raise InputError(
+                "no rates are known for this machine", hint="ctxext plan --calibrate measures it; or --gpu h100"
+            )
+    else:
+        name, card = cards.find_card(gpu or cards.REFERENCE)
+        rates, size = cards.card_rates(name, packed=packed), card.memory
+    if not on_gpu and cards_ > 1:
+        raise InputError(f"--gpus {cards_}: this machine has no GPU", hint="name a card, such as --gpu h100")
+    hybrids = tuple(part.strip() for part in hybrid.split(",")) if hybrid else (search.AS_IT_IS,)
+    return Asked(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
+
+
+def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | None]:
+    """What a run here is expected to take, in words, for its start; None where no rates are known."""
+    rates = rates_here(plan.spec.dtype, packed=plan.spec.data.document_mask)[0]
+    memory = f"{format_bytes(sum(plan.memory.values()))} at most"
+    if rates is None:
+        return f"{memory}; no rates known for this machine: ctxext plan MODEL --calibrate", None
+    took = estimate(plan, rates, partition)
+    return f"{memory}, {format_duration(took.seconds)} a step ({rates.source})", took
+
+
+def answer(asked: Asked, rates: Rates) -> Answer:
+    """Plan every combination."""
+    found = list(search.choices(asked))
+    fit = search.fitting(found, rates)
+    return Answer(
+        asked=asked,
+        rates=rates,
+        combinations=len(found),
+        fitting=len(fit),
+        listed=search.listed(fit),
+        longest=search.longest(asked),
+        leanest=min(found, key=lambda choice: choice.needed),
+        dominates=search.dominating(fit, rates) if fit else None,
+    )

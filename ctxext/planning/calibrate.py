@@ -1,0 +1,235 @@
+"""This machine's rates, measured in about twenty seconds and kept in the user's cache. torch is imported to measure.
+
+Timed by the process's CPU time on a CPU with one thread, so that other work on the machine does not slow it on paper;
+else by the clock, a GPU's work waited for. A rate is the median's of a few repetitions, after one that is not counted;
+results are as large as a run's, so that what new memory costs is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ctxext.errors import EnvironmentFault
+from ctxext.planning.cards import Rates, card_here, card_rates
+from ctxext.planning.time import computed_pairs, norm_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+FORMAT = 1
+WIDTHS = {"cpu": (64, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}  # of matrices
+ROWS = {"cpu": 8192, "cuda": 16_384}  # tokens that are multiplied with them
+LENGTH = {"cpu": 2048, "cuda": 32_768}  # tokens of the attention that is timed; S² in four groups
+WINDOW, HEADS, HEAD_DIM = 128, 8, 64
+STREAMED = {"cpu": (4096, 512, 1408), "cuda": (16_384, 4096, 11_008)}  # tokens, E, F of elementwise operations
+COPIED = 256 * 1024**2  # entries that are copied to the host
+REPETITIONS, SECONDS = 5, 1.5  # of one thing that is timed, at most
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured: `rates` are cards.Rates' fields but its last two."""
+
+    machine: str
+    device: str
+    dtype: str
+    threads: int
+    torch: str
+    date: str
+    rates: dict[str, Any]
+
+    def as_rates(self) -> Rates:
+        fields = self.rates | {
+            "linear": tuple((int(width), float(rate)) for width, rate in self.rates["linear"]),
+            "attention": {kind: (float(f), float(b)) for kind, (f, b) in self.rates["attention"].items()},
+        }
+        threads = f", {self.threads} threads" if self.device == "cpu" else ""
+        source = f"this machine ({self.device}{threads}), measured {self.date[:10]} in {self.dtype}, torch {self.torch}"
+        return Rates(**fields, source=source, measured=True)
+
+
+def path() -> Path:
+    """Where calibrations lie: the user's cache, as the hashes of weights."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "calibration.json"
+
+
+def stored(dtype: str, *, gpu: bool) -> Calibration | None:
+    """This machine's, for a dtype; None where there is none. One that cannot be read is none."""
+    try:
+        data = json.loads(path().read_text("utf-8"))
+        found = data["machines"][_key(gpu, dtype)] if data["format"] == FORMAT else None
+        calibration = None if found is None else Calibration(**found)
+        if calibration is not None:
+            calibration.as_rates()
+        return calibration
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def rates_here(plan_dtype: str, *, packed: bool) -> tuple[Rates | None, int, bool]:
+    """(rates, bytes of memory, whether it has a GPU) of this machine: as calibrated, else those of the card it is known
+    to have; None where neither is known."""
+    here = card_here()
+    dtype = plan_dtype if plan_dtype != "auto" else "float32" if here is None else "bfloat16"
+    known = stored(dtype, gpu=here is not None)
+    size = here[1] if here else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if known is not None:
+        return known.as_rates(), size, here is not None
+    named = here[0] if here else None
+    return None if named is None else card_rates(named, packed=packed), size, here is not None
+
+
+def calibrate(say: Callable[[str], None] = lambda line: None) -> list[Calibration]:
+    """Measure fp32 and bf16 here and store both. Raises EnvironmentFault where the result cannot be stored."""
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        say(f"measuring {str(dtype)[6:]} on {device.type}")
+        found.append(
+            Calibration(
+                machine=platform.node(),
+                device=device.type,
+                dtype=str(dtype)[6:],
+                threads=torch.get_num_threads(),
+                torch=torch.__version__,
+                date=datetime.now(UTC).isoformat(timespec="seconds"),
+                rates=_measured(device, dtype),
+            )
+        )
+    _store(found)
+    return found
+
+
+def _key(gpu: bool, dtype: str) -> str:
+    return f"{platform.node()}/{'cuda' if gpu else 'cpu'}/{dtype}"
+
+
+def _store(found: list[Calibration]) -> None:
+    """Beside what other machines stored there, whole or not at all."""
+    try:
+        known = json.loads(path().read_text("utf-8"))
+        machines = dict(known["machines"]) if known["format"] == FORMAT else {}
+    except (OSError, ValueError, LookupError, TypeError):
+        machines = {}
+    machines |= {_key(one.device == "cuda", one.dtype): asdict(one) for one in found}
+    try:
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path().parent, delete=False, encoding="utf-8") as file:
+            json.dump({"format": FORMAT, "machines": machines}, file, indent=1)
+        os.replace(file.name, path())
+    except OSError as error:
+        raise EnvironmentFault(
+            f"the calibration cannot be stored at {path()} ({error})", hint="set XDG_CACHE_HOME"
+        ) from None
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    import torch
+
+    kind, options = device.type, {"device": device, "dtype": dtype}
+    linear = []
+    for width in WIDTHS[kind]:
+        x, w = torch.randn(ROWS[kind], width, **options), torch.randn(width, width, **options)  # type: ignore[call-overload]
+        linear.append((width, 2 * ROWS[kind] * width**2 / _median(partial(torch.matmul, x, w), device)))
+    stream = _stream(device, dtype)
+    host = stream
+    if kind == "cuda":
+        a = torch.empty(COPIED, **options)  # type: ignore[call-overload]
+        pinned = torch.empty(COPIED, dtype=dtype, pin_memory=True)
+        host = a.element_size() * a.numel() / _median(lambda: pinned.copy_(a, non_blocking=True), device)
+    return {
+        "linear": linear,
+        "attention": {name: _attention(name, device, dtype) for name in ("full", "s2", "sliding")},
+        "stream": stream,
+        "host": host,
+        "link": host,
+    }
+
+
+def _stream(device: torch.device, dtype: torch.dtype) -> float:
+    """Bytes/s of a norm, a SwiGLU and a residual, forward and backward, counted as planning/time.py counts them: with
+    what their functions compute and what new memory costs."""
+    import torch
+    from torch.nn.functional import silu
+
+    rows, E, F = STREAMED[device.type]
+    x, g, u = (torch.randn(rows, n, device=device, dtype=dtype, requires_grad=True) for n in (E, F, F))
+    w = torch.ones(E, device=device, dtype=dtype, requires_grad=True)
+
+    def work() -> None:
+        wide = x.to(torch.float32)
+        h = x + w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
+        p = silu(g) * u
+        torch.autograd.backward((h, p), (h.detach(), p.detach()))
+        for one in (x, g, u, w):
+            one.grad = None
+
+    item = x.element_size()
+    counted = rows * ((norm_bytes(item) + 3 * item) * E + 5 * item * F)
+    return 3 * counted / _median(work, device)
+
+
+def _attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s forward and backward of a kind of layer through the backend a run would take, documents masked."""
+    import torch
+
+    from ctxext.ops.backends.choice import attention
+    from ctxext.ops.cost import ModelShape
+    from ctxext.ops.masks import Pattern
+
+    T = LENGTH[device.type]
+    G, W = (T // 4 if name == "s2" else None), (WINDOW if name == "sliding" else None)
+    pattern = Pattern(W) if W else Pattern(None, G)
+    shape = ModelShape(hidden_size=512, num_layers=1, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM,
+                       intermediate_size=1, vocab_size=1, tied=False)  # fmt: skip
+    unit = 2 * HEAD_DIM * computed_pairs(shape, T, (W, G), gpu=device.type == "cuda")
+    q, k, v = (
+        torch.randn(1, T, HEADS, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    )
+    starts = torch.zeros(1, T, dtype=torch.int64)
+    out: list[Any] = [None]
+
+    def forward() -> None:
+        out[0] = attention(q, k, v, pattern, document_starts=starts)
+
+    gradient = torch.randn_like(q)
+    once = _median(forward, device)
+    back = _median(lambda: torch.autograd.grad(out[0], (q, k, v), gradient), device, before=forward)
+    return 2 * unit / once, 5 * unit / back
+
+
+def _median(work: Callable[[], Any], device: torch.device, before: Callable[[], Any] = lambda: None) -> float:
+    """Seconds of the median repetition; `before` each of them `before` is done, untimed."""
+    import torch
+
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+    def timed() -> float:
+        before()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = clock()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return max(clock() - began, 1e-9)
+
+    timed()
+    found = [timed()]
+    while len(found) < REPETITIONS and sum(found) < SECONDS:
+        found.append(timed())
+    return statistics.median(found)

@@ -1,0 +1,259 @@
+"""Seconds of a training step on paper: every part's work over the rate of what does it.
+
+Letters as in ops/cost.py; N tokens of a forward (T times the sequences of a micro-batch), n forwards of a rank a step.
+
+    linear        2 N entries FLOPs a pass: forward, gradient of the input, of the weight if it trains, and again under
+                  a checkpoint, which stops before the last matrix of the MLP unless that is adapted
+    attention     pairs as computed; 4 D FLOPs a pair and head forward (again under a checkpoint, unless kept), 10 D
+                  backward. A sliding layer computes whole blocks: more pairs than it attends
+    head          logits, their gradient, that of its weight if it trains, and what softmax moves
+    elementwise   bytes that norms, RoPE, SwiGLU, residuals, LoRA and the parting of heads read and write, counted in
+                  transformers' Llama and PEFT; a backward operation moves twice what its forward did
+    optimizer     40 bytes a parameter and step, 12 a parameter and forward for its gradient
+    offload       what the link to the host needs longer than the computation beside it
+    processes     gradients reduced, weights gathered (ZeRO 3: for forward, again and backward), none of it hidden
+
+Not counted: data, validation, checkpoints on the disk, launches of kernels, and documents shorter than ctx, which
+attend fewer pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ctxext.ops import cost
+from ctxext.planning.cards import HOST_MEMORY, Rates
+from ctxext.train.plan import RunPlan, on_gpu
+from ctxext.train.schedule import phases
+from ctxext.train.teacher import teacher_flops
+
+GPU_TILE, CPU_KEYS = 128, 512  # keys of a block: of FlashAttention on a GPU, of torch's on a CPU (kvSplitSize)
+BLOCK, BLOCKS_PER_WINDOW = 64, 4  # of ops/backends/blocked.py
+OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step: FLOPs and bytes of one rank, seconds, and which of the rates it waits for."""
+
+    name: str
+    rate: str
+    flops: float
+    moved: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One optimizer step of one of the ranks, all of which work at once; `tokens` are those of all ranks."""
+
+    parts: tuple[Part, ...]
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    def by_rate(self) -> dict[str, float]:
+        """Seconds by the rate that they hang on, the most first."""
+        found: dict[str, float] = {}
+        for part in self.parts:
+            found[part.rate] = found.get(part.rate, 0.0) + part.seconds
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def estimate(plan: RunPlan, rates: Rates, partition: cost.Partition = cost.WHOLE) -> Estimate:
+    """One step, on average over the schedule of the attention."""
+    spec = plan.spec
+    sequences = max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks))
+    forwards = -(-plan.global_batch_size // (partition.ranks * sequences))
+    tokens = forwards * sequences * spec.ctx
+    halo = _halo(plan)
+    linear = _linear(plan, rates, tokens, halo)
+    attention = _attention(plan, rates, tokens, halo)
+    parts = [*linear, *attention, *_rest(plan, rates, tokens, forwards, partition)]
+    computing = sum(part.seconds for part in parts)
+    parts += _moved(plan, rates, partition, forwards, tokens, computing)
+    return Estimate(_together(parts), plan.tokens_per_step)
+
+
+def _together(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Parts of one name and rate as one, without those that are nothing."""
+    found: dict[tuple[str, str], Part] = {}
+    for part in parts:
+        old = found.get((part.name, part.rate), Part(part.name, part.rate, 0, 0, 0))
+        found[part.name, part.rate] = Part(
+            part.name, part.rate, old.flops + part.flops, old.moved + part.moved, old.seconds + part.seconds
+        )
+    return tuple(part for part in found.values() if part.seconds > 0)
+
+
+def _work(name: str, rate: str, flops: float, per_second: float) -> Part:
+    return Part(name, rate, flops, 0.0, flops / per_second)
+
+
+def _stream(name: str, moved: float, rates: Rates) -> Part:
+    return Part(name, "stream", 0.0, moved, moved / rates.stream)
+
+
+def _halo(plan: RunPlan) -> dict[str, float]:
+    """By kind of layer, how much more than the row its attention half computes in tiles."""
+    tiles, T, group = plan.spec.memory.tiles, plan.spec.ctx, plan.group_size
+    if tiles is None:
+        return {}
+    windows = {kind.sliding_window for kind in plan.kinds if kind.sliding_window is not None}
+    more = {"sliding": max((_excess(T, max(tiles, window), window - 1) for window in windows), default=1.0)}
+    if group is not None:
+        more["s2"] = _excess(T, -(-tiles // group) * group, group // 2 // 2)  # half of the heads' groups are shifted
+    return more
+
+
+def _excess(T: int, size: int, halo: int) -> float:
+    return 1 + (max(0, -(-T // size) - 1) * halo) / T
+
+
+def _linear(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) -> list[Part]:
+    """The layers' matrices with their adapters, and the head."""
+    spec, shape, trains = plan.spec, plan.source.shape, plan.spec.tuning == "full"
+    adapted = {group.name for group in plan.trainables.lora}
+    again, tiled = bool(spec.memory.checkpoint), spec.memory.tiles is not None
+    kinds = ["sliding" if kind.sliding_window else "s2" for kind in plan.kinds]
+    excess = sum(halo.get(kind, 1.0) for kind in kinds) / shape.num_layers
+    parts = list[Part]()
+    for name, (width, out) in matrices(shape).items():
+        factor = excess if name in OF_ATTENTION else 1.0
+        flops, rate = 2.0 * tokens * shape.num_layers * out * width, rates.linear_at(math.sqrt(out * width))
+        parts.append(_work("linear", "linear", flops * (factor + 1 + trains), rate))
+        if again and (name != "down_proj" or tiled or name in adapted):
+            parts.append(_work("linear, again", "linear", flops * factor, rate))
+        if name in adapted:  # [width, r] and [r, out]: forward, again, gradients of both sides
+            rank = spec.lora.rank
+            low = 2.0 * tokens * shape.num_layers * rank * (out + width) * (3 + again)
+            parts.append(_work("adapters", "linear", low, rates.linear_at(math.sqrt(rank * width))))
+    head = 2.0 * tokens * shape.vocab_size * shape.hidden_size
+    head_trains = trains or (shape.tied and plan.trainables.embedding_parameters > 0)
+    rate = rates.linear_at(math.sqrt(shape.vocab_size * shape.hidden_size))
+    parts.append(_work("head", "linear", head * (2 + head_trains), rate))
+    parts.append(_stream("head", 12.0 * 4 * tokens * shape.vocab_size, rates))  # train/loss.py: reads and writes of p
+    if plan.teacher is not None:
+        batches = tokens / spec.ctx
+        flops = batches * teacher_flops(plan.teacher, plan.source, spec.ctx, mask=spec.data.document_mask)
+        parts.append(_work("teacher", "linear", flops, rates.linear_at(shape.hidden_size)))
+    return parts
+
+
+def matrices(shape: cost.ModelShape) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of a layer's seven."""
+    E, F, D = shape.hidden_size, shape.intermediate_size, shape.head_dim
+    queries, keys = shape.num_heads * D, shape.num_kv_heads * D
+    return {"q_proj": (E, queries), "k_proj": (E, keys), "v_proj": (E, keys), "o_proj": (queries, E),
+            "gate_proj": (E, F), "up_proj": (E, F), "down_proj": (F, E)}  # fmt: skip
+
+
+def _attention(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) -> list[Part]:
+    spec, shape = plan.spec, plan.source.shape
+    parts, rows = list[Part](), tokens / spec.ctx
+    schedule = phases(spec.attention, plan.group_size, spec.ctx, plan.steps)
+    windows = Counter(kind.sliding_window for kind in plan.kinds)
+    for group, steps in schedule.items():
+        for window, layers in windows.items():
+            name = "sliding" if window else "full" if group is None else "s2"
+            pairs = layers * computed_pairs(shape, spec.ctx, (window, None if window else group), gpu=on_gpu(plan.gpu))
+            unit = rows * steps / plan.steps * 2 * shape.head_dim * pairs
+            forward, back = rates.attention[name]
+            more, title = halo.get(name, 1.0), {"s2": "S²"}.get(name, name)
+            kept = spec.memory.keep == "attention" and name != "sliding"
+            parts.append(_work(f"attention, {title}", "attention", 2 * unit * more, forward))
+            parts.append(_work(f"attention, {title}, backward", "attention", 5 * unit, back))
+            if spec.memory.checkpoint and not kept:
+                parts.append(_work("attention, again", "attention", 2 * unit * more, forward))
+    return parts
+
+
+def computed_pairs(shape: cost.ModelShape, T: int, layer: cost.Layer, *, gpu: bool) -> int:
+    """Pairs that all heads of a layer compute in a row of T tokens: those they attend, and the rest of whole blocks."""
+    window, group = layer
+    if window is None:
+        block = min(group or T, GPU_TILE if gpu else CPU_KEYS)
+        return cost.layer_pairs(shape, T, layer) + shape.num_heads * T * (block - 1) // 2
+    if gpu:
+        return shape.num_heads * T * min(T, window + GPU_TILE)
+    block = max(BLOCK, -(-window // min(BLOCKS_PER_WINDOW, max(1, window // BLOCK))))
+    return shape.num_heads * T * min(T, -(-window // block) * block + block)
+
+
+def _rest(plan: RunPlan, rates: Rates, tokens: int, forwards: int, partition: cost.Partition) -> list[Part]:
+    """Elementwise operations, and the optimizer."""
+    spec, shape = plan.spec, plan.source.shape
+    moved = tokens * shape.num_layers * _elementwise(plan, rates) * (3 + bool(spec.memory.checkpoint))
+    count = plan.trainables.parameters
+    own = count / (partition.ranks if partition.stage else 1)
+    eight = 40 if spec.optimizer.name == "adamw" else 28
+    parts = [_stream("elementwise", moved, rates), _stream("optimizer", 12.0 * count * forwards, rates)]
+    if partition.offload_optimizer:
+        return [*parts, Part("optimizer on the host", "host", 0.0, 40.0 * own, 40.0 * own / HOST_MEMORY)]
+    parts.append(_stream("optimizer", eight * own, rates))
+    if spec.memory.quantize != "none":  # unpacked to bf16 for every pass
+        entries = shape.num_layers * cost.layer_matrices(shape)
+        parts.append(_stream("unpacking", 2.5 * entries * forwards * (2 + bool(spec.memory.checkpoint)), rates))
+    return parts
+
+
+def _elementwise(plan: RunPlan, rates: Rates) -> float:
+    """Bytes a token that one layer's forward reads and writes besides matrices and attention."""
+    shape, e = plan.source.shape, 2 if plan.dtype == "bfloat16" else 4
+    E, F, A, C = (
+        shape.hidden_size,
+        shape.intermediate_size,
+        *(heads * shape.head_dim for heads in (shape.num_heads, shape.num_kv_heads)),
+    )
+    norms = 2 * E * norm_bytes(e)
+    rope = 10 * e * (A + C) * sum(kind.use_rope for kind in plan.kinds) / shape.num_layers
+    heads = 0 if rates.measured else 2 * e * A + 2 * e * (A + 2 * C)  # put together and parted; measured with attention
+    mlp, residuals = 5 * e * F, 6 * e * E
+    adapters = 0.0
+    widths = matrices(shape)
+    for group in plan.trainables.lora:
+        if group.name in widths:  # an adapted embedding is looked up, which moves little
+            width, out = widths[group.name]
+            adapters += (4 if e == 4 else 10) * width + (12 + 2 * e + (0 if e == 4 else 6)) * out
+    return norms + rope + heads + mlp + residuals + adapters
+
+
+def norm_bytes(item: int) -> int:
+    """Bytes an entry that an RMSNorm reads and writes: square, mean, two products; in bf16 to fp32 and back as well."""
+    return 28 if item == 4 else 36
+
+
+def _moved(
+    plan: RunPlan, rates: Rates, partition: cost.Partition, forwards: int, tokens: int, computing: float
+) -> list[Part]:
+    """What goes to the host and to other ranks."""
+    spec, shape, e = plan.spec, plan.source.shape, 2 if plan.dtype == "bfloat16" else 4
+    parts = list[Part]()
+    if spec.memory.checkpoint and spec.memory.offload:
+        inputs = -(-shape.num_layers // int(spec.memory.checkpoint)) * tokens * shape.hidden_size * e
+        out = inputs / rates.host
+        exposed = max(0.0, out - computing / 3) + max(0.0, out - computing * 2 / 3)  # beside forward, beside backward
+        parts.append(Part("offload", "host", 0.0, 2.0 * inputs, exposed if on_gpu(plan.gpu) else inputs / rates.stream))
+    ranks, weights = partition.ranks, cost.parameter_count(shape) * e
+    if ranks > 1:
+        reduced = 2.0 * cost.GRADIENT_BYTES * plan.trainables.parameters * (ranks - 1) / ranks
+        parts.append(Part("gradients between cards", "link", 0.0, reduced, reduced / rates.link))
+    if partition.stage == 3 and ranks > 1:
+        gathered = weights * (2 + bool(spec.memory.checkpoint)) * forwards * (ranks - 1) / ranks
+        parts.append(Part("weights gathered", "link", 0.0, gathered, gathered / rates.link))
+    if partition.offload_weights:
+        fetched = weights / ranks * (2 + bool(spec.memory.checkpoint)) * forwards
+        parts.append(Part("weights fetched", "host", 0.0, fetched, fetched / rates.host))
+    if partition.offload_optimizer:
+        sent = 8.0 * plan.trainables.parameters / ranks
+        parts.append(Part("gradients to the host", "host", 0.0, sent, sent / rates.host))
+    return parts

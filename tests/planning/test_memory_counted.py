@@ -1,0 +1,61 @@
+"""What training_memory counts for the peak of a step is what torch's allocator holds at that peak."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ctxext.config.loader import build
+from ctxext.data.packing import Packed
+from ctxext.model.source import resolve
+from ctxext.train import recompute
+from ctxext.train.engine import LocalEngine
+from ctxext.train.finetune import _model, training_device
+from ctxext.train.loop import forward_backward
+from ctxext.train.plan import plan_run
+from ctxext.train.spec import FinetuneSpec
+
+pytestmark = pytest.mark.slow  # the profiler takes seconds
+T = 2048
+SHAPE = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}
+STATE = {"weights", "trainable", "runtime"}  # held before the step begins
+
+
+def peak(plan):
+    """Bytes that the allocator holds at most in a step, beyond what it held before."""
+    model = _model(plan, *training_device(plan))
+    recompute.enable(model, plan.spec.memory, plan.patterns)
+    engine = LocalEngine(model, plan.spec.optimizer)
+    engine.model.train()
+    ids = torch.randint(3, 250, (T,), generator=torch.Generator().manual_seed(0))
+    packed = Packed(ids, torch.zeros(T, dtype=torch.int64), ids.roll(-1))
+    forward_backward(engine, [packed], plan, 0)
+    engine.step(1.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        forward_backward(engine, [packed], plan, 0)
+    events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("fields", "sizes"),
+    [
+        ({"attention": {"train": "s2"}}, {}),
+        ({"attention": {"train": "dense"}, "dtype": "bfloat16"}, {"num_key_value_heads": 4}),
+        ({"attention": {"train": "s2"}, "memory": {"checkpoint": False}}, {}),
+        ({"attention": {"train": "s2"}, "memory": {"checkpoint": 2}}, {}),
+        ({"attention": {"train": "s2", "group_size": 256}, "memory": {"tiles": 256}}, {}),
+        ({"attention": {"train": "dense"}, "memory": {"keep": "attention"}}, {}),
+        ({"lora": {"rank": 8, "target_modules": ["gate_proj", "down_proj"], "norms": "frozen"}}, {}),
+    ],
+    ids=["s2", "bf16", "kept", "every 2", "tiles", "keep", "mlp"],
+)
+def test_the_peak_of_a_step_is_what_was_counted(fields, sizes, model_dir):
+    source = resolve(str(model_dir("llama", **SHAPE, **sizes)))
+    given = {"ctx": T, "global_batch_size": 1, "lora": {"rank": 8}, **fields}
+    plan = plan_run(source, build(FinetuneSpec, given, source="test"), gpu=False)
+    counted = sum(size for name, size in plan.memory.items() if name not in STATE)
+    assert counted == pytest.approx(peak(plan), rel=0.05 if plan.spec.memory.tiles is None else 0.1)
