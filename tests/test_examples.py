@@ -59,3 +59,27 @@ def test_a_look_inside_has_every_probe_and_one_page(tmp_path):
     heads = next(result["findings"][1]["facts"] for result in results if result["probe"] == "retrieval-heads")
     assert heads["top"][0][0] == 1, heads["top"]  # tiny retrieves in layer 1
     assert (runs / "report" / "report.html").read_text().count("data:image/png") >= 15
+
+
+@pytest.mark.slow
+def test_the_pipeline_is_the_same_as_commands_and_from_python(tmp_path):
+    environment = os.environ | {"CTXEXT": str(Path(sys.executable).with_name("ctxext"))}
+    found = {}
+    for name, command in (("sh", "bash"), ("py", sys.executable)):
+        place = tmp_path / name
+        place.mkdir()
+        script = ROOT / "examples" / f"pipeline.{name}"
+        done = subprocess.run([command, script], cwd=place, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        runs = place / "runs" / "pipeline"
+        assert (runs / "merged" / "model.safetensors").is_file() and (runs / "report" / "report.html").is_file()
+        results = json.loads((runs / "eval" / "results.json").read_text())
+        found[name] = [
+            (row["suite"], row["length"], row["value"])
+            for model in results["models"]
+            for suite in model["suites"]
+            for row in suite["rows"]
+        ]
+    assert found["sh"] == found["py"]
+    passkey = [value for suite, length, value in found["sh"] if (suite, length) == ("passkey", 2048)]
+    assert passkey[2] > passkey[1] >= passkey[0], found  # tiny, converted, healed and extended

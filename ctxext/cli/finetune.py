@@ -54,7 +54,7 @@ EXAMPLES = """Examples:\n
   ctxext finetune llama2-7b --ctx 32k --preset longlora --data books/\n
   ctxext finetune tiny --ctx 2k --preset smoke\n
   ctxext finetune llama2-7b --ctx 100k --plan\n
-  ctxext finetune llama2-7b --ctx 100k --zero 3 --nproc 8\n
+  ctxext finetune llama2-7b --ctx 100k --zero 3 --nproc 8 --set global_batch_size=8\n
   ctxext finetune llama2-7b --ctx 32k --find-multiplier\n
   ctxext finetune --preset heal\n
   ctxext finetune --resume --out runs/20260101T000000.000000Z-finetune-tiny\n
