@@ -17,7 +17,7 @@ EXAMPLES = """Examples:\n
   ctxext run retrofit-100k --set model=llama3.1-8b --set data=books/ --dry-run\n
   ctxext run extend-32k --set model=./my-model --set data=books/ --out ./long\n
   ctxext run retrofit-100k --from heal-extend\n
-  ctxext run sweep.yaml --set over.rank=[8,16,32]"""
+  ctxext run ablation --set model=./my-model --set data=books/ --set over.rank=[8,16,32]"""
 
 
 def run(

@@ -107,10 +107,7 @@ def test_presets_and_fields_of_steps_are_read_too(read):
         ("over: {n: []}\nsteps: {a: {command: merge, run: '${n}'}}", "over.n: empty"),
         ("values: {a: '${b}'}\nsteps: {s: {command: merge, run: '${a}'}}", "a value refers to nothing"),
         ("steps: {a: {command: merge, run: '${a'}}", "holds no reference"),
-        (
-            f"over: {{n: {list(range(1001))}}}\nsteps: {{a: {{command: merge, run: '${{n}}'}}}}",
-            "1,001 cells",
-        ),
+        (f"over: {{n: {list(range(1001))}}}\nsteps: {{a: {{command: merge, run: '${{n}}'}}}}", "1,001 cells"),
         ("steps: {a: &x {command: merge, run: b}, c: *x}", "anchors"),
     ],
 )
