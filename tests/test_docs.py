@@ -35,6 +35,7 @@ STANDS_FOR = dict.fromkeys(presets.names("models"), "tiny") | {
     "./merged": "./my-merged",
     "./converted": "./my-hybrid",
     "--budget 8": "--budget 2",
+    "--budget 25%": "--budget 50%",
     "--full-layers 3,7,11": "--full-layers 1,3",
     "--calibrate": "--gpu h100",
     "steps: 20, global_batch_size: 4, micro_batch_size: 4": "steps: 2, global_batch_size: 1, micro_batch_size: 1",
@@ -46,7 +47,7 @@ LENGTHS = {"4k": "384", "8k": "512", "16k": "640", "32k": "768", "64k": "896", "
 SMALL = {
     "finetune": "--steps 3 --set global_batch_size=1 --set micro_batch_size=1 --set optimizer.warmup_steps=0 "
     "--set validation.sequences=1",
-    "eval": "--limit 2k",
+    "eval": "--limit 2k --extrapolate",
     "probe": "--preset smoke",
     "generate": "--max-new-tokens 4",
     "chat": "--max-new-tokens 4",
@@ -165,7 +166,7 @@ def small(line: Line) -> Line:
     name = leaf(words)[1]
     more = SMALL.get(name, "")
     if name == "eval" and "--suite" in text:
-        more = "--set passkey.cases=1" if "passkey" in text else ""
+        more = "--extrapolate" + (" --set passkey.cases=1" if "passkey" in text else "")
         more += " --limit 2k" if "perplexity" in text else "" if "smoke" in text else " --limit 4"
     return Line(line.where, shlex.join(words) + " " + more)
 

@@ -27,6 +27,7 @@ from ctxext.study.trust import check_inside
 from ctxext.train.run import differences
 
 FILE = "pipeline.json"
+EVAL_REQUEST = "request.json"  # with it an evaluation knows what it has done (pipeline.py)
 RUNS: dict[str, Callable[..., Any]] = {
     "plan": api.plan,
     "convert": api.convert,
@@ -93,13 +94,18 @@ def _standing(job: Job, pipeline: Pipeline, out: Path, force: bool, trusted: boo
     record = state.read(out, job)
     asked = state.request(job, _filled(job, _reports(pipeline, out, job), out, trusted))
     found = state.standing(record, asked, out / job.id)
+    _may_replace(found, record, asked, out / job.id, force)
+    return found
+
+
+def _may_replace(found: str, record: dict[str, Any] | None, asked: dict[str, Any], out: Path, force: bool) -> None:
+    """Refuse to run a step again over a finished output that nobody said may go."""
     if found == "changed" and not force:
         moved = differences(record["request"], asked) if record else ["it is not of this pipeline"]
         raise InputError(
-            f"{out / job.id} is there, and not what is asked for: {'; '.join(moved) or 'its files changed since'}",
+            f"{out} is there, and not what is asked for: {'; '.join(moved) or 'its files changed since'}",
             hint="give --force to run the step again and replace it, or another --out",
         )
-    return found
 
 
 def run_pipeline(plan: Plan, *, say: api.Say = api._nobody, told: api.Told = api._nobody) -> Results | None:
@@ -139,11 +145,12 @@ def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
     step = _filled(job, _reports(plan.pipeline, plan.out, job), plan.out, plan.trusted)
     asked = state.request(job, step)
     standing = "again" if plan.standings[job.id] == "again" else state.standing(record, asked, out)
+    _may_replace(standing, record, asked, out, plan.force)
     if standing == "done":
         say(f"  as asked and unchanged: {out}")
         return "skipped"
     resume = standing == "unfinished" and job.command == "finetune" and _resumable(out)
-    keep = resume or (standing == "unfinished" and job.command == "eval")
+    keep = resume or (standing == "unfinished" and job.command == "eval" and (out / EVAL_REQUEST).is_file())
     state.write(plan.out, job, {"request": asked, "done": False, "report": None, "seconds": None, "output": None})
     began = time.monotonic()
     report = _call(job.command, step, out, resume, not keep, say, told)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from ctxext.study import steps
 from ctxext.study.pipeline import Job
 
 FOLDER = "state"
+TOLD = (manifests.FILE_NAME, "README.md")  # of an input: they tell when it was made, and by what, not what it is
 LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is compared
 
 Standing = Literal["new", "unfinished", "done", "changed"]
@@ -31,7 +33,8 @@ def request(job: Job, step: Any) -> dict[str, Any]:
     arguments = asdict(step)
     named = {name: value for name, value in arguments.items() if name in steps.MODELS and value is not None}
     reads = {
-        name: [stamp(one) for one in ([value] if isinstance(value, str) else value)] for name, value in named.items()
+        name: [stamp(one, but=TOLD) for one in ([value] if isinstance(value, str) else value)]
+        for name, value in named.items()
     }
     return plain(
         {
@@ -44,15 +47,15 @@ def request(job: Job, step: Any) -> dict[str, Any]:
     )
 
 
-def stamp(name: str) -> Any:
-    """A directory by the content of its files, with that of the base it names; a model's name where there is none."""
+def stamp(name: str, *, but: Collection[str] = ()) -> Any:
+    """A directory by the content of its files `but` some, and its base's; a model's name where there is none."""
     path: Path | None = Path(name)
     if not Path(name).is_dir():
         path = resolve(name, weights=False).path
     if path is None:
         return name
     weights = manifests.weight_hashes(path)
-    small = [file for file in sorted(path.iterdir()) if file.is_file() and file.name not in weights]
+    small = [file for file in sorted(path.iterdir()) if file.is_file() and file.name not in {*weights, *but}]
     files = {file.name: _sha256(file) for file in small if file.stat().st_size <= LARGEST}
     manifest = manifests.read(path)
     base = manifest.parents.get("base") if manifest else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -91,6 +92,22 @@ def test_what_changed_under_the_pipeline_is_noticed(place):
     (place / "runs" / "p" / "state" / "convert.SN.json").write_text("{")
     with pytest.raises(ModelError, match="broken.*"):
         run(**{"over.hybrid": ["SN"]})
+
+
+def test_a_finished_step_is_not_replaced_because_one_before_it_was_made_again(place):
+    one = {"over.hybrid": ["SN"]}
+    run(**one)
+    shutil.rmtree(place / "runs" / "p" / "convert.SN")
+    outcomes, _, _ = run(**one)  # the very same conversion again, so that what was made from it holds
+    assert outcomes.pop("convert.SN") == "ran" and set(outcomes.values()) == {"skipped"}
+    weights = place / "runs" / "p" / "train.SN" / "adapter_model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(place / "runs" / "p" / "convert.SN")
+    text = (place / "p.yaml").read_text().replace("sliding_window: 8", "sliding_window: 16")
+    (place / "p.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"step train.SN: .*train.SN is there, and not what is asked for"):
+        run(**one)
+    assert weights.read_bytes() == before
 
 
 def test_changed_text_runs_what_reads_it_again(place):
