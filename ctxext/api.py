@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
-from ctxext.config.output import staged_output
+from ctxext.config.output import check_free, staged_output
 from ctxext.errors import InputError
 from ctxext.units import parse_tokens
 
@@ -66,6 +66,8 @@ def plan(
 
     asked, rates = ask(str(model), str(ctx), hybrid=hybrid, gpu=gpu, memory=memory, cards_=gpus, preset=preset,
                        fixed=settings or {})  # fmt: skip
+    if out is not None:
+        check_free(Path(out), force, keep=[asked.source.path])
     found = answer(asked, rates)
     if out is not None:
         with staged_output(Path(out), force) as place:
@@ -201,17 +203,26 @@ def finetune(
 ) -> FinetuneReport:
     """Train at a longer context. `ctx` may be stages, "8k,32k"; `settings` are fields of the spec by dotted path.
 
-    `resume` goes on with the unfinished run at `out`, on the fields given here (others than it was started with are
-    refused unless `force`). A run that was interrupted is reported with `finished` False.
+    `resume` goes on with the unfinished run at `out`: where a model is given, the run must have been started with it
+    and these very settings; without one, settings that differ are refused unless `force`. A run that was interrupted
+    is reported with `finished` False.
     """
     from ctxext.train.launch import launched
-    from ctxext.train.run import asked_fields, plan_asked, plan_resumed
+    from ctxext.train.run import asked_fields, plan_asked, plan_resumed, started_as
 
     given = asked_fields(ctx, data, steps, original_length) | dict(settings or {})
     if resume:
         if out is None:
             raise InputError("resume: which run?", hint="name it with out")
-        run, plan = Path(out), plan_resumed(Path(out), given, accept=force)
+        if model is None and preset != "lora-alpha":
+            raise InputError(f"resume: preset {preset!r} says nothing without a model", hint="a run has its own spec")
+        run = Path(out)
+        if model is not None and not started_as(run, plan_asked(str(model), preset, given, needs_weights=True)):
+            raise InputError(
+                f"{run} was started with another model, data or settings",
+                hint="give what it was started with, or force to begin anew, or another out",
+            )
+        plan = plan_resumed(run, {} if model is not None else given, accept=force)
     else:
         plan = plan_asked(None if model is None else str(model), preset, given, needs_weights=True, say=say)
         run = _path(out) or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}")
@@ -266,7 +277,7 @@ def evaluate(
     models: Where | Sequence[Where],
     *,
     suite: str = "perplexity",
-    lengths: Sequence[str | int] | str | None = None,
+    lengths: Sequence[str | int] | str | int | None = None,
     against: Where | None = None,
     data: str | None = None,
     text_field: str | None = None,
@@ -285,6 +296,7 @@ def evaluate(
 ) -> EvalReport:
     """Measure models side by side. `suite` is a name, several joined by commas, or an eval preset; `settings` are
     fields as of `--set`, such as {"passkey.cases": 4}. An unfinished evaluation of the same request is gone on with."""
+    from ctxext.evals.spec import eval_fields
     from ctxext.pipeline import eval_models, plan_eval
 
     given = {"data": data, "text_field": text_field, "protocol": protocol, "evaluator": evaluator, "limit": limit,
@@ -298,18 +310,6 @@ def evaluate(
     if plan.resumes:
         say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
     return eval_models(plan, force=force, progress=told, notice=say)
-
-
-def eval_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `evaluate` as fields of its spec, those that say something."""
-    fields = said(given)
-    if "limit" in fields:
-        fields["limit"] = parse_tokens(fields["limit"])
-    if isinstance(fields.get("lengths"), str):
-        fields["lengths"] = [part.strip() for part in fields["lengths"].split(",")]
-    elif "lengths" in fields:
-        fields["lengths"] = list(fields["lengths"])
-    return fields
 
 
 def probe(
@@ -332,6 +332,7 @@ def probe(
     told: Told = _nobody,
 ) -> ProbeReport:
     """Look inside a model, and beside it at the one it is compared with: probes.json, pictures and a manifest."""
+    from ctxext.evals.spec import said
     from ctxext.probes.plan import plan_probe
 
     given = {"length": length, "samples": samples, "ablate": ablate, "data": data, "seed": seed, "dtype": dtype,
@@ -345,11 +346,6 @@ def probe(
     report = run.measure(plan, told, say)
     run.write(plan, report)
     return report
-
-
-def said(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of arguments those that say something: neither None nor False."""
-    return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def merge(

@@ -96,7 +96,7 @@ def plan_eval(
         return replace(plan, out=found[-1], resumes=True) if found else plan
     if _unfinished(out, plan) and not force:
         return replace(plan, resumes=True)
-    check_free(out, force, keep=[source.path for source in sources])
+    check_free(out, force, keep=[path for source in sources for path in source.paths])
     if (out / REQUEST).is_file():
         with (out / REQUEST).open() as file:
             hold(file, out, "evaluation")
@@ -125,7 +125,7 @@ def eval_models(
     """Run the suites. `out` grows as items are done (request.json first); results.json and ctxext.json come last."""
     from ctxext.evals.suite import evaluate
 
-    keep = [source.path for source in plan.sources]
+    keep = [path for source in plan.sources for path in source.paths]
     with nullcontext() if plan.resumes else replacing(plan.out, force, keep):
         plan.out.mkdir(parents=True, exist_ok=True)
         if not plan.resumes:

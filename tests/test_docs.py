@@ -114,8 +114,8 @@ def leaf(words: list[str]):
 def check(line: Line) -> None:
     """The command is there, it takes these words, and the presets they name exist."""
     if line.words[0] == "make":
-        done = subprocess.run(["make", "-n", *line.words[1:]], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        targets = set(re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+        assert targets.issuperset(line.words[1:]), f"the Makefile has {', '.join(sorted(targets))}"
         return
     command, name, rest = leaf(line.words)
     if "[--" in line.text:  # a synopsis
@@ -338,12 +338,14 @@ def test_the_memory_that_tables_state_is_what_plans_say(monkeypatch):
     assert made["with_memory"](page) == page, "run `make docs`"
 
 
-def test_python_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["docs/python.md", pytest.param("README.md", marks=pytest.mark.slow)])
+def test_python_blocks_run_one_after_the_other(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "docs", "books", ignore=shutil.ignore_patterns("*.png"))
     names: dict[str, object] = {}
-    for number, text in blocks(BY_NAME["docs/python.md"], "python"):
-        exec(compile(text, f"docs/python.md:{number}", "exec"), names)
+    for number, text in blocks(BY_NAME[name], "python"):
+        text = text.replace("steps=20)", 'steps=2, settings={"global_batch_size": 1, "validation.sequences": 1})')
+        exec(compile(text, f"{name}:{number}", "exec"), names)
     assert capsys.readouterr().out.strip()
 
 

@@ -34,7 +34,7 @@ def verify(
 
     launch = checks.plan_launch(model, ctx=None if ctx is None else parse_tokens(ctx), attention=attention)
     out = out or default_out("verify", launch.source.name)
-    check_free(out, force)
+    check_free(out, force, keep=launch.source.paths)
     console.quiet_libraries()
     with console.progress() as display:
         task = display.add_task("loading", total=None, note="")

@@ -55,6 +55,11 @@ class ModelSource:
         return family_of(self.config).kinds(self.config)
 
     @property
+    def paths(self) -> list[Path | None]:
+        """What no output may replace: the directory, and its base's."""
+        return [self.path, *([] if self.base is None else [self.base.path])]
+
+    @property
     def shape(self) -> ModelShape:
         return model_shape(self.config)
 

@@ -129,6 +129,8 @@ def ask(
         raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 100k")
     if parse_tokens(ctx) == 0:
         raise InputError("--ctx 0: a sequence has at least one token")
+    if "ctx" in fixed:
+        raise InputError("--set ctx: --ctx says it, and finetune would take the one of --set", hint="leave it out")
     given = None if memory is None else parse_bytes(memory)
     if given is not None and given < 2**20:
         raise InputError(f"--memory {memory}: allowed is 1M and more, such as 80G")

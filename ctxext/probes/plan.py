@@ -59,7 +59,7 @@ def plan_probe(
     if any(probe.probe == "layer-niah" for probe in spec.probes):
         _scikit_learn_is_there()
     out = out or manifests.default_out("probe", names[0] if len(names) == 1 else sources[0].name)
-    check_free(out, force, keep=[source.path for source in sources])
+    check_free(out, force, keep=[path for source in sources for path in source.paths])
     return ProbePlan(sources, spec, out, force)
 
 

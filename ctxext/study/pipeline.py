@@ -24,6 +24,7 @@ from ctxext.study.flow import filled, malformed, references
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MOST_JOBS = 1000
+RESERVED = ("state", "pipeline.json", "results.json", "results.md", "ctxext.json")  # of an output
 PARTS = ("values", "over", "steps")
 Axis = str | int | float | bool
 
@@ -77,13 +78,16 @@ def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeli
     """
     found = presets.find("pipelines", name)
     data = {part: dict(value) if isinstance(value, dict) else value for part, value in found.data.items()}
-    values = data.get("values") or {}
+    values = data.get("values") if isinstance(data.get("values"), dict) else {}
     faults = []
     for path, value in (changes or {}).items():
         if path.split(".")[0] in PARTS:
             set_value(data, path, value)
-        elif path.split(".")[0] in values:
-            set_value(data, f"values.{path}", value)
+        elif path in values:
+            values[path] = value
+        elif isinstance(values.get(path.partition(".")[0]), dict):  # of settings, whose keys are dotted paths
+            name, _, key = path.partition(".")
+            values[name] = {**values[name], key: value}
         else:
             faults.append(f"--set {path}: no value has this name; there are {', '.join(values) or 'none'}")
     if faults:
@@ -91,7 +95,10 @@ def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeli
     pipeline = build(PipelineSpec, data, source=str(found.path))
     faults = [*_name_faults(pipeline), *_reference_faults(pipeline)]
     if not faults:
-        jobs = _jobs(pipeline)
+        try:
+            jobs = _jobs(pipeline)
+        except LookupError as error:
+            raise SpecError(str(found.path), [str(error.args[0])]) from None
         faults = list(dict.fromkeys(fault for job in jobs for fault in _job_faults(job)))
     if faults:
         raise SpecError(str(found.path), faults)
@@ -111,8 +118,8 @@ def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
         if not axis or len({_slug(value) for value in axis}) < len(axis):
             yield f"over.{name}: {'empty' if not axis else 'a value stands twice'}; allowed: a list of different values"
     for name, step in pipeline.steps.items():
-        if step.get("command") not in steps.SPECS:
-            given = step.get("command", "none")
+        given = step.get("command", "none")
+        if not isinstance(given, str) or given not in steps.SPECS:
             yield f"steps.{name}.command: got {given!r}; allowed: {', '.join(steps.SPECS)}"
     cells = 1
     for axis in pipeline.over.values():
@@ -122,9 +129,10 @@ def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
 
 
 def _reference_faults(pipeline: PipelineSpec) -> Iterator[str]:
-    for name, value in pipeline.values.items():
-        if next(references(value), None):
-            yield f"values.{name}: a value refers to nothing; write the reference where the value is used"
+    for part in ("values", "over"):
+        for name, value in getattr(pipeline, part).items():
+            if next(references(value), None):
+                yield f"{part}.{name}: a value refers to nothing; write the reference where the value is used"
     before: list[str] = []
     for name, step in pipeline.steps.items():
         for text in malformed(step):
@@ -160,12 +168,16 @@ def _jobs(pipeline: PipelineSpec) -> list[Job]:
 
 
 def _job_faults(job: Job) -> list[str]:
-    """What is wrong with a job's arguments; a reference to a step is taken for text."""
-    where = f"steps.{job.step}"
+    """What is wrong with a job's arguments, as far as no step's number is among them."""
+    where, later = f"steps.{job.step}", {name for name, value in job.arguments.items() if next(references(value), None)}
+    if job.id in RESERVED:
+        return [f"{where}: {job.id} is a file of every pipeline's output; allowed: another name"]
     try:
         step = steps.read(job.command, job.arguments, source=where)
-    except SpecError as error:
-        return [f"{where}.{fault}" for fault in error.faults]
+    except SpecError as error:  # what refers to a step is text until that is done, and may be a number then
+        return [f"{where}.{fault}" for fault in error.faults if re.split(r"[.:]", fault)[0] not in later]
+    if later - steps.MODELS:
+        return []
     return [f"{where}: {fault}" for fault in steps.faults(job.command, step)]
 
 
@@ -174,4 +186,4 @@ def _id(step: str, cell: Mapping[str, Axis]) -> str:
 
 
 def _slug(value: Axis) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", str(value)).strip("-") or "empty"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", str(value)) or "empty"

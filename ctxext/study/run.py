@@ -144,16 +144,20 @@ def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
     out, record = plan.out / job.id, state.read(plan.out, job)
     step = _filled(job, _reports(plan.pipeline, plan.out, job), plan.out, plan.trusted)
     asked = state.request(job, step)
-    standing = "again" if plan.standings[job.id] == "again" else state.standing(record, asked, out)
+    standing: str = state.standing(record, asked, out)
+    if plan.standings[job.id] == "again" and standing != "unfinished":  # which an interrupted --from leaves behind
+        standing = "again"
     _may_replace(standing, record, asked, out, plan.force)
     if standing == "done":
         say(f"  as asked and unchanged: {out}")
         return "skipped"
     resume = standing == "unfinished" and job.command == "finetune" and _resumable(out)
-    keep = resume or (standing == "unfinished" and job.command == "eval" and (out / EVAL_REQUEST).is_file())
+    keep = resume or (standing == "unfinished" and job.command == "eval" and _eval_resumable(out))
     state.write(plan.out, job, {"request": asked, "done": False, "report": None, "seconds": None, "output": None})
     began = time.monotonic()
     report = _call(job.command, step, out, resume, not keep, say, told)
+    if job.command == "plan":
+        report.refuse()
     if getattr(report, "finished", True) is False:
         return "interrupted"
     as_dict = getattr(report, "to_dict", None) or getattr(report, "as_dict", None)
@@ -170,6 +174,10 @@ def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: ap
     if command == "finetune":
         given["resume"] = resume
     return RUNS[command](**given, **heard, out=out, force=force)
+
+
+def _eval_resumable(out: Path) -> bool:
+    return (out / EVAL_REQUEST).is_file() and not (out / manifests.FILE_NAME).exists()
 
 
 def _resumable(out: Path) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Collection
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def request(job: Job, step: Any) -> dict[str, Any]:
 def stamp(name: str, *, but: Collection[str] = ()) -> Any:
     """A directory by the content of its files `but` some, and its base's; a model's name where there is none."""
     path: Path | None = Path(name)
-    if not Path(name).is_dir():
+    if not os.path.isdir(name):
         path = resolve(name, weights=False).path
     if path is None:
         return name
@@ -67,7 +68,7 @@ def standing(record: dict[str, Any] | None, asked: dict[str, Any], out: Path) ->
     if record is None:
         return "changed" if out.exists() else "new"
     if record["request"] != asked:
-        return "changed" if record["done"] and out.exists() else "new"
+        return "changed" if out.exists() else "new"
     if not record["done"]:
         return "unfinished"
     if not out.exists():

@@ -66,7 +66,7 @@ class Finetune:
 class Evaluate:
     models: tuple[str, ...] | str
     suite: str = "perplexity"
-    lengths: tuple[Length, ...] | str | None = None
+    lengths: tuple[Length, ...] | Length | None = None
     against: str | None = None
     data: str | None = None
     text_field: str | None = None
@@ -170,8 +170,7 @@ def _finetune(step: Finetune) -> FinetuneSpec:
 
 
 def _evaluate(step: Evaluate) -> EvalSpec:
-    from ctxext.api import eval_fields
-    from ctxext.evals.spec import asked
+    from ctxext.evals.spec import asked, eval_fields
 
     given = {
         name: value for name, value in asdict(step).items() if name not in ("models", "suite", "against", "settings")
@@ -180,7 +179,7 @@ def _evaluate(step: Evaluate) -> EvalSpec:
 
 
 def _probe(step: Probe) -> ProbeSpec:
-    from ctxext.api import said
+    from ctxext.evals.spec import said
     from ctxext.probes.spec import PROBES, asked
 
     given = {

@@ -6,16 +6,19 @@ code is never run. Not bounded: how long it runs, how much it writes under its o
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from ctxext.config import manifest as manifests
+from ctxext.config import presets
 from ctxext.config.presets import shipped
 from ctxext.errors import InputError
 from ctxext.study import steps
 from ctxext.study.pipeline import Job
+from ctxext.study.state import teacher_of
 
 
 def check_inside(job: Job, step: Any, out: Path) -> None:
@@ -32,20 +35,35 @@ def check_inside(job: Job, step: Any, out: Path) -> None:
         for entry in _entries(path):
             if not any(entry.resolve().is_relative_to(place) for place in allowed):
                 raise _outside(job, text, entry)
-    _check_base(job, step, allowed)
+    for entry in _entries(out):
+        if not entry.resolve().is_relative_to(allowed[0]):
+            raise _outside(job, str(out), entry)
+    _check_models(job, step, meant, allowed)
     if not any(out.absolute().resolve().is_relative_to(place) for place in allowed[:1]):
         raise _outside(job, str(out), out)
 
 
-def _check_base(job: Job, step: Any, allowed: list[Path]) -> None:
-    """The base that a run's manifest names."""
+def _check_models(job: Job, step: Any, meant: Any, allowed: list[Path]) -> None:
+    """The directories that model presets name, and the bases that runs' manifests name, with the links in them."""
     named = [getattr(step, name, None) or () for name in steps.MODELS]
-    for text in (one for value in named for one in ([value] if isinstance(value, str) else value)):
-        manifest = manifests.read(Path(text)) if Path(text).is_dir() else None
-        for parent in manifest.parents.values() if manifest else ():
-            place = Path(str(parent.get("path", "."))).resolve()
-            if not any(place.is_relative_to(inside) for inside in allowed):
-                raise _outside(job, f"{text}/{manifests.FILE_NAME}", place)
+    texts = [one for value in named for one in ([value] if isinstance(value, str) else value)]
+    if job.command == "finetune" and (teacher := teacher_of(meant)) is not None:
+        texts.append(teacher)
+    for text in texts:
+        if not os.path.isdir(text):
+            places = [_preset_directory(text)] if text in presets.names("models") else []
+        else:
+            manifest = manifests.read(Path(text))
+            places = [Path(str(parent.get("path", "."))) for parent in manifest.parents.values()] if manifest else []
+        for entry in (entry for place in places if place is not None for entry in [place, *_entries(place)]):
+            if not any(entry.resolve().is_relative_to(inside) for inside in allowed):
+                raise _outside(job, text, entry)
+
+
+def _preset_directory(name: str) -> Path | None:
+    found = presets.find("models", name)
+    directory = presets.model_preset(found).directory
+    return None if directory is None else found.path.parent / directory
 
 
 def _entries(path: Path) -> Iterator[Path]:

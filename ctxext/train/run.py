@@ -143,6 +143,11 @@ def discard_unstarted(run: Path) -> None:
         shutil.rmtree(run)
 
 
+def started_as(run: Path, plan: RunPlan) -> bool:
+    """Whether the run was started with the model, the data and the spec of `plan`."""
+    return (run / SPEC_FILE).is_file() and _read(run) == Start.of(plan)
+
+
 def newest_unfinished(root: Path) -> Path:
     """The run under `root` that was started last and is not finished. Raises InputError when there is none."""
     runs = [path.parent for path in root.glob(f"*/{SPEC_FILE}") if not (path.parent / manifests.FILE_NAME).exists()]

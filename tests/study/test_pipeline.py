@@ -53,6 +53,30 @@ def test_set_changes_a_value_an_axis_or_any_part(read):
         read(SWEEP, modell="x")
 
 
+def test_set_of_a_field_within_settings_leaves_the_presets_other_fields(read):
+    """`training.lora.rank` is the dotted key lora.rank of settings, not a new mapping lora."""
+    pipeline = {"values": {"training": {"lora.alpha": 8.0}}, "steps": {
+        "a": {"command": "finetune", "model": "tiny", "ctx": "2k", "preset": "longlora", "settings": "${training}"},
+    }}  # fmt: skip
+    job = read(pipeline, **{"training.lora.rank": 16}).jobs[0]
+    assert job.arguments["settings"] == {"lora.alpha": 8.0, "lora.rank": 16}
+    spec = steps.resolved("finetune", steps.read("finetune", job.arguments, source="a"))
+    assert (spec.lora.rank, spec.lora.alpha, spec.attention.train) == (16, 8.0, "s2")
+
+
+def test_numbers_of_steps_may_stand_where_numbers_are_wanted(read):
+    step = {"command": "finetune", "model": "tiny", "ctx": "${fits.ctx}", "steps": "${fits.fitting}"}
+    pipeline = {"steps": {"fits": {"command": "plan", "model": "tiny", "ctx": "2k", "gpu": "h100"}, "train": step}}
+    assert read(pipeline).jobs[1].uses == {"fits": "fits"}
+    with pytest.raises(SpecError, match=r"steps.train.stepps"):
+        read({"steps": pipeline["steps"] | {"train": step | {"stepps": 1}}})
+
+
+def test_values_that_differ_by_a_sign_are_different(read):
+    page = {"command": "report", "runs": "runs/x", "title": "at ${seed}"}
+    assert [job.id for job in read({"over": {"seed": [1, -1]}, "steps": {"e": page}}).jobs] == ["e.1", "e.-1"]
+
+
 def test_every_fault_is_told_at_once_with_its_path(read):
     with pytest.raises(SpecError) as caught:
         read({
@@ -108,6 +132,11 @@ def test_presets_and_fields_of_steps_are_read_too(read):
         ("values: {a: '${b}'}\nsteps: {s: {command: merge, run: '${a}'}}", "a value refers to nothing"),
         ("steps: {a: {command: merge, run: '${a'}}", "holds no reference"),
         (f"over: {{n: {list(range(1001))}}}\nsteps: {{a: {{command: merge, run: '${{n}}'}}}}", "1,001 cells"),
+        ("over: {n: ['${a}']}\nsteps: {s: {command: merge, run: '${n}'}}", "a value refers to nothing"),
+        ("steps: {state: {command: merge, run: x}}", "state is a file of every pipeline's output"),
+        ("steps: {a: {command: [merge], run: x}}", "steps.a.command: got \\['merge'\\]"),
+        ("values: 5\nsteps: {a: {command: merge, run: x}}", "values"),
+        ("values: {m: tiny}\nsteps: {a: {command: merge, run: '${m.name}'}}", "no 'name'; there are nothing below"),
         ("steps: {a: &x {command: merge, run: b}, c: *x}", "anchors"),
     ],
 )

@@ -110,6 +110,30 @@ def test_a_finished_step_is_not_replaced_because_one_before_it_was_made_again(pl
     assert weights.read_bytes() == before
 
 
+def begun(place, **changes):
+    """As a run leaves it that was stopped while the finetune step trained: its record not done, its directory there."""
+    one = {"over.hybrid": ["SN"]} | changes
+    run(**one)
+    job = next(job for job in read_pipeline("p.yaml", one).jobs if job.step == "train")
+    root, out = place / "runs" / "p", place / "runs" / "p" / "train.SN"
+    record = state.read(root, job)
+    state.write(root, job, record | {"done": False, "report": None, "output": None})
+    (out / "ctxext.json").unlink()
+    return one, root, out, job, record
+
+
+def test_what_was_begun_with_other_settings_is_neither_gone_on_with_nor_replaced(place):
+    one, root, out, _, record = begun(place)
+    with pytest.raises(InputError, match=r"train.SN is there, and not what is asked for: .*learning_rate"):
+        run(rate=2e-3, **one)
+    other = next(job for job in read_pipeline("p.yaml", one | {"rate": 2e-3}).jobs if job.step == "train")
+    asked = json.loads(json.dumps(record["request"]).replace("0.001", "0.002"))  # the record of another, its files old
+    state.write(root, other, record | {"request": asked, "done": False})
+    with pytest.raises(InputError, match=r"started with another model, data or settings"):
+        run(rate=2e-3, **one)
+    assert (out / "spec.yaml").is_file()
+
+
 def test_changed_text_runs_what_reads_it_again(place):
     run(**{"over.hybrid": ["SN"]})
     time.sleep(0.01)

@@ -61,6 +61,21 @@ def test_an_output_elsewhere_and_a_base_elsewhere_are_refused(refused, tmp_path,
         refused({"command": "probe", "model": "own", "names": "positions"})
 
 
+def test_links_in_the_output_and_model_presets_that_lead_out_are_refused(refused, tmp_path, write_model):
+    step = {"command": "probe", "model": "tiny", "names": "positions"}
+    out = tmp_path / "inside" / "out"
+    out.mkdir()
+    (out / "pipeline.json").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(InputError, match="outside the working directory"):
+        refused(step, out=out)
+    write_model(tmp_path / "away")
+    (tmp_path / "inside" / "presets" / "models").mkdir(parents=True)
+    text = "family: llama\noriginal_length: 64\nusable_length: 64\ndirectory: ../../../away\n"
+    (tmp_path / "inside" / "presets" / "models" / "evil.yaml").write_text(text)
+    with pytest.raises(InputError, match="outside the working directory"):
+        refused(step | {"model": "evil"})
+
+
 def test_presets_that_ship_and_files_below_are_allowed(refused, tmp_path):
     (tmp_path / "inside" / "b.txt").write_text("text")
     for step in (
