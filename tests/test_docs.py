@@ -344,7 +344,7 @@ def test_python_blocks_run_one_after_the_other(name, tmp_path, monkeypatch, caps
     shutil.copytree(ROOT / "docs", "books", ignore=shutil.ignore_patterns("*.png"))
     names: dict[str, object] = {}
     for number, text in blocks(BY_NAME[name], "python"):
-        text = text.replace("steps=20)", 'steps=2, settings={"global_batch_size": 1, "validation.sequences": 1})')
+        text = text.replace('"global_batch_size": 1}', '"global_batch_size": 1, "validation.sequences": 1}')
         exec(compile(text, f"{name}:{number}", "exec"), names)
     assert capsys.readouterr().out.strip()
 
