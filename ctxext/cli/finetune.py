@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from ctxext.train.plan import RunPlan
 
 DEFAULT_PRESET = "lora-alpha"
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="A directory, preset or hub id [default: the newest conversion]", autocompletion=completion.of("models")
+    ),
+]
+CtxOption = Annotated[
+    str | None, typer.Option(help="Training context in tokens, such as 8192, 100k (k = 1024), or stages: 8k,32k,100k")
+]
 PresetOption = Annotated[
     str, typer.Option(help="A finetune preset or a YAML file", autocompletion=completion.of("finetune"))
 ]
@@ -62,17 +71,8 @@ EXAMPLES = """Examples:\n
 
 
 def finetune(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A directory, preset or hub id [default: the newest conversion]",
-            autocompletion=completion.of("models"),
-        ),
-    ] = None,
-    ctx: Annotated[
-        str | None,
-        typer.Option(help="Training context in tokens, such as 8192, 100k (k = 1024), or stages: 8k,32k,100k"),
-    ] = None,
+    model: ModelArgument = None,
+    ctx: CtxOption = None,
     preset: PresetOption = DEFAULT_PRESET,
     data: Annotated[
         str | None, typer.Option(help="Files, a directory, or a datasets id [default: the embedded corpus]")
@@ -96,7 +96,6 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON")] = False,
 ) -> None:
     """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, positions where needed."""
-    from ctxext.config import manifest as manifests
     from ctxext.config.loader import assignments
     from ctxext.train.launch import launched
     from ctxext.train.run import asked_fields, plan_asked
@@ -112,24 +111,38 @@ def finetune(
         refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
         search(plan_asked(model, preset, _briefly(given), needs_weights=True, say=console.say), out, force, as_json)
         return
-    if resume:
-        from ctxext.train.run import newest_unfinished, plan_resumed
-
-        run = out or newest_unfinished(manifests.RUNS)
-        decided = plan_resumed(run, given, accept=force)
-    else:
-        decided = (
-            _repeated(repeat, given, force)
-            if repeat
-            else plan_asked(model, preset, given, needs_weights=not plan, say=console.say)
-        )
-        run = out or manifests.default_out("finetune", f"{decided.source.name}-{decided.spec.ctx}")
+    run, decided = _decided(model, preset, given, out, resume, repeat, force, needs_weights=not plan)
     decided, launch = launched(decided, zero, nproc, hostfile, resume=resume, repeats=repeat)
     if plan:
         _show_plan(decided, launch, as_json)
         return
     console.pairs([*_rows(decided, launch), ("predicted", _predicted(decided, launch)[0])], to_stderr=True)
     _run(decided, run, resume, force, as_json, launch, repeat)
+
+
+def _decided(
+    model: str | None,
+    preset: str,
+    given: dict[str, Any],
+    out: Path | None,
+    resume: bool,
+    repeat: Path | None,
+    force: bool,
+    *,
+    needs_weights: bool,
+) -> tuple[Path, RunPlan]:
+    """Where the run is or goes, and its plan: resumed, repeated or new."""
+    from ctxext.config import manifest as manifests
+    from ctxext.train.run import newest_unfinished, plan_asked, plan_resumed
+
+    if resume:
+        run = out or newest_unfinished(manifests.RUNS)
+        return run, plan_resumed(run, given, accept=force)
+    if repeat:
+        plan = _repeated(repeat, given, force)
+    else:
+        plan = plan_asked(model, preset, given, needs_weights=needs_weights, say=console.say)
+    return out or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}"), plan
 
 
 def _rows(plan: RunPlan, launch: Launch | None) -> list[tuple[str, str]]:

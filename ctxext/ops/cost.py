@@ -55,7 +55,7 @@ class Partition:
     stage                1 divides masters and moments, 2 the gradients too, 3 the weights too
     offload_optimizer    masters and moments, from stage 2 on the gradients too, wait on the host
     offload_weights      the divided weights wait on the host
-    bucket               entries of the buffers that gradients are collected in before they are sent
+    bucket, buffers      entries, never more than train, of a buffer that gradients are collected in to be sent; buffers
     live                 weights that stage 3 has gathered at a time, at most
     """
 
@@ -64,6 +64,7 @@ class Partition:
     offload_optimizer: bool = False
     offload_weights: bool = False
     bucket: int = 0
+    buffers: int = 1
     live: int = 1_000_000_000
 
 
@@ -241,7 +242,7 @@ def _state(
         "weights": int(weights),
         "gathered weights": gathered,
         "trainable": int(optimizer + gradients),
-        "buckets": by.bucket * (GRADIENT_BYTES if by.stage == 1 else item_bytes),
+        "buckets": by.buffers * min(by.bucket, trainable) * (GRADIENT_BYTES if by.stage == 1 else item_bytes),
     }
 
 

@@ -38,6 +38,7 @@ BELONGS = {  # DeepSpeed's keys, and where the training spec says the same
     "data_types": "dtype",
     "activation_checkpointing": "memory",
 }
+BUCKET = 500_000_000  # DeepSpeed's own reduce_bucket_size
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9_.:-]+)\s+slots=(?P<slots>[1-9][0-9]*)")
 
 
@@ -74,13 +75,13 @@ class Launch:
     def partition(self) -> Partition:
         """What it divides, for the plan's memory; what its file leaves out is as in DeepSpeed."""
         zero, stage = self.zero["zero_optimization"], self.stage
-        bucket = int(zero.get("reduce_bucket_size", 500_000_000)) if zero.get("contiguous_gradients", True) else 0
         return Partition(
             ranks=self.world,
             stage=stage,
             offload_optimizer="offload_optimizer" in zero,
             offload_weights="offload_param" in zero,
-            bucket=bucket * (2 if stage < 3 and zero.get("overlap_comm", False) else 1),
+            bucket=int(zero.get("reduce_bucket_size", BUCKET)) if zero.get("contiguous_gradients", True) else 0,
+            buffers=2 if stage < 3 and zero.get("overlap_comm", False) else 1,
             live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         )
 

@@ -28,6 +28,7 @@ from ctxext.model.positions import check_realised
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import LossModel
 from ctxext.train.optimizer import MASTER, RelativeClip, by_parameter, parameter_groups
+from ctxext.train.parallel import BUCKET
 from ctxext.train.plan import RunPlan
 from ctxext.train.spec import Objective
 
@@ -57,6 +58,7 @@ class Ranks:
         self.accumulation = -(-plan.global_batch_size // (self.world * plan.spec.micro_batch_size))
         self.config: dict[str, Any] = {
             **zero,
+            "zero_optimization": dict(zero["zero_optimization"]),
             "train_micro_batch_size_per_gpu": plan.spec.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation,
             "zero_allow_untested_optimizer": True,
@@ -98,8 +100,12 @@ class ZeroEngine:
             # One dtype is all that stage 3 partitions. Stages 1 and 2 round by themselves what PEFT made in fp32.
             for parameter in self.parameters.values():
                 parameter.data = parameter.data.bfloat16()
+        partition = ranks.config["zero_optimization"]
+        entries = sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.parameters.values())
+        # A bucket is allocated whole, before the first gradient: none is larger than what can ever be in it.
+        partition["reduce_bucket_size"] = min(int(partition.get("reduce_bucket_size", BUCKET)), entries)
         optimizer: torch.optim.Optimizer
-        if "offload_optimizer" in ranks.config["zero_optimization"]:
+        if "offload_optimizer" in partition:
             optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, betas=betas, adamw_mode=True)
         else:
             optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)

@@ -107,6 +107,9 @@ def test_zero_divides_what_its_stage_divides(monkeypatch):
     assert memory("1", world=1) == plan.memory == memory("3", world=1)
     monkeypatch.setattr(planning.shutil, "which", lambda name: "/bin/nvidia-smi")
     assert [memory(name)["buckets"] for name in ("1", "2", "3")] == [2 * 10**9, 2 * 10**9, 10**9]
+    plan = plan_for("llama2-7b", dtype="bfloat16", global_batch_size=8)  # a bucket holds no more than there is to send
+    P = plan.trainables.parameters
+    assert P < 500_000_000 and [memory(name)["buckets"] for name in ("2", "3")] == [2 * 2 * P, 2 * P]
 
 
 def test_micro_batches_are_no_larger_than_what_a_process_gets():
