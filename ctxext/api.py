@@ -244,9 +244,10 @@ def carry_out(
     """The run of a plan, new or resumed; a directory in which nothing was trained is removed again."""
     from ctxext.config.output import replacing
     from ctxext.train.launch import LOGS
-    from ctxext.train.run import discard_unstarted, start_run
+    from ctxext.train.run import discard_unstarted, go_on, start_run
 
     if resume:
+        go_on(plan, run)
         return _train(plan, run, True, launch, say, on_step)
     read = [Path(part.source) for part in plan.spec.data.parts]
     with replacing(run, force, keep=[plan.source.path, repeats, *(path for path in read if path.exists())]):

@@ -14,6 +14,7 @@ from typing import IO
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.units import format_bytes
 
+MARKS = ("ctxext.json", "spec.yaml", "request.json", "pipeline.json")  # one is in all that ctxext wrote or began
 _ELSEWHERE = "give another --out"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -55,7 +56,8 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
 def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ()) -> None:
     """Refuses an `out` that `staged_output` would refuse; call it before long work.
 
-    `keep` are paths the work reads from: an `out` that is or holds one of them is refused, `force` or not.
+    `keep` are paths the work reads from: an `out` that is or holds one of them is refused, `force` or not; so is a
+    directory that ctxext did not write, unless it is empty.
     """
     out = Path(out)
     if out.name in ("", ".."):
@@ -71,6 +73,10 @@ def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ())
     for kept in (Path.cwd(), Path.home(), *(path for path in keep if path is not None)):
         if kept.resolve().is_relative_to(real):
             raise InputError(f"{out} holds {kept}: even --force does not replace it", hint=_ELSEWHERE)
+    if out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
+        return
+    if not any((out / mark).is_file() for mark in MARKS):
+        raise InputError(f"{out} is nothing that ctxext wrote: even --force does not replace it", hint=_ELSEWHERE)
 
 
 def _put_in_place(partial: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ Not looked at: whether the weights are any good (`ctxext eval`), what attention 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ctxext.errors import InputError, ModelError
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, plan_trainables
 from ctxext.model.families import Config, expected_tensors, normalise, rope_of
-from ctxext.model.source import original_length, read_config, require_tokenizer, usable_length
+from ctxext.model.source import manifest_of, original_length, read_config, read_object, require_tokenizer, usable_length
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
 from ctxext.units import format_tokens
 
@@ -32,7 +31,7 @@ def model(name: str) -> list[Finding]:
     """Every finding about a local directory, a run or a preset that lies here. Raises InputError for anything else."""
     path = _place(name)
     found = [judged("manifest", lambda: _manifest(path)), judged("config", lambda: _config(path))]
-    manifest = None if found[0].status == "failure" else manifests.read(path)
+    manifest = None if found[0].status == "failure" else manifest_of(path)
     if found[1].status == "failure":
         return [*found, Finding("weights", "warning", "not examined: nothing says what they should be", AGAIN)]
     config = normalise(read_config(path))
@@ -60,7 +59,7 @@ def _place(name: str) -> Path:
 
 
 def _manifest(path: Path) -> str:
-    found = manifests.read(path)
+    found = manifest_of(path)
     if found is None:
         return "no ctxext.json: a model of others"
     return f"{found.kind}, {found.created[:10]}, by ctxext {found.versions.get('ctxext')}"
@@ -126,7 +125,7 @@ def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Find
 
     def complete() -> str:
         stored = set(read_header(path / ADAPTER_FILE))
-        settings = json.loads((path / "adapter_config.json").read_text("utf-8"))
+        settings = read_object(path / "adapter_config.json")
         whole, targets = set(settings.get("modules_to_save") or ()), set(settings.get("target_modules") or ())
         if manifest is not None and "lora" in manifest.spec:
             lora = build(LoraSpec, manifest.spec["lora"], source=f"{path / manifests.FILE_NAME}: spec.lora")
@@ -242,7 +241,7 @@ def _tokenizer(path: Path, config: Config) -> list[Finding]:
 
     def in_range() -> str:
         defaults = path / "generation_config.json"
-        also = json.loads(defaults.read_text("utf-8")) if defaults.is_file() else {}
+        also = read_object(defaults) if defaults.is_file() else {}
         ids: dict[str, Any] = {}
         for place, settings in (("config.json", read_config(path)), (defaults.name, also)):
             for name in SPECIAL:

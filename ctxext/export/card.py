@@ -15,14 +15,13 @@ from typing import Any
 import yaml
 
 from ctxext import __version__
-from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.manifest import Manifest
 from ctxext.errors import CtxextError
 from ctxext.export.matrix import Verdict
 from ctxext.model.families import rope_of
 from ctxext.model.layout import LayerKind
-from ctxext.model.source import ModelSource
+from ctxext.model.source import ModelSource, manifest_of
 from ctxext.units import format_tokens
 
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
@@ -45,7 +44,7 @@ def history(path: Path) -> list[Step]:
     path = path.absolute()
     while len(steps) < 100:  # a chain may bite its tail
         there = path.is_absolute() and path.is_dir()
-        found = manifests.read(path) if there else None
+        found = manifest_of(path) if there else None
         name = (found.facts.get("name") if found else None) or hub_id(path) or path.name
         steps.append(Step(path if there else None, str(name), found))
         parent = next((found.parents[role] for role in PARENTS if role in found.parents), None) if found else None

@@ -21,7 +21,7 @@ from ctxext.errors import CheckFailed, InputError
 from ctxext.export.card import history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
 from ctxext.model.convert import TOKENIZER_FILES
-from ctxext.model.source import ModelSource, require_tokenizer, resolve, tensors_of
+from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
 NAMES = ("_name_or_path", "name_or_path")  # where transformers notes the place a file was read from
@@ -117,7 +117,7 @@ def _place(source: Path, out: Path) -> bool:
 
 def _without_place(path: Path) -> str:
     """A JSON file less the place transformers says it was read from."""
-    settings = {name: value for name, value in json.loads(path.read_text("utf-8")).items() if name not in NAMES}
+    settings = {name: value for name, value in read_object(path).items() if name not in NAMES}
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from os.path import isdir, isfile
 from pathlib import Path
@@ -26,7 +27,8 @@ from ctxext.ops.cost import ModelShape
 CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer.model", "*.jinja"]
+HUB_TEXTS = ["*.json", "tokenizer.model", "*.jinja"]  # all that a plan reads
+HUB_FILES = ["*.safetensors", *HUB_TEXTS]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> 
         )
     if "/" not in model:
         return _from_preset(model, weights, allow_pickle)
-    path = _download(model, None, allow_pickle)
+    path = _download(model, None, allow_pickle, HUB_FILES if weights else HUB_TEXTS)
     return from_directory(path, weights=weights, allow_pickle=allow_pickle, name=model.split("/")[-1])
 
 
@@ -96,9 +98,8 @@ def from_directory(
     path: Path, *, weights: bool = True, allow_pickle: bool = False, name: str | None = None
 ) -> ModelSource:
     """Describe the model in a directory: a plain Hugging Face one, or any of ctxext's outputs."""
-    manifest = manifests.read(path)
+    manifest = manifest_of(path)
     facts: dict[str, Any] = manifest.facts if manifest else {}
-    check_fields(facts, FACTS, path / manifests.FILE_NAME)
     config = normalise(read_config(path))
     kind = manifest.kind if manifest else "source"
     base = None
@@ -113,6 +114,16 @@ def from_directory(
     return ModelSource(name, path, kind, config, original, usable, manifest, base)
 
 
+def manifest_of(path: Path) -> Manifest | None:
+    """ctxext.json of a model, with what is read of it later of the right kind; None without one. Raises ModelError."""
+    manifest = manifests.read(path)
+    if manifest is not None:
+        check_fields(manifest.facts, FACTS, path / manifests.FILE_NAME)
+        for role, parent in manifest.parents.items():
+            check_fields({"path": None, "weights": None} | parent, PARENT, f"{path / manifests.FILE_NAME}, its {role}")
+    return manifest
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as it stands. Raises ModelError when it is missing, absurd in size, or no JSON object."""
     file = path / "config.json"
@@ -124,13 +135,18 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     if file.stat().st_size > CONFIG_LIMIT:
         raise ModelError(f"{file}: {file.stat().st_size:,} bytes is no config.json")
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises ModelError when that is no object."""
     try:
-        config = json.loads(file.read_text("utf-8"))
+        found = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not JSON ({error})") from None
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise ModelError(f"{file}: not a JSON object")
-    return config
+    return found
 
 
 def original_length(config: Config) -> int | None:
@@ -193,8 +209,7 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
             f"{path}: an adapter without a ctxext.json that names its base",
             hint="ctxext opens the bundles it wrote; merge foreign adapters with PEFT first",
         )
-    parent = {"path": None, "weights": None} | manifest.parents["base"]
-    check_fields(parent, PARENT, f"{path / manifests.FILE_NAME}, its base")
+    parent = manifest.parents["base"]
     base = Path(parent["path"])
     if isfile(base / "adapter_config.json"):
         raise ModelError(f"{path}: its base {base} is an adapter too", hint="merge that one first")
@@ -213,10 +228,7 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
 
 def _check_adapter(path: Path, manifest: Manifest | None) -> None:
     """A bundle's files, before PEFT opens them: readable, and as many trained tensors as were saved."""
-    try:
-        json.loads((path / "adapter_config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path / 'adapter_config.json'}: not JSON ({error})") from None
+    read_object(path / "adapter_config.json")
     stored = len(read_header(path / ADAPTER_FILE))
     saved = manifest.facts.get("trained_tensors") if manifest else None
     if stored != saved:
@@ -231,7 +243,7 @@ def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
         return from_directory(path, weights=weights, name=preset.name)
     if weights:
         assert model.hub_id is not None  # ModelPreset has a hub_id or a directory
-        path = _download(model.hub_id, model.revision, allow_pickle)
+        path = _download(model.hub_id, model.revision, allow_pickle, HUB_FILES)
         found = from_directory(path, allow_pickle=allow_pickle, name=preset.name)
         return replace(found, original_length=model.original_length, usable_length=model.usable_length)
     assert model.shape is not None  # ModelPreset refuses a hub model without one
@@ -239,14 +251,14 @@ def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
     return ModelSource(preset.name, None, "source", config, model.original_length, model.usable_length)
 
 
-def _download(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
-    """A hub model in huggingface_hub's own cache, with its own token; one clear error when that cannot be."""
+def _download(hub_id: str, revision: str | None, allow_pickle: bool, files: Sequence[str]) -> Path:
+    """Files of a hub model in huggingface_hub's own cache, with its own token; one clear error when that cannot be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     local = "or give a local directory instead of the hub id"
     try:
-        patterns = [*HUB_FILES, *(["pytorch_model*.bin"] if allow_pickle else [])]
+        patterns = [*files, *(["pytorch_model*.bin"] if allow_pickle else [])]
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
     except GatedRepoError:
         raise InputError(

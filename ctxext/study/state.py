@@ -17,7 +17,7 @@ from ctxext import __version__
 from ctxext.config import manifest as manifests
 from ctxext.data.documents import EMBEDDED, fingerprint
 from ctxext.errors import ModelError
-from ctxext.model.source import resolve
+from ctxext.model.source import HUB_ID, resolve
 from ctxext.study import steps
 from ctxext.study.pipeline import Job
 
@@ -49,12 +49,14 @@ def request(job: Job, step: Any) -> dict[str, Any]:
 
 
 def stamp(name: str, *, but: Collection[str] = ()) -> Any:
-    """A directory by the content of its files `but` some, and its base's; a model's name where there is none."""
+    """A directory by the content of its files `but` some, and its base's; a model of the hub by its name and commit."""
     path: Path | None = Path(name)
     if not os.path.isdir(name):
         path = resolve(name, weights=False).path
     if path is None:
         return name
+    if HUB_ID.fullmatch(name) and not os.path.isdir(name):
+        return {"name": name, "commit": path.name}
     weights = manifests.weight_hashes(path)
     small = [file for file in sorted(path.iterdir()) if file.is_file() and file.name not in {*weights, *but}]
     files = {file.name: _sha256(file) for file in small if file.stat().st_size <= LARGEST}
@@ -123,7 +125,12 @@ def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any
         from ctxext.train.run import data_hash
 
         teacher = teacher_of(meant)
-        return {"data": data_hash(meant.data), "teacher": None if teacher is None else stamp(teacher)}
+        zero = Path(arguments["zero"] or "")
+        return {
+            "data": data_hash(meant.data),
+            "teacher": None if teacher is None else stamp(teacher),
+            "zero": _sha256(zero) if zero.is_file() else None,
+        }
     if command == "eval":
         from ctxext.evals.suites import inputs
 

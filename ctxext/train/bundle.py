@@ -24,6 +24,7 @@ from ctxext.model.card import model_card
 from ctxext.model.convert import copy_tokenizer, write_config
 from ctxext.model.families import expected_tensors, rope_of
 from ctxext.model.layout import pattern_text
+from ctxext.model.source import read_object
 from ctxext.model.weights import SINGLE
 from ctxext.train.plan import RunPlan
 from ctxext.train.teacher import teacher_weights
@@ -88,7 +89,7 @@ def _set_tokenizer_length(run: Path, length: int) -> None:
     """tokenizer_config.json's model_max_length is the source's; leaving it would make tokenizers warn or cut."""
     path = run / "tokenizer_config.json"
     if path.is_file():
-        settings = json.loads(path.read_text("utf-8"))
+        settings = read_object(path)
         settings["model_max_length"] = length
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 

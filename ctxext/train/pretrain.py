@@ -66,7 +66,8 @@ def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[R
     """
     check_free(out, force)
     stages = out.with_name(f"{out.name}.stages")
-    check_free(stages, force)
+    if not force:
+        check_free(stages)
     shutil.rmtree(stages, ignore_errors=True)
     current = stages / "0-untrained"
     current.mkdir(parents=True)

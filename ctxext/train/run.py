@@ -159,6 +159,7 @@ def newest_unfinished(root: Path) -> Path:
 def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept: bool = False) -> RunPlan:
     """The plan of an existing run; `changes` are fields of its spec by dotted path, such as optimizer.learning_rate.
 
+    Nothing is written: `go_on` does that.
     Raises InputError when the directory is no run, or the run is finished, or a change alters the spec and is not to
     be accepted; ModelError when the model it started from is not what it was.
     """
@@ -184,9 +185,13 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
         raise InputError(
             f"{start.spec.data.described}: the data changed since this run started", hint="start a new run"
         )
-    if new != start.spec:
-        write_spec(run, now)
     return plan
+
+
+def go_on(plan: RunPlan, run: Path) -> None:
+    """Before a resumed run trains: what `plan_resumed` was told to change becomes the run's spec."""
+    if not started_as(run, plan):
+        write_spec(run, Start.of(plan))
 
 
 def plan_repeated(

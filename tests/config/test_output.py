@@ -41,7 +41,7 @@ def test_what_exists_is_refused_without_force_and_replaced_with_it(tmp_path, kin
     if kind in ("directory", "empty"):
         out.mkdir()
     if kind == "directory":
-        (out / "old").touch()
+        (out / "ctxext.json").touch()
     if kind == "file":
         out.write_text("old")
     if kind == "link":
@@ -62,6 +62,19 @@ def test_what_exists_is_refused_without_force_and_replaced_with_it(tmp_path, kin
         (partial / "new").touch()
     kept = ["elsewhere", "elsewhere/kept"] if kind == "link" else []
     assert listing(tmp_path) == ["a", "a/new", *kept] and not out.is_symlink()
+
+
+def test_force_replaces_only_what_was_written_here(tmp_path):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt").write_text("a book")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "ctxext.json").touch()
+    before = listing(tmp_path)
+    for place in ("books", "runs"):
+        with pytest.raises(InputError, match="nothing that ctxext wrote"), staged_output(tmp_path / place, force=True):
+            pytest.fail("entered")
+    assert listing(tmp_path) == before
+    check_free(tmp_path / "runs" / "a", force=True)
 
 
 def test_force_never_replaces_the_ground_it_stands_on(tmp_path, monkeypatch):

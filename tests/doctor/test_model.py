@@ -230,6 +230,29 @@ def test_a_broken_manifest_and_a_broken_config(copy):
     assert "--resume" in ill(path)["config"].remedy
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"facts": {"usable_length": "long"}}, "usable_length is 'long'"),
+        ({"parents": {"source": {"path": 3}}}, "path is 3"),
+        ({"parents": {"source": {"weights": {}}}}, "path is None"),
+    ],
+)
+def test_a_manifest_of_the_wrong_kinds_is_one_finding(changes, named, copy):
+    path = copy("hybrid")
+    edit(path, "ctxext.json", **changes)
+    assert named in ill(path)["manifest"].found
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '"a word"'])
+def test_tokenizer_files_that_hold_something_else(text, copy):
+    path = copy("hybrid")
+    (path / "generation_config.json").write_text(text)
+    assert "generation_config.json: not" in ill(path)["special tokens"].found
+    (path / "tokenizer_config.json").write_text(text)
+    assert "tokenizer" in ill(path)
+
+
 def test_exports_that_would_be_refused_are_warnings_with_the_way_out(chain):
     found = {finding.name: finding for finding in examine(str(chain / "merged"))}
     assert found["export hf"].status == found["export vllm"].status == "ok"

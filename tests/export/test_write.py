@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from ctxext.cli.export import export as command
 from ctxext.config import manifest as manifests
-from ctxext.errors import CheckFailed, CtxextError, InputError
+from ctxext.errors import CheckFailed, CtxextError, InputError, ModelError
 from ctxext.export import write
 from ctxext.export.card import FRONT, history, hub_id
 from ctxext.model.convert import plan_conversion, run_conversion
@@ -104,6 +104,15 @@ def test_no_place_of_this_machine_is_told(hybrid, tmp_path, monkeypatch):
     with pytest.raises(CheckFailed, match="a place of this machine"):
         exported(hybrid, "hf", tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "ctxext.json"])
+def test_a_file_that_holds_something_else_is_named(name, hybrid, tmp_path):
+    manifest = json.loads((hybrid / "ctxext.json").read_text()) | {"parents": {"source": {"path": None}}}
+    (hybrid / name).write_text("[]" if name != "ctxext.json" else json.dumps(manifest))
+    with pytest.raises(ModelError, match=name):
+        exported(hybrid, "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_is_refused_before_its_base_is_looked_for(tmp_path):

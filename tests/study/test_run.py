@@ -12,7 +12,8 @@ import pytest
 
 from ctxext.config import manifest as manifests
 from ctxext.errors import InputError, ModelError
-from ctxext.study import state
+from ctxext.model.source import resolve
+from ctxext.study import state, steps
 from ctxext.study.pipeline import read_pipeline
 from ctxext.study.run import plan_pipeline, run_pipeline
 
@@ -140,6 +141,33 @@ def test_changed_text_runs_what_reads_it_again(place):
     (place / "text.txt").write_text("other words altogether, and more of them. " * 200)
     outcomes, _, _ = run(force=True, **{"over.hybrid": ["SN"]})
     assert outcomes["convert.SN"] == "skipped" and outcomes["train.SN"] == outcomes["page"] == "ran"
+
+
+def test_a_model_of_the_hub_is_stamped_by_its_commit_and_read_without_its_weights(place, model_dir, monkeypatch):
+    asked = []
+
+    def downloaded(hub_id, *, allow_patterns, **_):
+        asked.append(allow_patterns)
+        shutil.copytree(model_dir(), place / "snapshots" / f"commit-{len(asked)}")
+        return str(place / "snapshots" / f"commit-{len(asked)}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloaded)
+    first, second = (state.stamp("a/model") for _ in range(2))
+    assert first == {"name": "a/model", "commit": "commit-1"} != second
+    assert "*.safetensors" not in asked[0] and "*.json" in asked[0]
+    assert resolve("a/model").usable_length and "*.safetensors" in asked[-1]
+
+
+def test_the_text_of_a_configuration_of_zero_is_part_of_what_is_asked(place, model_dir):
+    (place / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 1}}))
+    pipeline = (
+        "steps: {train: {command: finetune, model: MODEL, ctx: 64, preset: smoke, data: text.txt, zero: mine.json}}"
+    )
+    (place / "z.yaml").write_text(pipeline.replace("MODEL", str(model_dir())))
+    job = read_pipeline("z.yaml", {}).jobs[0]
+    before = state.request(job, steps.read(job.command, job.arguments, source="test"))
+    (place / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    assert state.request(job, steps.read(job.command, job.arguments, source="test")) != before
 
 
 def test_a_place_that_is_not_a_pipelines_is_left_alone(place):

@@ -22,7 +22,7 @@ from ctxext.train.finetune import run_finetune
 from ctxext.train.loop import Events
 from ctxext.train.metrics import read
 from ctxext.train.plan import plan_run
-from ctxext.train.run import plan_resumed, start_run
+from ctxext.train.run import go_on, plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec
 
 RESULT = "adapter_model.safetensors"
@@ -217,7 +217,9 @@ def test_a_changed_spec_is_refused_by_name_and_taken_when_told(plan, tmp_path):
     with pytest.raises(InputError, match=r"optimizer.learning_rate was 0.001, is 0.0005, steps was 8, is 3"):
         plan_resumed(run, changes)
     assert plan_resumed(run, {"steps": 8}).spec == plan.spec
-    assert plan_resumed(run, changes, accept=True).steps == 3
+    accepted = plan_resumed(run, changes, accept=True)
+    assert accepted.steps == 3 and plan_resumed(run).steps == 8  # until it goes on
+    go_on(accepted, run)
     assert run_finetune(plan_resumed(run), run, resume=True).steps_done == 3
 
 
