@@ -79,7 +79,8 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         console.emit({"name": plan.pipeline.name, "out": str(plan.out), "jobs": jobs})
         return
     words = {"new": "runs", "waits": "runs", "again": "runs anew", "changed": "runs anew, replacing",
-             "unfinished": "goes on", "done": "done, skipped", "taken": "taken as it is"}  # fmt: skip
+             "unfinished": "goes on", "reported": "goes on",
+             "done": "done, skipped", "taken": "taken as it is"}  # fmt: skip
     rows = [
         (job.id, job.command, words[plan.standings[job.id]], " ".join(f"{k}={v}" for k, v in job.arguments.items()))
         for job in plan.pipeline.jobs

@@ -145,12 +145,15 @@ def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
     step = _filled(job, _reports(plan.pipeline, plan.out, job), plan.out, plan.trusted)
     asked = state.request(job, step)
     standing: str = state.standing(record, asked, out)
-    if plan.standings[job.id] == "again" and standing != "unfinished":  # which an interrupted --from leaves behind
+    if plan.standings[job.id] == "again" and standing in ("new", "changed", "done"):  # not what a killed --from left
         standing = "again"
     _may_replace(standing, record, asked, out, plan.force)
     if standing == "done":
         say(f"  as asked and unchanged: {out}")
         return "skipped"
+    if standing == "reported" and record is not None:
+        _done(plan.out, job, record)
+        return "resumed"
     resume = standing == "unfinished" and job.command == "finetune" and _resumable(out)
     keep = resume or (standing == "unfinished" and job.command == "eval" and _eval_resumable(out))
     state.write(plan.out, job, {"request": asked, "done": False, "report": None, "seconds": None, "output": None})
@@ -162,9 +165,15 @@ def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
         return "interrupted"
     as_dict = getattr(report, "to_dict", None) or getattr(report, "as_dict", None)
     told_of = state.plain(as_dict() if as_dict else asdict(report)) | {"out": str(out)}
-    done = {"request": asked, "done": True, "report": told_of, "seconds": round(time.monotonic() - began, 1)}
-    state.write(plan.out, job, done | {"output": state.plain(state.stamp(str(out)))})
+    seconds = round(time.monotonic() - began, 1)
+    _done(plan.out, job, {"request": asked, "done": False, "report": told_of, "seconds": seconds, "output": None})
     return "resumed" if keep and record is not None else "ran"
+
+
+def _done(root: Path, job: Job, record: dict[str, Any]) -> None:
+    """Keep what a job reported first: to hash what it wrote may take minutes, and a kill would cost a training."""
+    state.write(root, job, record)
+    state.write(root, job, record | {"done": True, "output": state.plain(state.stamp(str(root / job.id)))})
 
 
 def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: api.Say, told: api.Told) -> Any:

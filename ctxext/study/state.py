@@ -25,7 +25,7 @@ FOLDER = "state"
 TOLD = (manifests.FILE_NAME, "README.md")  # of an input: they tell when it was made, and by what, not what it is
 LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is compared
 
-Standing = Literal["new", "unfinished", "done", "changed"]
+Standing = Literal["new", "unfinished", "reported", "done", "changed"]
 
 
 def request(job: Job, step: Any) -> dict[str, Any]:
@@ -66,13 +66,14 @@ def stamp(name: str, *, but: Collection[str] = ()) -> Any:
 
 
 def standing(record: dict[str, Any] | None, asked: dict[str, Any], out: Path) -> Standing:
-    """How far a job is: `done` as asked, begun and `unfinished`, of other inputs or tampered with, or `new`."""
+    """How far a job is: `done` as asked, begun and `unfinished`, ended and `reported` but not hashed yet, `changed` (of
+    other inputs, or tampered with), or `new`."""
     if record is None:
         return "changed" if out.exists() else "new"
     if record["request"] != asked:
         return "changed" if out.exists() else "new"
     if not record["done"]:
-        return "unfinished"
+        return "reported" if record["report"] is not None and out.exists() else "unfinished"
     if not out.exists():
         return "new"
     return "done" if plain(stamp(str(out))) == record["output"] else "changed"

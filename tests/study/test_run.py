@@ -9,7 +9,9 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
+from ctxext.cli.app import app
 from ctxext.config import manifest as manifests
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import resolve
@@ -78,6 +80,29 @@ def test_a_matrix_runs_is_skipped_and_runs_again_where_its_inputs_change(place):
         "measure.SN": "ran", "measure.NS": "ran", "page": "ran",
     }  # fmt: skip
     assert outcomes["train.SN"] == "taken"
+
+
+def test_a_kill_while_the_output_is_hashed_costs_no_training(place, monkeypatch):
+    real = state.stamp
+
+    def killed(name, **but):
+        if name.endswith("train.SN"):
+            raise KeyboardInterrupt
+        return real(name, **but)
+
+    monkeypatch.setattr(state, "stamp", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    shown = CliRunner().invoke(app, ["run", "p.yaml", "--dry-run"])
+    assert shown.exit_code == 0 and "train.SN  (finetune; goes on)" in shown.stdout
+    trained = {path: path.stat().st_mtime_ns for path in (place / "runs" / "p" / "train.SN").rglob("*.safetensors")}
+    outcomes, _, _ = run()
+    assert outcomes["convert.SN"] == "skipped" and outcomes["train.SN"] == "resumed" and outcomes["train.NS"] == "ran"
+    assert trained and {path: path.stat().st_mtime_ns for path in trained} == trained
+    outcomes, _, _ = run()
+    assert set(outcomes.values()) == {"skipped"}
 
 
 def test_what_changed_under_the_pipeline_is_noticed(place):
