@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ctxext import api
 from ctxext.cli import console
-from ctxext.cli.finetune import train_with_progress
+from ctxext.cli.finetune import training_progress
 from ctxext.config import presets
 from ctxext.config.loader import build
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.pipeline import eval_models, merge_run, plan_eval, plan_merge
 from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
 from ctxext.train.spec import FinetuneSpec
 
 RUNS = Path("runs/demo")
@@ -77,8 +77,9 @@ def finetune(model: str, preset: str) -> Path:
     plan = plan_run(resolve(model), spec)
     console.pairs(plan.rows(), to_stderr=True)
     run = RUNS / preset
-    start_run(plan, run)
-    if not train_with_progress(plan, run, resume=False).finished:
+    with training_progress(plan) as on_step:
+        report = api.carry_out(plan, run, resume=False, force=False, launch=None, say=console.say, on_step=on_step)
+    if not report.finished:
         sys.exit("interrupted")
     return run
 

@@ -13,6 +13,16 @@ from ctxext.probes.spec import PROBES
 ROOT = Path(__file__).parent.parent
 
 
+def test_every_script_finds_what_it_imports():
+    scripts = [
+        str(path) for place in ("examples", "benchmarks", "tools") for path in sorted((ROOT / place).glob("*.py"))
+    ]
+    code = f"import runpy\nfor path in {scripts}: runpy.run_path(path, run_name='imported')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_the_demo_shows_that_both_routes_help_at_four_times_the_length(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "examples" / "demo.py"], cwd=tmp_path, capture_output=True, text=True)
