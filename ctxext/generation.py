@@ -15,7 +15,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from typing import Any
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
 from ctxext.model.convert import DTYPES
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.train.memory import is_out_of_memory
 from ctxext.units import format_bytes, format_tokens
 
+COLDEST = 1e-4  # a temperature below it is greedy, but for logits that overflow
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 MARKER = "\u241eanswer\u241e"  # no answer: a place in a template's rendering
 SUSPECT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
@@ -55,6 +58,9 @@ def read_prompt(prompt: str | None, file: str | None, question: str | None) -> s
         raise InputError("give either --prompt TEXT or --file FILE (- is stdin)", hint="with a file, --question TEXT")
     if question is not None and file is None:
         raise InputError("--question goes with --file", hint="put the question into --prompt")
+    for option, given in (("--prompt", prompt), ("--question", question)):
+        if given is not None and any("\ud800" <= character <= "\udfff" for character in given):
+            raise DataError(f"{option} is not UTF-8", hint="give UTF-8 text")
     text = prompt if file is None else _read(file)
     if not text or text.isspace():
         raise InputError(f"{'--prompt' if file is None else file} has no text: nothing to go on with")
@@ -79,7 +85,10 @@ def plan_generation(model: str, **given: Any) -> GenerationPlan:
     device_known = plan.device is None or DEVICE.fullmatch(plan.device)
     checks = (
         (plan.max_new_tokens >= 1, f"--max-new-tokens {plan.max_new_tokens}: allowed are 1 and more"),
-        (0 <= plan.temperature < math.inf, f"--temperature {plan.temperature}: allowed are 0 (greedy) and more"),
+        (
+            plan.temperature == 0 or COLDEST <= plan.temperature < math.inf,
+            f"--temperature {plan.temperature}: allowed are 0 (greedy), and {COLDEST} and more",
+        ),
         (0 <= plan.seed < 2**63, f"--seed {plan.seed}: allowed are 0 to {2**63 - 1}"),
         (plan.dtype in (None, *DTYPES), f"--dtype {plan.dtype!r}: allowed are {', '.join(DTYPES)}"),
         (device_known, f"--device {plan.device!r}: allowed are cpu, cuda and cuda:N"),
@@ -163,13 +172,28 @@ class TextStream:
         return self.decode(self.ids)[self.shown :]
 
 
+@contextmanager
+def _in_memory(plan: GenerationPlan) -> Iterator[None]:
+    """Say what helps where memory runs out. The cache of a whole answer is reserved before its first token."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise EnvironmentFault(
+            f"out of memory: {plan.source.name} and a cache of what is read and of {plan.max_new_tokens:,} tokens more",
+            hint="fewer --max-new-tokens, a shorter text, --dtype bfloat16, or a model with windows (ctxext convert)",
+        ) from error
+
+
 class Conversation:
     """A model in memory, and all `ids` it has read and written; those in the cache are never computed again."""
 
     def __init__(self, plan: GenerationPlan):
         from ctxext.model.decode import greedy, sampled, stop_ids
 
-        self.plan, self.loaded = plan, _load(plan)
+        with _in_memory(plan):
+            self.plan, self.loaded = plan, _load(plan)
         self.tokenizer: Any = self.loaded.tokenizer
         if plan.chat and not self.tokenizer.chat_template:
             raise InputError(f"--chat: the tokenizer of {plan.source.name} has no chat template", hint=PLAIN)
@@ -218,7 +242,9 @@ class Conversation:
 
         told("reading", 0, len(unread))
         how: dict[str, Any] = {"stop": self.stop, "choose": self.choose, "cache": self.cache}
-        [answer] = generate(self.loaded.model, [unread], self.plan.max_new_tokens, prefilled=prefilled, told=say, **how)
+        with _in_memory(self.plan):
+            most = self.plan.max_new_tokens
+            [answer] = generate(self.loaded.model, [unread], most, prefilled=prefilled, told=say, **how)
         clock.append(time.perf_counter())
         write(stream.rest())
         self.ids += [*new, *answer]

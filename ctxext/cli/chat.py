@@ -48,13 +48,15 @@ def chat(
     how = "by its chat template" if talk.templated else "plainly (no chat template): it goes on with what you write"
     console.say(f"{plan.source.name}, {how}; /reset forgets, /exit ends")
     turns = []
-    for line in _lines(talk):
-        answer = stream(talk, line, silent=as_json)
-        turns.append({"asked": line, **answer.as_dict()})
-        if not as_json:
-            console.say("; ".join(value for name, value in answer.rows() if name != "peak memory"))
-    if as_json:
-        console.emit({"model": plan.source.name, "turns": turns})
+    try:
+        for line in _lines(talk):
+            answer = stream(talk, line, silent=as_json)
+            turns.append({"asked": line, **answer.as_dict()})
+            if not as_json:
+                console.say("; ".join(value for name, value in answer.rows() if name != "peak memory"))
+    finally:  # what was answered is told, whatever ended it
+        if as_json:
+            console.emit({"model": plan.source.name, "turns": turns})
 
 
 def _lines(talk: Conversation) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,7 +33,7 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(help="Memory of a card, such as 80G: instead of --gpu, or less than it has")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, max=4096, help="Cards that may be used")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=16, help="Cards of one machine that may be used")] = 1,
     preset: Annotated[str, typer.Option(help="A finetune preset or a YAML file")] = DEFAULT_PRESET,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the spec, as key=value; it is not searched then")
@@ -47,11 +48,16 @@ def plan(
     from ctxext.planning.answer import answer, ask
 
     if calibrate:
+        from ctxext.model.source import resolve
         from ctxext.planning.calibrate import calibrate as measure
 
-        for one in measure(console.say):
+        resolve(model, weights=False)
+        measured = measure(console.say)
+        for one in measured:
             console.say(f"{one.as_rates().source}: {one.rates['linear'][-1][1] / 1e9:,.0f} GFLOP/s in matrices")
         if ctx is None:
+            if as_json:
+                console.emit([asdict(one) for one in measured])
             return
     fixed = assignments(set_ or [], example="attention.train=dense")
     found = answer(*ask(model, ctx, hybrid=hybrid, gpu=gpu, memory=memory, cards_=gpus, preset=preset, fixed=fixed))

@@ -48,7 +48,7 @@ def model(name: str) -> list[Finding]:
 
 
 def _place(name: str) -> Path:
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if "/" not in name:
         preset = presets.find("models", name)

@@ -24,6 +24,7 @@ from ctxext.model.convert import TOKENIZER_FILES
 from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
+SEARCHED = 2**20  # bytes of a copied file that is searched for local paths; a larger one is a vocabulary
 NAMES = ("_name_or_path", "name_or_path")  # where transformers notes the place a file was read from
 
 
@@ -91,12 +92,14 @@ def export(plan: ExportPlan) -> Exported:
         texts["tokenizer_config.json"] = _without_place(directory / "tokenizer_config.json")
     if plan.verdict.target == "ollama":
         texts["Modelfile"] = f"FROM ./{_plain(source.name)}.gguf\nPARAMETER num_ctx {source.usable_length}\n"
-    _search(texts, source)
+    copied = {name: directory / name for name in {INDEX, *TOKENIZER_FILES} - texts.keys()}
+    small = {name: path for name, path in copied.items() if path.is_file() and path.stat().st_size <= SEARCHED}
+    _search(texts | {name: path.read_text("utf-8", "replace") for name, path in small.items()}, source)
     with staged_output(plan.out, plan.force) as staging:
         linked = sum(_place(directory / name, staging / name) for name in weights)
-        for name in {INDEX, *TOKENIZER_FILES} - texts.keys():
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, staging / name)
+        for name, path in copied.items():
+            if path.is_file():
+                shutil.copyfile(path, staging / name)
         manifests.write(staging, _manifest(plan, weights))
         for name in sorted(texts, key=lambda name: name == "config.json"):
             (staging / name).write_text(texts[name], "utf-8")

@@ -138,16 +138,16 @@ def model_flops(shape: ModelShape, layers: Sequence[Layer], T: int, *, weights_t
 
 
 def step_flops(
-    shape: ModelShape, layers: Sequence[Layer], T: int, *, checkpointing: bool = True, weights_train: bool = False
+    shape: ModelShape, layers: Sequence[Layer], T: int, *, again: bool = True, kept: bool = False, trains: bool = False
 ) -> int:
-    """`model_flops` and what is computed again: the scores in the backward pass, and the layers if checkpointed.
-
-    The head is not recomputed, the chunked loss takes its gradient in the forward.
+    """`model_flops` and what is computed again: scores in the backward pass, layers under a checkpoint (`again`),
+    less full layers' attention where it is `kept`. The head never is: the chunked loss takes its gradient forward.
     """
-    pairs = sum(layer_pairs(shape, T, layer) for layer in layers)
-    again = 2 * T * shape.num_layers * layer_matrices(shape) * checkpointing
-    again += pairs * 2 * shape.head_dim * (1 + 2 * checkpointing)
-    return model_flops(shape, layers, T, weights_train=weights_train) + again
+    more = 2 * T * shape.num_layers * layer_matrices(shape) * again
+    for layer in layers:
+        forwards = again and not (kept and layer[0] is None)
+        more += layer_pairs(shape, T, layer) * 2 * shape.head_dim * (1 + 2 * forwards)
+    return model_flops(shape, layers, T, weights_train=trains) + more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,10 @@ from ctxext.train.spec import FinetuneSpec
 from ctxext.units import format_bytes, format_duration, format_flops, format_tokens, parse_bytes, parse_tokens
 
 THIS = "this"
+ONE_MACHINE = 16  # cards
 WORDS = {"linear": "matrices", "attention": "attention kernels", "stream": "memory bandwidth",
-         "host": "the link to the host", "link": "the link between cards"}  # fmt: skip
+         "host": "the link to the host", "host_memory": "the host's memory",
+         "link": "the link between cards"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,11 @@ def ask(
         raise InputError("--ctx 0: a sequence has at least one token")
     if "ctx" in fixed:
         raise InputError("--set ctx: --ctx says it, and finetune would take the one of --set", hint="leave it out")
+    if cards_ > ONE_MACHINE:
+        raise InputError(
+            f"--gpus {cards_}: allowed are 1 to {ONE_MACHINE}, those of one machine",
+            hint="between machines the network decides, and that is not planned: finetune --hostfile runs there",
+        )
     given = None if memory is None else parse_bytes(memory)
     if given is not None and given < 2**20:
         raise InputError(f"--memory {memory}: allowed is 1M and more, such as 80G")
@@ -145,14 +152,24 @@ def ask(
         rates, size, on_gpu = rates_here(spec.dtype, packed=packed)
         if rates is None:
             raise InputError(
-                "no rates are known for this machine", hint="ctxext plan --calibrate measures it; or --gpu h100"
+                "no rates are known for this machine",
+                hint=f"ctxext plan {model} --calibrate measures them; or name a card, such as --gpu h100",
             )
     else:
         name, card = cards.find_card(gpu or cards.REFERENCE)
+        if spec.dtype == "float32":
+            raise InputError(
+                f"--set dtype=float32: of {name} its rate in bf16 is known, which float32 is far from",
+                hint="leave dtype out, or plan on the card itself: --gpu this, after --calibrate",
+            )
         rates, size = cards.card_rates(name, packed=packed), card.memory
+        if gpu is not None and given is not None and given > size:
+            raise InputError(f"--memory {memory}: {name} has {format_bytes(size)}", hint="give less, or leave it out")
     if not on_gpu and cards_ > 1:
         raise InputError(f"--gpus {cards_}: this machine has no GPU", hint="name a card, such as --gpu h100")
-    hybrids = tuple(part.strip() for part in hybrid.split(",")) if hybrid else (search.AS_IT_IS,)
+    hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.AS_IT_IS,)
+    if not hybrids:
+        raise InputError(f"--hybrid {hybrid!r} names nothing", hint="give one or more, such as none,swa128-nope")
     return Asked(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
 
 

@@ -86,7 +86,7 @@ def rates_here(plan_dtype: str, *, packed: bool) -> tuple[Rates | None, int, boo
     size = here[1] if here else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if known is not None:
         return known.as_rates(), size, here is not None
-    named = here[0] if here else None
+    named = here[0] if here and dtype != "float32" else None  # a card's own rates are those of bf16
     return None if named is None else card_rates(named, packed=packed), size, here is not None
 
 

@@ -76,6 +76,7 @@ class Rates:
     attention  by kind (full, s2, sliding): forward and backward
     stream     elementwise operations; `optimizer` where it runs; `host` between the card and its host, one direction
     link       to other cards, one direction
+    host_memory  read and written by an optimizer on the host, for each card
     source     where they come from, in words; `measured` on this machine, or arithmetic
     """
 
@@ -86,6 +87,7 @@ class Rates:
     link: float
     source: str
     measured: bool
+    host_memory: float = HOST_MEMORY
 
     def linear_at(self, width: float) -> float:
         """The rate of matrices `width` wide, between two that are known in proportion; beyond them the nearest."""
@@ -100,7 +102,7 @@ class Rates:
         return below[1] + share * (above[1] - below[1])
 
     def times(self, name: str, factor: float) -> Rates:
-        """These with one of them `factor` times as fast: `linear`, `attention`, `stream`, `host` or `link`."""
+        """These with one of them `factor` times as fast: `linear`, `attention` or one of the others."""
         if name == "linear":
             return replace(self, linear=tuple((width, rate * factor) for width, rate in self.linear))
         if name == "attention":

@@ -25,7 +25,7 @@ from functools import cache
 from typing import Any
 
 from ctxext.config import manifest as manifests
-from ctxext.config.loader import build, set_value
+from ctxext.config.loader import assignments, build, set_value
 from ctxext.data.documents import SELF
 from ctxext.errors import InputError
 from ctxext.model.adapter_plan import Trainables
@@ -155,7 +155,8 @@ class Choice:
 
 def _text(value: Any) -> str:
     """As `--set` reads it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    plain = isinstance(value, str) and assignments([f"it={value}"], example="") == {"it": value}
+    return value if plain else json.dumps(value)
 
 
 def converted(source: ModelSource, hybrid: str) -> ModelSource:
@@ -286,25 +287,33 @@ def _kinds(choice: Choice) -> frozenset[str]:
 
 
 def longest(asked: Asked) -> Choice | None:
-    """What trains at the longest context that fits at all, a multiple of 1,024 tokens; None where 1,024 do not."""
+    """What trains at the longest context that fits at all, a multiple of 1,024 tokens; None where none does.
 
-    def leanest(ctx: int) -> Choice | None:
-        try:
-            found = [choice for choice in choices(asked, ctx, lean=True) if choice.needed <= asked.memory]
-        except InputError:
-            return None
-        return min(found, key=lambda choice: (len(choice.knobs), choice.needed), default=None)
-
+    Short contexts may be refused for what they are (below a group of S²-Attn, nothing to interpolate): passed over.
+    """
     low, best, high = 0, None, STEP
-    while high <= LONGEST and (found := leanest(high)) is not None:
+    while high <= LONGEST:
+        refused, found = _leanest(asked, high)
+        if found is None and (best is not None or not refused):
+            break
         low, best, high = high, found, 2 * high
     while high - low > STEP:
         middle = (low + high) // 2 // STEP * STEP
-        if (found := leanest(middle)) is not None:
+        refused, found = _leanest(asked, middle)
+        if found is not None or (refused and best is None):
             low, best = middle, found
         else:
             high = middle
     return None if best is None else replace(best, asked=replace(asked, ctx=str(low)))
+
+
+def _leanest(asked: Asked, ctx: int) -> tuple[bool, Choice | None]:
+    """(whether a context is refused, with the fewest knobs what fits of it)."""
+    try:
+        found = [choice for choice in choices(asked, ctx, lean=True) if choice.needed <= asked.memory]
+    except InputError:
+        return True, None
+    return False, min(found, key=lambda choice: (len(choice.knobs), choice.needed), default=None)
 
 
 def largest(choice: Choice) -> str:

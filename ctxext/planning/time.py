@@ -25,7 +25,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ctxext.ops import cost
-from ctxext.planning.cards import HOST_MEMORY, Rates
+from ctxext.planning.cards import Rates
 from ctxext.train.plan import RunPlan, on_gpu
 from ctxext.train.schedule import phases
 from ctxext.train.teacher import teacher_flops
@@ -198,7 +198,7 @@ def _rest(plan: RunPlan, rates: Rates, tokens: int, forwards: int, partition: co
     eight = 40 if spec.optimizer.name == "adamw" else 28
     parts = [_stream("elementwise", moved, rates), _stream("optimizer", 12.0 * count * forwards, rates)]
     if partition.offload_optimizer:
-        return [*parts, Part("optimizer on the host", "host", 0.0, 40.0 * own, 40.0 * own / HOST_MEMORY)]
+        return [*parts, Part("optimizer on the host", "host_memory", 0.0, 40.0 * own, 40.0 * own / rates.host_memory)]
     parts.append(_stream("optimizer", eight * own, rates))
     if spec.memory.quantize != "none":  # unpacked to bf16 for every pass
         entries = shape.num_layers * cost.layer_matrices(shape)

@@ -360,9 +360,9 @@ def _mean_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None)
 def _flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> tuple[int, int]:
     """FLOPs of a sequence's step, with and without what is computed again; full layers in groups, or dense."""
     layers, trains = [_pattern(kind, group_size) for kind in source.kinds], spec.tuning == "full"
-    again, shape = bool(spec.memory.checkpoint), source.shape
+    again, shape, kept = bool(spec.memory.checkpoint), source.shape, spec.memory.keep == "attention"
     return (
-        cost.step_flops(shape, layers, spec.ctx, checkpointing=again, weights_train=trains),
+        cost.step_flops(shape, layers, spec.ctx, again=again, kept=kept, trains=trains),
         cost.model_flops(shape, layers, spec.ctx, weights_train=trains),
     )
 

@@ -207,6 +207,9 @@ def test_prompts_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     refused(InputError, "cannot be read", None, Path("a\0b"))
     refused(DataError, "byte 0 is not UTF-8", None, tmp_path / "binary")
     refused(DataError, "NUL", None, tmp_path / "nul")
+    refused(DataError, "--prompt is not UTF-8", "a\udcff", None)
+    (tmp_path / "text").write_text("a text")
+    refused(DataError, "--question is not UTF-8", None, tmp_path / "text", "a\udcff")
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\r\ntwo\n")))
     assert read_prompt(None, "-", "Which?") == "one\ntwo\n\nWhich?"
 
@@ -215,6 +218,7 @@ def test_plans_that_are_refused(model_dir: Any, write_model: Any, tmp_path: Path
     for wrong, words in (
         ({"max_new_tokens": 0}, "1 and more"),
         ({"temperature": -1.0}, "0 \\(greedy\\)"),
+        ({"temperature": 1e-39}, "0.0001 and more"),
         ({"temperature": float("nan")}, "0 \\(greedy\\)"),
         ({"seed": -1}, "--seed"),
         ({"dtype": "fp8"}, "float32, bfloat16"),
@@ -260,3 +264,22 @@ def test_a_chat_takes_commands_and_ends(model_dir: Any) -> None:
     assert [turn["asked"] for turn in data["turns"]] == ["one", "two"] and data["turns"][1]["kept"] > 0
     with pytest.raises(DataError, match="UTF-8"):
         run(chat, model_dir(), stdin=b"\xff\n")
+
+
+def test_what_was_answered_is_told_whatever_ended_the_chat(model_dir: Any) -> None:
+    app = typer.Typer()
+    app.command()(chat)
+    done = CliRunner().invoke(app, [str(model_dir()), "--max-new-tokens", "3", "--json"], input=b"one\n\xff\n")
+    assert isinstance(done.exception, DataError)
+    assert [turn["asked"] for turn in json.loads(done.stdout)["turns"]] == ["one"]
+
+
+def test_memory_that_runs_out_is_said(model_dir: Any) -> None:
+    with pytest.raises(EnvironmentFault, match="out of memory") as caught:
+        talk_to(model_dir(), max_new_tokens=10**15).ask("one")
+    assert "--max-new-tokens" in str(caught.value.hint)
+
+
+def test_coldest(model_dir: Any) -> None:
+    cold = talk_to(model_dir(), max_new_tokens=5, temperature=1e-4).ask("one").text
+    assert cold == talk_to(model_dir(), max_new_tokens=5).ask("one").text

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from ctxext.cli.plan import plan
 from ctxext.errors import CheckFailed, CtxextError, InputError
 from ctxext.planning import calibrate as calibration
+from ctxext.planning.answer import ask
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(plan)
@@ -65,6 +66,9 @@ def test_hybrids_side_by_side():
         (["--gpu", "h100"], "--ctx is missing"),
         (["--ctx", "8k"], "no rates are known for this machine"),
         (["--ctx", "8k", "--gpu", "h100", "--hybrid", "swa1"], "no hybrid preset"),
+        (["--ctx", "8k", "--gpu", "h100", "--hybrid", ","], "names nothing"),
+        (["--ctx", "8k", "--gpu", "h100", "--memory", "400G"], "h100 has 79.6 GiB"),
+        (["--ctx", "8k", "--gpu", "h100", "--set", "dtype=float32"], "its rate in bf16"),
         (["--ctx", "8k", "--gpu", "h100", "--set", "lora.rankk=3"], "rankk"),
         (["--ctx", "8k", "--gpu", "h100", "--set", "attention.group_size=9k"], "group_size"),
     ],
@@ -105,3 +109,8 @@ def test_no_torch_and_under_a_second():
 def test_a_machine_is_calibrated_without_a_plan(monkeypatch):
     monkeypatch.setattr(calibration, "calibrate", lambda say: [])
     assert run("tiny", "--calibrate") == ""
+    assert json.loads(run("tiny", "--calibrate", "--json")) == []
+    with pytest.raises(InputError, match="no models preset"):
+        run("tini", "--calibrate")
+    with pytest.raises(InputError, match="those of one machine"):
+        ask("tiny", "8k", gpu="h100", cards_=64, preset="lora-alpha", fixed={})

@@ -100,6 +100,10 @@ def test_no_place_of_this_machine_is_told(hybrid, tmp_path, monkeypatch):
             if path.suffix != ".safetensors":
                 assert str(tmp_path) not in path.read_text(), path
                 assert str(Path.home()) not in path.read_text(), path
+    (hybrid / "generation_config.json").write_text(json.dumps({"note": f"made in {hybrid}"}))
+    with pytest.raises(CheckFailed, match="generation_config.json would name"):
+        exported(hybrid, "hf", tmp_path / "again")
+    (hybrid / "generation_config.json").unlink()
     (hybrid / "config.json").write_text(json.dumps(config | {"note": f"made in {hybrid}"}))
     with pytest.raises(CheckFailed, match="a place of this machine"):
         exported(hybrid, "hf", tmp_path / "again")

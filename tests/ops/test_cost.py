@@ -97,9 +97,11 @@ def test_what_a_step_adds():
     layers = [FULL] * 32
     forward = forward_flops(LLAMA2_7B, layers, 1000)
     plain, again, full = (
-        step_flops(LLAMA2_7B, layers, 1000, checkpointing=c, weights_train=w)
-        for c, w in ((False, False), (True, False), (True, True))
+        step_flops(LLAMA2_7B, layers, 1000, again=c, trains=w) for c, w in ((False, False), (True, False), (True, True))
     )
+    layers[0] = (128, None)
+    repeats = step_flops(LLAMA2_7B, layers, 1000) - step_flops(LLAMA2_7B, layers, 1000, kept=True)
+    assert repeats == 31 * 32 * (1000 * 1001 // 2) * 4 * 128, "kept attention of full layers is not computed again"
     head = 2 * 1000 * 32_000 * 4096
     assert again - plain == forward - head, "checkpointing repeats the layers' forward, not the head"
     assert full - again == 2 * 1000 * (32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32_000 * 4096)

@@ -64,6 +64,31 @@ def test_the_longest_fits_and_a_step_longer_does_not():
     assert any(choice.needed <= question.memory for choice in search.choices(question, ctx))
 
 
+@pytest.mark.parametrize("fixed", [{"rope_scaling": "yarn"}, {"attention.group_size": 8192}])
+def test_short_contexts_that_are_refused_do_not_hide_the_longest(fixed):
+    question, _ = asked(fixed=fixed)
+    with pytest.raises(InputError):
+        list(search.choices(question, search.STEP))
+    furthest = search.longest(question)
+    ctx = furthest.plan.spec.ctx
+    assert ctx > 16_384 and furthest.needed <= question.memory
+    assert all(choice.needed > question.memory for choice in search.choices(question, ctx + search.STEP))
+
+
+def test_an_optimizer_on_the_host_hangs_on_the_hosts_memory():
+    fixed = {"tuning": "full", "tokens_per_step": 2048}
+    question, rates = asked("llama2-7b", "2k", gpu="h100", memory="30G", fixed=fixed)
+    fit = search.fitting(list(search.choices(question)), rates)
+    hangs = search.dominating(fit, rates)
+    assert hangs["rate"] == "host_memory"
+    assert hangs["slower_if_20_percent_less"] == pytest.approx(0.25 * hangs["share"])
+
+
+def test_a_text_that_reads_as_something_else_is_printed_in_quotes():
+    assert search._text("2024") == '"2024"' and search._text("books/") == "books/"
+    assert search._text("null") == '"null"' and search._text(True) == "true"
+
+
 @pytest.mark.parametrize(("cards", "gpu"), [(1, "24gb"), (8, "24gb"), (3, "h100")])
 def test_the_printed_commands_plan_what_was_printed(cards, gpu, monkeypatch, tmp_path):
     found = answer(*asked(gpu=gpu, cards_=cards))
@@ -106,7 +131,7 @@ def test_what_was_given_is_not_searched():
 
 
 def test_listed_leaves_out_what_turns_more_for_nothing():
-    question, rates = asked(memory="80G")
+    question, rates = asked(gpu=None, memory="80G")
     fit = search.fitting(list(search.choices(question)), rates)
     shown = search.listed(fit)
     assert len(shown) == 4 and shown[0] is fit[0][0]
@@ -117,7 +142,7 @@ def test_listed_leaves_out_what_turns_more_for_nothing():
 
 
 def test_the_rate_that_dominates_is_the_one_with_the_most_seconds():
-    question, rates = asked(ctx="128k", memory="140G")
+    question, rates = asked(ctx="128k", gpu=None, memory="140G")
     fit = search.fitting(list(search.choices(question)), rates)
     hangs, took = search.dominating(fit, rates), fit[0][1]
     assert hangs["rate"] == max(took.by_rate(), key=took.by_rate().get)
