@@ -73,7 +73,8 @@ def standing(record: dict[str, Any] | None, asked: dict[str, Any], out: Path) ->
     if record["request"] != asked:
         return "changed" if out.exists() else "new"
     if not record["done"]:
-        return "reported" if record["report"] is not None and out.exists() else "unfinished"
+        ended = record["report"] is not None and (out / manifests.FILE_NAME).exists()
+        return "reported" if ended else "unfinished"
     if not out.exists():
         return "new"
     return "done" if plain(stamp(str(out))) == record["output"] else "changed"
