@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from ctxext.cli import console
 from ctxext.model.attention import register
-from ctxext.model.convert import copy_tokenizer, plan_conversion, run_conversion
+from ctxext.model.companions import copy_companions
+from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.decode import reserved_cache
 from ctxext.model.source import resolve
 from ctxext.units import format_tokens, parse_tokens
@@ -80,7 +81,7 @@ def build(scratch: Path, shape: dict[str, int], longest: int) -> dict[str, Path]
     config = LlamaConfig(**shape, vocab_size=32_000, max_position_embeddings=longest + 1024)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(scratch / "source")
-    copy_tokenizer(resolve("tiny").directory, scratch / "source")
+    copy_companions(resolve("tiny").directory, scratch / "source")
     found = {"source": scratch / "source"}
     for name, window in zip(LAYOUTS[1:], (None, None, 128), strict=True):
         out = scratch / name.replace(" ", "-")

@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from ctxext.cli import console
 from ctxext.data.haystack import haystack_text
 from ctxext.data.niah import NEW_TOKENS, Question, niah_questions
-from ctxext.model.convert import copy_tokenizer, plan_conversion, run_conversion
+from ctxext.model.companions import copy_companions
+from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.decode import generate, stop_ids
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
@@ -110,7 +111,7 @@ def main() -> None:
         vocabulary = resolve("tiny").config["vocab_size"]
         config = LlamaConfig(**SHAPE, vocab_size=vocabulary, max_position_embeddings=max(lengths) + 64)
         LlamaForCausalLM(config).save_pretrained(source)
-        copy_tokenizer(resolve("tiny").directory, source)
+        copy_companions(resolve("tiny").directory, source)
         run_conversion(plan_conversion(str(source), "swa128-nope", out=hybrid), gate=False)
         tokenizer = load_model(source).tokenizer
         made = partial(niah_questions, tokenizer, haystack_text("held-out"))

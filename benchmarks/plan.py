@@ -77,13 +77,14 @@ def build_models(place: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ctxext.model.convert import copy_tokenizer, plan_conversion, run_conversion
+    from ctxext.model.companions import copy_companions
+    from ctxext.model.convert import plan_conversion, run_conversion
     from ctxext.model.source import resolve
 
     for shape, sizes in SHAPES.items():
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=16_384)).save_pretrained(place / f"{shape}-F")
-        copy_tokenizer(resolve("tiny").directory, place / f"{shape}-F")
+        copy_companions(resolve("tiny").directory, place / f"{shape}-F")
         for layout, hybrid in LAYOUTS.items():
             if hybrid is not None:
                 window = {} if hybrid != "SSSN" else {"sliding_window": 256}

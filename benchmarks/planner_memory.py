@@ -33,13 +33,13 @@ def write_model(layers: int, out: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ctxext.model.convert import copy_tokenizer
+    from ctxext.model.companions import copy_companions
     from ctxext.model.source import resolve
 
     torch.manual_seed(0)
     config = LlamaConfig(**WIDTH, num_hidden_layers=layers, max_position_embeddings=LENGTH)
     LlamaForCausalLM(config).save_pretrained(out)
-    copy_tokenizer(resolve("tiny").directory, out)
+    copy_companions(resolve("tiny").directory, out)
 
 
 def plan_layers(model: str) -> dict[str, float]:

@@ -39,7 +39,7 @@ def write_model(place: Path, length: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ctxext.model.convert import copy_tokenizer
+    from ctxext.model.companions import copy_companions
     from ctxext.model.source import resolve
 
     config = LlamaConfig(
@@ -48,7 +48,7 @@ def write_model(place: Path, length: int) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(place)
-    copy_tokenizer(resolve("tiny").directory, place)
+    copy_companions(resolve("tiny").directory, place)
 
 
 def one(model: str, name: str, length: int) -> dict[str, float]:

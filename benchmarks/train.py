@@ -42,7 +42,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig, 
 from ctxext.cli import console
 from ctxext.config.loader import build
 from ctxext.data.packing import Packed
-from ctxext.model.convert import copy_tokenizer, plan_conversion, run_conversion
+from ctxext.model.companions import copy_companions
+from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.train import recompute
 from ctxext.train.engine import LocalEngine
@@ -218,7 +219,7 @@ def main() -> None:
         shape = LLAMA2_7B if gpu else SMALL
         config = LlamaConfig(**shape, vocab_size=32_000, max_position_embeddings=TRAINED_LENGTH)
         LlamaForCausalLM(config).to(dtype).save_pretrained(plain)
-        copy_tokenizer(resolve("tiny").directory, plain)  # a conversion wants one; the tokens here are drawn
+        copy_companions(resolve("tiny").directory, plain)  # a conversion wants one; the tokens here are drawn
         run_conversion(plan_conversion(str(plain), "swa128-nope", out=hybrid), gate=False)
         for T in map(parse_tokens, (options.lengths or LENGTHS[device.type]).split(",")):
             console.say(f"T = {T:,}")

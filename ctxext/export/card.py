@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ctxext import __version__
 from ctxext.config import presets
 from ctxext.config.manifest import Manifest
 from ctxext.errors import CtxextError
 from ctxext.export.matrix import Verdict
+from ctxext.model.card import front_matter
+from ctxext.model.companions import stated_licence
 from ctxext.model.families import rope_of
 from ctxext.model.layout import LayerKind
 from ctxext.model.source import ModelSource, manifest_of
 from ctxext.units import format_tokens
 
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 PARENTS = ("finetune", "base", "source", "model")  # the roles of the model that an output was made of
 
 
@@ -63,16 +62,16 @@ def hub_id(path: Path) -> str | None:
 def write_card(source: ModelSource, verdict: Verdict, commands: Sequence[str]) -> str:
     """The card of a model that is no bundle; `commands` run it where the verdict's target does."""
     steps = history(source.directory)
-    base, license_ = _base_id(steps[0]), _license(steps)
+    base, licence = _base_id(steps[0]), _licence(steps)
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    front |= {"license": license_} if license_ else {}
+    front |= licence
     front |= {"base_model": base} if base and len(steps) > 1 else {}
     front["tags"] = ["ctxext", "long-context"]
     first = (
         "an unstated length" if source.original_length is None else f"{format_tokens(source.original_length)} tokens"
     )
     parts = [
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        front_matter(front),
         f"# {steps[-1].name}",
         f"Up to {format_tokens(source.usable_length)} tokens; first trained at {first}.",
         "## Layers",
@@ -83,7 +82,7 @@ def write_card(source: ModelSource, verdict: Verdict, commands: Sequence[str]) -
         "## Use",
         _use(source, commands),
         "## Limits",
-        "\n".join(f"- {line}" for line in _limits(source, verdict, base, license_)),
+        "\n".join(f"- {line}" for line in _limits(source, verdict, base, bool(licence))),
         f"Written by ctxext {__version__}.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -107,19 +106,10 @@ def _base_id(root: Step) -> str | None:
         return None
 
 
-def _license(steps: Sequence[Step]) -> str | None:
-    """What the oldest card of the chain that names a licence names."""
-    for step in steps:
-        card = step.path / "README.md" if step.path else None
-        if card is None or not card.is_file() or not (front := FRONT.match(card.read_text("utf-8", "replace"))):
-            continue
-        try:
-            stated = yaml.safe_load(front[1])
-        except yaml.YAMLError:
-            continue
-        if isinstance(stated, dict) and isinstance(stated.get("license"), str):
-            return str(stated["license"])
-    return None
+def _licence(steps: Sequence[Step]) -> dict[str, str]:
+    """What the oldest card of the chain that names a licence says of it."""
+    found = (stated_licence(step.path) for step in steps if step.path is not None)
+    return next((stated for stated in found if "license" in stated), {})
 
 
 def _layers(source: ModelSource) -> str:
@@ -186,7 +176,7 @@ def _use(source: ModelSource, commands: Sequence[str]) -> str:
     return f"{needs}\n\n```python\n{code}\n```" + (f"\n\nNot run by ctxext:\n\n```\n{more}\n```" if commands else "")
 
 
-def _limits(source: ModelSource, verdict: Verdict, base: str | None, license_: str | None) -> list[str]:
+def _limits(source: ModelSource, verdict: Verdict, base: str | None, licensed: bool) -> list[str]:
     lines = [f"Beyond {format_tokens(source.usable_length)} tokens nothing was trained."]
     if source.kind == "conversion":
         lines.append(
@@ -198,7 +188,7 @@ def _limits(source: ModelSource, verdict: Verdict, base: str | None, license_: s
         lines.append(
             "Whether other programs honour the windows and NoPE layers: `ctxext export --check-only --target ...`."
         )
-    if license_ is None:
+    if not licensed:
         lines.append("The licence of the base is not known here: find it, and add `license:` above before publishing.")
     if base is None:
         lines.append("The base has no name on the hub that is known here; add `base_model:` above if it has one.")

@@ -20,7 +20,7 @@ from ctxext.config.output import check_free, staged_output
 from ctxext.errors import CheckFailed, InputError
 from ctxext.export.card import history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
-from ctxext.model.convert import TOKENIZER_FILES
+from ctxext.model.companions import companions
 from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
@@ -92,18 +92,19 @@ def export(plan: ExportPlan) -> Exported:
         texts["tokenizer_config.json"] = _without_place(directory / "tokenizer_config.json")
     if plan.verdict.target == "ollama":
         texts["Modelfile"] = f"FROM ./{_plain(source.name)}.gguf\nPARAMETER num_ctx {source.usable_length}\n"
-    copied = {name: directory / name for name in {INDEX, *TOKENIZER_FILES} - texts.keys()}
+    copied = {name: directory / name for name in {INDEX, *companions(directory)} - texts.keys()}
     small = {name: path for name, path in copied.items() if path.is_file() and path.stat().st_size <= SEARCHED}
     _search(texts | {name: path.read_text("utf-8", "replace") for name, path in small.items()}, source)
     with staged_output(plan.out, plan.force) as staging:
         linked = sum(_place(directory / name, staging / name) for name in weights)
         for name, path in copied.items():
             if path.is_file():
+                (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, staging / name)
         manifests.write(staging, _manifest(plan, weights))
         for name in sorted(texts, key=lambda name: name == "config.json"):
             (staging / name).write_text(texts[name], "utf-8")
-        files = tuple(sorted(path.name for path in staging.iterdir()))
+        files = tuple(sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()))
     return Exported(str(plan.out), plan.verdict, files, linked, _commands(plan, str(plan.out)))
 
 

@@ -19,6 +19,7 @@ from ctxext.config.output import check_free, staged_output
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import source as sources
 from ctxext.model.card import model_card
+from ctxext.model.companions import copy_companions, stated_licence
 from ctxext.model.families import SOURCES, Config, expected_tensors, hybrid_config, new_tensors, normalise, rope_of
 from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer
@@ -26,17 +27,6 @@ from ctxext.ops.cost import kv_cache_bytes, parameter_count
 from ctxext.units import format_bytes, format_count, format_tokens
 
 DTYPES = ("float32", "bfloat16", "float16")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -169,20 +159,13 @@ def run_conversion(
             allow_pickle=plan.allow_pickle,
             progress=progress,
         )
-        copy_tokenizer(directory, staging)
+        copy_companions(directory, staging)
         numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype) if gate else None
         report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began)
         for name, data in (attachments or {}).items():
             (staging / name).write_bytes(data)
         _write_descriptions(staging, plan, report, facts or {})
     return report
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    """Copy the tokenizer's and the generation defaults' files as they are."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
 
 
 def write_config(directory: Path, config: Config) -> None:
@@ -232,7 +215,8 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "their RoPE compute something the weights were not trained for, so expect damage until it is finetuned.",
         "It loads in stock transformers with AutoModelForCausalLM; no remote code.",
     ]
-    (staging / "README.md").write_text(model_card(f"{source.name} {plan.hybrid_name}", text, report.rows()), "utf-8")
+    card = model_card(f"{source.name} {plan.hybrid_name}", text, report.rows(), stated_licence(source.directory))
+    (staging / "README.md").write_text(card, "utf-8")
     spec = {
         "model": source.name,
         "hybrid": plan.hybrid_name,

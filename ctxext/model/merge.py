@@ -18,7 +18,8 @@ from ctxext.config.output import staged_output
 from ctxext.errors import CheckFailed, ModelError
 from ctxext.model.adapters import merge_adapter
 from ctxext.model.card import model_card
-from ctxext.model.convert import copy_tokenizer, write_config
+from ctxext.model.companions import copy_companions, stated_licence
+from ctxext.model.convert import write_config
 from ctxext.model.families import Config, expected_tensors
 from ctxext.model.load import LoadedModel, build_model, load_model
 from ctxext.model.source import ModelSource
@@ -118,7 +119,7 @@ def merge(
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
-        copy_tokenizer(source.directory, staging)
+        copy_companions(source.directory, staging)
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
@@ -188,7 +189,8 @@ def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
 def _describe(directory: Path, source: ModelSource, config: Config, report: MergeReport, asked: dict[str, Any]) -> None:
     assert source.manifest is not None and source.base is not None
     text = [f"{report.base} with {report.source} merged into it. Loads in stock transformers; no remote code."]
-    (directory / "README.md").write_text(model_card(f"{report.source}, merged", text, report.rows()), "utf-8")
+    card = model_card(f"{report.source}, merged", text, report.rows(), stated_licence(source.directory))
+    (directory / "README.md").write_text(card, "utf-8")
     lengths = {"name": f"{source.name}-merged"} | {
         name: source.manifest.facts.get(name) for name in ("original_length", "usable_length")
     }

@@ -18,6 +18,7 @@ from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.manifest import Manifest
 from ctxext.errors import EnvironmentFault, InputError, ModelError
+from ctxext.model.companions import CARD, LICENCES
 from ctxext.model.config_fields import FACTS, PARENT, check_fields
 from ctxext.model.families import Config, expected_tensors, family_of, hybrid_config, model_shape, normalise
 from ctxext.model.layout import LayerKind, kinds_of
@@ -25,10 +26,10 @@ from ctxext.model.weights import ADAPTER_FILE, TensorInfo, check_tensors, only_p
 from ctxext.ops.cost import ModelShape
 
 CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_TEXTS = ["*.json", "tokenizer.model", "*.jinja"]  # all that a plan reads
-HUB_FILES = ["*.safetensors", *HUB_TEXTS]
+HUB_FILES = ["*.safetensors", *HUB_TEXTS, CARD, *(f"{name}*" for name in LICENCES)]
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,9 @@ def tensors_of(source: ModelSource) -> dict[str, TensorInfo]:
 
 def require_tokenizer(path: Path) -> None:
     """Raise ModelError unless the directory has a tokenizer."""
-    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+    if not any((path / name).is_file() for name in TOKENIZERS):
         raise ModelError(
-            f"{path}: no tokenizer ({' or '.join(TOKENIZER_FILES)})",
-            hint="copy the tokenizer's files beside the weights",
+            f"{path}: no tokenizer ({' or '.join(TOKENIZERS)})", hint="copy the tokenizer's files beside the weights"
         )
 
 

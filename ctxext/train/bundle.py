@@ -21,7 +21,8 @@ from ctxext.config import manifest as manifests
 from ctxext.errors import CheckFailed
 from ctxext.model.adapters import save_adapter
 from ctxext.model.card import model_card
-from ctxext.model.convert import copy_tokenizer, write_config
+from ctxext.model.companions import copy_companions, stated_licence
+from ctxext.model.convert import write_config
 from ctxext.model.families import expected_tensors, rope_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import read_object
@@ -37,7 +38,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
         count = _save_whole(run, plan, masters)
     else:
         count = save_adapter(model, run, masters)
-    copy_tokenizer(plan.source.directory, run)
+    copy_companions(plan.source.directory, run)
     _set_tokenizer_length(run, plan.config["max_position_embeddings"])
     (run / "README.md").write_text(_card(plan, facts), "utf-8")
     config = plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config
@@ -103,6 +104,7 @@ def _card(plan: RunPlan, facts: dict[str, Any]) -> str:
             "Open it with ctxext, or `ctxext merge` it into an ordinary model: config.json here holds the positions "
             "and the layer map it was trained with, which PEFT alone would take from the base instead.",
         ]
+    licence = stated_licence(plan.source.directory)
     unit = "nats a token" if plan.teacher is None else "of what is learned from the teacher"
     rows = [*plan.rows(), ("final training loss", f"{facts['final_loss']:.4f} {unit}")]
-    return model_card(f"{plan.source.name} at {format_tokens(plan.spec.ctx)}", text, rows)
+    return model_card(f"{plan.source.name} at {format_tokens(plan.spec.ctx)}", text, rows, licence)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from ctxext.cli.export import export as command
 from ctxext.config import manifest as manifests
 from ctxext.errors import CheckFailed, CtxextError, InputError, ModelError
 from ctxext.export import write
-from ctxext.export.card import FRONT, history, hub_id
+from ctxext.export.card import history, hub_id
+from ctxext.model.companions import FRONT
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 
@@ -79,6 +81,24 @@ def test_licence_and_base_are_taken_from_where_they_are_known(write_model, tmp_p
     assert front(tmp_path / "out")["license"] == "apache-2.0"
     assert front(tmp_path / "out")["base_model"] == "org/some-model" == hub_id(source)
     assert "not known" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_licence_and_chat_templates_go_along_from_the_source_to_the_export(write_model, tmp_path):
+    source = write_model(tmp_path / "source")
+    card = "---\nlicense: other\nlicense_name: their-own\nlicense_link: 'LICENSE.txt'\ntags: [a]\n---\n\nlicense: mit\n"
+    texts = {"README.md": card, "LICENSE.txt": "Keep this.", "NOTICE": "And this.", "license-of-the-data/x": "no"}
+    texts |= {"additional_chat_templates/tools.jinja": "{{ messages }}", "additional_chat_templates/x.bin": "no"}
+    for name, text in texts.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    run_conversion(plan_conversion(str(source), "SN", out=tmp_path / "hybrid", sliding_window=16), gate=False)
+    shutil.rmtree(source)
+    done = exported(tmp_path / "hybrid", "hf", tmp_path / "out")
+    for name in ("LICENSE.txt", "NOTICE", "additional_chat_templates/tools.jinja"):
+        assert (tmp_path / "out" / name).read_text() == texts[name] and name in done.files
+    assert not [name for name in done.files if name.endswith(("/x", ".bin"))]
+    stated = {"license": "other", "license_name": "their-own", "license_link": "LICENSE.txt"}
+    assert front(tmp_path / "out").items() >= stated.items() and front(tmp_path / "hybrid").items() >= stated.items()
 
 
 def test_measured_figures_of_the_chain_are_in_the_card(tmp_path):

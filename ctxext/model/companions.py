@@ -1,0 +1,48 @@
+"""The files that go with a model's weights wherever these go: tokenizer, chat templates, licence. No torch."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+)
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")  # a licence asks for its text to be kept
+CARD = "README.md"
+FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
+STATED = re.compile(r"^(license|license_name|license_link):[ \t]+(\S.{0,500})$", re.MULTILINE)
+
+
+def companions(directory: Path) -> list[str]:
+    """What of these a directory has, by name below it."""
+    found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)}
+    found |= {path for path in directory.iterdir() if path.name.upper().startswith(LICENCES)}
+    return sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Copy them as they are."""
+    for name in companions(source):
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, out / name)
+
+
+def stated_licence(directory: Path) -> dict[str, str]:
+    """What the front matter of a model's card says of its licence; nothing where there is no card, or it says nothing.
+
+    Lines alone are read, not the YAML they stand in: a stranger's card may be long, deep or broken.
+    """
+    card = directory / CARD
+    front = FRONT.match(card.read_text("utf-8", "replace")) if card.is_file() else None
+    return {name: said.strip().strip("\"'") for name, said in STATED.findall(front[1])} if front else {}
