@@ -69,6 +69,8 @@ def _lines(talk: Conversation) -> Iterator[str]:
             line = raw.decode("utf-8").strip()
         except UnicodeDecodeError as error:
             raise DataError(f"stdin: byte {error.start} of the line is not UTF-8", hint="type UTF-8 text") from None
+        if "\0" in line:
+            raise DataError("stdin: the line holds NUL bytes: it is no text", hint="type UTF-8 text")
         if not raw or line == "/exit":
             return
         if line == "/reset":

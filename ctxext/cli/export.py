@@ -28,8 +28,11 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict and what was written as JSON")] = False,
 ) -> None:
     """Give a model to others as a directory, where they honour its exact windows and NoPE layers; else exit code 1."""
+    from ctxext.errors import InputError
     from ctxext.export import write
 
+    if check_only and (out is not None or force):
+        raise InputError("--check-only writes nothing: --out and --force are of no use with it", hint="leave one out")
     plan = write.plan_export(model, target, None if check_only else out, force)
     if check_only or not plan.verdict.honoured:
         if as_json:

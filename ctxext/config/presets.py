@@ -129,8 +129,10 @@ def parted(name: str) -> tuple[str, str]:
     kind, slash, rest = name.partition("/")
     if slash and kind in KINDS:
         return kind, rest
-    if _looks_like_a_path(name) and Path(name).parent.name in KINDS:
-        return Path(name).parent.name, name
+    if _looks_like_a_path(name):
+        if Path(name).parent.name in KINDS:
+            return Path(name).parent.name, name
+        raise InputError(f"{name}: which kind of preset is it?", hint=f"KIND/{name}; kinds are {', '.join(KINDS)}")
     having = [kind for kind in KINDS if name in names(kind)]
     if len(having) == 1:
         return having[0], name

@@ -16,6 +16,7 @@ from ctxext.config.loader import build
 from ctxext.config.manifest import Manifest
 from ctxext.doctor.finding import Finding, judged
 from ctxext.errors import InputError, ModelError
+from ctxext.export.card import history
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, plan_trainables
 from ctxext.model.families import Config, expected_tensors, normalise, rope_of
@@ -44,7 +45,11 @@ def model(name: str) -> list[Finding]:
     found += _tokenizer(path, config)
     if adapter:
         return [*found, Finding("exports", "ok", "not before it is merged (ctxext merge)")]
-    return [*found, *(_export(target, config) for target in TARGETS)]
+    try:
+        oldest = history(path)[0].name
+    except ModelError:  # a manifest of the chain is broken; where it is this model's own, that is a finding
+        oldest = "SOURCE"
+    return [*found, *(_export(target, config, oldest) for target in TARGETS)]
 
 
 def _place(name: str) -> Path:
@@ -256,8 +261,8 @@ def _tokenizer(path: Path, config: Config) -> list[Finding]:
     return [judged("tokenizer", opens, remedy), judged("special tokens", in_range, "mend the id in that file")]
 
 
-def _export(target: str, config: Config) -> Finding:
-    found = verdict(target, config)
+def _export(target: str, config: Config, source: str) -> Finding:
+    found = verdict(target, config, source)
     name = f"export {target}"
     if found.honoured:
         return Finding(name, "ok", found.how)

@@ -18,8 +18,8 @@ def model_card(
     states it."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     front, body = front_matter(FRONT | dict(licence or {})), "\n\n".join(paragraphs)
-    table = f"| | |\n|---|---|\n{rows}"
-    return f"{front}\n\n# {title}\n\n{body}\n\n{table}\n\nWritten by ctxext {__version__}; `ctxext.json` has the rest.\n"
+    written = f"Written by ctxext {__version__}; `ctxext.json` has the rest."
+    return f"{front}\n\n# {title}\n\n{body}\n\n| | |\n|---|---|\n{rows}\n\n{written}\n"
 
 
 def front_matter(fields: Mapping[str, object]) -> str:

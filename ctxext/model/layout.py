@@ -79,7 +79,7 @@ def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
     if "S" in str(data.get("layer_pattern", "")) and data.get("sliding_window") is None:
         raise InputError(
             f"layout {name!r} has sliding layers and no window",
-            hint=f"add --sliding-window, e.g. --hybrid {name} --sliding-window 128",
+            hint=f"name a preset or a YAML file that has one, or with convert: --hybrid {name} --sliding-window 128",
         )
     return build(HybridSpec, data, source=f"hybrid {name}")
 

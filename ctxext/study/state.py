@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ctxext import __version__
 from ctxext.config import manifest as manifests
+from ctxext.config import presets
 from ctxext.data.documents import EMBEDDED, fingerprint
 from ctxext.errors import ModelError
 from ctxext.model.source import HUB_ID, resolve
@@ -23,6 +24,7 @@ from ctxext.study.pipeline import Job
 
 FOLDER = "state"
 TOLD = (manifests.FILE_NAME, "README.md")  # of an input: they tell when it was made, and by what, not what it is
+MEANT = ("original_length", "usable_length", "source_layout", "source_rope_parameters")  # facts that steps go by
 LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is compared
 
 Standing = Literal["new", "unfinished", "reported", "done", "changed"]
@@ -49,12 +51,13 @@ def request(job: Job, step: Any) -> dict[str, Any]:
 
 
 def stamp(name: str, *, but: Collection[str] = ()) -> Any:
-    """A directory by the content of its files `but` some, and its base's; a model of the hub by its name and commit."""
+    """A directory by the content of its files `but` some, and its base's; a model of the hub by its name and commit;
+    a preset of one by what it says: unless that pins a revision, a newer commit is not seen."""
     path: Path | None = Path(name)
     if not os.path.isdir(name):
         path = resolve(name, weights=False).path
     if path is None:
-        return name
+        return {"name": name, "preset": presets.find("models", name).data}
     if HUB_ID.fullmatch(name) and not os.path.isdir(name):
         return {"name": name, "commit": path.name}
     weights = manifests.weight_hashes(path)
@@ -62,7 +65,8 @@ def stamp(name: str, *, but: Collection[str] = ()) -> Any:
     files = {file.name: _sha256(file) for file in small if file.stat().st_size <= LARGEST}
     manifest = manifests.read(path)
     base = manifest.parents.get("base") if manifest else None
-    return {"weights": weights, "files": files, **({"base": base["weights"]} if base else {})}
+    meant = {key: manifest.facts[key] for key in MEANT if key in manifest.facts} if manifest else {}
+    return {"weights": weights, "files": files, "facts": meant, **({"base": base["weights"]} if base else {})}
 
 
 def standing(record: dict[str, Any] | None, asked: dict[str, Any], out: Path) -> Standing:

@@ -373,11 +373,12 @@ def _pattern(kind: LayerKind, group_size: int | None) -> tuple[int | None, int |
 
 
 def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
-    """G of S²-Attn in tokens, None for dense. auto: S²-Attn when every layer is full, dense for a hybrid."""
-    full = [kind.sliding_window is None for kind in source.kinds]
+    """G of S²-Attn in tokens, None for dense. auto: S²-Attn when every layer is full, dense for a hybrid and for
+    one head, of which none can be shifted."""
+    full, heads = [kind.sliding_window is None for kind in source.kinds], source.shape.num_heads
     wanted = spec.attention.train
     if wanted == "auto":
-        wanted = "s2" if all(full) else "dense"
+        wanted = "s2" if all(full) and heads > 1 else "dense"
     if wanted == "dense":
         default = AttentionSpec()
         given = [name for name in S2_ONLY if getattr(spec.attention, name) != getattr(default, name)]
@@ -389,8 +390,9 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
         return None
     if not any(full):
         raise InputError(f"{source.name}: attention.train: s2, but no layer is full", hint="use attention.train=dense")
-    if source.shape.num_heads < 2:
-        raise ModelError(f"{source.name}: S²-Attn shifts half of the heads, and there is one head")
+    if heads < 2:
+        message = f"{source.name}: attention.train: s2 shifts half of the heads, and there is one head"
+        raise InputError(message, hint="use attention.train=dense")
     group = spec.attention.group_size or max(2, spec.ctx // GROUPS_PER_CTX)
     if not 2 <= group <= spec.ctx:
         raise InputError(f"attention.group_size {group}: allowed are 2 to ctx ({format_tokens(spec.ctx)})")

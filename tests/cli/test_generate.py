@@ -264,6 +264,8 @@ def test_a_chat_takes_commands_and_ends(model_dir: Any) -> None:
     assert [turn["asked"] for turn in data["turns"]] == ["one", "two"] and data["turns"][1]["kept"] > 0
     with pytest.raises(DataError, match="UTF-8"):
         run(chat, model_dir(), stdin=b"\xff\n")
+    with pytest.raises(DataError, match="NUL"):
+        run(chat, model_dir(), stdin=b"a\0b\n")
 
 
 def test_what_was_answered_is_told_whatever_ended_the_chat(model_dir: Any) -> None:

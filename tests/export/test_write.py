@@ -225,8 +225,10 @@ def run():
 
 
 def test_the_command_checks_only_or_writes_and_prints_json(run, hybrid, tmp_path):
-    done = run(hybrid, "--target", "vllm", "--check-only", "--json", "--out", tmp_path / "out")
+    done = run(hybrid, "--target", "vllm", "--check-only", "--json")
     assert done.exit_code == 0 and json.loads(done.stdout)["honoured"] is True and not (tmp_path / "out").exists()
+    refused = run(hybrid, "--check-only", "--out", tmp_path / "out")
+    assert isinstance(refused.exception, InputError) and "--check-only writes nothing" in refused.exception.message
     done = run(hybrid, "--target", "gguf", "--check-only", "--json")
     assert isinstance(done.exception, CheckFailed) and json.loads(done.stdout)["honoured"] is False
     done = run(hybrid, "--target", "gguf", "--check-only")

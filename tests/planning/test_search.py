@@ -164,3 +164,15 @@ def test_on_a_cpu_what_waits_on_the_host_waits_in_the_same_memory():
     choice = next(search.choices(here))
     assert choice.needed == sum(choice.plan.memory.values()) + choice.host > choice.host > 0
     assert card_rates("a100-40", packed=True).link > 0
+
+
+def test_a_model_with_one_head_is_planned_without_s2(model_dir):
+    """S²-Attn shifts half of the heads: auto leaves it out, and asked for by name it is refused."""
+    one = str(model_dir("llama", num_attention_heads=1, num_key_value_heads=1))
+    question, _ = asked(one, "1k")
+    found = list(search.choices(question))
+    assert found and all(choice.plan.group_size is None for choice in found)
+    with pytest.raises(InputError, match="there is one head"):
+        list(search.choices(asked(one, "1k", fixed={"attention.train": "s2"})[0]))
+    with pytest.raises(InputError, match="there is one head"):
+        search.plan_with(question, question.source, {"attention.train": "s2"})

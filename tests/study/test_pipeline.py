@@ -180,6 +180,11 @@ def test_a_preset_with_a_fault_is_told(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="mine is a preset of hybrid and finetune and pipelines"):
         validated("mine")
     assert len(validated("finetune/heal")) == len(validated("heal")) == 1
+    (tmp_path / "own.yaml").write_text("stepss: 3")
+    with pytest.raises(InputError, match="own.yaml: which kind of preset is it") as refused:
+        validated("own.yaml")
+    assert refused.value.hint.startswith("KIND/own.yaml; kinds are models, ")
+    assert "stepss" in validated("finetune/own.yaml")[0][1][0] and validated(f"finetune/{tmp_path / 'own.yaml'}")[0][1]
 
 
 @pytest.mark.parametrize("kind", presets.KINDS)

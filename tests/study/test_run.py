@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -15,6 +16,7 @@ from ctxext.cli.app import app
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.errors import InputError, ModelError
+from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.study import state, steps
 from ctxext.study.pipeline import read_pipeline
@@ -182,6 +184,24 @@ def test_a_model_of_the_hub_is_stamped_by_its_commit_and_read_without_its_weight
     assert first == {"name": "a/model", "commit": "commit-1"} != second
     assert "*.safetensors" not in asked[0] and "*.json" in asked[0]
     assert resolve("a/model").usable_length and "*.safetensors" in asked[-1]
+
+
+def test_a_preset_of_the_hub_is_stamped_by_what_it_says_and_a_model_by_its_lengths(place, model_dir, monkeypatch):
+    (place / "presets" / "models").mkdir(parents=True)
+    shipped = presets.find("models", "llama2-7b").path.read_text()
+    (place / "presets" / "models" / "mine.yaml").write_text(shipped)
+    before = state.stamp("mine")
+    (place / "presets" / "models" / "mine.yaml").write_text(shipped.replace("revision: 0", "revision: 1"))
+    assert state.stamp("mine") != before
+    out = str(place / "hybrid")
+    run_conversion(plan_conversion(str(model_dir()), "SN", out=Path(out), sliding_window=16), gate=False)
+    before, manifest = state.stamp(out, but=state.TOLD), json.loads((place / "hybrid" / "ctxext.json").read_text())
+    manifest["created"] = "2020-01-01T00:00:00.000000+00:00"
+    (place / "hybrid" / "ctxext.json").write_text(json.dumps(manifest))
+    assert state.stamp(out, but=state.TOLD) == before
+    manifest["facts"]["original_length"] = 8
+    (place / "hybrid" / "ctxext.json").write_text(json.dumps(manifest))
+    assert state.stamp(out, but=state.TOLD) != before
 
 
 def test_the_text_of_a_configuration_of_zero_is_part_of_what_is_asked(place, model_dir):
