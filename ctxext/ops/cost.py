@@ -218,7 +218,7 @@ def training_memory(
         "checkpoints" if checkpointing else "activations": stored * (X if checkpointing else live + X),
         "kept attention": kept * tokens * shape.num_heads * (shape.head_dim * item_bytes + 4),
         "layer": max(work, head),
-        "loss": 2 * X,  # the gradient of the last states as the loss made it, and as it is handed down
+        "loss": X,  # the gradient of the last states, which is handed down as the loss made it
         "positions": tokens * (8 * shape.head_dim + 32),
         "runtime": runtime,
     }

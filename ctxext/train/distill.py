@@ -24,7 +24,7 @@ from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.model.relayout import rotations
 from ctxext.ops.cost import loss_chunk
-from ctxext.train.loss import IGNORED
+from ctxext.train.loss import IGNORED, handed_down
 from ctxext.train.spec import Objective
 
 
@@ -156,14 +156,13 @@ class _Distillation(torch.autograd.Function):
             if dweight is not None:
                 dweight += grad.t() @ hidden[rows]
             del z, grad  # before the next chunk's are made
-        ctx.dhidden, ctx.dweight = dhidden, None if dweight is None else dweight.to(weight.dtype)
+        ctx.gradients = dhidden, None if dweight is None else dweight.to(weight.dtype)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        found = (None if d is None else d * grad.to(d.dtype) for d in (ctx.dhidden, ctx.dweight))
-        return (*found, *[None] * 7)
+        return (*handed_down(ctx, grad), *[None] * 7)
 
 
 def _divergence(y: Tensor, z: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,8 @@
 Shapes: N tokens, E model width, V vocabulary, c tokens of one chunk (about 64 MiB of fp32 logits).
 
 The gradient is taken in the forward pass, where a chunk's probabilities are at hand: softmax minus the label's one,
-times the weight. Nothing is recomputed, and the backward pass only scales what is stored: the gradient of the hidden
-states [N,E] and, if the head trains, that of the weight [V,E], summed in fp32.
+times the weight. Nothing is recomputed, and the backward pass only scales what is stored and hands it down: the
+gradient of the hidden states [N,E] and, if the head trains, that of the weight [V,E], summed in fp32.
 
 Not offered: logit scaling, soft-capping, a bias, label smoothing. A model that has one needs its own loss.
 """
@@ -32,7 +32,7 @@ def linear_cross_entropy(
     hidden [N,E] in any floating dtype, weight [V,E] (frozen or not, tied or not; used in hidden's dtype), labels [N]
     with IGNORED where nothing is scored. Returns (fp32 sum, int64 count), both scalars on the device: divide by the
     count of the whole step, over accumulation and ranks, so that every token weighs the same. Softmax is fp32. The
-    result can be differentiated once. Raises InputError for shapes that do not fit together.
+    result can be differentiated once, in one backward pass. Raises InputError for shapes that do not fit together.
     """
     _check(hidden, weight, labels)
     device = hidden.device.type
@@ -99,14 +99,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
             elif dweight is not None:
                 dweight += dlogits.t() @ hidden[rows]
             del p, dlogits  # before the next chunk's are made
-        ctx.dhidden, ctx.dweight = dhidden, None if dweight is None else dweight.to(weight.dtype)
+        ctx.gradients = dhidden, None if dweight is None else dweight.to(weight.dtype)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        dhidden, dweight = (None if d is None else d * grad.to(d.dtype) for d in (ctx.dhidden, ctx.dweight))
-        return dhidden, dweight, None, None
+        return *handed_down(ctx, grad), None, None
+
+
+def handed_down(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that the forward pass left in `ctx`, times `grad`, in place: no second copy of them is ever held.
+
+    Raises RuntimeError when they were handed down before (a graph that was kept for a second backward pass).
+    """
+    if ctx.gradients is None:
+        raise RuntimeError("this loss gives its gradients once: compute it again for a second backward pass")
+    (dhidden, dweight), ctx.gradients = ctx.gradients, None
+    for gradient in (dhidden, dweight):
+        if gradient is not None:
+            gradient.mul_(grad.to(gradient.dtype))
+    return dhidden, dweight
 
 
 def _rows(hidden: Tensor, chunk: int) -> Iterator[slice]:

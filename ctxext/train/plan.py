@@ -276,7 +276,7 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
         offload=spec.memory.offload,
         runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
         checkpointing=int(spec.memory.checkpoint),
-        partition=partition if gpu else replace(partition, bucket=0),  # on a CPU the unused rest takes no memory
+        partition=partition,
     )
     if plan.teacher is not None:
         memory["teacher"] = teacher_bytes(plan.teacher, plan.source, spec, sequences * spec.ctx, item_bytes)

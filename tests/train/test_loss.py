@@ -115,12 +115,16 @@ def test_large_logits_and_nan():
     assert loss.isnan() and dhidden[3].isnan().all() and dhidden[4].isfinite().all()
 
 
-def test_a_second_backward_gives_the_same():
+def test_the_gradients_are_handed_down_not_kept_and_a_second_backward_is_refused():
     hidden, weight, labels = problem()
     loss, _ = linear_cross_entropy(hidden, weight, labels)
-    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True):
-        assert torch.equal(a, b)
+    made = loss.grad_fn.gradients
+    first = torch.autograd.grad(2 * loss, (hidden, weight), retain_graph=True)
+    assert [one.data_ptr() for one in first] == [one.data_ptr() for one in made] and loss.grad_fn.gradients is None
+    again = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels)[0], (hidden, weight))
+    assert all(torch.equal(twice, 2 * once) for twice, once in zip(first, again, strict=True))
+    with pytest.raises(RuntimeError, match="gives its gradients once"):
+        torch.autograd.grad(loss, (hidden, weight))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, None])
