@@ -11,7 +11,7 @@
     S²               about T G / 2              G = T / 4: a quarter of the pairs of dense
 
 Counts are exact integers. `training_memory` counts the tensors that are live at the peak of a step; docs/plan.md says
-how near it came on a CPU. On a GPU it was not measured.
+how near it came on a CPU, ZeRO's split included. On a GPU it was not measured.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Partition:
     offload_optimizer    masters and moments, from stage 2 on the gradients too, wait on the host
     offload_weights      the divided weights wait on the host
     bucket, buffers      entries, never more than train, of a buffer that gradients are collected in to be sent; buffers
-    live                 weights that stage 3 has gathered at a time, at most
+    live, prefetch       weights that stage 3 has gathered at most; those of one go, held twice until in their places
     """
 
     ranks: int = 1
@@ -66,6 +66,7 @@ class Partition:
     bucket: int = 0
     buffers: int = 1
     live: int = 1_000_000_000
+    prefetch: int = 50_000_000
 
 
 WHOLE = Partition()  # one process, nothing divided
@@ -193,11 +194,10 @@ def training_memory(
     quantized     bytes of an entry of the layers' matrices where these are quantised: about 0.52 for 4 bits, 1 for 8
     chunk         tokens of logits held at a time (default: `loss_chunk`)
     runtime       an accelerator's context, libraries and allocator slack
-    partition     what of it other processes hold; what waits on the host is not counted, and no split was measured
-    keep_attention, tiles (tokens), offload are the knobs of the training spec. Offloaded checkpoints are not counted:
-    they are on the host, `X` bytes each, but for the two on their way.
-    The patterns of the layers matter to tiles alone: the kernels used here hold no scores. `layer` is what the peak of
-    a layer's backward pass needs, or of the loss where that is more; `loss` what it needs all the way besides.
+    partition     what of it other processes hold; what waits on the host is not counted
+    keep_attention, tiles (tokens), offload are the knobs of the training spec. Offloaded checkpoints are on the host,
+    not counted but for the two on their way. The patterns of the layers matter to tiles alone: the kernels used here
+    hold no scores. `layer` is what the peak of a layer's backward pass needs, or of the loss where that is more.
     """
     tokens, X = T * micro_batch, T * micro_batch * shape.hidden_size * item_bytes
     attention, mlp = _kept(shape, item_bytes, trained)  # bytes a token
@@ -212,7 +212,8 @@ def training_memory(
     work += max(0, min(checkpointing, len(layers)) - 1) * (live + X)
     # the last norm keeps its input and its output normalised; both, and its result, are there while the loss is made
     head = 3 * X + (0 if item_bytes == 4 else 2 * X) + logits * (4 if item_bytes == 4 else 4 + item_bytes)
-    own = 0 if trained.weights and item_bytes == 4 else MASTER_BYTES  # a weight that is fp32 is its own master
+    itself = trained.weights and item_bytes == 4 and not partition.stage  # its own master; DeepSpeed makes a copy
+    own = 0 if itself else MASTER_BYTES
     items = {
         **_state(shape, trainable, own + moment_bytes, item_bytes, quantized, partition),
         "checkpoints" if checkpointing else "activations": stored * (X if checkpointing else live + X),
@@ -235,12 +236,12 @@ def _state(
     gradients = GRADIENT_BYTES * trainable / (by.ranks if by.stage >= 2 else 1)
     if by.stage >= 2 and by.offload_optimizer:
         gradients = 0
-    gathered = 0
-    if by.stage == 3 and (by.ranks > 1 or by.offload_weights):
-        weights, gathered = 0 if by.offload_weights else weights / by.ranks, item_bytes * min(every, by.live)
+    divides = by.stage == 3 and (by.ranks > 1 or by.offload_weights)
+    if divides:
+        weights = 0 if by.offload_weights else weights / by.ranks
     return {
         "weights": int(weights),
-        "gathered weights": gathered,
+        "gathered weights": divides * item_bytes * (min(every, by.live) + min(every, by.prefetch)),
         "trainable": int(optimizer + gradients),
         "buckets": by.buffers * min(by.bucket, trainable) * (GRADIENT_BYTES if by.stage == 1 else item_bytes),
     }

@@ -83,6 +83,7 @@ class Launch:
             bucket=int(zero.get("reduce_bucket_size", BUCKET)) if zero.get("contiguous_gradients", True) else 0,
             buffers=2 if stage < 3 and zero.get("overlap_comm", False) else 1,
             live=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
         )
 
     def as_dict(self) -> dict[str, Any]:

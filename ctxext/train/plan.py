@@ -257,6 +257,8 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
     gpu, spec = on_gpu(plan.gpu), plan.spec
     sequences = max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks))
     item_bytes = 2 if plan.dtype == "bfloat16" else 4
+    if not gpu and plan.trainables.parameters <= partition.bucket:  # what is never touched takes no memory on a CPU
+        partition = replace(partition, buffers=1)
     memory = cost.training_memory(
         plan.source.shape,
         [_pattern(kind, None if spec.attention.dense_last else plan.group_size) for kind in plan.kinds],  # its largest
@@ -373,8 +375,7 @@ def _pattern(kind: LayerKind, group_size: int | None) -> tuple[int | None, int |
 
 
 def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
-    """G of S²-Attn in tokens, None for dense. auto: S²-Attn when every layer is full, dense for a hybrid and for
-    one head, of which none can be shifted."""
+    """G of S²-Attn in tokens, None for dense. auto: S²-Attn when every layer is full, of several heads."""
     full, heads = [kind.sliding_window is None for kind in source.kinds], source.shape.num_heads
     wanted = spec.attention.train
     if wanted == "auto":
@@ -391,8 +392,7 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
     if not any(full):
         raise InputError(f"{source.name}: attention.train: s2, but no layer is full", hint="use attention.train=dense")
     if heads < 2:
-        message = f"{source.name}: attention.train: s2 shifts half of the heads, and there is one head"
-        raise InputError(message, hint="use attention.train=dense")
+        raise InputError(f"{source.name}: s2 shifts half of the heads: there is one head", hint="attention.train=dense")
     group = spec.attention.group_size or max(2, spec.ctx // GROUPS_PER_CTX)
     if not 2 <= group <= spec.ctx:
         raise InputError(f"attention.group_size {group}: allowed are 2 to ctx ({format_tokens(spec.ctx)})")

@@ -6,6 +6,7 @@ import torch
 from ctxext.config.loader import build
 from ctxext.errors import EnvironmentFault
 from ctxext.model.source import resolve
+from ctxext.ops import cost
 from ctxext.train import loop
 from ctxext.train.finetune import run_finetune
 from ctxext.train.memory import next_knob
@@ -15,8 +16,9 @@ from ctxext.train.run import start_run
 from ctxext.train.spec import FinetuneSpec
 
 
-def plan_for(model, **fields):
-    return plan_run(resolve(model, weights=False), build(FinetuneSpec, {"ctx": "100k", **fields}, source="test"))
+def plan_for(model, gpu=False, **fields):
+    spec = build(FinetuneSpec, {"ctx": "100k", **fields}, source="test")
+    return plan_run(resolve(model, weights=False), spec, gpu=gpu)
 
 
 @pytest.mark.parametrize(
@@ -100,15 +102,24 @@ def test_zero_divides_what_its_stage_divides():
         found = memory(name)
         assert found.get("trainable", 0) == pytest.approx(state, abs=2), name
         assert found.get("weights", 0) == pytest.approx(kept, abs=2), name
-        assert found.get("gathered weights", 0) == (2 * 10**9 if "3" in name else 0), name
+        assert found.get("gathered weights", 0) == (2 * 1_050_000_000 if "3" in name else 0), name
         assert all(found[item] == plan.memory[item] for item in ("checkpoints", "layer", "loss", "runtime")), name
     for name in ("1", "3"):  # alone there is nothing to divide; the bucket is there all the same
         alone = memory(name, world=1)
         assert alone.pop("buckets") == 10**9 * (2 if name == "1" else 1) and alone == plan.memory
     assert [memory(name)["buckets"] for name in ("1", "2", "3")] == [2 * 10**9, 2 * 10**9, 10**9]
-    plan = plan_for("llama2-7b", dtype="bfloat16", global_batch_size=8)  # a bucket holds no more than there is to send
+    shared, alone = (
+        divided(plan_for("tiny", ctx=512, tuning="full", global_batch_size=2), partition).memory
+        for partition in (Launch(read_zero("1"), (Host("localhost", 2),)).partition, cost.WHOLE)
+    )
+    P = shared["buckets"] // 4  # an fp32 weight is its own master where there is one process; DeepSpeed's are copies
+    assert alone["trainable"] == 12 * P and shared["trainable"] == 12 * P // 2 + 4 * P
+    # a bucket holds no more than there is to send
+    plan = plan_for("llama2-7b", gpu=True, dtype="bfloat16", global_batch_size=8)
     P = plan.trainables.parameters
     assert P < 500_000_000 and [memory(name)["buckets"] for name in ("2", "3")] == [2 * 2 * P, 2 * P]
+    plan = plan_for("llama2-7b", dtype="bfloat16", global_batch_size=8)  # a CPU never touches the second buffer then
+    assert memory("2")["buckets"] == 2 * P
 
 
 def test_micro_batches_are_no_larger_than_what_a_process_gets():
