@@ -1,4 +1,4 @@
-"""Tokens, bytes, durations and counts, read from what a person types and written back for a person to read.
+"""Tokens and bytes as a person types them; these, durations and counts as a person reads them.
 
 Tokens and bytes count in 1024 (100k tokens are 102,400); parameters and FLOPs count in 1000. Nothing is
 guessed: no exponents ("1e5"), no leading zeros ("010"), no rounding ("0.3k" is 307.2 tokens and refused).
@@ -7,7 +7,6 @@ guessed: no exponents ("1e5"), no leading zeros ("010"), no rounding ("0.3k" is 
 from __future__ import annotations
 
 import re
-import sys
 from decimal import Decimal
 from fractions import Fraction
 
@@ -16,10 +15,8 @@ from ctxext.errors import InputError
 _NUMBER = r"(?P<number>(?:0|[1-9]\d*|[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?:_\d{3})+)(?:\.\d+)?)"
 _TOKENS = re.compile(rf"{_NUMBER}\s*(?P<unit>[km]?)", re.IGNORECASE | re.ASCII)
 _BYTES = re.compile(rf"{_NUMBER}\s*(?P<unit>[kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
-_DURATION = re.compile(rf"{_NUMBER}\s*(?P<unit>[smhd])", re.IGNORECASE | re.ASCII)
 
 _BINARY = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LONGEST = 40
 
 
@@ -43,21 +40,6 @@ def parse_bytes(value: int | str) -> int:
     """
     allowed = 'a whole number of bytes, such as "512M", "80G" or "1.5GiB" (k = 1024)'
     return _whole(value, _BYTES, "bytes", allowed)
-
-
-def parse_duration(value: int | float | str) -> float:
-    """Seconds: "90s", "10m", "2h", "1d"; a number that is not text is taken as seconds.
-
-    Raises:
-        InputError: anything else; text without a unit is refused, because "10" may be seconds or minutes.
-    """
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
-        return float(value)
-    match = _DURATION.fullmatch(value.strip()) if isinstance(value, str) and len(value) <= _LONGEST else None
-    if match is None:
-        allowed = 'a number and a unit, such as "90s", "10m" or "2h"'
-        raise InputError(f"{_shown(value)} is no duration; allowed: {allowed}")
-    return float(_exact(match["number"]) * _SECONDS[match["unit"].lower()])
 
 
 def format_tokens(count: int) -> str:

@@ -67,20 +67,6 @@ def test_bytes_are_refused(refused):
 
 
 @pytest.mark.parametrize(
-    ("given_value", "seconds"),
-    [("90s", 90.0), ("10m", 600.0), ("2h", 7200.0), ("1.5 h", 5400.0), ("1d", 86400.0), (12, 12.0), (0.5, 0.5)],
-)
-def test_durations_are_read(given_value, seconds):
-    assert units.parse_duration(given_value) == seconds
-
-
-@pytest.mark.parametrize("refused", ["", "10", "10min", "-1s", -1, float("nan"), float("inf"), True, None])
-def test_durations_are_refused(refused):
-    with pytest.raises(InputError, match="is no duration; allowed: a number and a unit"):
-        units.parse_duration(refused)
-
-
-@pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (0, "0 s"),

@@ -47,7 +47,12 @@ def stdlib_root() -> Path:
 
 
 @lru_cache(maxsize=1)
-def _stdlib_files() -> tuple[Path, ...]:
+def stdlib_files() -> tuple[Path, ...]:
+    """Every source file of the corpus, both splits, sorted by its path relative to `stdlib_root`.
+
+    Tests, tables of encodings, vendored packages and files above 256 KiB are left out.
+    Raises DataError where Python is installed without sources.
+    """
     root = stdlib_root()
     found = []
     for path in root.rglob("*.py"):
@@ -65,15 +70,6 @@ def _stdlib_files() -> tuple[Path, ...]:
     return tuple(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
 
 
-def stdlib_files() -> list[Path]:
-    """Every source file of the corpus, both splits, sorted by its path relative to `stdlib_root`.
-
-    Tests, tables of encodings, vendored packages and files above 256 KiB are left out.
-    Raises DataError where Python is installed without sources.
-    """
-    return list(_stdlib_files())
-
-
 def split_of(relative_path: str) -> Split:
     """The split a file belongs to, decided by a hash of its relative POSIX path alone: stable across versions."""
     digest = hashlib.sha256(relative_path.encode()).digest()
@@ -84,7 +80,7 @@ def split_of(relative_path: str) -> Split:
 def _documents(split: Split) -> tuple[Document, ...]:
     root = stdlib_root()
     documents = []
-    for path in _stdlib_files():
+    for path in stdlib_files():
         name = path.relative_to(root).as_posix()
         if split_of(name) != split:
             continue
@@ -170,7 +166,7 @@ def fingerprint() -> dict:
     """
     root = stdlib_root()
     lines, size = [], 0
-    for path in _stdlib_files():
+    for path in stdlib_files():
         data = path.read_bytes()
         size += len(data)
         lines.append(f"{hashlib.sha256(data).hexdigest()} {path.relative_to(root).as_posix()}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from ctxext.data.corpus import stdlib_documents
@@ -41,9 +41,6 @@ class Case:
     depth: float  # 0 is the beginning of the text, 1 is just before the question
     needle_start: int  # tokens before the needle
     key: str
-
-    def to_json(self) -> dict:
-        return asdict(self)
 
 
 def haystack_text(kind: Haystack) -> str:

@@ -212,10 +212,9 @@ def training_memory(
     work += max(0, min(checkpointing, len(layers)) - 1) * (live + X)
     # the last norm keeps its input and its output normalised; both, and its result, are there while the loss is made
     head = 3 * X + (0 if item_bytes == 4 else 2 * X) + logits * (4 if item_bytes == 4 else 4 + item_bytes)
-    itself = trained.weights and item_bytes == 4 and not partition.stage  # its own master; DeepSpeed makes a copy
-    own = 0 if itself else MASTER_BYTES
+    own_master = trained.weights and item_bytes == 4 and not partition.stage  # DeepSpeed makes a copy even of fp32
     items = {
-        **_state(shape, trainable, own + moment_bytes, item_bytes, quantized, partition),
+        **_state(shape, trainable, moment_bytes + (not own_master) * MASTER_BYTES, item_bytes, quantized, partition),
         "checkpoints" if checkpointing else "activations": stored * (X if checkpointing else live + X),
         "kept attention": kept * tokens * shape.num_heads * (shape.head_dim * item_bytes + 4),
         "layer": max(work, head),

@@ -62,16 +62,6 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | No
     return scores
 
 
-@torch.no_grad()
-def argmax_tokens(hidden: Tensor, weight: Tensor, chunk: int | None = None) -> Tensor:
-    """The most probable next token of every position, int64 [N]; no gradient."""
-    best = torch.empty(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    matrix = weight.to(hidden.dtype)
-    for rows in _rows(hidden, chunk or loss_chunk(weight.shape[0])):
-        best[rows] = (hidden[rows] @ matrix.t()).argmax(dim=-1)
-    return best
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:

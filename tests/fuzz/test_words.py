@@ -17,7 +17,7 @@ from ctxext.errors import CtxextError
 from ctxext.evals.spec import asked
 from ctxext.model.layout import HybridSpec, find_hybrid, layer_kinds
 from ctxext.train.spec import FinetuneSpec
-from ctxext.units import parse_bytes, parse_duration, parse_tokens
+from ctxext.units import parse_bytes, parse_tokens
 
 DIGITS = st.text("0123456789.,_eE+-kKmMgGtTiIbBsSdDhH \t\n²٣x", max_size=45)
 WORDS = st.one_of(
@@ -36,7 +36,7 @@ YAML = st.one_of(st.lists(st.sampled_from(YAML_BITS), max_size=40).map("".join),
 
 def test_units(fuzz: Any, survives: Any, anything: Any) -> None:
     def check(value: Any) -> None:
-        for parse in (parse_tokens, parse_bytes, parse_duration):
+        for parse in (parse_tokens, parse_bytes):
             found = survives(lambda parse=parse: parse(value))
             assert isinstance(found, CtxextError) or (found >= 0 and found == found)
 
