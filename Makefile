@@ -33,7 +33,7 @@ test-lowest:
 
 # Which lines the tests reach. Twice the time of `make test`.
 coverage: $(INSTALLED)
-	$(BIN)/python -m pip install -q coverage
+	$(BIN)/python -m pip install -q -c constraints.txt coverage
 	$(BIN)/python -m coverage run --source=ctxext -m pytest -q
 	$(BIN)/python -m coverage report --skip-covered
 

@@ -23,8 +23,8 @@ from ctxext.units import format_bytes, format_duration, format_flops, format_tok
 
 THIS = "this"
 ONE_MACHINE = 16  # cards
-WORDS = {"linear": "matrices", "attention": "attention kernels", "stream": "memory bandwidth",
-         "host": "the link to the host", "host_memory": "the host's memory",
+WORDS = {"linear": "matrices", "adapters": "adapters in fp32", "attention": "attention kernels",
+         "stream": "memory bandwidth", "host": "the link to the host", "host_memory": "the host's memory",
          "link": "the link between cards"}  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from ctxext.planning.time import computed_pairs, norm_bytes
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
 WIDTHS = {"cpu": (64, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}  # of matrices
 ROWS = {"cpu": 8192, "cuda": 16_384}  # tokens that are multiplied with them
 LENGTH = {"cpu": 2048, "cuda": 32_768}  # tokens of the attention that is timed; S² in four groups
@@ -51,7 +51,10 @@ class Calibration:
 
     def as_rates(self) -> Rates:
         fields = self.rates | {
-            "linear": tuple((int(width), float(rate)) for width, rate in self.rates["linear"]),
+            **{
+                name: tuple((int(width), float(rate)) for width, rate in self.rates[name])
+                for name in ("linear", "adapters")
+            },
             "attention": {kind: (float(f), float(b)) for kind, (f, b) in self.rates["attention"].items()},
         }
         threads = f", {self.threads} threads" if self.device == "cpu" else ""
@@ -95,9 +98,10 @@ def calibrate(say: Callable[[str], None] = lambda line: None) -> list[Calibratio
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = []
+    found = list[Calibration]()
     for dtype in (torch.float32, torch.bfloat16):
         say(f"measuring {str(dtype)[6:]} on {device.type}")
+        rates = _measured(device, dtype)
         found.append(
             Calibration(
                 machine=platform.node(),
@@ -106,7 +110,7 @@ def calibrate(say: Callable[[str], None] = lambda line: None) -> list[Calibratio
                 threads=torch.get_num_threads(),
                 torch=torch.__version__,
                 date=datetime.now(UTC).isoformat(timespec="seconds"),
-                rates=_measured(device, dtype),
+                rates=rates | {"adapters": found[0].rates["linear"] if found else rates["linear"]},  # those of fp32
             )
         )
     _store(found)

@@ -8,6 +8,7 @@
 The shares are those of 700, 620, 540 and 370, 320 TFLOP/s at a peak of 989. Everything else is arithmetic: a card's own
 peak times these shares was not measured here. That cards before Hopper reach with FlashAttention-2 what Hopper reaches
 with kernels of its own follows arXiv 2307.08691, which reports up to 73% of an A100's peak forward and 63% backward.
+Adapters compute in fp32, which torch keeps off the tensor cores: the share of matrices, of the plain fp32 peak.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import difflib
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ctxext.errors import InputError
 
@@ -32,13 +34,14 @@ class Card:
     """One card by its data sheet.
 
     memory     bytes, as nvidia-smi reports them
-    peak       dense bf16 FLOP/s, accumulated in fp32
+    peak       dense bf16 FLOP/s, accumulated in fp32; `single` those of fp32, without tensor cores
     bandwidth  of its memory, bytes/s; `pcie` and `link` (to other cards) in one direction
     device     the part of nvidia-smi's name that tells it
     """
 
     memory: int
     peak: float
+    single: float
     bandwidth: float
     pcie: float
     link: float
@@ -48,22 +51,23 @@ class Card:
 
 CARDS = {
     "h200": Card(memory=143_771 * MIB, peak=989 * TERA, bandwidth=4800 * GB, pcie=64 * GB, link=450 * GB,
-                 device="H200", hopper=True),
+                 single=67 * TERA, device="H200", hopper=True),
     "h100": Card(memory=81_559 * MIB, peak=989 * TERA, bandwidth=3350 * GB, pcie=64 * GB, link=450 * GB,
-                 device="H100 80GB HBM3", hopper=True),
+                 single=67 * TERA, device="H100 80GB HBM3", hopper=True),
     "h100-pcie": Card(memory=81_559 * MIB, peak=756 * TERA, bandwidth=2000 * GB, pcie=64 * GB, link=64 * GB,
-                      device="H100 PCIe", hopper=True),
+                      single=51 * TERA, device="H100 PCIe", hopper=True),
     "a100-80": Card(memory=81_920 * MIB, peak=312 * TERA, bandwidth=2039 * GB, pcie=32 * GB, link=300 * GB,
-                    device="A100-SXM4-80GB"),
+                    single=19.5 * TERA, device="A100-SXM4-80GB"),
     "a100-40": Card(memory=40_960 * MIB, peak=312 * TERA, bandwidth=1555 * GB, pcie=32 * GB, link=300 * GB,
-                    device="A100-SXM4-40GB"),
-    "l40s": Card(memory=46_068 * MIB, peak=362 * TERA, bandwidth=864 * GB, pcie=32 * GB, link=32 * GB, device="L40S"),
+                    single=19.5 * TERA, device="A100-SXM4-40GB"),
+    "l40s": Card(memory=46_068 * MIB, peak=362 * TERA, bandwidth=864 * GB, pcie=32 * GB, link=32 * GB,
+                 single=91.6 * TERA, device="L40S"),
     "a6000": Card(memory=49_140 * MIB, peak=155 * TERA, bandwidth=768 * GB, pcie=32 * GB, link=32 * GB,
-                  device="RTX A6000"),
+                  single=38.7 * TERA, device="RTX A6000"),
     "4090": Card(memory=24_564 * MIB, peak=165 * TERA, bandwidth=1008 * GB, pcie=32 * GB, link=32 * GB,
-                 device="RTX 4090"),
+                 single=82.6 * TERA, device="RTX 4090"),
     "3090": Card(memory=24_576 * MIB, peak=71 * TERA, bandwidth=936 * GB, pcie=32 * GB, link=32 * GB,
-                 device="RTX 3090"),
+                 single=35.6 * TERA, device="RTX 3090"),
 }  # fmt: skip
 SIZES = {"24gb": "3090", "40gb": "a100-40", "48gb": "a6000", "80gb": "a100-80"}  # the slowest of that size here
 
@@ -72,7 +76,7 @@ SIZES = {"24gb": "3090", "40gb": "a100-40", "48gb": "a6000", "80gb": "a100-80"} 
 class Rates:
     """What a device does in a second. FLOP/s and bytes/s; bytes are those read and written together.
 
-    linear     by the width of a square matrix, ascending: narrow ones are slower
+    linear     by the width of a square matrix, ascending: narrow ones are slower; `adapters` the same in fp32
     attention  by kind (full, s2, sliding): forward and backward
     stream     elementwise operations; `optimizer` where it runs; `host` between the card and its host, one direction
     link       to other cards, one direction
@@ -81,6 +85,7 @@ class Rates:
     """
 
     linear: tuple[tuple[int, float], ...]
+    adapters: tuple[tuple[int, float], ...]
     attention: dict[str, tuple[float, float]]
     stream: float
     host: float
@@ -89,12 +94,13 @@ class Rates:
     measured: bool
     host_memory: float = HOST_MEMORY
 
-    def linear_at(self, width: float) -> float:
+    def linear_at(self, width: float, name: Literal["linear", "adapters"] = "linear") -> float:
         """The rate of matrices `width` wide, between two that are known in proportion; beyond them the nearest."""
-        below, above = self.linear[0], self.linear[-1]
-        for one in self.linear:
+        known = self.linear if name == "linear" else self.adapters
+        below, above = known[0], known[-1]
+        for one in known:
             below = one if one[0] <= width else below
-        for one in reversed(self.linear):
+        for one in reversed(known):
             above = one if one[0] >= width else above
         if below[0] == above[0] or width <= below[0]:
             return below[1]
@@ -103,8 +109,8 @@ class Rates:
 
     def times(self, name: str, factor: float) -> Rates:
         """These with one of them `factor` times as fast: `linear`, `attention` or one of the others."""
-        if name == "linear":
-            return replace(self, linear=tuple((width, rate * factor) for width, rate in self.linear))
+        if name in ("linear", "adapters"):
+            return replace(self, **{name: tuple((width, rate * factor) for width, rate in getattr(self, name))})
         if name == "attention":
             faster = {kind: (forward * factor, back * factor) for kind, (forward, back) in self.attention.items()}
             return replace(self, attention=faster)
@@ -131,6 +137,7 @@ def card_rates(name: str, *, packed: bool) -> Rates:
     of = "a third" if packed and card.hopper else "more than half"
     return Rates(
         linear=((4096, card.peak * LINEAR),),
+        adapters=((4096, card.single * LINEAR),),
         attention={kind: (card.peak * forward, card.peak * back) for kind, (forward, back) in kinds.items()},
         stream=card.bandwidth * STREAM,
         host=card.pcie * HOST,

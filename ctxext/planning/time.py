@@ -4,6 +4,7 @@ Letters as in ops/cost.py; N tokens of a forward (T times the sequences of a mic
 
     linear        2 N entries FLOPs a pass: forward, gradient of the input, of the weight if it trains, and again under
                   a checkpoint, which stops before the last matrix of the MLP unless that is adapted
+    adapters      the same of LoRA's matrices, in fp32
     attention     pairs as computed; 4 D FLOPs a pair and head forward (again under a checkpoint, unless kept), 10 D
                   backward. A sliding layer computes whole blocks: more pairs than it attends
     head          logits, their gradient, that of its weight if it trains, and what softmax moves
@@ -136,7 +137,7 @@ def _linear(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) ->
         if name in adapted:  # [width, r] and [r, out]: forward, again, gradients of both sides
             rank = spec.lora.rank
             low = 2.0 * tokens * shape.num_layers * rank * (out + width) * (3 + again)
-            parts.append(_work("adapters", "linear", low, rates.linear_at(math.sqrt(rank * width))))
+            parts.append(_work("adapters", "adapters", low, rates.linear_at(math.sqrt(rank * width), "adapters")))
     head = 2.0 * tokens * shape.vocab_size * shape.hidden_size
     head_trains = trains or (shape.tied and plan.trainables.embedding_parameters > 0)
     rate = rates.linear_at(math.sqrt(shape.vocab_size * shape.hidden_size))

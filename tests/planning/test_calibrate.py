@@ -30,6 +30,8 @@ def measured(monkeypatch, tmp_path):
 
 def test_it_is_stored_and_found_again(measured, tmp_path):
     assert [one.dtype for one in measured] == ["float32", "bfloat16"]
+    single = measured[0].rates["linear"]
+    assert measured[0].rates["adapters"] == measured[1].rates["adapters"] == single != measured[1].rates["linear"]
     for one in measured:
         assert calibrate.stored(one.dtype, gpu=False) == calibrate.Calibration(**json.loads(json.dumps(vars(one))))
         rates = calibrate.stored(one.dtype, gpu=False).as_rates()

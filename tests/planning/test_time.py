@@ -53,6 +53,14 @@ def test_a_7b_at_100k_on_an_h200(hybrid, train, petaflop, own, flash2, tmp_path)
         assert took.tokens_per_second == pytest.approx(T / took.seconds)
 
 
+def test_adapters_compute_in_fp32():
+    """Of rank 16 on q, k, v and o, 4096 wide: forward, again, and both gradients, at a card's fp32 rate."""
+    plan = plan_for(lora={"rank": 16, "alpha": 1024.0})
+    (part,) = (part for part in estimate(plan, RATES).parts if part.name == "adapters")
+    assert part.flops == 4 * 2 * T * 32 * 16 * 4 * (4096 + 4096)
+    assert part.rate == "adapters" and part.seconds == pytest.approx(part.flops / (67e12 * 700 / 989))
+
+
 @pytest.mark.parametrize("fields", [{}, {"tuning": "full"}, {"memory": {"checkpoint": False}}])
 def test_parts_add_up_to_the_step(fields):
     plan = plan_for(attention={"train": "s2"}, **fields)
@@ -103,6 +111,11 @@ def test_rates_are_taken_between_widths():
     rates = replace(RATES, linear=((256, 100.0), (512, 200.0), (1024, 300.0)))
     assert [rates.linear_at(width) for width in (64, 256, 384, 512, 1024, 9000)] == [100, 100, 150, 200, 300, 300]
     assert rates.times("linear", 0.5).linear_at(384) == 75
+    assert (
+        rates.linear_at(384, "adapters")
+        == rates.times("adapters", 2).linear_at(9, "adapters") / 2
+        == RATES.adapters[0][1]
+    )
     assert rates.times("attention", 2).attention["full"] == tuple(2 * rate for rate in rates.attention["full"])
     assert rates.times("stream", 2).stream == 2 * rates.stream
 
