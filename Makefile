@@ -31,10 +31,12 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e ".[test]"
 	.venv-lowest/bin/python -m pytest -q
 
-# Which lines the tests reach. Twice the time of `make test`.
+# Which lines the tests reach, in the processes they start too. Twice the time of `make test`.
 coverage: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt coverage
-	$(BIN)/python -m coverage run --source=ctxext -m pytest -q
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -q
+	$(BIN)/python -m coverage combine -q
 	$(BIN)/python -m coverage report --skip-covered
 
 check: $(INSTALLED)
@@ -50,7 +52,7 @@ size:
 	@$(PYTHON) tools/size.py
 
 clean:
-	rm -rf .venv .venv-lowest .coverage .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
+	rm -rf .venv .venv-lowest .coverage* .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist
 
 # torch comes first and alone, at its pin: a build of it that this machine prefers (such as the one for CPUs) is kept,
 # and nothing after it pulls in another. `.[test]` is what the tests need; `.[dev]` is larger by lm-eval, wandb and
