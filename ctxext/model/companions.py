@@ -21,7 +21,7 @@ TOKENIZER_FILES = (
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")  # a licence asks for its text to be kept
 CARD = "README.md"
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
-STATED = re.compile(r"^(license|license_name|license_link):[ \t]+(\S.{0,500})$", re.MULTILINE)
+STATED = re.compile(r"^(license|license_name|license_link):[ \t]+([^\s\[{>|&*!#].{0,500}?)(?:\s+#.*)?$", re.MULTILINE)
 
 
 def companions(directory: Path) -> list[str]:

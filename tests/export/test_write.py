@@ -18,7 +18,7 @@ from ctxext.config import manifest as manifests
 from ctxext.errors import CheckFailed, CtxextError, InputError, ModelError
 from ctxext.export import write
 from ctxext.export.card import history, hub_id
-from ctxext.model.companions import FRONT
+from ctxext.model.companions import FRONT, stated_licence
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 
@@ -99,6 +99,16 @@ def test_licence_and_chat_templates_go_along_from_the_source_to_the_export(write
     assert not [name for name in done.files if name.endswith(("/x", ".bin"))]
     stated = {"license": "other", "license_name": "their-own", "license_link": "LICENSE.txt"}
     assert front(tmp_path / "out").items() >= stated.items() and front(tmp_path / "hybrid").items() >= stated.items()
+
+
+@pytest.mark.parametrize(
+    ("line", "stated"),
+    [("license: mit  # theirs", {"license": "mit"}), ('license: "mit"', {"license": "mit"}), ("license: [mit, x]", {}),
+     ("license: >-", {}), ("  license: mit", {}), ("license:", {}), ("licenses: mit", {})],
+)  # fmt: skip
+def test_a_licence_is_read_from_its_line_alone(line, stated, tmp_path):
+    (tmp_path / "README.md").write_text(f"---\ntags: &a [*a, {{\n{line}\n---\n")
+    assert stated_licence(tmp_path) == stated
 
 
 def test_measured_figures_of_the_chain_are_in_the_card(tmp_path):
