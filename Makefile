@@ -35,9 +35,8 @@ test-lowest:
 coverage: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt coverage
 	$(BIN)/python -m coverage erase
-	$(BIN)/python -m coverage run -m pytest -q
-	$(BIN)/python -m coverage combine -q
-	$(BIN)/python -m coverage report --skip-covered
+	$(BIN)/python -m coverage run -m pytest -q; failed=$$?; $(BIN)/python -m coverage combine -q; \
+	$(BIN)/python -m coverage report --skip-covered; exit $$failed
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -60,6 +60,8 @@ ROWS: list[tuple[str, str, int, dict[str, Any]]] = [  # (shape, layout, T, field
     ("wide", "SSSN", 4096, {"attention": DENSE, "tuning": "full"}),
     ("wide", "SSSN", 4096, {"attention": S2, "memory": {"tiles": 1024}}),
     ("small", "SN", 4096, {"attention": DENSE, "dtype": "bfloat16"}),
+    ("wide", "F", 4096, {"attention": S2, "dtype": "bfloat16"}),
+    ("wide", "SSSN", 4096, {"attention": DENSE, "dtype": "bfloat16"}),
 ]
 STEPS = {"time": 6, "memory": 4}
 SETTLED = 2  # the first step makes the optimizer's moments, and is followed by a checkpoint
