@@ -79,13 +79,13 @@ def plan(
 
 def convert(
     model: Where,
-    hybrid: str,
+    hybrid: Where,
     *,
     out: Where | None = None,
-    full_layers: str | None = None,
+    full_layers: str | Sequence[int] | None = None,
     budget: str | int | None = None,
     length: str | int | None = None,
-    calibration: str | None = None,
+    calibration: Where | None = None,
     calibration_tokens: str | int | None = None,
     i_know: bool = False,
     sliding_window: int | None = None,
@@ -98,23 +98,27 @@ def convert(
 ) -> ConversionReport:
     """Turn most layers into small sliding windows and leave a few full: a layout edit, the weights copied, a proof.
 
-    `hybrid` is a preset, a YAML file or a pattern of S, N, F; `full_layers="auto"` measures which to keep full.
+    `hybrid` is a preset, a YAML file or a pattern of S, N, F; `full_layers` layers from 0, "odd", "even", "last", or
+    "auto", which measures the ones to keep full.
     """
+    if full_layers is not None and not isinstance(full_layers, str):
+        full_layers = ",".join(map(str, full_layers))
     plan = plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
                         allow_pickle=allow_pickle, force=force)  # fmt: skip
-    request = plan_layers(plan, full_layers, budget=budget, length=length, calibration=calibration,
+    request = plan_layers(plan, full_layers, budget=budget, length=length,
+                          calibration=None if calibration is None else str(calibration),
                           calibration_tokens=calibration_tokens, i_know=i_know or None)  # fmt: skip
     return write_conversion(plan, layers_for(plan, request, say, told), gate=gate, force=force, say=say, told=told)
 
 
 def plan_convert(
-    model: Where, hybrid: str, *, out: Where | None, full_layers: str | None, **given: Any
+    model: Where, hybrid: Where, *, out: Where | None, full_layers: str | None, **given: Any
 ) -> ConversionPlan:
     """The conversion without its planner's choice; refuses what the model's files can decide."""
     from ctxext.model.convert import plan_conversion
 
     return plan_conversion(
-        str(model), hybrid, out=_path(out), full_layers=None if full_layers == AUTO else full_layers, **given
+        str(model), str(hybrid), out=_path(out), full_layers=None if full_layers == AUTO else full_layers, **given
     )
 
 
@@ -220,7 +224,7 @@ def finetune(
         if model is not None and not started_as(run, plan_asked(str(model), preset, given, needs_weights=True)):
             raise InputError(
                 f"{run} was started with another model, data or settings",
-                hint="give what it was started with, or force to begin anew, or another out",
+                hint="give what it was started with, or another out; or force, without resume, to begin anew",
             )
         plan = plan_resumed(run, {} if model is not None else given, accept=force)
     else:
@@ -244,16 +248,17 @@ def carry_out(
     """The run of a plan, new or resumed; a directory in which nothing was trained is removed again."""
     from ctxext.config.output import replacing
     from ctxext.train.launch import LOGS
-    from ctxext.train.run import discard_unstarted, go_on, start_run
+    from ctxext.train.run import alone, discard_unstarted, going_on, start_run
 
     if resume:
-        go_on(plan, run)
-        return _train(plan, run, True, launch, say, on_step)
+        with alone(run), going_on(plan, run):
+            return _train(plan, run, True, launch, say, on_step)
     read = [Path(part.source) for part in plan.spec.data.parts]
     with replacing(run, force, keep=[plan.source.path, repeats, *(path for path in read if path.exists())]):
         start_run(plan, run)
         try:
-            return _train(plan, run, False, launch, say, on_step)
+            with alone(run):
+                return _train(plan, run, False, launch, say, on_step)
         except BaseException:
             if not (run / LOGS).exists():  # which have the traceback of a process that died
                 discard_unstarted(run)

@@ -132,7 +132,7 @@ def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Itera
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def hold(file: IO[str], out: Path, what: str) -> None:
+def hold(file: IO[str] | int, out: Path, what: str) -> None:
     """Keep others from going on with `out` meanwhile; a file system without locks is taken as it is."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

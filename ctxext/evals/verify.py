@@ -100,7 +100,7 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     attention = attention or ("training" if spec else "inference")
     ctx = ctx or (spec.ctx if spec else source.usable_length)
     # What a run validates at has no say in what its attention sees, and may be longer than this ctx.
-    spec = replace(spec or FinetuneSpec(ctx=ctx), ctx=ctx, validation=ValidationSpec())
+    spec = replace(spec or FinetuneSpec(ctx=ctx), ctx=ctx, stages=(), validation=ValidationSpec())
     plan = plan_run(untrained or source, spec) if attention == "training" else None
     if plan and untrained is None:
         source = replace(plan.source, config=plan.config)

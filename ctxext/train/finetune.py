@@ -30,7 +30,7 @@ from ctxext.model.relayout import relayout
 from ctxext.ops.backends.choice import Call, choose
 from ctxext.train import metrics, recompute
 from ctxext.train.bundle import save_bundle
-from ctxext.train.checkpoint import Progress, load_newest, newest_step
+from ctxext.train.checkpoint import Progress, discard_after, load_newest, newest_step
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
@@ -96,10 +96,14 @@ def run_finetune(
         if resume:
             events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
         progress = progress or Progress()
+        if resume:  # of later steps are checkpoints that are damaged
+            engine.total()  # no rank is reading any longer
+            if engine.rank == 0:
+                discard_after(run, progress.done)
         if plan.stage_of(progress.done) is not stage:  # the newest checkpoint was damaged
             done = progress.done
             continue
-        if 0 < progress.done == stage.first:
+        if 0 < progress.done == stage.first or (progress.validation or {}).get("ctx", stage.spec.ctx) != stage.spec.ctx:
             progress = progress.at_next_ctx()
         try:
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
@@ -108,7 +112,7 @@ def run_finetune(
                 raise out_of_memory(stage, error) from error
             raise
         done, resume = progress.done, False
-        if stopped or done == plan.steps:
+        if stopped or done >= plan.steps:
             break
         del engine
         gc.collect()
@@ -129,8 +133,10 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
     with ranks.one_a_host_first() if ranks else nullcontext():
         cases = grid_cases(plan)
         sequences, held = prepare_data(plan, events)
-    if cases and held is None:
-        raise InputError("validation.passkey: there is nothing to validate", hint="give longer text, or leave it out")
+    wanted = {"passkey": cases, "max_short_ppl_increase": plan.spec.validation.max_short_ppl_increase}
+    if held is None and (given := [name for name, value in wanted.items() if value]):
+        message = f"validation.{given[0]}: there is nothing to validate"
+        raise InputError(message, hint="give longer text, or leave it out")
     model = _model(plan, device, dtype)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
@@ -152,7 +158,10 @@ def finish(
             step = progress.best_step
             events.say(f"the result is that of step {step}, the best by held-out loss ({progress.best_loss:.4f})")
         else:
-            events.say("warning: no step had a lower held-out loss than the start; the last weights are the result")
+            why = "no step had a lower held-out loss than the start"
+            if progress.best_step is not None:
+                why = f"the checkpoint of step {progress.best_step}, the best by held-out loss, is gone or damaged"
+            events.say(f"warning: {why}; the last weights are the result")
     lines = metrics.read(run / metrics.STEPS)
     facts = {
         "first_loss": lines[0]["loss"],

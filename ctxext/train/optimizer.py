@@ -8,7 +8,7 @@ rounded into the model. A parameter that is fp32 already is its own master.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,18 +85,25 @@ class MasterAdamW:
                 self.parameters[name].copy_(master)
 
 
-def by_parameter(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds of each parameter, by kind. Raises ModelError where it is of other `names`."""
+def by_parameter(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of each parameter, by kind. Raises ModelError where it is of others than `own`, by name,
+    or they have another shape."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         found.setdefault(name, {})[kind] = tensor
-    strange = sorted(found.keys() ^ set(names))
+    strange = sorted(found.keys() ^ own.keys())
     if strange:
         raise ModelError(
-            f"the checkpoint holds {len(found)} trained tensors, this run has {len(names)}, "
-            f"first difference {strange[0]}"
+            f"the checkpoint holds {len(found)} trained tensors, this run has {len(own)}, first difference {strange[0]}"
         )
+    for name, parameter in own.items():
+        stored, wanted = tuple(found[name][MASTER].shape), tuple(full_shape(parameter))
+        if stored != wanted:
+            raise ModelError(
+                f"the checkpoint holds {name} as {list(stored)}, this run trains {list(wanted)}",
+                hint="such a change needs a run of its own: start one, or leave the change out",
+            )
     return found
 
 

@@ -9,8 +9,10 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
-from ctxext.config.output import check_free
+from ctxext.config.output import check_free, hold
 from ctxext.data.documents import EMBEDDED, SELF, fingerprint
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
@@ -137,8 +139,7 @@ def data_hash(data: DataSpec) -> str | None:
 
 def discard_unstarted(run: Path) -> None:
     """Remove a run's directory when it failed before its first step was done: there is nothing in it to resume."""
-    metrics = run / "metrics.jsonl"
-    started = (metrics.exists() and metrics.stat().st_size) or any(run.glob("checkpoints/step-*"))
+    started = _metrics_size(run) > 0 or any(run.glob("checkpoints/step-*"))
     if (run / SPEC_FILE).is_file() and not started:
         shutil.rmtree(run)
 
@@ -149,8 +150,10 @@ def started_as(run: Path, plan: RunPlan) -> bool:
 
 
 def newest_unfinished(root: Path) -> Path:
-    """The run under `root` that was started last and is not finished. Raises InputError when there is none."""
+    """The run under `root` that was started last, is not finished and not being trained. Raises InputError when there
+    is none."""
     runs = [path.parent for path in root.glob(f"*/{SPEC_FILE}") if not (path.parent / manifests.FILE_NAME).exists()]
+    runs = [run for run in runs if not _in_use(run)]
     if not runs:
         raise InputError(f"no unfinished run under {root}/", hint="name one with --out")
     return max(runs, key=lambda run: (run / SPEC_FILE).stat().st_mtime_ns)
@@ -159,7 +162,7 @@ def newest_unfinished(root: Path) -> Path:
 def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept: bool = False) -> RunPlan:
     """The plan of an existing run; `changes` are fields of its spec by dotted path, such as optimizer.learning_rate.
 
-    Nothing is written: `go_on` does that.
+    Nothing is written: `going_on` does that.
     Raises InputError when the directory is no run, or the run is finished, or a change alters the spec and is not to
     be accepted; ModelError when the model it started from is not what it was.
     """
@@ -175,6 +178,9 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
             f"{run} was started with another spec: {', '.join(differ)}",
             hint="leave them out to go on as before, or add --force to go on with what is given",
         )
+    done = max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
+    if new.steps < done:
+        raise InputError(f"{run} is {done} steps far, more than steps: {new.steps}", hint=f"give {done} or more")
     plan = plan_run(start.source(), new)
     now = Start.of(plan)
     if now.weights != start.weights:
@@ -188,10 +194,49 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
     return plan
 
 
-def go_on(plan: RunPlan, run: Path) -> None:
-    """Before a resumed run trains: what `plan_resumed` was told to change becomes the run's spec."""
+@contextmanager
+def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
+    """A resumed run trains within the block: what `plan_resumed` was told to change becomes the run's spec, unless it
+    fails before anything was trained with it."""
+    before, trained = (run / SPEC_FILE).read_bytes(), _metrics_size(run)
     if not started_as(run, plan):
         write_spec(run, Start.of(plan))
+    try:
+        yield
+    except BaseException:
+        if _metrics_size(run) <= trained:
+            (run / SPEC_FILE).write_bytes(before)
+        raise
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """Keep others from training into `run` within the block. Raises InputError where one is at it."""
+    with _opened(run) as directory:
+        hold(directory, run, "training")
+        yield
+
+
+def _in_use(run: Path) -> bool:
+    try:
+        with alone(run):
+            return False
+    except InputError:
+        return True
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _metrics_size(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.stat().st_size if metrics.exists() else 0
 
 
 def plan_repeated(

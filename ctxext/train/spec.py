@@ -286,6 +286,8 @@ class ValidationSpec:
     def __post_init__(self) -> None:
         if self.passkey is not None and self.every_steps is None:
             raise ValueError("passkey: given, but every_steps: null means that nothing is validated")
+        if self.max_short_ppl_increase is not None and self.every_steps is None:
+            raise ValueError("max_short_ppl_increase: given, but every_steps: null means that nothing is validated")
 
 
 @spec

@@ -39,7 +39,8 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Validation:
-    """After `step` steps at `ctx`: losses in nats a token; `by_position` maps a bucket's first position to its loss."""
+    """After `step` steps at `ctx`: losses in nats a token; `by_position` maps a bucket's first position to its loss,
+    `short` is that of the first tokens, as many as the original length, or as ctx has."""
 
     step: int
     ctx: int
@@ -81,8 +82,9 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
     engine.model.train(training)
     flat = torch.tensor(engine.total(*sums.flatten().tolist())).view(-1, 2)
     means = {str(start): _mean(row) for start, row in zip(edges, flat[:-1], strict=False) if row[1] > 0}
-    short_loss = _mean(flat[-1]) if flat[-1, 1] > 0 else None
-    return Validation(step, T, _mean(flat[:-1].sum(0)), short_loss, means, passkey)
+    loss = _mean(flat[:-1].sum(0))
+    short_loss = loss if short == T else _mean(flat[-1]) if flat[-1, 1] > 0 else None
+    return Validation(step, T, loss, short_loss, means, passkey)
 
 
 def complaint(first: Validation, now: Validation, progress: Progress) -> str | None:

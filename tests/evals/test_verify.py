@@ -113,6 +113,13 @@ def test_an_unfinished_run_is_the_model_it_starts_from(model_dir, tmp_path):
     assert "no document mask" in certificate.notes[0]
 
 
+def test_a_run_of_several_contexts_is_measured_at_any(model_dir, tmp_path):
+    spec = build(FinetuneSpec, {"ctx": 256, "stages": [128], "steps": 2}, source="test")
+    start_run(plan_run(resolve(str(model_dir())), spec), tmp_path / "run")
+    found = plan_launch(str(tmp_path / "run"), ctx=128)
+    assert found.ctx == 128 and verify(found, device="cpu").failed == ()
+
+
 def test_a_long_ctx_is_measured_in_proportion(model_dir):
     launch = plan_launch(str(model_dir("llama")), attention="training", ctx=100 * 1024)
     assert (launch.planned_group, launch.group_size, launch.T) == (25_600, 511, 2047)

@@ -163,6 +163,14 @@ def test_every_function_of_the_package_is_found_by_name():
         ctxext.nothing  # noqa: B018
 
 
+def test_from_python_paths_and_lists_are_taken_as_they_come(model_dir, tmp_path):
+    (tmp_path / "own.yaml").write_text("layer_pattern: SN\nsliding_window: 8\n")
+    made = api.convert(model_dir(), tmp_path / "own.yaml", full_layers=[1, 2], out=tmp_path / "a", gate=False)
+    assert made.layout == "SNNS, window 8"
+    with pytest.raises(InputError, match="calibration is for the planner"):
+        api.convert(model_dir(), "SN", sliding_window=8, calibration=tmp_path, out=tmp_path / "b")
+
+
 def test_every_preset_that_ships_is_in_order():
     found = validated()
     assert set(READ) == set(presets.KINDS) and len(found) > 30

@@ -8,21 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from ctxext.config.loader import build
-from ctxext.errors import CheckFailed, InputError
+from ctxext import api
+from ctxext.config.loader import build, set_value
+from ctxext.errors import CheckFailed, InputError, ModelError
 from ctxext.model.source import resolve
 from ctxext.train import checkpoint, loop
 from ctxext.train.finetune import run_finetune
 from ctxext.train.loop import Events
 from ctxext.train.metrics import read
 from ctxext.train.plan import plan_run
-from ctxext.train.run import go_on, plan_resumed, start_run
+from ctxext.train.run import alone, going_on, newest_unfinished, plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec
 
 RESULT = "adapter_model.safetensors"
@@ -219,8 +221,8 @@ def test_a_changed_spec_is_refused_by_name_and_taken_when_told(plan, tmp_path):
     assert plan_resumed(run, {"steps": 8}).spec == plan.spec
     accepted = plan_resumed(run, changes, accept=True)
     assert accepted.steps == 3 and plan_resumed(run).steps == 8  # until it goes on
-    go_on(accepted, run)
-    assert run_finetune(plan_resumed(run), run, resume=True).steps_done == 3
+    with going_on(accepted, run):
+        assert run_finetune(plan_resumed(run), run, resume=True).steps_done == 3
 
 
 # Kills
@@ -264,3 +266,76 @@ def test_twenty_kills_at_random_moments(plan, whole, tmp_path):
         for i in range(20)
     ]
     assert sum("resuming after step" in line for line in said) >= 10, said
+
+
+def test_a_damaged_newest_checkpoint_does_not_push_out_what_is_saved_after_it(plan, whole, tmp_path):
+    """It stays the newest by its number: the ones of a resumed run would be taken for older ones, and removed."""
+    run = tmp_path / "run"
+    start_run(plan, run)
+    run_finetune(plan, run, events=stop_after(7))
+    with (run / "checkpoints/step-000007" / checkpoint.TENSORS).open("ab") as file:
+        file.write(b"x")
+    said = []
+    report = run_finetune(plan_resumed(run), run, resume=True, events=Events(said.append, stop_after(6 + 1).on_step))
+    assert report.steps_done == 7 and any("is damaged" in line for line in said)
+    assert checkpoint.newest_step(run) == 7 and len(list((run / "checkpoints").iterdir())) == 3
+    assert not any("is damaged" in line for line in resumed(run))
+    assert_equal(run, whole)
+
+
+def test_fewer_steps_than_are_done_are_refused_at_once(plan, tmp_path):
+    run = tmp_path / "run"
+    start_run(plan, run)
+    run_finetune(plan, run, events=stop_after(4))
+    with pytest.raises(InputError, match="4 steps far, more than steps: 2"):
+        plan_resumed(run, {"steps": 2}, accept=True)
+    assert run_finetune(plan_resumed(run, {"steps": 4}, accept=True), run, resume=True).finished
+
+
+def test_a_change_that_the_checkpoint_cannot_take_is_told_and_the_spec_is_as_it_was(plan, tmp_path):
+    run = tmp_path / "run"
+    start_run(plan, run)
+    run_finetune(plan, run, events=stop_after(2))
+    before = (run / "spec.yaml").read_bytes()
+    accepted = plan_resumed(run, {"lora.rank": 4, "lora.alpha": 16.0}, accept=True)
+    with (
+        pytest.raises(ModelError, match=r"the checkpoint holds .*lora_A.* as \[8, .*trains \[4, "),
+        going_on(accepted, run),
+    ):
+        run_finetune(accepted, run, resume=True)
+    assert (run / "spec.yaml").read_bytes() == before and not resumed(run)[0].startswith("warning")
+
+
+def test_one_training_at_a_time(plan, tmp_path):
+    run = tmp_path / "runs" / "run"
+    start_run(plan, run)
+    run_finetune(plan, run, events=stop_after(2))
+    with alone(run):
+        with pytest.raises(InputError, match="is being written by another training"):
+            api.carry_out(plan, run, resume=True, force=False, launch=None, say=print, on_step=print)
+        with pytest.raises(InputError, match="no unfinished run"):
+            newest_unfinished(tmp_path / "runs")
+    assert newest_unfinished(tmp_path / "runs") == run
+    silent = lambda *_: None  # noqa: E731
+    assert api.carry_out(plan, run, resume=True, force=False, launch=None, say=silent, on_step=silent).finished
+
+
+def test_a_resumed_run_at_another_ctx_starts_its_losses_anew(plan, tmp_path):
+    """The loss at 64 tokens is no start of 96, nor its best."""
+    fields = {"validation.every_steps": 2, "validation.result": "best"}
+    run, plan = tmp_path / "run", plan_run(plan.source, build(FinetuneSpec, spec_with(plan, fields), source="test"))
+    start_run(plan, run)
+    run_finetune(plan, run, events=stop_after(4))
+    longer = plan_resumed(run, {"ctx": 96}, accept=True)
+    with going_on(longer, run):
+        report = run_finetune(longer, run, resume=True)
+    lines = read(run / "validation.jsonl")
+    assert [(line["step"], line["ctx"]) for line in lines] == [(0, 64), (2, 64), (4, 64), (4, 96), (6, 96), (8, 96)]
+    assert report.held_out == (lines[3]["loss"], lines[5]["loss"])
+
+
+def spec_with(plan, changes):
+    fields = asdict(plan.spec)
+    for path, value in changes.items():
+        set_value(fields, path, value)
+    return fields

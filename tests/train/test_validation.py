@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ctxext.config import presets
 from ctxext.config.loader import build
-from ctxext.errors import CheckFailed, EnvironmentFault, InputError
+from ctxext.errors import CheckFailed, EnvironmentFault, InputError, SpecError
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.train import engine, loop, telemetry
@@ -210,3 +211,41 @@ def test_telemetry_gets_the_numbers_of_the_files(make_plan, tmp_path, monkeypatc
     assert [written[step]["train/loss"] for step in (1, 2)] == [line["loss"] for line in lines]
     assert written[2]["held-out/loss"] == last["loss"] and written[2]["held-out/from 64"] == last["by_position"]["64"]
     assert lines[0]["flops_per_second"] == pytest.approx(plan.step_flops / lines[0]["seconds"])
+
+
+def test_the_guard_holds_where_the_run_is_as_long_as_the_original(make_plan, tmp_path):
+    """As healing is: the whole sequence is what is short."""
+    plan = make_plan(ctx=64, steps=2, optimizer={"learning_rate": 0.05, "warmup_steps": 0},
+                     faults={"on_divergence": "stop"}, validation={"max_short_ppl_increase": 0.01})  # fmt: skip
+    assert plan.positions.original_length == plan.spec.ctx
+    run = tmp_path / "run"
+    start_run(plan, run)
+    with pytest.raises(CheckFailed, match=r"original length rose by .*allows 1.0%"):
+        run_finetune(plan, run)
+    lines = [json.loads(line) for line in (run / "validation.jsonl").open()]
+    assert [line["short"] for line in lines] == [line["loss"] for line in lines]
+
+
+def test_a_guard_that_could_not_look_is_refused(make_plan, tmp_path):
+    with pytest.raises(SpecError, match="max_short_ppl_increase: given, but every_steps: null"):
+        make_plan(validation={"max_short_ppl_increase": 0.1, "every_steps": None})
+    (tmp_path / "short.txt").write_text("Too short to hold anything out of it. " * 6)
+    plan = make_plan(ctx=64, data={"source": str(tmp_path / "short.txt")}, validation={"max_short_ppl_increase": 0.1})
+    start_run(plan, tmp_path / "run")
+    with pytest.raises(InputError, match="max_short_ppl_increase: there is nothing to validate"):
+        run_finetune(plan, tmp_path / "run")
+
+
+def test_a_best_checkpoint_that_was_lost_is_said_to_be(make_plan, tmp_path, monkeypatch):
+    plan = make_plan(validation={"every_steps": 2, "result": "best"})
+    planted = {0: 5.0, 2: 1.0, 4: 3.0}
+    monkeypatch.setattr(loop, "validate", lambda *x: Validation(x[3], 128, planted[x[3]], None, {}))
+
+    def on_step(metrics):
+        if metrics.step == 4:
+            shutil.rmtree(tmp_path / "run/checkpoints/step-000002")
+
+    said: list[str] = []
+    start_run(plan, tmp_path / "run")
+    run_finetune(plan, tmp_path / "run", events=Events(said.append, on_step))
+    assert "warning: the checkpoint of step 2, the best by held-out loss, is gone or damaged" in "\n".join(said)
