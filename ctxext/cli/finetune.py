@@ -222,9 +222,8 @@ def _step_row(report: FinetuneReport, predicted: Estimate | None) -> str:
 def _losses(report: FinetuneReport, plan: RunPlan) -> str:
     if plan.spec.distill is None:
         return f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"
-    if len(plan.spec.distill.objectives) > 1:  # the first is of another objective
-        return f"{report.final_loss:.3f} of the last objective"
-    return f"{report.first_loss:.3f} -> {report.final_loss:.3f} of what is learned from the teacher"
+    what = "the last objective" if len(plan.spec.distill.objectives) > 1 else "what is learned from the teacher"
+    return f"{report.first_loss:.3f} -> {report.final_loss:.3f} of {what}"
 
 
 def _held_out(report: FinetuneReport) -> str:

@@ -50,6 +50,7 @@ NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from 
 class FinetuneReport:
     """What a run did. `finished` is False when it was interrupted; memory in bytes.
 
+    first_loss, final_loss  of the first and the last step at the last ctx and with the last objective
     held_out   loss on held-out text before the first and after the last step at ctx, under the attention it runs with
     spikes     steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
     rollbacks  times it went back to a checkpoint because the loss or the gradient went wrong
@@ -164,7 +165,7 @@ def finish(
             events.say(f"warning: {why}; the last weights are the result")
     lines = metrics.read(run / metrics.STEPS)
     facts = {
-        "first_loss": lines[0]["loss"],
+        "first_loss": _comparable(plan, lines)[0]["loss"],
         "final_loss": lines[-1]["loss"],
         "steps": progress.done,
         "result_step": step,
@@ -194,7 +195,7 @@ def report(plan: RunPlan, run: Path, progress: Progress, count: int | None, seco
         finished=progress.done == plan.steps,
         steps_done=progress.done,
         steps=plan.steps,
-        first_loss=lines[0]["loss"] if lines else None,
+        first_loss=_comparable(plan, lines)[0]["loss"] if lines else None,
         final_loss=lines[-1]["loss"] if lines else None,
         held_out=(held_out[0], held_out[-1]) if held_out else None,
         seconds=round(seconds, 1),
@@ -204,6 +205,13 @@ def report(plan: RunPlan, run: Path, progress: Progress, count: int | None, seco
         trained_tensors=count,
         seconds_per_step=statistics.median(line["seconds"] for line in lines[1:] or lines) if lines else None,
     )
+
+
+def _comparable(plan: RunPlan, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The steps whose losses are of what the last one's is: its ctx, and what it learns from a teacher."""
+    last = lines[-1]["step"] - 1
+    first, objective = plan.stage_of(last).first, plan.objective_at(last)
+    return [line for line in lines if line["step"] > first and plan.objective_at(line["step"] - 1) == objective]
 
 
 def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:

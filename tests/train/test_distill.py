@@ -377,6 +377,7 @@ def test_a_run_heals_and_resumes_to_the_same_numbers(convert, text, tmp_path):
     report = run(whole, tmp_path / "whole")
     found = losses(tmp_path / "whole")
     assert report.finished and found[1] < found[0] and found[-1] < 0.95 * found[2]
+    assert (report.first_loss, report.final_loss) == (found[2], found[-1])  # both of the last objective
 
     def stop(metrics):
         if metrics.step == 3:

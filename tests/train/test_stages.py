@@ -46,6 +46,10 @@ def whole(plan, tmp_path_factory):
     return out
 
 
+def interrupt():
+    signal.raise_signal(signal.SIGTERM)
+
+
 def lines(run, name="metrics.jsonl"):
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
@@ -88,6 +92,16 @@ def test_the_model_of_each_stage_has_its_rope_and_the_optimizer_goes_on(plan, tm
     assert rates[:2] == [0.5, 1.0] and rates[2:] == sorted(rates[2:], reverse=True)
     validated = [(line["step"], line["ctx"]) for line in lines(tmp_path / "run", "validation.jsonl")]
     assert validated == [(0, 64), (2, 64), (2, 128), (4, 128), (4, 256), (6, 256)]
+
+
+def test_the_losses_that_a_run_reports_are_of_its_last_context(plan, whole, tmp_path):
+    losses = [line["loss"] for line in lines(whole)]
+    facts = json.loads((whole / "ctxext.json").read_text())["facts"]
+    assert (facts["first_loss"], facts["final_loss"]) == (losses[4], losses[5])
+
+    start_run(plan, tmp_path / "run")
+    stopped = run_finetune(plan, tmp_path / "run", events=Events(on_step=lambda line: line.step == 2 and interrupt()))
+    assert (stopped.first_loss, stopped.final_loss) == (losses[0], losses[1])  # it ended in the first
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
