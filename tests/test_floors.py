@@ -39,6 +39,7 @@ LIGHT_FILES = {
     "model/source.py",
     "model/layout.py",
     "model/families.py",
+    "model/frequencies.py",
     "model/positions.py",
     "model/adapter_plan.py",
     "train/spec.py",

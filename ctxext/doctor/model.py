@@ -197,7 +197,7 @@ def _positions(path: Path, config: Config) -> str:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    from ctxext.model.positions import check_realised
+    from ctxext.model.frequencies import check_realised
 
     small = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "moe_intermediate_size": 8}
     raw = read_config(path) | {"head_dim": config["head_dim"]} | dict.fromkeys(SPECIAL)
@@ -217,9 +217,12 @@ def _positions(path: Path, config: Config) -> str:
 def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
     """What a run said its positions are, against the config that lies there now."""
     facts = manifest.facts if manifest else {}
-    meant, found = facts.get("rope_parameters"), []
-    if meant and meant != rope_of(config):
-        text = f"the run meant {meant}, config.json has {rope_of(config)}"
+    meant, found, rope = facts.get("rope_parameters") or facts.get("source_rope_parameters"), [], rope_of(config)
+    if meant and "original_max_position_embeddings" not in meant:  # older runs left it to transformers
+        rope.pop("original_max_position_embeddings", None)
+    if meant and rope and meant != rope:
+        text = f"{'the run' if manifest and manifest.kind != 'conversion' else 'the conversion'} meant {meant}, "
+        text += f"config.json has {rope}"
         found.append(Finding("positions meant", "failure", text, "put the run's own config.json back"))
     usable, claimed = facts.get("usable_length"), usable_length(config)
     if usable and usable > claimed:

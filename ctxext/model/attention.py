@@ -169,7 +169,7 @@ def _by_log_position(query: Tensor, keys: int, starts: Tensor | None, a: float) 
     `document_starts` above.
     """
     t = torch.arange(keys - query.shape[2], keys, device=query.device)[None]  # [1, T]
-    t = t if starts is None else t - starts  # [B, T]
+    t = t if starts is None else t - starts.to(t.device)  # [B, T]
     factor = torch.log(t + a) / math.log(a)
     return query * factor[:, None, :, None].to(query.dtype)
 

@@ -93,6 +93,7 @@ DEFAULTS: dict[str, Config] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+    "smollm3": {"rope_theta": 2e6},
 }
 ROPE_FIELDS = {  # rope_type: the numbers it cannot do without
     "default": (),
@@ -150,6 +151,8 @@ def normalise(config: Config) -> Config:
     config.setdefault("rms_norm_eps", 1e-6)
     if config["model_type"] == "mellum" and not config.get("layer_types"):
         config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    if config.get("original_max_position_embeddings") is None:
+        config.pop("original_max_position_embeddings", None)
     config["rope_parameters"] = _rope_parameters(config)
     return config
 
@@ -166,7 +169,7 @@ def _rope_parameters(config: Config) -> Config:
         types = config["layer_types"]
         return {name: _mellum_rope(rope, name, config) for name in LAYER_TYPES if name in rope or name in types}
     rope = {"rope_theta": 10000.0 if theta is None else theta} | rope
-    return _one_rope(rope, config["head_dim"])
+    return _one_rope(rope, config, config.get("original_max_position_embeddings"))
 
 
 def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
@@ -177,22 +180,27 @@ def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
     if name == "sliding_attention" and name in config["layer_types"] and config.get("sliding_window") is None:
         raise ModelError("config.json: layers of sliding_attention, and no sliding_window")
     if {key: value for key, value in one.items() if key != "rope_theta"} != NO_ROPE:
-        return _one_rope(one, config["head_dim"])
+        return _one_rope(one, config)
     check_rope(one, config["head_dim"])
     return dict(one)
 
 
-def _one_rope(rope: Config, head_dim: int) -> Config:
+def _one_rope(rope: Config, config: Config, original: int | None = None) -> Config:
+    """One set of RoPE parameters, complete. `original`: what stands beside them, which transformers prefers."""
     if by_type := [name for name in LAYER_TYPES if name in rope]:
         raise ModelError(f"config.json: RoPE parameters for {by_type[0]} inside those for all layers")
     rope = dict(rope)
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"  # where both stand, transformers' choice
+    rope.pop("type", None)
     if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in ROPE_FIELDS:
         raise ModelError(f"config.json: rope_type {rope['rope_type']!r}; supported are {', '.join(ROPE_FIELDS)}")
     for field in ("rope_theta", *ROPE_FIELDS[rope["rope_type"]]):
         if rope.get(field) is None:
             raise ModelError(f"config.json: {rope['rope_type']} RoPE needs {field}")
-    check_rope(rope, head_dim)
+    check_rope(rope, config["head_dim"])
+    if rope["rope_type"] in ("yarn", "longrope", "llama3"):
+        stated = original or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = stated or config["max_position_embeddings"]
     return rope
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def run_gate(
 
 
 def _build(config: Config) -> Any:
-    return CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))
 
 
 def _logits(directory: Path, config: Any, ids: Tensor, rounded_to: torch.dtype | None) -> Tensor:

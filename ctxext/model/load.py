@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,8 +17,8 @@ from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import attention
 from ctxext.model.adapters import open_adapter
 from ctxext.model.families import Config
+from ctxext.model.frequencies import check_realised, forget_lengths
 from ctxext.model.layout import LayerKind, pattern_text
-from ctxext.model.positions import check_realised
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.model.weights import HEAD, ignored
 
@@ -77,10 +78,11 @@ def build_model(
     """The stock class of a normalised config, filled from the checkpoint in `weights`, RoPE checked as realised.
 
     `quantize` nf4 or int8 stores the linear layers' weights through bitsandbytes as they are read, on `device`; the
-    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing or left over.
+    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing or left over, and for a tied
+    model whose stored head is another matrix than its embeddings.
     """
     name = attention.register()
-    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))  # which may write into what is nested
     model, info = AutoModelForCausalLM.from_pretrained(
         weights,
         config=hf_config,
@@ -97,7 +99,15 @@ def build_model(
             f"{weights}: {len(lost)} weights missing or of another shape, {len(stray)} left over, "
             f"first {(lost + stray)[0]}"
         )
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if config["tie_word_embeddings"] and head.weight is not embeddings.weight:  # transformers leaves such a pair untied
+        raise ModelError(
+            f"{weights}: config.json says tied embeddings, but {HEAD} differs from them",
+            hint="set tie_word_embeddings to false in config.json if the head is its own",
+        )
+    embeddings.padding_idx = None  # nothing is padded here, and the row of a token that is also the EOS has to train
     check_realised(model, config)
+    forget_lengths(model, config)
     return model
 
 

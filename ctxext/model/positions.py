@@ -1,8 +1,7 @@
-"""RoPE for a longer context: which scaling, from which original length, and what the frequencies come out as.
+"""RoPE for a longer context: which scaling, and from which original length.
 
 Every scaling is derived from the ORIGINAL trained length, however often a model was extended before, and written as
-transformers' own `rope_parameters`; transformers builds the model from them. `inverse_frequencies` states the same
-formulas once more, in plain Python, so that what was built can be compared with what was meant.
+transformers' own `rope_parameters`; transformers builds the model from them, and frequencies.py compares.
 
 Sources: linear (position interpolation) arXiv 2306.15595; YaRN 2309.00071; LongRoPE 2402.13753; NTK-aware and dynamic
 scaling as in transformers; llama3 as released with Llama 3.1. `ntk` and `abf` only change theta; transformers has no
@@ -14,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from ctxext.config.loader import spec
-from ctxext.errors import CheckFailed, InputError, ModelError
+from ctxext.errors import InputError
 from ctxext.model.families import Config, family_of, rope_of, with_rope
 from ctxext.model.layout import LayerKind
 from ctxext.units import format_tokens
@@ -121,11 +121,13 @@ class PositionPlan:
     reach                    the farthest any layer with RoPE looks at this ctx, in tokens
     factor                   reach (or ctx) over original_length, as used; 1.0 when nothing is scaled
     max_position_embeddings  tokens; what the saved config says
+    usable_length            tokens that a model trained so bears
     summary                  one line for the screen
     """
 
     rope_parameters: Config | None
     max_position_embeddings: int
+    usable_length: int
     original_length: int | None
     reach: int
     factor: float
@@ -162,13 +164,7 @@ def plan_positions(
     """
     rope, kinds = rope_of(config), family_of(config).kinds(config)
     reach = reach_of(kinds, ctx)
-    longest = max(ctx, config["max_position_embeddings"])
-
-    def keep(summary: str) -> PositionPlan:
-        # a raised max_position_embeddings would keep dynamic scaling from ever starting
-        limit = config["max_position_embeddings"] if rope.get("rope_type") == "dynamic" else longest
-        return PositionPlan(None, limit, original_length, reach, 1.0, summary)
-
+    keep = partial(_kept, config, ctx, original_length, usable_length, reach)
     automatic = scaling.type == "auto"
     if scaling.type == "none":
         return keep("positions untouched, as asked")
@@ -193,18 +189,46 @@ def plan_positions(
             f"{format_tokens(original_length)}, nothing needs scaling",
             hint="use rope_scaling none or auto",
         )
+    return _scaled(config, scaling, ctx, original_length, reach, automatic)
+
+
+def _kept(
+    config: Config, ctx: int, original_length: int | None, usable_length: int, reach: int, summary: str
+) -> PositionPlan:
+    """The positions stay as they are, at a length that may be beyond any before."""
+    rope, limit = rope_of(config), max(ctx, config["max_position_embeddings"])
+    if rope.get("rope_type") == "dynamic":  # a raised max_position_embeddings would keep it from ever starting
+        limit = config["max_position_embeddings"]
+    stated = rope.get("original_max_position_embeddings")
+    if None not in (stated, original_length) and stated != original_length:
+        raise InputError(
+            f"--original-length {format_tokens(original_length or 0)}: the RoPE that this model keeps is "
+            f"{rope['rope_type']} from {format_tokens(stated)} tokens",
+            hint="leave it out, or give rope_scaling, which is derived from it",
+        )
+    return PositionPlan(None, limit, max(ctx, usable_length), original_length, reach, 1.0, summary)
+
+
+def _scaled(config: Config, scaling: Any, ctx: int, original_length: int, reach: int, automatic: bool) -> PositionPlan:
+    """The positions under a scaling; where it is `automatic`, nothing trained is stretched less than before."""
+    rope = rope_of(config)
     default = float(math.ceil((reach if automatic else ctx) / original_length))
+    if automatic and rope.get("rope_type") == scaling.type:
+        default = max(default, rope.get("factor") or 1.0)
     factor = getattr(scaling, "factor", None) or default
     theta = original_theta(config)
     parameters = _rope_parameters(scaling, theta, config["head_dim"], factor, original_length)
-    if scaling.type == "dynamic":
-        longest = original_length
+    if automatic and scaling.type == "ntk":
+        parameters["rope_theta"] = max(parameters["rope_theta"], rope["rope_theta"])
     change = f"theta {parameters['rope_theta']:g}" if scaling.type in ("ntk", "abf") else f"factor {factor:g}"
     summary = (
         f"{scaling.type}, {change}, from the original {format_tokens(original_length)} "
         f"(layers with RoPE reach {format_tokens(reach)})"
     )
-    return PositionPlan(parameters, longest, original_length, reach, factor, summary)
+    if scaling.type in ("linear", "yarn") and factor * original_length < reach:
+        summary += f"; beyond {format_tokens(int(factor * original_length))} positions are ones it never saw"
+    longest = original_length if scaling.type == "dynamic" else ctx
+    return PositionPlan(parameters, longest, ctx, original_length, reach, factor, summary)
 
 
 def _same_type(rope: Config, theta: float) -> Any:
@@ -213,7 +237,8 @@ def _same_type(rope: Config, theta: float) -> Any:
     if old == "llama3":
         return Llama3(low_freq_factor=rope["low_freq_factor"], high_freq_factor=rope["high_freq_factor"])
     if old == "yarn":
-        return Yarn(beta_fast=rope.get("beta_fast") or 32.0, beta_slow=rope.get("beta_slow") or 1.0)
+        betas = {"beta_fast": rope.get("beta_fast") or 32.0, "beta_slow": rope.get("beta_slow") or 1.0}
+        return Yarn(**betas, attention_factor=rope.get("attention_factor"))
     if old == "longrope":
         raise InputError(
             "this model uses longrope: its factors hold for one length",
@@ -267,90 +292,3 @@ def _rope_parameters(scaling: Any, theta: float, head_dim: int, factor: float, o
                 "original_max_position_embeddings": original,
             }
     raise AssertionError(scaling)
-
-
-def inverse_frequencies(rope: Config, head_dim: int, max_positions: int, length: int = 0) -> tuple[list[float], float]:
-    """(the head_dim / 2 angles per token of position, the factor on cos and sin), by the papers' formulas.
-
-    `length` is the running length in tokens, which dynamic and longrope depend on; 0 is a freshly built model.
-    """
-    theta, kind = float(rope["rope_theta"]), rope.get("rope_type", "default")
-    steps = [2 * i / head_dim for i in range(head_dim // 2)]
-    plain = [theta**-step for step in steps]
-    factor = rope.get("factor")
-    original = rope.get("original_max_position_embeddings", max_positions)
-    if kind == "default":
-        return plain, 1.0
-    if kind == "linear":
-        return [f / factor for f in plain], 1.0
-    if kind == "dynamic":
-        ratio = factor * max(length, max_positions) / max_positions - (factor - 1)
-        theta *= ratio ** (head_dim / (head_dim - 2))
-        return [theta**-step for step in steps], 1.0
-    if kind == "llama3":
-        return [_llama3_frequency(f, rope, original) for f in plain], 1.0
-    if kind == "longrope":
-        factor = factor or max_positions / original
-        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        stretch = rope["long_factor"] if length > original else rope["short_factor"]
-        return [f / s for f, s in zip(plain, stretch, strict=True)], rope.get("attention_factor") or scale
-    if kind == "yarn":
-        factor = factor or max_positions / original
-        return _yarn_frequencies(plain, rope, theta, head_dim, factor, original), (
-            rope.get("attention_factor") or (0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
-        )
-    raise ModelError(
-        f"rope_type {kind!r} is not supported; supported are default, linear, dynamic, yarn, longrope, llama3"
-    )
-
-
-def _llama3_frequency(frequency: float, rope: Config, original: int) -> float:
-    turns = original * frequency / (2 * math.pi)  # rotations within the original length
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    ramp = min(max((turns - low) / (high - low), 0.0), 1.0)
-    return frequency * (ramp + (1 - ramp) / rope["factor"])
-
-
-def _yarn_frequencies(
-    plain: list[float], rope: Config, theta: float, dim: int, factor: float, original: int
-) -> list[float]:
-    def index(rotations: float) -> float:  # the frequency index that turns so often within the original length
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low = max(math.floor(index(rope.get("beta_fast") or 32.0)), 0)
-    high = min(math.ceil(index(rope.get("beta_slow") or 1.0)), dim - 1)
-    span = high - low or 0.001
-    ramp = [min(max((i - low) / span, 0.0), 1.0) for i in range(dim // 2)]
-    return [f * (1 - r) + f / factor * r for f, r in zip(plain, ramp, strict=True)]
-
-
-def check_realised(model: Any, config: Config) -> float:
-    """Compare the frequencies a built model holds with the intended ones; returns the largest relative difference.
-
-    Raises CheckFailed when they differ by more than 1e-5: then a config edit did nothing, or did something else.
-    """
-    rope = rope_of(config)
-    if not rope:
-        return 0.0
-    intended, scale = inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"])
-    worst = 0.0
-    for prefix in _rope_prefixes(config):
-        rotary = model.get_decoder().rotary_emb
-        realised = getattr(rotary, f"{prefix}inv_freq").tolist()
-        if len(realised) != len(intended):
-            raise CheckFailed(f"the built model has {len(realised)} RoPE frequencies, {len(intended)} were meant")
-        pairs = [*zip(realised, intended, strict=True), (getattr(rotary, f"{prefix}attention_scaling"), scale)]
-        worst = max(worst, *(abs(got - meant) / abs(meant) for got, meant in pairs))
-    if worst > 1e-5:
-        raise CheckFailed(
-            f"the built model's RoPE frequencies differ from the intended by {worst:.1e} (relative), for {rope}",
-            hint="please report this with your transformers version",
-        )
-    return worst
-
-
-def _rope_prefixes(config: Config) -> list[str]:
-    if "rope_type" in config["rope_parameters"]:
-        return [""]
-    kinds = family_of(config).kinds(config)
-    return sorted({f"{name}_" for kind, name in zip(kinds, config["layer_types"], strict=True) if kind.use_rope})

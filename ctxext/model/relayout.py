@@ -9,6 +9,7 @@ frequencies alone. Quantised weights are shared as well: what is shared is the m
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from ctxext.errors import ModelError
 from ctxext.model import attention
 from ctxext.model.families import Config
+from ctxext.model.frequencies import check_realised, forget_lengths
 from ctxext.model.load import causal_lm
-from ctxext.model.positions import check_realised
 
 
 def relayout(model: Any, config: Config) -> PreTrainedModel:
@@ -32,7 +33,7 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
     weight of `config` is not among the model's.
     """
     base = causal_lm(model)
-    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))
     hf_config._attn_implementation = attention.register()
     with init_empty_weights(include_buffers=False):
         other: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
@@ -57,6 +58,7 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
     check_realised(other, config)
+    forget_lengths(other, config)
     result: PreTrainedModel = other.eval()
     return result
 

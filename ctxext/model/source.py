@@ -20,7 +20,7 @@ from ctxext.config.manifest import Manifest
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model.companions import CARD, LICENCES
 from ctxext.model.config_fields import FACTS, PARENT, check_fields
-from ctxext.model.families import Config, expected_tensors, family_of, hybrid_config, model_shape, normalise
+from ctxext.model.families import Config, expected_tensors, family_of, hybrid_config, model_shape, normalise, rope_of
 from ctxext.model.layout import LayerKind, kinds_of
 from ctxext.model.weights import ADAPTER_FILE, TensorInfo, check_tensors, only_pickles, read_header, read_tensors
 from ctxext.ops.cost import ModelShape
@@ -74,7 +74,11 @@ class ModelSource:
         return self.path
 
     def with_original_length(self, tokens: int | None) -> ModelSource:
-        return self if tokens is None else replace(self, original_length=tokens)
+        """The same model, first trained at `tokens`."""
+        if tokens is None:
+            return self
+        told = self.config | {"original_max_position_embeddings": tokens}
+        return replace(self, original_length=tokens, usable_length=max(self.usable_length, usable_length(told)))
 
 
 def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> ModelSource:
@@ -152,19 +156,21 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def original_length(config: Config) -> int | None:
     """The first trained length a config tells of, in tokens; None when its RoPE is scaled from an unstated length."""
-    rope = config["rope_parameters"]
-    rope = rope if "rope_type" in rope else next(iter(rope.values()))
+    rope = rope_of(config)
     stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
-    if stated is None and rope["rope_type"] == "linear":
+    if stated is None and rope.get("rope_type") == "linear":
         return None
     return int(stated or config["max_position_embeddings"])
 
 
 def usable_length(config: Config) -> int:
-    """The length a config claims to bear, in tokens: max_position_embeddings, times the factor of dynamic scaling."""
-    rope = config["rope_parameters"]
-    stretch = rope["factor"] if rope.get("rope_type") == "dynamic" else 1
-    return int(config["max_position_embeddings"] * stretch)
+    """The length a config claims to bear, in tokens: max_position_embeddings, or the original length times the factor
+    that interpolates it where that is more (many configs of scaled models keep the first number as it was)."""
+    rope, claimed = rope_of(config), config["max_position_embeddings"]
+    original = original_length(config)
+    if original is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn", "longrope"):
+        return int(claimed)
+    return int(max(claimed, original * (rope.get("factor") or 1)))
 
 
 def original_config(source: ModelSource) -> Config:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ctxext.model.families import Config, rope_of
+from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.layout import LayerKind
-from ctxext.model.positions import inverse_frequencies
 from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, lower_bounds
 

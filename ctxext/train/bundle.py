@@ -54,7 +54,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
         | {
             "name": run_name(plan),
             "original_length": plan.positions.original_length,
-            "usable_length": max(plan.spec.ctx, plan.source.usable_length),
+            "usable_length": plan.positions.usable_length,
             "positions": plan.positions.summary,
             "rope_parameters": rope_of(plan.config),
             "layout": pattern_text(plan.kinds),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ctxext.data.documents import EMBEDDED, SELF
-from ctxext.errors import InputError, ModelError
+from ctxext.errors import InputError
 from ctxext.model.adapter_plan import Trainables, plan_trainables
 from ctxext.model.families import Config, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
@@ -19,8 +19,8 @@ from ctxext.model.positions import Auto, PositionPlan, plan_positions
 from ctxext.model.source import ModelSource
 from ctxext.ops import cost
 from ctxext.ops.masks import Pattern
-from ctxext.train import recompute
 from ctxext.train.measured import measured_length
+from ctxext.train.refuse import refuse
 from ctxext.train.schedule import Attention, attention_at, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
 from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
@@ -28,7 +28,6 @@ from ctxext.units import format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
 QUANTIZED = {"none": None, "nf4": 0.52, "int8": 1.0}  # bytes of a weight, scales included
-NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels take whole ones alone
 S2_ONLY = ("group_size", "grow", "shift")  # of AttentionSpec; dense_last holds of a run that is dense throughout
 GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx / 4
 
@@ -211,7 +210,7 @@ def plan_run(
 
     Raises InputError or ModelError for whatever cannot be trained as asked.
     """
-    _refuse(source, spec, on_gpu(gpu))
+    refuse(source, spec, on_gpu(gpu))
     source = source.with_original_length(spec.original_length)
     spec = _rooted(spec)
     teacher = plan_teacher(source, spec)
@@ -308,7 +307,7 @@ def _earlier(source: ModelSource, spec: FinetuneSpec, gpu: bool | None) -> tuple
     plans, count, tokens = list[RunPlan](), len(spec.stages) + 1, 0
     for number, ctx in enumerate(spec.stages):
         attention = replace(spec.attention, group_size=None)
-        scaling = spec.rope_scaling if ctx > source.usable_length else Auto()
+        scaling = spec.rope_scaling if ctx > (source.original_length or source.usable_length) else Auto()
         changes: dict[str, Any] = {"attention": attention, "rope_scaling": scaling}
         if passkey := spec.validation.passkey:
             fit = tuple(length for length in passkey.lengths if length <= ctx)
@@ -319,35 +318,6 @@ def _earlier(source: ModelSource, spec: FinetuneSpec, gpu: bool | None) -> tuple
         plans.append(replace(plan, first=first, stop=stop, tokens_before=tokens))
         tokens = plans[-1].tokens
     return tuple(plans)
-
-
-def _refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
-    """What no arithmetic is needed to refuse."""
-    if source.base is not None:
-        raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
-    if source.config.get("attention_dropout"):
-        raise ModelError(
-            f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
-            hint="set it to 0 in config.json",
-        )
-    passkey = spec.validation.passkey
-    if passkey is not None and max(passkey.lengths) > spec.ctx:
-        raise InputError(
-            f"validation.passkey.lengths: {format_tokens(max(passkey.lengths))} tokens are beyond ctx",
-            hint=f"allowed are lengths up to {format_tokens(spec.ctx)}",
-        )
-    recompute.check(spec.memory, [kind.sliding_window for kind in source.kinds])
-    if spec.memory.quantize != "none" and spec.tuning == "full":
-        raise InputError(
-            f"memory.quantize: {spec.memory.quantize} freezes the weights that tuning: full would train",
-            hint="train with tuning=lora, or memory.quantize=none",
-        )
-    odd = [width for width in (source.shape.hidden_size, source.shape.intermediate_size) if width % NF4_BLOCK]
-    if spec.memory.quantize == "nf4" and odd and not gpu:
-        raise InputError(
-            f"memory.quantize: nf4 on a CPU needs widths that {NF4_BLOCK} divides, {source.name} has {odd[0]}",
-            hint="use memory.quantize=int8",
-        )
 
 
 def _mean_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> tuple[int, int]:

@@ -117,7 +117,8 @@ def _check_patterns(layers: Any, patterns: Sequence[Pattern]) -> None:
     if len(layers) != len(patterns):
         raise ModelError(f"{len(patterns)} attention patterns for a model of {len(layers)} layers")
     for index, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
-        window = getattr(getattr(layer, "self_attn", None), "sliding_window", None)
+        own = getattr(layer, "self_attn", None)  # Mistral's layers read the config's window when they are called
+        window = getattr(own, "sliding_window", getattr(getattr(own, "config", None), "sliding_window", None))
         if window != pattern.sliding_window:
             raise ModelError(f"layer {index} has the window {window}, its pattern says {pattern.sliding_window}")
 

@@ -56,7 +56,7 @@ class Validation:
 def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Validation:
     """Measure; every rank runs its share of the sequences and cases, one at a time."""
     sequences = held_out.sequences
-    T, short = plan.spec.ctx, min(plan.positions.original_length, plan.spec.ctx)
+    T, short = plan.spec.ctx, min(plan.positions.original_length or plan.spec.ctx, plan.spec.ctx)
     edges = [0, FIRST_BUCKET]
     while edges[-1] < T:
         edges.append(2 * edges[-1])

@@ -172,11 +172,20 @@ def test_not_tied_by_the_config_and_without_a_head(write_model, tmp_path):
 
 
 def test_a_config_whose_rope_is_ignored(copy):
-    """SmolLM3 without its theta: transformers takes 2e6 for it, and not what every other class takes."""
+    """Llama rotates whole heads by default, and the part that it is told under linear scaling alone."""
+    path = copy("hybrid")
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0, "partial_rotary_factor": 0.5}
+    edit(path, rope_parameters=rope)
+    found = ill(path)["positions"]
+    assert "frequencies" in found.found and found.remedy
+
+
+def test_a_conversion_that_lost_its_theta(copy):
+    """transformers takes 2e6 for a SmolLM3 that says nothing, whatever the source had."""
     path = copy("hybrid")
     edit(path, rope_parameters="gone")
-    found = ill(path)["positions"]
-    assert "frequencies differ" in found.found and found.remedy
+    found = ill(path)["positions meant"]
+    assert "the conversion meant" in found.found and "2000000" in found.found and found.remedy
 
 
 def test_positions_that_are_not_those_of_the_run(copy):

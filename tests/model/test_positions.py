@@ -4,23 +4,12 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from ctxext.errors import CheckFailed, InputError
+from ctxext.errors import CheckFailed, InputError, ModelError
 from ctxext.model.families import hybrid_config, normalise
+from ctxext.model.frequencies import check_realised, forget_lengths, inverse_frequencies
 from ctxext.model.layout import LayerKind
-from ctxext.model.positions import (
-    Abf,
-    Auto,
-    Dynamic,
-    Linear,
-    Llama3,
-    LongRope,
-    NoScaling,
-    Ntk,
-    Yarn,
-    check_realised,
-    inverse_frequencies,
-    plan_positions,
-)
+from ctxext.model.positions import Abf, Auto, Dynamic, Linear, Llama3, LongRope, NoScaling, Ntk, Yarn, plan_positions
+from ctxext.model.source import usable_length
 
 BASE = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2,
@@ -107,6 +96,92 @@ def test_extending_twice_starts_from_the_original_length_both_times():
     once = plan(Auto(), 2048).apply(config())
     twice = plan(Auto(), 4096, source=once, original=512, usable=2048)
     assert twice.rope_parameters["factor"] == 8.0
+
+
+@pytest.mark.parametrize("first", [Ntk(), Abf(theta=3e5)], ids=lambda s: s.type)
+def test_auto_lowers_nothing_that_was_trained(first):
+    """A theta set by hand may be above what the next extension asks for, and is kept."""
+    once = plan(first, 2048).apply(config())
+    for ctx in (2048, 4096, 65_536):
+        again = plan(Auto(), ctx, source=once, original=512, usable=1024).rope_parameters
+        assert again["rope_theta"] >= once["rope_parameters"]["rope_theta"]
+
+
+def test_auto_compresses_no_less_than_before_and_keeps_yarns_temperature():
+    once = plan(Yarn(factor=16.0, attention_factor=1.0), 2048).apply(config())
+    again = plan(Auto(), 4096, source=once, original=512, usable=2048)
+    assert again.rope_parameters == once["rope_parameters"] and again.factor == 16.0
+    further = plan(Auto(), 16_384, source=once, original=512, usable=2048).rope_parameters
+    assert further["factor"] == 32.0 and further["attention_factor"] == 1.0
+
+
+def test_a_scaling_that_replaces_another_bears_what_it_was_made_for():
+    """Llama 3.1 is usable to 131,072 tokens by its own scaling, not by one that was derived for 16,384."""
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+    source = config(max_position_embeddings=131_072, rope_parameters=rope)
+    replaced = plan(Linear(), 16_384, source=source, original=8192, usable=131_072)
+    assert replaced.usable_length == replaced.max_position_embeddings == 16_384
+    kept = plan(Auto(), 16_384, source=source, original=8192, usable=131_072)
+    assert kept.usable_length == kept.max_position_embeddings == 131_072
+
+
+def test_a_factor_that_leaves_positions_unseen_is_told():
+    assert "beyond 1,024 positions" in plan(Linear(factor=2.0), 4096).summary
+    assert "beyond" not in plan(Linear(factor=8.0), 4096).summary
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "dynamic"])
+def test_a_config_that_kept_its_length_is_usable_as_far_as_its_factor(kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+    assert usable_length(config(rope_parameters=rope)) == 2048
+    assert usable_length(config(rope_parameters=rope, max_position_embeddings=4096)) == 4096
+
+
+def test_another_original_length_than_that_of_the_positions_that_stay_is_refused():
+    once = plan(Yarn(), 2048).apply(config())
+    with pytest.raises(InputError, match="yarn from 512 tokens"):
+        plan(Auto(), 1024, source=once, original=256, usable=2048)
+
+
+def test_what_transformers_prefers_or_fills_in():
+    both = {"type": "linear", "rope_type": "dynamic", "factor": 4.0}
+    assert config(rope_parameters=both)["rope_parameters"]["rope_type"] == "dynamic"
+    bare = {k: v for k, v in BASE.items() if k != "rope_parameters"}
+    assert normalise(bare | {"model_type": "smollm3"})["rope_parameters"]["rope_theta"] == 2e6
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+    assert config(rope_parameters=yarn)["rope_parameters"]["original_max_position_embeddings"] == 512
+    stated = config(
+        rope_parameters=yarn | {"original_max_position_embeddings": 256}, original_max_position_embeddings=128
+    )
+    assert stated["rope_parameters"]["original_max_position_embeddings"] == 128
+    for source in (config(rope_parameters=yarn), stated):
+        assert check_realised(build(source), source) < 1e-6
+
+
+@pytest.mark.parametrize("field", [{"truncate": False}, {"mscale": 0.7}, {"mscale_all_dim": 1.0}])
+def test_yarn_of_other_formulas_is_refused(field):
+    with pytest.raises(ModelError, match="is not supported"):
+        config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0} | field)
+
+
+@pytest.mark.parametrize("family", ["llama", "mellum"])
+def test_what_a_model_saw_before_does_not_move_its_dynamic_frequencies(family):
+    source = config(head_dim=16)
+    if family == "mellum":
+        source = normalise(
+            hybrid_config(config(model_type="qwen3", head_dim=16), [LayerKind(True, 64), LayerKind(False, None)])
+        )
+    source = plan(Dynamic(factor=4.0), 2048, source=source).apply(source)
+    model = build(source).eval()
+    forget_lengths(model, source)
+    ids = torch.arange(600)[None] % 32
+    with torch.no_grad():
+        model(ids)
+        for length in (512, 540, 512, 600):
+            fresh = build(source).eval()
+            fresh.load_state_dict(model.state_dict())
+            assert torch.equal(model(ids[:, :length]).logits, fresh(ids[:, :length]).logits)
 
 
 @pytest.mark.parametrize("first", [Ntk(), Abf(theta=3e5)], ids=lambda s: s.type)

@@ -8,10 +8,10 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ctxext.config.loader import build
-from ctxext.errors import CtxextError, EnvironmentFault, InputError
+from ctxext.errors import CtxextError, EnvironmentFault, InputError, ModelError
 from ctxext.model.adapters import attach, trainable
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import active_module, build_model, causal_lm, load_model, output_weight
@@ -267,3 +267,42 @@ def test_what_cannot_be_trained_is_refused_before_torch_is_needed(fields, words,
 def test_embeddings_as_lora_are_refused_on_a_tied_model(model_dir, text):
     with pytest.raises(InputError, match="tied"):
         make_plan(model_dir("llama", tie_word_embeddings=True), text, lora={"embeddings": "lora"})
+
+
+def test_a_mistral_with_its_own_window_trains_as_it_is(model_dir, text, tmp_path):
+    """Its layers hold no window of their own: they read the config's, and recomputing must not miss it."""
+    plan = make_plan(model_dir("mistral", sliding_window=8), text, steps=2)
+    assert plan.spec.memory.checkpoint and {kind.sliding_window for kind in plan.kinds} == {8}
+    assert run(plan, tmp_path / "run").finished
+
+
+def test_a_tied_model_with_a_head_of_its_own_is_refused(write_model, tmp_path):
+    """PEFT would tie them anew, and what the head had learned would be gone."""
+    path = write_model(tmp_path / "model", tie_word_embeddings=True)
+    tensors = load_file(path / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embeddings.clone()}, path / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(str(path)).model is not None  # stored twice, and the same
+    save_file(tensors | {"lm_head.weight": embeddings + 1}, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="tied embeddings, but"):
+        load_model(str(path))
+
+
+def test_the_embedding_of_a_pad_that_is_also_the_eos_trains(model_dir, text, tmp_path):
+    plan = make_plan(model_dir("llama", pad_token_id=0), text)
+    model = build_model(plan.source.directory, plan.config, torch.float32)
+    model = attach(model, plan.trainables, plan.spec.lora.rank, str(plan.source.directory))
+    hidden = causal_lm(model).get_decoder()(torch.tensor([[5, 0, 7]])).last_hidden_state
+    hidden.square().sum().backward()
+    gradient = active_module(causal_lm(model).get_input_embeddings()).weight.grad
+    assert gradient[0].norm() > 0.01 * gradient[7].norm() > 0
+
+
+def test_a_model_scaled_from_nobody_knows_where_trains_within_its_length(model_dir, text, tmp_path):
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    source = model_dir("llama", rope_parameters=rope, max_position_embeddings=256)
+    plan = make_plan(source, text, steps=2)
+    assert plan.positions.original_length is None
+    assert run(plan, tmp_path / "run").held_out is not None
+    with pytest.raises(InputError, match="first trained at"):
+        make_plan(source, text, validation={"max_short_ppl_increase": 0.1})

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from ctxext.errors import InputError, ModelError
 from ctxext.model import attention
+from ctxext.model.families import family_of, normalise
 from ctxext.model.load import causal_lm, hidden_states
 from ctxext.ops.masks import Pattern, document_starts
 from ctxext.train import recompute, tiles
@@ -94,7 +95,9 @@ def with_lora(model):
 
 
 def patterns_of(model, group):
-    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in causal_lm(model).model.layers]
+    """As a plan derives them: from the config, by the family's row."""
+    config = normalise(causal_lm(model).config.to_dict())
+    windows = [kind.sliding_window for kind in family_of(config).kinds(config)]
     return [Pattern(window) if window else Pattern(None, group) for window in windows]
 
 

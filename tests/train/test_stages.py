@@ -64,6 +64,16 @@ def test_each_context_has_its_own_positions_groups_and_batch(plan):
     assert [row["steps"] for row in plan.as_dict()["stages"]] == [2, 2, 2]
 
 
+def test_a_scaling_that_was_asked_for_holds_at_every_context_beyond_the_original(write_model, plan, tmp_path):
+    """A source scaled already bears the first contexts as it is; it would change its positions in the middle."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
+    source = resolve(str(write_model(tmp_path / "yarn", rope_parameters=rope, max_position_embeddings=512)))
+    fields = {"ctx": 1024, "stages": [64, 256], "steps": 3, "rope_scaling": "linear"}
+    scaled = plan_run(source, build(FinetuneSpec, fields, source="test"))
+    kinds = [stage.config["rope_parameters"]["rope_type"] for stage in (*scaled.earlier, scaled)]
+    assert kinds == ["yarn", "linear", "linear"]
+
+
 def test_tokens_are_those_trained_on_in_every_context(plan, tmp_path):
     plan = plan_run(plan.source, dataclasses.replace(plan.spec, global_batch_size=1, tokens_per_step=64))
     run = tmp_path / "run"

@@ -1,0 +1,45 @@
+"""What cannot be trained as asked, where no arithmetic is needed to say so. No torch."""
+
+from __future__ import annotations
+
+from ctxext.errors import InputError, ModelError
+from ctxext.model.source import ModelSource
+from ctxext.train import recompute
+from ctxext.train.spec import FinetuneSpec
+from ctxext.units import format_tokens
+
+NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels take whole ones alone
+
+
+def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
+    """What no arithmetic is needed to refuse."""
+    if source.base is not None:
+        raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
+    if source.config.get("attention_dropout"):
+        raise ModelError(
+            f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
+            hint="set it to 0 in config.json",
+        )
+    passkey = spec.validation.passkey
+    if passkey is not None and max(passkey.lengths) > spec.ctx:
+        raise InputError(
+            f"validation.passkey.lengths: {format_tokens(max(passkey.lengths))} tokens are beyond ctx",
+            hint=f"allowed are lengths up to {format_tokens(spec.ctx)}",
+        )
+    if spec.validation.max_short_ppl_increase and (spec.original_length or source.original_length) is None:
+        raise InputError(
+            "validation.max_short_ppl_increase: nothing says which length this model was first trained at",
+            hint="add --original-length",
+        )
+    recompute.check(spec.memory, [kind.sliding_window for kind in source.kinds])
+    if spec.memory.quantize != "none" and spec.tuning == "full":
+        raise InputError(
+            f"memory.quantize: {spec.memory.quantize} freezes the weights that tuning: full would train",
+            hint="train with tuning=lora, or memory.quantize=none",
+        )
+    odd = [width for width in (source.shape.hidden_size, source.shape.intermediate_size) if width % NF4_BLOCK]
+    if spec.memory.quantize == "nf4" and odd and not gpu:
+        raise InputError(
+            f"memory.quantize: nf4 on a CPU needs widths that {NF4_BLOCK} divides, {source.name} has {odd[0]}",
+            hint="use memory.quantize=int8",
+        )
