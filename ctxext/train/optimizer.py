@@ -69,12 +69,10 @@ class MasterAdamW:
         moments = by_parameter(tensors, self.masters)
         for name, master in self.masters.items():
             master.copy_(moments[name].pop(MASTER))
-            # torch keeps `step` as a tensor on the CPU, bitsandbytes as a number
-            whole = {"step": (lambda x: x) if isinstance(self.adamw, torch.optim.AdamW) else (lambda x: int(x))}
-            self.adamw.state[master] = {
-                key: whole[key](value) if key in whole else value.to(master.device)
-                for key, value in moments[name].items()
-            }
+            state = {key: value.to(master.device) for key, value in moments[name].items()}
+            if not isinstance(self.adamw, torch.optim.AdamW):  # whose fused kernel reads `step` where the weights are
+                state["step"] = int(state["step"])
+            self.adamw.state[master] = state
         self.write_back()
 
     @torch.no_grad()

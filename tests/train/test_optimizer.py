@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from ctxext.train import optimizer as optimizer_module
 from ctxext.train.optimizer import MasterAdamW, RelativeClip, rate_factor
 from ctxext.train.spec import OptimizerSpec
 
@@ -44,6 +45,20 @@ def test_fp32_parameters_step_as_torch_adamw_does():
         reference.step()
         reference.zero_grad()
     torch.testing.assert_close(ours, theirs)
+
+
+def test_all_of_a_resumed_state_is_where_the_weights_are(monkeypatch):
+    """The fused kernel of an accelerator reads `step` there; "meta" stands in for one here."""
+    monkeypatch.setattr(
+        optimizer_module, "_adamw", lambda name, options, betas: torch.optim.AdamW(options, betas=betas)
+    )
+    there = torch.nn.Parameter(torch.ones(2, device="meta"))
+    optimizer = MasterAdamW({"p": there}, OptimizerSpec())
+    held = {"master/p": torch.ones(2), "step/p": torch.tensor(3.0), "exp_avg/p": torch.ones(2)}
+    optimizer.load(held | {"exp_avg_sq/p": torch.ones(2)})
+    assert {key: value.device.type for key, value in optimizer.adamw.state[there].items()} == dict.fromkeys(
+        ("step", "exp_avg", "exp_avg_sq"), "meta"
+    )
 
 
 def test_modules_trained_whole_have_their_own_rate_beside_an_adapter():
