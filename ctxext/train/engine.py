@@ -67,6 +67,9 @@ class Engine(Protocol):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors` back; every rank is given all of them."""
 
+    def close(self) -> None:
+        """Let go of the memory; nothing else is to be called after this."""
+
 
 class LossModel(nn.Module):
     """An LM whose forward pass ends in the loss, so that one forward is all that uses its weights.
@@ -142,3 +145,6 @@ class LocalEngine:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         self.optimizer.adamw.zero_grad(set_to_none=True)
         self.optimizer.load(tensors)
+
+    def close(self) -> None:
+        self.optimizer.adamw.state.clear()

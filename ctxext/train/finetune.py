@@ -34,7 +34,7 @@ from ctxext.train.checkpoint import Progress, discard_after, load_newest, newest
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
-from ctxext.train.memory import is_out_of_memory, out_of_memory
+from ctxext.train.memory import naming_what_is_largest
 from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data, training_device
@@ -92,8 +92,11 @@ def run_finetune(
     done = newest_step(run) if resume else 0
     while True:
         stage = plan.stage_of(done)  # of a context, and most runs have one
-        engine, sequences, held_out = set_up(stage, events, zero)
-        progress = load_newest(run, engine, events.say) if resume or done else None
+        engine: Any = None
+        gc.collect()  # what the context before it held
+        with naming_what_is_largest(stage):
+            engine, sequences, held_out = set_up(stage, events, zero)
+            progress = load_newest(run, engine, events.say) if resume or done else None
         if resume:
             events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
         progress = progress or Progress()
@@ -103,20 +106,16 @@ def run_finetune(
                 discard_after(run, progress.done)
         if plan.stage_of(progress.done) is not stage:  # the newest checkpoint was damaged
             done = progress.done
+            engine.close()
             continue
         if 0 < progress.done == stage.first or (progress.validation or {}).get("ctx", stage.spec.ctx) != stage.spec.ctx:
             progress = progress.at_next_ctx()
-        try:
+        with naming_what_is_largest(stage):
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(stage, error) from error
-            raise
         done, resume = progress.done, False
         if stopped or done >= plan.steps:
             break
-        del engine
-        gc.collect()
+        engine.close()
     count = None
     if done == plan.steps:
         known = {"data": sequences.store.meta.source, "seconds": time.monotonic() - began}
@@ -143,6 +142,8 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
         events.say(f"warning: {note}")
     teacher = _teacher(plan, model, dtype)
     engine = ZeroEngine(model, plan, ranks, teacher) if ranks else LocalEngine(model, plan.spec.optimizer, teacher)
+    if device.type == "cuda":  # the peak of training, not of loading
+        torch.cuda.reset_peak_memory_stats(device)
     return engine, sequences, HeldOut(held, cases) if held is not None else None
 
 
@@ -163,6 +164,9 @@ def finish(
             if progress.best_step is not None:
                 why = f"the checkpoint of step {progress.best_step}, the best by held-out loss, is gone or damaged"
             events.say(f"warning: {why}; the last weights are the result")
+    masters = engine.masters()
+    if engine.rank > 0:  # another host may not see yet what rank 0 has written
+        return None
     lines = metrics.read(run / metrics.STEPS)
     facts = {
         "first_loss": _comparable(plan, lines)[0]["loss"],
@@ -176,9 +180,6 @@ def finish(
         "validation": [progress.validation, validations[-1]] if progress.validation and validations else None,
         "data": {"source": plan.spec.data.described, "fingerprint": known["data"]},
     }
-    masters = engine.masters()
-    if engine.rank > 0:
-        return None
     count = save_bundle(run, plan, engine.model, masters, facts)
     if not plan.spec.faults.keep_at_end:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from ctxext.errors import EnvironmentFault
 from ctxext.train.plan import RunPlan
 from ctxext.units import format_bytes, format_tokens
 
+WORDS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # a CPU's; a driver's and NCCL's; cuBLAS'
 TILE = 4096  # tokens; the suggestion for memory.tiles
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: torch's own on a GPU, its allocator's or Python's on a CPU."""
     named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+    return named or isinstance(error, MemoryError) or any(words in str(error) for words in WORDS)
+
+
+@contextmanager
+def naming_what_is_largest(plan: RunPlan) -> Iterator[None]:
+    """Where memory runs out inside, raises `out_of_memory` instead."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(plan, error) from error
+        raise
 
 
 def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:

@@ -21,10 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves
 
 from ctxext.model.adapters import trainable
+from ctxext.model.frequencies import check_realised
 from ctxext.model.load import causal_lm, output_weight
-from ctxext.model.positions import check_realised
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import LossModel
 from ctxext.train.optimizer import MASTER, RelativeClip, by_parameter, parameter_groups
@@ -187,6 +188,18 @@ class ZeroEngine:
                 if kind != "step":
                     self._put(parameter, kind, tensor)
             self._put_weight(parameter, held[name][MASTER])
+
+    def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        self.engine.destroy()
+        if self.ranks.stage == 3:  # whose hooks hold on to the model: its parts and their masters are taken from it
+            parameter_offload.FWD_MODULE_STACK.clear()
+            parameters = list(self.engine.module.parameters())
+            parts = [parameter.ds_tensor for parameter in parameters]
+            for tensor in tree_leaves((parameters, parts, vars(self.zero), [*self.zero.optimizer.state.values()])):
+                if isinstance(tensor, Tensor):
+                    tensor.data = tensor.new_empty(0)
 
     def _set_step(self, step: float) -> None:
         """Put AdamW after so many steps, with moments of zero where it has none yet."""

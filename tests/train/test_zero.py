@@ -6,6 +6,7 @@ starting them costs more than the runs; the last test starts them as a user does
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -26,8 +27,8 @@ from ctxext.config.loader import build
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
+from ctxext.train import finetune, loop
 from ctxext.train import launch as launching
-from ctxext.train import loop
 from ctxext.train.finetune import run_finetune
 from ctxext.train.launch import Death, check_environment
 from ctxext.train.loop import Events
@@ -50,13 +51,14 @@ KINDS: dict[str, dict[str, Any]] = {
         "memory": {"checkpoint": 2},
         "validation": {"every_steps": 2, "passkey": {"lengths": [128], "depths": [0.0, 0.5, 1.0], "cases": 1}},
     },
+    "staged-untied": {"steps": 2, "stages": [32], "tuning": "full"},
     "heal-tied": {"steps": 4, "distill": {"objectives": [{"attention": 1.0}, {"kl": 1.0, "hidden": 0.1, "ce": 0.1}]}},
 }
 CLIPPED = {"full-untied": {"clip": 2}}
 LAYERS = 2
 COMPARED = [
-    *[("1", kind) for kind in ("lora-untied", "lora-tied", "full-untied")],
-    *[("2", kind) for kind in ("lora-untied", "lora-tied", "full-untied")],
+    *[("1", kind) for kind in ("lora-untied", "lora-tied", "full-untied", "staged-untied")],
+    *[("2", kind) for kind in ("lora-untied", "lora-tied", "full-untied", "staged-untied")],
     ("2", "heal-tied"),
     *[("3", kind) for kind in KINDS],
 ]
@@ -110,6 +112,13 @@ def one_process(run: Path, job: dict[str, Any]):
     """Carry out a job here: `stop` after a step; in call `nan` (from 1) the loss is not finite; before the step of call
     `clip`, norms are made believe to have been 1."""
     real, calls = loop.forward_backward, iter(range(1, 100))
+    set_up, alive = finetune.set_up, list[int]()
+
+    def counted(*given):
+        gc.collect()
+        tensors = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+        alive.append(sum(x.numel() for x in tensors if x.numel() > 1000))
+        return set_up(*given)
 
     def planted(engine, *rest):
         loss, call = real(engine, *rest), next(calls)
@@ -121,12 +130,13 @@ def one_process(run: Path, job: dict[str, Any]):
         if metrics.step == job.get("stop"):
             signal.raise_signal(signal.SIGTERM)
 
-    loop.forward_backward = planted
+    loop.forward_backward, finetune.set_up = planted, counted
     try:
         plan, events = plan_resumed(run), Events(on_step=on_step)
         return run_finetune(plan, run, resume=job.get("resume", False), events=events, zero=job.get("zero"))
     finally:
-        loop.forward_backward = real
+        loop.forward_backward, finetune.set_up = real, set_up
+        (run / "alive.json").write_text(json.dumps(alive))
 
 
 def two_processes(root: Path, jobs: list[dict[str, Any]], **environment: str) -> None:
@@ -216,6 +226,13 @@ def test_every_loss_and_the_saved_weights_are_those_of_one_process(stage, kind, 
         assert len(ours["cells"]) == 3  # one more than the ranks
         for a, b in zip([ours, *ours["cells"]], [theirs, *theirs["cells"]], strict=True):
             assert (a["accuracy"], a["answer_nats"]) == (b["accuracy"], pytest.approx(b["answer_nats"], rel=1e-4))
+
+
+@pytest.mark.parametrize("stage", ["one", "1", "2", "3"])
+def test_a_context_leaves_nothing_in_memory_for_the_next(stage, root):
+    """Entries of large tensors alive before each context's model is built; a model has 30,000 and two moments each."""
+    before, between = json.loads((root / stage / "staged-untied" / "alive.json").read_text())
+    assert between - before < 1000
 
 
 def test_the_checkpoint_of_step_1_holds_every_tensor_whole(root):
