@@ -26,10 +26,10 @@ Gradients are those of the SDPA calls; `views.py` hands out the views and collec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,12 +45,9 @@ _JOINED_CPU, _JOINED = 128, 1024  # tokens of short documents under one mask: a 
 _MASK_ELEMENTS = 2**24  # of the largest mask that cached attention makes
 _MASK_ROWS = 1024  # queries under one such mask: more compute more of the triangle that it hides (8k keys: 1.2x)
 _HALF = (torch.bfloat16, torch.float16)
-_HOPPER_ORDER = [  # cuDNN's kernels are written for Hopper, torch's FlashAttention is version 2; not yet measured here
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_ORDER = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_HOPPER_ORDER = [SDPBackend.CUDNN_ATTENTION, *_ORDER]  # cuDNN's kernels are written for it; not yet measured here
+_SOUND_CUDNN = 91_500  # newer ones are right at lengths that 128 does not divide (pytorch issue 169849)
 
 
 def attention(
@@ -110,12 +107,37 @@ def _in_blocks(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """torch's kernel; without a mask causal, and a single query sees every key it is given."""
-    causal, gqa = False, q.shape[1] != k.shape[1]
+    causal, gqa, shape = False, q.shape[1] != k.shape[1], q.shape
     if mask is None and q.shape[2] > 1:  # a plain bool: torch.compile would hand on a symbol
         causal = True
-    prefer_cudnn = mask is None and q.is_cuda and q.dtype in _HALF and _is_hopper(q.device)
-    with sdpa_kernel(_HOPPER_ORDER, set_priority=True) if prefer_cudnn else nullcontext():
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    if gqa and q.is_cuda and not (causal and q.dtype in _HALF):
+        q, k, v, mask = _without_sharing(q, k, v, mask, causal)
+        gqa = False
+    with _kernels(q, causal):
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
+    return out.reshape(shape)
+
+
+def _without_sharing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Any, ...]:
+    """(q, k, v, mask) of equal heads, for kernels that know no others: q [n,H,L,D], k and v [n,K,S,D].
+
+    Of torch's on a GPU FlashAttention alone shares keys between heads, and it takes neither masks nor fp32: the rest
+    would end in the formula that holds all scores. The heads that share keys become rows over them, H/K * L of them;
+    where causal, which knows one row a token, the keys are repeated.
+    """
+    (n, H, L, D), K = q.shape, k.shape[1]
+    if causal:
+        return q, *(x.repeat_interleave(H // K, dim=1) for x in (k, v)), mask
+    rows = None if mask is None else mask.repeat(*[1] * (mask.ndim - 2), H // K, 1)
+    return q.reshape(n, K, H // K * L, D), k, v, rows
+
+
+def _kernels(q: Tensor, causal: bool) -> AbstractContextManager[object]:
+    """On Hopper cuDNN's first, but not for a single query, whose plan it would make anew for every number of keys."""
+    if not (q.is_cuda and q.dtype in _HALF and _is_hopper(q.device)):
+        return nullcontext()
+    sound = (torch.backends.cudnn.version() or 0) > _SOUND_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
+    return sdpa_kernel(_HOPPER_ORDER if causal and sound else _ORDER, set_priority=True)
 
 
 @lru_cache(maxsize=8)

@@ -27,6 +27,7 @@ from ctxext.ops.backends.segments import check_shapes, head_halves
 from ctxext.ops.masks import Pattern, lower_bounds
 
 BLOCK = 128  # tokens of a block's side
+VARIANTS = 64  # lengths, dtypes and modes that are compiled: of training, validation and passkeys
 
 
 def attention(
@@ -87,10 +88,13 @@ def block_mask(lo: Tensor) -> BlockMask:
 
 @lru_cache(maxsize=16)
 def _unpacked(pattern: Pattern, half: int, T: int, device: torch.device) -> BlockMask:
-    lo = lower_bounds(pattern, T, device=device)
-    return block_mask(lo[:, min(half, lo.shape[1] - 1)])
+    with torch.inference_mode(False):  # what is kept may be wanted where gradients are
+        lo = lower_bounds(pattern, T, device=device)
+        return block_mask(lo[:, min(half, lo.shape[1] - 1)])
 
 
 @lru_cache(maxsize=1)
 def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+    # beyond the limit a plain graph would fall back to all scores, T x T, without a word: fullgraph makes it an error
+    compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch._dynamo.config.patch(recompile_limit=VARIANTS)(compiled)

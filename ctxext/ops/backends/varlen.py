@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ctxext.errors import EnvironmentFault
 from ctxext.ops.backends.segments import check_shapes, head_halves, segment_bounds
@@ -60,18 +61,18 @@ def attention(
         raise EnvironmentFault("no varlen kernel is installed", hint="torch 2.11 or newer on a GPU has one")
     (B, H, T, D), K = q.shape, k.shape[1]
     halves = head_halves(pattern, H, K)
-    starts = None if document_starts is None else document_starts.cpu()
     qs = _by_heads(q, [h1 - h0 for (h0, h1), _ in halves])
     gs = [g1 - g0 for _, (g0, g1) in halves]
     ks, vs = (_by_heads(x, gs) if sum(gs) == K else [x.transpose(1, 2).reshape(B * T, K, D)] * 2 for x in (k, v))
     parts = []
     for half, (qi, ki, vi) in enumerate(zip(qs, ks, vs, strict=True)):
-        if starts is None:
+        if document_starts is None:
             arguments = _unpacked(pattern, half, B, T, q.device)
         else:
-            arguments = arguments_of(pattern, half, B, T, starts, q.device)
+            arguments = _packed(pattern, half, B, T, document_starts, q.device)
         parts.append(kernel(qi, ki, vi, arguments, D**-0.5 if scale is None else scale))
-    return torch.cat(parts, dim=1).view(B, T, H, D).transpose(1, 2)
+    out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return out.view(B, T, H, D).transpose(1, 2)
 
 
 def arguments_of(
@@ -86,7 +87,23 @@ def arguments_of(
 
 @lru_cache(maxsize=32)
 def _unpacked(pattern: Pattern, half: int, B: int, T: int, device: torch.device) -> Arguments:
-    return arguments_of(pattern, half, B, T, None, device)
+    with torch.inference_mode(False):  # what is kept may be wanted where gradients are
+        return arguments_of(pattern, half, B, T, None, device)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _packed(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor, device: torch.device) -> Arguments:
+    """`arguments_of`, once for all layers that are given this very tensor, and for what they compute again."""
+    if document_starts.is_inference():  # it does not tell whether it was written to
+        return arguments_of(pattern, half, B, T, document_starts.cpu(), device)
+    known: dict[Any, Arguments] = _PACKED.setdefault(document_starts, {})
+    key = pattern, half, device, document_starts._version
+    if key not in known:
+        known[key] = arguments_of(pattern, half, B, T, document_starts.cpu(), device)
+    return known[key]
+
+
+_PACKED: Any = WeakTensorKeyDictionary()  # document_starts -> what was made of it, for as long as that tensor lives
 
 
 def _by_heads(x: Tensor, heads: list[int]) -> tuple[Tensor, ...]:

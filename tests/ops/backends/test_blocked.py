@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -344,3 +347,67 @@ def test_document_starts_of_another_batch_are_refused():
     q, k, v = tensors(2, 4, 2, 5)
     with pytest.raises(InputError, match="document_starts has shape"):
         blocked.attention(q, k, v, Pattern(), document_starts=torch.zeros(1, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("masked", ["causal", "one mask", "a mask a row"])
+@pytest.mark.parametrize("H_K", [(4, 2), (9, 3), (4, 1)], ids=str)
+def test_heads_that_share_keys_without_a_kernel_that_knows_of_it(H_K, masked):
+    """What a GPU is given where only the formula would serve shared heads: the same outputs and gradients."""
+    H, K = H_K
+    q, k, v = tensors(2, H, K, 7, S=7 if masked == "causal" else 12)
+    mask = None
+    if masked != "causal":
+        mask = torch.rand(*((2, 1) if masked == "a mask a row" else ()), 7, 12) < 0.6
+        mask[..., 0] = True
+    causal = mask is None
+    truth = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+    q2, k2, v2, mask2 = blocked._without_sharing(q, k, v, mask, causal)
+    assert q2.shape[1] == k2.shape[1] == v2.shape[1]
+    assert causal or (k2 is k and v2 is v)  # no copy of a cache
+    ours = scaled_dot_product_attention(q2, k2, v2, attn_mask=mask2, is_causal=causal).reshape(truth.shape)
+    weight = torch.randn_like(truth)
+    for got, want in zip(
+        (ours, *torch.autograd.grad(ours, (q, k, v), weight)),
+        (truth, *torch.autograd.grad(truth, (q, k, v), weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "T", "heads"),
+    [
+        (torch.float32, False, 8, (4, 4)),  # FlashAttention takes no fp32: the keys are repeated
+        (torch.float32, True, 8, (2, 2)),
+        (torch.bfloat16, True, 8, (2, 2)),
+        (torch.bfloat16, False, 8, (4, 2)),  # and serves this
+        (torch.bfloat16, False, 1, (2, 2)),
+    ],
+)
+def test_what_a_gpu_is_given_of_shared_heads(dtype, masked, T, heads, monkeypatch):
+    seen = []
+
+    def kernel(q, k, v, **options):
+        seen.append((q.shape[1], k.shape[1], options["enable_gqa"]))
+        return q
+
+    monkeypatch.setattr(blocked, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(blocked, "_is_hopper", lambda device: False)
+    with FakeTensorMode():
+        q, k = (torch.empty(1, h, t, 8, dtype=dtype, device="cuda") for h, t in ((4, T), (2, 8)))
+        mask = torch.ones(T, 8, dtype=torch.bool, device="cuda") if masked else None
+        assert blocked._sdpa(q, k, k, mask, None).shape == q.shape
+    assert seen == [(*heads, heads[0] != heads[1])]
+
+
+@pytest.mark.parametrize(
+    ("causal", "version", "first"), [(True, 91_600, True), (True, 91_002, False), (False, 91_600, False)]
+)
+def test_cudnn_comes_first_on_hopper_where_it_is_sound(causal, version, first, monkeypatch):
+    given = []
+    monkeypatch.setattr(blocked, "sdpa_kernel", lambda order, set_priority: given.append(order))
+    monkeypatch.setattr(blocked, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    with FakeTensorMode():
+        blocked._kernels(torch.empty(1, 2, 8, 8, dtype=torch.bfloat16, device="cuda"), causal)
+    assert (SDPBackend.CUDNN_ATTENTION in given[0]) == first

@@ -90,3 +90,28 @@ def test_heads_that_cannot_halve_and_a_missing_kernel_are_refused(monkeypatch):
 def test_torch_has_the_kernel_with_windows():
     """On the pinned torch; only its CPU build has nothing to run it on."""
     assert varlen.installed_kernel() is not None
+
+
+def test_documents_are_read_once_for_all_layers_and_anew_where_they_change(monkeypatch):
+    made, real = [], varlen.arguments_of
+    monkeypatch.setattr(varlen, "arguments_of", lambda *given: made.append(given[1]) or real(*given))
+    starts = document_starts([0, 5, 20], 20)
+
+    def run():
+        q = torch.randn(1, 4, 20, 8, dtype=torch.float64)
+        truth = naive_attention(q, q, q, lower_bounds(Pattern(3), 20, document_starts=starts))
+        ours = varlen.attention(q, q, q, Pattern(3), document_starts=starts, kernel=simulated)
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
+
+    run()
+    run()
+    assert len(made) == 1
+    starts.zero_()  # one document now: what was known of the tensor is no longer true
+    run()
+    assert len(made) == 2
+
+
+def test_what_inference_made_serves_training(monkeypatch):
+    with torch.inference_mode():
+        inside = varlen._unpacked(Pattern(11), 0, 1, 77, torch.device("cpu"))
+    assert not inside.cu_seqlens.is_inference()
