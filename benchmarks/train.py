@@ -163,7 +163,10 @@ def rows(plain: Path, hybrid: Path, T: int, device: torch.device, dtype: torch.d
 
 
 def measure(made: dict[str, Callable[[], Step]], most: int, gpu: bool) -> dict[str, tuple[float, int, int] | str]:
-    """{row: (median seconds, bytes, repetitions) or why there are none}: a first run each, then all in turn."""
+    """{row: (median seconds, bytes, repetitions) or why there are none}: a first run each, then all in turn.
+
+    On a GPU each row is measured whole and let go before the next: all models together would not fit.
+    """
     steps, memory, counts, results = {}, {}, {}, dict[str, Any]()
     for name, make in made.items():
         try:
@@ -174,6 +177,11 @@ def measure(made: dict[str, Callable[[], Step]], most: int, gpu: bool) -> dict[s
             continue
         steps[name], counts[name] = step, max(1, min(most, round(BUDGET / first)))
         console.say(f"{name}: first step {first:.1f} s, {memory[name] / 2**20:,.0f} MiB")
+        if gpu:
+            results[name] = (statistics.median(step() for _ in range(counts[name])), memory[name], counts[name])
+            del step, steps[name]
+            gc.collect()
+            torch.cuda.empty_cache()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repetition in range(most):
         for name, step in steps.items():

@@ -145,7 +145,9 @@ def eval_models(
             (plan.out / "results.json").write_text(results, "utf-8")
             draw_depths(report, plan.out)
             parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
-            facts = {"seconds": report.seconds, "numbers": len(report.rows())}
+            rows = report.rows()  # `longest`: what train/measured.py tells of a model
+            longest = max((row["length"] or 0 for row in rows), default=0)
+            facts = {"seconds": report.seconds, "numbers": len(rows), "longest": longest}
             manifests.write(plan.out, manifests.new("eval", spec=plan.request["spec"], parents=parents, facts=facts))
     return report
 
