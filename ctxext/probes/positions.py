@@ -21,8 +21,9 @@ from ctxext.config import manifest as manifests
 from ctxext.config.manifest import Manifest
 from ctxext.errors import ModelError
 from ctxext.model.families import rope_of
+from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.load import causal_lm, hidden_states
-from ctxext.model.positions import inverse_frequencies, original_theta
+from ctxext.model.positions import original_theta
 from ctxext.model.source import ModelSource, from_directory, read_config
 from ctxext.probes.finding import Curve, Curves, Finding, Table
 from ctxext.probes.spec import Positions

@@ -29,8 +29,8 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from ctxext.errors import ModelError
 from ctxext.model import attention
 from ctxext.model.families import Config, first_layers, hybrid_config, new_tensors, normalise
+from ctxext.model.frequencies import check_realised
 from ctxext.model.layout import LayerKind
-from ctxext.model.positions import check_realised
 from ctxext.model.shards import EMBEDDING
 from ctxext.model.weights import HEAD
 from ctxext.ops.attention import attention_rows

@@ -20,9 +20,10 @@ from ctxext.config import manifest
 from ctxext.errors import CtxextError, ModelError
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.families import SOURCES, expected_tensors, hybrid_config, model_shape
+from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.layout import find_hybrid, layer_kinds
 from ctxext.model.load import load_model, load_tokenizer
-from ctxext.model.positions import Auto, Dynamic, Linear, Ntk, Yarn, inverse_frequencies, plan_positions, rope_of
+from ctxext.model.positions import Auto, Dynamic, Linear, Ntk, Yarn, plan_positions, rope_of
 from ctxext.model.source import HUB_ID, ModelSource, original_config, resolve
 from ctxext.model.weights import INDEX, SINGLE, TensorInfo, read_header, read_tensors
 
