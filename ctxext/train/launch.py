@@ -37,24 +37,30 @@ from typing import Any
 import psutil
 
 from ctxext.errors import CheckFailed, CtxextError, DataError, EnvironmentFault, InputError, ModelError
-from ctxext.train.parallel import Launch, gpus, plan_launch
+from ctxext.train.parallel import Launch, plan_launch
 from ctxext.train.plan import RunPlan, divided
 
 LAUNCH, LOGS = "launch.json", "logs"
 EVENTS, REPORT, DIED, STOP = "events.jsonl", "report.json", "died.json", "stop"  # in LOGS
 PORT = 29500  # of the first host, when there are several; MASTER_PORT names another
 GRACE, KILL_AFTER, TICK = 5.0, 3.0, 0.1  # seconds: for others to end by themselves; after SIGTERM; between two looks
-# to hosts reached by ssh: variables that begin so
+# to hosts reached by ssh: variables that begin so; no token, which `ps` would show, and no choice of cards
 PASSED_ON = (
     "NCCL_",
     "GLOO_",
     "MASTER_",
     "OMP_",
     "TORCH_",
+    "PYTORCH_",
+    "TRITON_",
+    "CUDA_DEVICE_",
+    "DS_",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
     "PYTHONPATH",
     "LD_LIBRARY_PATH",
     "XDG_CACHE_HOME",
-    "HF_HOME",
 )
 BUILDERS = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
 FRESH = 60.0  # seconds: a lock of this age may be of a build that starts
@@ -214,17 +220,20 @@ def start_ranks(run: Path, launch: Launch, node: int, address: str, port: int) -
 def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
     """This process's variables, with what the ranks need besides; those that are set already stay."""
     known = {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots)),
+        "OMP_NUM_THREADS": str(max(1, _cores() // slots)),
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if not gpus():
-        known["DS_ACCELERATOR"] = "cpu"
     if launch.stage == 3:
         known["MALLOC_MMAP_THRESHOLD_"] = str(1024**2)  # or glibc keeps the weights that other ranks were given
     path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"  # pip puts ninja beside python
     return known | os.environ | {"PATH": path}
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

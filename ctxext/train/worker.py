@@ -33,6 +33,10 @@ from ctxext.train.parallel import Launch
 
 def run_rank(run: Path) -> None:
     """Train as the rank that the environment names. Rank 0 tells the run's directory how it goes."""
+    import torch
+
+    if not torch.cuda.is_available():  # before DeepSpeed is imported, which would look by itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ctxext.train.finetune import run_finetune
     from ctxext.train.loop import Events
     from ctxext.train.plan import divided

@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 
+from ctxext.api import evaluate as evaluate_written
 from ctxext.config import presets
 from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
 from ctxext.evals import engine
 from ctxext.evals.spec import SUITES, EvalSpec, asked
 from ctxext.evals.suite import evaluate, tables
 from ctxext.evals.suites import CHECKS, JOBS, PREPARE
+from ctxext.model.source import resolve
 from ctxext.pipeline import eval_models, plan_eval
+from ctxext.train.measured import measured_length
 
 
 @pytest.fixture
@@ -355,3 +358,14 @@ def test_keys_that_an_evaluator_found_outlive_a_run_that_failed(
         eval_models(plan_eval(models, "longppl", given, out=tmp_path / "out"))
     assert list((tmp_path / "out" / "keys").glob("*.jsonl"))
     assert plan_eval(models, "longppl", given, out=tmp_path / "out").resumes
+
+
+def test_a_plan_knows_how_far_a_model_was_measured(model_dir, tmp_path):
+    """What an evaluation writes is what train/measured.py reads: once one had a name that the other did not."""
+    model, text = model_dir("llama"), tmp_path / "text.txt"
+    text.write_text("A text that is long enough for a few windows of it. " * 40)
+    assert measured_length(resolve(str(model)), tmp_path) is None
+    evaluate_written(
+        str(model), suite="perplexity", lengths=[16, 48], data=str(text), limit="200", out=tmp_path / "eval"
+    )
+    assert measured_length(resolve(str(model)), tmp_path) == 48
