@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ctxext.errors import CtxextError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+SILENCE = 30.0  # seconds, of a log
 debug = False
 quiet = False
 
@@ -93,10 +95,22 @@ def progress() -> Iterator[Progress]:
 
 @contextmanager
 def told(first: str) -> Iterator[Callable[[str, int | None, int | None], None]]:
-    """`progress` for one task: what is yielded is told what is done, how far, of how much."""
+    """`progress` for one task: what is yielded is told what is done, how far, of how much.
+
+    Where stderr is no terminal a line says so now and then, so that a log of hours is not silent.
+    """
+    said = time.monotonic()
+
+    def tell(what: str, done: int | None, total: int | None) -> None:
+        nonlocal said
+        display.update(task, description=what, completed=done, total=total)
+        if display.disable and time.monotonic() - said > SILENCE:
+            said = time.monotonic()
+            say(what if done is None or total is None else f"{what}: {done:,} of {total:,}")
+
     with progress() as display:
         task = display.add_task(first, total=None, note="")
-        yield lambda what, done, total: display.update(task, description=what, completed=done, total=total)
+        yield tell
 
 
 def quiet_libraries() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ctxext.cli import console
+
 COMMANDS = {
     "convert": "--hybrid --out --full-layers --sliding-window --dtype --gate --no-gate --allow-pickle --force --json "
     "--budget --length --calibration --calibration-tokens --explain --i-know",
@@ -184,3 +186,16 @@ def test_the_four_commands_as_typed_in_a_directory_of_ones_own(model_dir, tmp_pa
     assert kinds == ["conversion", "finetune", "eval", "merge"]
     done = ctxext("eval", "--suite", "passkey", "--lengths", "192", "--limit", "1", "--json", cwd=tmp_path)
     assert json.loads(done.stdout)["models"][0]["model"].endswith("-merged")
+
+
+def test_a_log_is_told_now_and_then_how_far_it_is(capsys, monkeypatch):
+    """stderr is no terminal here: no bar is drawn, and hours of silence look like a hang."""
+    with console.told("loading") as told:
+        told("reading", 1, 10)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(console, "SILENCE", -1.0)
+        told("reading", 2_000, 10_000)
+        assert capsys.readouterr().err == "reading: 2,000 of 10,000\n"
+        monkeypatch.setattr(console, "quiet", True)
+        told("reading", 3_000, 10_000)
+    assert capsys.readouterr().err == ""
