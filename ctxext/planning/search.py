@@ -323,7 +323,7 @@ def largest(choice: Choice) -> str:
 
 
 def dominating(fit: list[tuple[Choice, Estimate]], rates: Rates) -> dict[str, Any]:
-    """The rate that most of the fastest one's time hangs on, and what it would mean if it were a fifth slower."""
+    """The rate that most of the fastest one's time depends on, and what it would mean if it were a fifth slower."""
     best, took = fit[0]
     name, seconds = next(iter(took.by_rate().items()))
     slower = rates.times(name, 0.8)
