@@ -84,13 +84,14 @@ def validate(
     """Read presets as the commands do; exit code 1 when one has a fault."""
     from ctxext.errors import CheckFailed
     from ctxext.study.presets import validated
+    from ctxext.units import counted
 
     found = validated(name)
     if as_json:
         console.emit([{"name": name, "faults": faults} for name, faults in found])
     else:
         for name, faults in found:
-            print("\n  ".join([f"{name}: {'in order' if not faults else f'{len(faults)} faults'}", *faults]))
+            print("\n  ".join([f"{name}: {counted(len(faults), 'fault') if faults else 'in order'}", *faults]))
     bad = [name for name, faults in found if faults]
     if bad:
         raise CheckFailed(f"presets with faults: {', '.join(bad)}", hint="mend the YAML at the paths above")
