@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,7 @@ def show(
 ) -> None:
     """What a preset says: why, in its comment, and what differs from the defaults."""
     from ctxext.config import presets
+    from ctxext.config.loader import flow
     from ctxext.study.presets import differences
 
     found = presets.find(*presets.parted(name))
@@ -70,7 +71,13 @@ def show(
     print(found.path.read_text("utf-8").rstrip())
     if differs:
         print()
-        console.pairs([(field, f"{here}   (by default {default})") for field, here, default in differs])
+        console.pairs([(field, f"{flow(here)}   ({_default(default)})") for field, here, default in differs])
+
+
+def _default(value: Any) -> str:
+    from ctxext.config.loader import flow
+
+    return "not set by default" if value is None else f"by default {flow(value)}"
 
 
 @app.command("validate", epilog=EXAMPLES)
