@@ -140,7 +140,7 @@ def ask(
         )
     given = None if memory is None else parse_bytes(memory)
     if given is not None and given < 2**20:
-        raise InputError(f"--memory {memory}: allowed is 1M and more, such as 80G")
+        raise InputError(f"--memory {memory}: allowed is 1M or more, such as 80G")
     source = resolve(model, weights=False)
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
     for key, value in fixed.items():

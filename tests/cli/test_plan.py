@@ -79,7 +79,7 @@ def test_hybrids_side_by_side():
     [
         (["--ctx", "8k", "--gpu", "h1000"], "known are h200, h100"),
         (["--ctx", "8k", "--memory", "lots"], "no number of bytes"),
-        (["--ctx", "8k", "--memory", "0"], "1M and more"),
+        (["--ctx", "8k", "--memory", "0"], "1M or more"),
         (["--ctx", "0", "--gpu", "h100"], "at least one token"),
         (["--gpu", "h100"], "--ctx is missing"),
         (["--ctx", "8k"], "no rates are known for this machine"),
