@@ -84,10 +84,10 @@ def plan_generation(model: str, **given: Any) -> GenerationPlan:
     plan = GenerationPlan(resolve(model), **given)
     device_known = plan.device is None or DEVICE.fullmatch(plan.device)
     checks = (
-        (plan.max_new_tokens >= 1, f"--max-new-tokens {plan.max_new_tokens}: allowed are 1 and more"),
+        (plan.max_new_tokens >= 1, f"--max-new-tokens {plan.max_new_tokens}: allowed is 1 or more"),
         (
             plan.temperature == 0 or COLDEST <= plan.temperature < math.inf,
-            f"--temperature {plan.temperature}: allowed are 0 (greedy), and {COLDEST} and more",
+            f"--temperature {plan.temperature}: allowed are 0 (greedy) or anything from {COLDEST} up",
         ),
         (0 <= plan.seed < 2**63, f"--seed {plan.seed}: allowed are 0 to {2**63 - 1}"),
         (plan.dtype in (None, *DTYPES), f"--dtype {plan.dtype!r}: allowed are {', '.join(DTYPES)}"),

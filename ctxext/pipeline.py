@@ -241,7 +241,7 @@ def plan_merge(
         )
     tokens = None if length is None else parse_tokens(length)
     if tokens is not None and tokens < MERGE_SHORTEST:
-        raise InputError(f"--length {length}: allowed are {MERGE_SHORTEST} tokens and more")
+        raise InputError(f"--length {length}: allowed are {MERGE_SHORTEST} tokens or more")
     if data is not None:
         fingerprint(data)
     out = out or manifests.default_out("merge", source.name)

@@ -58,7 +58,9 @@ def format_bytes(count: int | float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as "3.2 s", "42 s", "12 min 5 s", "1 h 23 min" or "2 d 3 h"."""
+    """Seconds as "4.1 ms", "3.2 s", "42 s", "12 min 5 s", "1 h 23 min" or "2 d 3 h"; 0 s is nothing at all."""
+    if 0 < seconds < 0.0995:
+        return f"{_short(seconds * 1000)} ms" if seconds >= 5e-5 else "under 0.1 ms"
     if seconds < 9.95:
         return f"{_short(seconds)} s"
     whole = round(seconds)
@@ -68,6 +70,11 @@ def format_duration(seconds: float) -> str:
             rest = whole % size // smaller
             return f"{whole // size} {unit} {rest} {smaller_unit}" if rest else f"{whole // size} {unit}"
     return f"{whole} s"
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number of things: "1 sequence", "2,000 sequences", "3 processes" (where -s alone is wrong, `many`)."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def format_count(count: int | float) -> str:

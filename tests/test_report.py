@@ -356,8 +356,11 @@ def test_other_outputs_are_shown_by_their_manifest(tmp_path):
     manifests.write(
         merged, manifests.new("merge", spec={}, parents={}, facts={"name": "m", "gate": 0.25}, command=["x"])
     )
-    page = report(merged, out=tmp_path / "out")
-    assert "Run 1: merge, m" in page.text and "gate: 0.25" in page.text and "No results" in page.text
+    page = report(merged, training(tmp_path / "run", steps=4), out=tmp_path / "out")
+    assert "Run 1: merge, m" in page.text and "gate: 0.25" in page.text
+    with pytest.raises(InputError, match=r"nothing to report on in .*merged \(a merge\)") as refused:
+        plan_report([merged], out=tmp_path / "none", title=None, force=False)
+    assert "eval, a probe or a finetune" in refused.value.hint
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path):

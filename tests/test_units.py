@@ -70,6 +70,10 @@ def test_bytes_are_refused(refused):
     ("seconds", "text"),
     [
         (0, "0 s"),
+        (1e-6, "under 0.1 ms"),
+        (0.00412, "4.1 ms"),
+        (0.0994, "99.4 ms"),
+        (0.0996, "0.1 s"),
         (3.2, "3.2 s"),
         (9.96, "10 s"),
         (59.6, "1 min"),
@@ -81,6 +85,11 @@ def test_bytes_are_refused(refused):
 )
 def test_durations_are_written(seconds, text):
     assert units.format_duration(seconds) == text
+
+
+def test_one_thing_is_no_plural():
+    assert [units.counted(n, "sequence") for n in (0, 1, 2000)] == ["0 sequences", "1 sequence", "2,000 sequences"]
+    assert units.counted(1, "process", "processes") == "1 process" and units.counted(2, "pass", "passes") == "2 passes"
 
 
 @pytest.mark.parametrize(

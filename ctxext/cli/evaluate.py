@@ -44,7 +44,7 @@ def evaluate(
         str | None,
         typer.Option(help="perplexity: tokens of text; longppl: documents; else cases in all, evenly by length"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the cases")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that the cases are drawn with")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: float32]")] = None,
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Also measure at lengths beyond what a model bears")
@@ -119,6 +119,6 @@ def _show(report: Any, out: Path) -> None:
         console.table(header, rows)
     if report.differences:
         console.say("\ndifferences, paired by item, with 95% bootstrap intervals")
-        names = ["model", "suite", "length", "less that of", "difference", "from", "to", "p", "n", "called"]
-        console.table(names, [difference.cells() for difference in report.differences if not difference.task])
+        columns = report.differences[0].COLUMNS
+        console.table(columns, [difference.cells() for difference in report.differences if not difference.task])
     console.say(f"written to {out}")

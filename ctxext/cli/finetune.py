@@ -183,7 +183,6 @@ def _run(
     plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, launch: Launch | None, repeat: Path | None
 ) -> None:
     from ctxext import api
-    from ctxext.units import format_bytes, format_duration
 
     if launch is None:
         console.quiet_libraries()
@@ -194,22 +193,28 @@ def _run(
     if as_json:
         console.emit(report.as_dict())
     elif report.finished:
-        rows = [
-            ("loss", _losses(report, plan)),
-            ("held-out loss", _held_out(report)),
-            ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
-            ("gradient spikes", f"{report.spikes} of {report.steps} steps scaled down"),
-            ("rollbacks", str(report.rollbacks)),
-            ("peak memory", f"{format_bytes(report.peak_memory)}, predicted {format_bytes(sum(plan.memory.values()))}"),
-            ("a step", _step_row(report, _predicted(plan, launch)[1])),
-            ("took", format_duration(report.seconds)),
-            ("written to", report.out),
-        ]
-        console.pairs(rows)
+        console.pairs(report_rows(report, plan, _predicted(plan, launch)[1]))
     if not report.finished:
         console.say(f"stopped after step {report.steps_done} of {report.steps}; go on with")
         console.say(f"  ctxext finetune --resume --out {run}")
         raise typer.Exit(130)
+
+
+def report_rows(report: FinetuneReport, plan: RunPlan, predicted: Estimate | None) -> list[tuple[str, str]]:
+    """A finished run as (name, value) lines, what was predicted beside what was measured."""
+    from ctxext.units import counted, format_duration
+
+    return [
+        ("loss", _losses(report, plan)),
+        ("held-out loss", _held_out(report, plan)),
+        ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
+        ("gradient spikes", f"{report.spikes} of {counted(report.steps, 'step')} scaled down"),
+        ("rollbacks", str(report.rollbacks)),
+        ("peak memory", _peak_memory(report, plan)),
+        ("a step", _step_row(report, predicted)),
+        ("took", format_duration(report.seconds)),
+        ("written to", report.out),
+    ]
 
 
 def _step_row(report: FinetuneReport, predicted: Estimate | None) -> str:
@@ -219,17 +224,37 @@ def _step_row(report: FinetuneReport, predicted: Estimate | None) -> str:
     return f"{format_duration(report.seconds_per_step or 0.0)}, the median; {beside}"
 
 
+def _peak_memory(report: FinetuneReport, plan: RunPlan) -> str:
+    """Measured and predicted. On a CPU the two are not of one thing: train/metrics.py has the resident set alone."""
+    from ctxext.train.plan import on_gpu
+    from ctxext.units import format_bytes
+
+    measured, predicted = format_bytes(report.peak_memory), format_bytes(sum(plan.memory.values()))
+    if on_gpu(plan.gpu):
+        return f"{measured}, predicted {predicted}"
+    return f"{measured} resident, freed blocks included; {predicted} predicted to be held"
+
+
 def _losses(report: FinetuneReport, plan: RunPlan) -> str:
+    losses = f"{report.first_loss:.3f} -> {report.final_loss:.3f}"
     if plan.spec.distill is None:
-        return f"{report.first_loss:.3f} -> {report.final_loss:.3f} nats a token"
+        return f"{losses} nats a token{_where(plan)}"
     what = "the last objective" if len(plan.spec.distill.objectives) > 1 else "what is learned from the teacher"
-    return f"{report.first_loss:.3f} -> {report.final_loss:.3f} of {what}"
+    return f"{losses} of {what}{_where(plan)}"
 
 
-def _held_out(report: FinetuneReport) -> str:
+def _held_out(report: FinetuneReport, plan: RunPlan) -> str:
     if report.held_out is None:
         return "not measured"
-    return f"{report.held_out[0]:.3f} -> {report.held_out[1]:.3f}, under the attention it runs with"
+    before, after = report.held_out
+    return f"{before:.3f} -> {after:.3f} nats a token{_where(plan)}, under the attention it runs with"
+
+
+def _where(plan: RunPlan) -> str:
+    """The context that a run's losses are of where it had several: they are of the last."""
+    from ctxext.units import format_tokens
+
+    return f" at ctx {format_tokens(plan.spec.ctx)}" if plan.earlier else ""
 
 
 @contextmanager

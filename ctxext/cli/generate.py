@@ -20,9 +20,9 @@ EXAMPLES = """Examples:\n
 
 # The options that `generate` and `chat` share.
 Model = Annotated[str, typer.Argument(help="A local directory, a finetune run, a preset or a hub id")]
-MaxNewTokens = Annotated[int, typer.Option(help="At most so many tokens an answer")]
+MaxNewTokens = Annotated[int, typer.Option(help="The longest an answer may be, in tokens")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy; above, tokens are drawn")]
-Seed = Annotated[int, typer.Option(help="Of the drawing")]
+Seed = Annotated[int, typer.Option(help="Seed that tokens are drawn with")]
 Template = Annotated[
     bool | None, typer.Option("--chat/--no-chat", help="Use the chat template [default: where there is one]")
 ]

@@ -28,7 +28,7 @@ def plan(
         str | None, typer.Option(help="Plan it as `convert` would leave it; several by commas, none: as it is")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="A card, such as h100, 4090, 24gb; this [default: this machine]")
+        str | None, typer.Option(help="A card, such as h100, 4090 or 24gb; `this` is this machine [default: this]")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory of a card, such as 80G: instead of --gpu, or less than it has")

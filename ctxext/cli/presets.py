@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +50,7 @@ def show(
 ) -> None:
     """What a preset says: why, in its comment, and what differs from the defaults."""
     from ctxext.config import presets
+    from ctxext.config.loader import flow
     from ctxext.study.presets import differences
 
     found = presets.find(*presets.parted(name))
@@ -70,7 +71,13 @@ def show(
     print(found.path.read_text("utf-8").rstrip())
     if differs:
         print()
-        console.pairs([(field, f"{here}   (by default {default})") for field, here, default in differs])
+        console.pairs([(field, f"{flow(here)}   ({_default(default)})") for field, here, default in differs])
+
+
+def _default(value: Any) -> str:
+    from ctxext.config.loader import flow
+
+    return "not set by default" if value is None else f"by default {flow(value)}"
 
 
 @app.command("validate", epilog=EXAMPLES)
@@ -84,13 +91,14 @@ def validate(
     """Read presets as the commands do; exit code 1 when one has a fault."""
     from ctxext.errors import CheckFailed
     from ctxext.study.presets import validated
+    from ctxext.units import counted
 
     found = validated(name)
     if as_json:
         console.emit([{"name": name, "faults": faults} for name, faults in found])
     else:
         for name, faults in found:
-            print("\n  ".join([f"{name}: {'in order' if not faults else f'{len(faults)} faults'}", *faults]))
+            print("\n  ".join([f"{name}: {counted(len(faults), 'fault') if faults else 'in order'}", *faults]))
     bad = [name for name, faults in found if faults]
     if bad:
         raise CheckFailed(f"presets with faults: {', '.join(bad)}", hint="mend the YAML at the paths above")

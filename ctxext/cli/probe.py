@@ -40,7 +40,7 @@ def probe(
     data: Annotated[
         str | None, typer.Option(help="Text to measure on [default: the embedded corpus's held-out files]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of what is drawn at random")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: float32]")] = None,
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Also measure at lengths beyond what a model bears")

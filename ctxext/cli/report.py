@@ -17,10 +17,13 @@ EXAMPLES = """Examples:\n
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Outputs of eval and finetune; others by their manifest")
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="Outputs of eval, finetune and probe; beside them others, by their manifest"
+        ),
     ],
     out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-report-<name>]")] = None,
-    title: Annotated[str | None, typer.Option(help="Of the page [default: the first model's name]")] = None,
+    title: Annotated[str | None, typer.Option(help="Title of the page [default: the first model's name]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON")] = False,
 ) -> None:

@@ -67,10 +67,14 @@ def run(
     if found.rows:
         print()
         console.table(found.header, found.rows)
+        if found.note:
+            console.say(found.note)
     console.say(f"written to {plan.out}: results.md, results.json")
 
 
 def _show_plan(plan: Plan, as_json: bool) -> None:
+    from ctxext.config.loader import flow
+
     jobs = [
         {"job": job.id, "command": job.command, "standing": plan.standings[job.id], "arguments": job.arguments}
         for job in plan.pipeline.jobs
@@ -81,9 +85,6 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     words = {"new": "runs", "waits": "runs", "again": "runs anew", "changed": "runs anew, replacing",
              "unfinished": "goes on", "reported": "goes on",
              "done": "done, skipped", "taken": "taken as it is"}  # fmt: skip
-    rows = [
-        (job.id, job.command, words[plan.standings[job.id]], " ".join(f"{k}={v}" for k, v in job.arguments.items()))
-        for job in plan.pipeline.jobs
-    ]
-    for name, command, standing, arguments in rows:
-        print(f"{name}  ({command}; {standing})\n    {arguments}")
+    for job in plan.pipeline.jobs:
+        given = " ".join(f"{key}={flow(value)}" for key, value in job.arguments.items() if value is not None)
+        print(f"{job.id}  ({job.command}; {words[plan.standings[job.id]]})\n    {given}")

@@ -131,8 +131,17 @@ def build(cls: type[S], data: dict[str, Any], *, source: str) -> S:
 
 def dump_yaml(value: Any) -> str:
     """A spec, or plain data, as YAML that `read_yaml` and `build` turn into an equal one."""
+    return _dumped(value, width=110)
+
+
+def flow(value: Any) -> str:
+    """The same on one line, as `--set` reads it: `{steps: 20}`, `[q_proj, v_proj]`, `text`, `null`."""
+    return _dumped(value, width=LARGEST, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+
+
+def _dumped(value: Any, **how: Any) -> str:
     plain = json.loads(json.dumps(value, default=_plain, allow_nan=False))
-    return yaml.dump(plain, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(plain, Dumper=_StrictDumper, sort_keys=False, allow_unicode=True, **how)
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One thing looked at, and what helps where it is ill."""
+"""One thing looked at, and what helps where it is wrong."""
 
 from __future__ import annotations
 

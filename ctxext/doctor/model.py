@@ -22,7 +22,7 @@ from ctxext.model.adapter_plan import LoraSpec, plan_trainables
 from ctxext.model.families import Config, expected_tensors, normalise, rope_of
 from ctxext.model.source import manifest_of, original_length, read_config, read_object, require_tokenizer, usable_length
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
-from ctxext.units import format_tokens
+from ctxext.units import counted, format_tokens
 
 AGAIN = "copy or download the files again, or write the output again"
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -189,7 +189,7 @@ def _as_written(path: Path, own: dict[str, str]) -> str:
     ill = sorted(name for name, value in own.items() if here.get(name) != value)
     if ill:
         raise ModelError(f"{', '.join(ill)}: other bytes than were written")
-    return f"{len(own)} files as they were written"
+    return f"{counted(len(own), 'file')} as written"
 
 
 def _positions(path: Path, config: Config) -> str:

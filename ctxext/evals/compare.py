@@ -39,11 +39,13 @@ class Difference:
     unit: str
     called: str  # better, worse, or no difference shown
 
+    COLUMNS = ("model", "suite", "length", "less that of", "difference", "from", "to", "unit", "p", "n", "called")
+
     def cells(self) -> list[str]:
-        """As a row of a table."""
+        """As a row of a table with these columns. The unit stands in it: perplexities are compared in nats."""
         figures = [f"{figure:+.4f}" for figure in (self.value, self.low, self.high)]
-        return [self.model, self.suite, f"{self.length:,}", self.against, *figures, f"{self.p:.4f}", f"{self.n:,}",
-                self.called]  # fmt: skip
+        return [self.model, self.suite, f"{self.length:,}", self.against, *figures, self.unit, f"{self.p:.4f}",
+                f"{self.n:,}", self.called]  # fmt: skip
 
 
 def differences(

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from ctxext.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
+STAR = "* beyond what the model bears"  # what tables say under numbers of such lengths
 
 
 class Item(Protocol):

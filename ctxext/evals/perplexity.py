@@ -33,7 +33,7 @@ from ctxext.evals.engine import Job, Ledger, Outcome, Row, run_job
 from ctxext.evals.spec import Perplexity
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.train.loss import token_losses
-from ctxext.units import format_duration
+from ctxext.units import counted, format_duration
 
 LONGLORA_STRIDE = 256
 DEFAULT_TOKENS = 32_768  # of text; at least twice the greatest length
@@ -185,7 +185,7 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
 
     items = [window for cut in cuts for window in cut.windows]
     tokens = sum(window.size for window in items)
-    notes = [f"perplexity: {len(items):,} windows, {tokens:,} tokens to run ({spec.protocol})"]
+    notes = [f"perplexity: {counted(len(items), 'window')}, {tokens:,} tokens to run ({spec.protocol})"]
     # The texts of the cuts are the same, so any cut's segments serve all windows.
     run = partial(_run_windows, loaded, [ids for ids, _ in cuts[0].segments])
     skipping = [cut for cut in cuts if cut.stride > cut.length]

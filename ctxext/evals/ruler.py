@@ -29,6 +29,7 @@ from ctxext.evals.scores import string_match_all, string_match_part
 from ctxext.evals.spec import Ruler
 from ctxext.model.decode import generate, stop_ids
 from ctxext.model.load import LoadedModel
+from ctxext.units import counted
 
 EFFECTIVE = 85.6  # percent
 _KEPT = 500  # characters of an answer
@@ -66,7 +67,7 @@ def job(loaded: LoadedModel, spec: Ruler, place: Path) -> Job:
         [Question(case) for case in cases],
         partial(scored, partial(_generated, loaded)),
         partial(rows, protocol),
-        (f"ruler: {name}, {len(cases):,} cases", *notes, *_not_full(cases)),
+        (f"ruler: {name}, {counted(len(cases), 'case')}", *notes, *_not_full(cases)),
     )
 
 

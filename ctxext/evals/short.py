@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals.engine import Job, Outcome, Progress, Row
 from ctxext.evals.spec import Short
+from ctxext.units import counted
 
 if TYPE_CHECKING:
     from ctxext.model.load import LoadedModel
@@ -67,7 +68,7 @@ def job(loaded: LoadedModel, spec: Short, place: Path) -> Job:
     check(spec)
     manager = _manager(spec)
     version = importlib.metadata.version("lm_eval")
-    protocol = f"lm-eval {version}" + (f", first {spec.limit:,} documents of each task" if spec.limit else "")
+    protocol = f"lm-eval {version}" + (f", first {counted(spec.limit, 'document')} of each task" if spec.limit else "")
     items = [WholeTask(task) for task in dict.fromkeys(spec.tasks)]
 
     def run(batch: Sequence[WholeTask]) -> list[Outcome]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.data.store import tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.evals.engine import Ledger, Outcome, Progress, Row, run_job
+from ctxext.evals.engine import STAR, Ledger, Outcome, Progress, Row, run_job
 from ctxext.evals.spec import EvalSpec
 from ctxext.evals.suites import JOBS, PREPARE
 from ctxext.model.layout import pattern_text
@@ -179,7 +179,7 @@ def check_length(source: ModelSource, length: int, extrapolate: bool) -> None:
         return
     raise InputError(
         f"{source.name} bears {format_tokens(source.usable_length)} tokens, and length {format_tokens(length)} was "
-        "asked for: its layers with RoPE would meet distances they were never trained on, and the numbers be of that",
+        "asked for: its layers with RoPE would meet distances they were never trained on, and numbers would show that",
         hint="give --extrapolate to measure just this, or lengths up to what it bears",
     )
 
@@ -284,7 +284,7 @@ def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
         lengths = sorted({row["length"] for row in rows})
         header = [suite.suite, *[format_tokens(length) if length else "" for length in lengths]]
         protocols = "; ".join(dict.fromkeys(row["protocol"] for row in rows))
-        star = "; * beyond what the model bears" if any(row["beyond"] for row in rows) else ""
+        star = f"; {STAR}" if any(row["beyond"] for row in rows) else ""
         cells = {(row["task"], row["model"], row["length"]): row for row in rows}
         by_task: list[list[str]] = []
         for metric, task in _tasks(rows):

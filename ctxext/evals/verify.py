@@ -37,7 +37,7 @@ from ctxext.train import recompute
 from ctxext.train.plan import plan_run
 from ctxext.train.run import SPEC_FILE, plan_resumed
 from ctxext.train.spec import FinetuneSpec, MemorySpec, ValidationSpec
-from ctxext.units import format_tokens
+from ctxext.units import counted, format_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,7 +231,7 @@ def _judge(name: str, layer: int | None, edges: list[int], faults: Callable[[int
             i, head = found.nonzero()[0].tolist()
             what = "moved, and must not see it" if found[i, head] > 0 else "did not move, and must see it"
             first = f"{j} changed: {i}{f' of head {head}' if layer is not None else ''} {what}"
-    return Check(name, layer, not wrong, first or f"{good}, {len(edges)} tokens changed", wrong, 0)
+    return Check(name, layer, not wrong, first or f"{good}, {counted(len(edges), 'token')} changed", wrong, 0)
 
 
 def _end_to_end(launch: Launch, row: _Row) -> Check:

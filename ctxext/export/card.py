@@ -151,11 +151,12 @@ def _measured(steps: Sequence[Step]) -> list[str]:
     for step in steps:
         facts = step.manifest.facts if step.manifest else {}
         gate, merge = facts.get("gate") or {}, facts.get("merge") or {}
+        unit = "of what is learned from the teacher" if facts.get("teacher") else "nats a token"
         found = {
             "source layout against the source, max logit difference": gate.get("identity_max_diff"),
             "this layout against a hand-written walk, max difference": gate.get("hybrid_max_diff"),
-            "first training loss": facts.get("first_loss"),
-            "final training loss": facts.get("final_loss"),
+            f"first training loss, {unit}": facts.get("first_loss"),
+            f"final training loss, {unit}": facts.get("final_loss"),
             "merged against live, max logit difference": merge.get("merged_max_diff"),
             "perplexity before the merge, fp32": merge.get("perplexity_live"),
             f"perplexity as stored, {merge.get('dtype')}": merge.get("perplexity_saved"),

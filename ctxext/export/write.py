@@ -172,5 +172,5 @@ def _plain(name: str) -> str:
 
 def rows(exported: Exported) -> Sequence[tuple[str, str]]:
     """The result as lines for a screen."""
-    done = [("written to", exported.out), ("files", f"{len(exported.files)}, {exported.linked} of them hard links")]
+    done = [("written to", exported.out), ("files", f"{len(exported.files)}, {exported.linked} of them hard-linked")]
     return [*exported.verdict.rows(), *done, *(("next (not run)", line) for line in exported.commands)]

@@ -1,4 +1,4 @@
-"""What `ctxext plan` says: what it was asked, what it found, and what that hangs on."""
+"""What `ctxext plan` says: what it was asked, what it found, and what that depends on."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ctxext.planning.calibrate import rates_here
 from ctxext.planning.cards import Rates
 from ctxext.planning.search import Asked, Choice
 from ctxext.planning.time import Estimate, estimate
-from ctxext.train.plan import RunPlan
+from ctxext.train.plan import RunPlan, on_gpu
 from ctxext.train.spec import FinetuneSpec
-from ctxext.units import format_bytes, format_duration, format_flops, format_tokens, parse_bytes, parse_tokens
+from ctxext.units import counted, format_bytes, format_duration, format_flops, format_tokens, parse_bytes, parse_tokens
 
 THIS = "this"
 ONE_MACHINE = 16  # cards
@@ -82,7 +82,7 @@ class Answer:
             ("model", f"{asked.source.name} ({pattern_text(asked.source.kinds)})"),
             ("ctx", f"{format_tokens(parse_tokens(asked.ctx))} tokens"),
             ("on", f"{where}; {self.rates.source}"),
-            ("tried", f"{self.combinations} combinations, {self.fitting} fit"),
+            ("tried", f"{counted(self.combinations, 'combination')}, {self.fitting} fit"),
         ]  # fmt: skip
         if not self.listed:
             return rows
@@ -92,19 +92,19 @@ class Answer:
             ("memory", format_bytes(best.needed) + (f", {format_bytes(best.host)} on the host" if best.host else "")),
             *((f"  {name}", format_bytes(size)) for name, size in best.plan.memory.items()),
             ("a step", f"{format_duration(took.seconds)}, {took.tokens_per_second:,.0f} tokens/s, "
-             f"{format_flops(best.plan.step_flops)}"),
+             f"{format_flops(took.flops)}{' on each card' if best.ranks > 1 else ''}"),
         ]  # fmt: skip
         rows += [
             (f"  {part.name}", f"{format_duration(part.seconds)} ({part.seconds / took.seconds:.0%})"
              + (f", {format_flops(part.flops)}" if part.flops else f", {format_bytes(part.moved)} moved"))
             for part in took.parts
         ]  # fmt: skip
-        if (hangs := self.dominates) is not None:
+        if (most := self.dominates) is not None:
             rows.append((
-                "hangs on",
-                f"the rate of {WORDS[hangs['rate']]}: {hangs['share']:.0%} of the time; at 20% less a step takes "
-                f"{hangs['slower_if_20_percent_less']:.0%} longer and "
-                + ("the same configuration is fastest" if hangs["same_choice"] else "another configuration is fastest"),
+                "depends most on",
+                f"the rate of {WORDS[most['rate']]}: {most['share']:.0%} of the time; at 20% less a step takes "
+                f"{most['slower_if_20_percent_less']:.0%} longer and "
+                + ("the same configuration is fastest" if most["same_choice"] else "another configuration is fastest"),
             ))  # fmt: skip
         return rows
 
@@ -140,7 +140,7 @@ def ask(
         )
     given = None if memory is None else parse_bytes(memory)
     if given is not None and given < 2**20:
-        raise InputError(f"--memory {memory}: allowed is 1M and more, such as 80G")
+        raise InputError(f"--memory {memory}: allowed is 1M or more, such as 80G")
     source = resolve(model, weights=False)
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
     for key, value in fixed.items():
@@ -176,7 +176,9 @@ def ask(
 def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | None]:
     """What a run here is expected to take, in words, for its start; None where no rates are known."""
     rates = rates_here(plan.spec.dtype, packed=plan.spec.data.document_mask)[0]
-    memory = f"{format_bytes(sum(plan.memory.values()))} at most"
+    memory = f"{format_bytes(sum(plan.memory.values()))} held at its peak"
+    if not on_gpu(plan.gpu):
+        memory += " (what the process holds on to is more on a CPU)"  # freed blocks: docs/plan.md
     if rates is None:
         return f"{memory}; no rates known for this machine: ctxext plan MODEL --calibrate", None
     took = estimate(plan, rates, partition)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ctxext.errors import EnvironmentFault
 from ctxext.planning.cards import Rates, card_here, card_rates
 from ctxext.planning.time import computed_pairs, norm_bytes
+from ctxext.units import counted
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +58,7 @@ class Calibration:
             },
             "attention": {kind: (float(f), float(b)) for kind, (f, b) in self.rates["attention"].items()},
         }
-        threads = f", {self.threads} threads" if self.device == "cpu" else ""
+        threads = f", {counted(self.threads, 'thread')}" if self.device == "cpu" else ""
         source = f"this machine ({self.device}{threads}), measured {self.date[:10]} in {self.dtype}, torch {self.torch}"
         return Rates(**fields, source=source, measured=True)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from functools import cache
 from typing import Any
 
 from ctxext.config import manifest as manifests
-from ctxext.config.loader import assignments, build, set_value
+from ctxext.config.loader import build, flow, set_value
 from ctxext.data.documents import SELF
 from ctxext.errors import InputError
 from ctxext.model.adapter_plan import Trainables
@@ -118,7 +117,7 @@ class Choice:
     def knobs(self) -> frozenset[str]:
         """What it turns, in words."""
         zero = [f"zero={self.zero}", f"ranks={self.ranks}"] if self.zero else []
-        return frozenset([*(f"{key}={_text(value)}" for key, value in self.changes.items()), *zero])
+        return frozenset([*(f"{key}={flow(value)}" for key, value in self.changes.items()), *zero])
 
     def commands(self) -> list[str]:
         """What to type, in order."""
@@ -128,7 +127,7 @@ class Choice:
             lines.append(shlex.join(["ctxext", "convert", self.asked.model, "--hybrid", self.hybrid, "--out", model]))
         words = ["ctxext", "finetune", model, "--ctx", self.asked.ctx, "--preset", self.asked.preset]
         for key, value in (dict(self.asked.fixed) | self.changes).items():
-            words += ["--set", f"{key}={_text(value)}"]
+            words += ["--set", f"{key}={flow(value)}"]
         words += ["--zero", self.zero, "--nproc", str(self.ranks)] if self.zero else []
         return [*lines, shlex.join(words)]
 
@@ -151,12 +150,6 @@ class Choice:
                 for p in took.parts
             ],
         }
-
-
-def _text(value: Any) -> str:
-    """As `--set` reads it."""
-    plain = isinstance(value, str) and assignments([f"it={value}"], example="") == {"it": value}
-    return value if plain else json.dumps(value)
 
 
 def converted(source: ModelSource, hybrid: str) -> ModelSource:
@@ -323,7 +316,7 @@ def largest(choice: Choice) -> str:
 
 
 def dominating(fit: list[tuple[Choice, Estimate]], rates: Rates) -> dict[str, Any]:
-    """The rate that most of the fastest one's time hangs on, and what it would mean if it were a fifth slower."""
+    """The rate that most of the fastest one's time depends on, and what it would mean if it were a fifth slower."""
     best, took = fit[0]
     name, seconds = next(iter(took.by_rate().items()))
     slower = rates.times(name, 0.8)

@@ -7,7 +7,7 @@ Letters as in ops/cost.py; N tokens of a forward (T times the sequences of a mic
     adapters      the same of LoRA's matrices, in fp32
     attention     pairs as computed; 4 D FLOPs a pair and head forward (again under a checkpoint, unless kept), 10 D
                   backward. A sliding layer computes whole blocks: more pairs than it attends
-    head          logits, their gradient, that of its weight if it trains, and what softmax moves
+    head          logits, their gradient, that of its weight if it trains; what softmax moves stands by itself
     elementwise   bytes that norms, RoPE, SwiGLU, residuals, LoRA and the parting of heads read and write, counted in
                   transformers' Llama and PEFT; a backward operation moves twice what its forward did
     optimizer     40 bytes a parameter and step, 12 a parameter and forward for its gradient
@@ -59,11 +59,16 @@ class Estimate:
         return sum(part.seconds for part in self.parts)
 
     @property
+    def flops(self) -> float:
+        """Computed, of one rank: whole blocks of attention and adapters too, which RunPlan's counts leave out."""
+        return sum(part.flops for part in self.parts)
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
     def by_rate(self) -> dict[str, float]:
-        """Seconds by the rate that they hang on, the most first."""
+        """Seconds by the rate that they wait for, the most first."""
         found: dict[str, float] = {}
         for part in self.parts:
             found[part.rate] = found.get(part.rate, 0.0) + part.seconds
@@ -142,7 +147,9 @@ def _linear(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) ->
     head_trains = trains or (shape.tied and plan.trainables.embedding_parameters > 0)
     rate = rates.linear_at(math.sqrt(shape.vocab_size * shape.hidden_size))
     parts.append(_work("head", "linear", head * (2 + head_trains), rate))
-    parts.append(_stream("head", 12.0 * 4 * tokens * shape.vocab_size, rates))  # train/loss.py: reads and writes of p
+    parts.append(
+        _stream("head, softmax", 12.0 * 4 * tokens * shape.vocab_size, rates)
+    )  # train/loss.py: reads and writes of p
     if plan.teacher is not None:
         batches = tokens / spec.ctx
         flops = batches * teacher_flops(plan.teacher, plan.source, spec.ctx, mask=spec.data.document_mask)

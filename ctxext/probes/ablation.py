@@ -23,6 +23,7 @@ from ctxext.model.attention import Intervention, intervening
 from ctxext.model.load import LoadedModel, causal_lm
 from ctxext.probes.finding import Table
 from ctxext.probes.spec import RetrievalHeads
+from ctxext.units import counted
 
 Head = tuple[int, int]  # layer, head
 LOSS_TOKENS = 16_384  # of text, or twice the length
@@ -55,8 +56,8 @@ def ablate(
     runs = list(found.items())
     means = {what: sum(one[what] for _, one in runs[2:]) / spec.draws for what in MEASURES}
     table = Table(
-        f"heads masked: {len(asked.items)} passkeys at {spec.length:,} tokens in {haystack(spec.data)[0]}, others than "
-        f"those that rank the heads, and the loss of {_text_of(spec)} (windows side by side)",
+        f"heads masked: {counted(len(asked.items), 'passkey')} at {spec.length:,} tokens in {haystack(spec.data)[0]}, "
+        f"others than those that rank the heads, and the loss of {_text_of(spec)} (windows side by side)",
         ("masked", "heads", "passkey", "answer, nats a token", "loss, nats a token"),
         tuple(
             (

@@ -19,6 +19,7 @@ from ctxext.probes.finding import Curve, Curves, Finding, Grid, Table
 from ctxext.probes.spec import SHORTEST, AttentionDistance
 from ctxext.probes.subject import Subject, Told, watch_rows
 from ctxext.probes.texts import text_rows
+from ctxext.units import counted
 
 MEASURED = ("distance", "sink", "entropy")
 
@@ -126,8 +127,8 @@ def _table(at: Tensor, subject: Subject, spec: AttentionDistance) -> Table:
             )
         )
     caption = (
-        f"attention of {spec.rows} queries in the second half of {spec.samples} texts of {spec.length:,} tokens; means "
-        "over heads, and the head that looks farthest"
+        f"attention of {spec.rows} queries in the second half of {counted(spec.samples, 'text')} of {spec.length:,} "
+        "tokens; means over heads, and the head that looks farthest"
     )
     header = ("layer", "kind", "distance", "farthest head", f"first {spec.sinks} tokens", "entropy, nats")
     return Table(caption, header, tuple(rows))

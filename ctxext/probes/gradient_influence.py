@@ -26,6 +26,7 @@ from ctxext.probes.finding import Curve, Curves, Finding, Table
 from ctxext.probes.spec import GradientInfluence
 from ctxext.probes.subject import Subject, Told
 from ctxext.probes.texts import text_rows
+from ctxext.units import counted
 
 PER_DOUBLING = 4  # buckets of distance
 
@@ -109,7 +110,9 @@ def _middle(bucket: dict[str, Any]) -> float:
 
 def _table(g: Tensor, beyond: dict[str, float], spec: GradientInfluence) -> Table:
     rows = [(f"{int(d):,}", f"{float(g[int(d)]):.3g}", f"{share:.4f}") for d, share in beyond.items()]
-    caption = f"gradient of the last {spec.last} logits, mean over {spec.samples} texts of {spec.length:,} tokens"
+    caption = (
+        f"gradient of the last {spec.last} logits, mean over {counted(spec.samples, 'text')} of {spec.length:,} tokens"
+    )
     return Table(caption, ("tokens back", "norm", "share of the sum from there on"), tuple(rows))
 
 

@@ -29,6 +29,7 @@ from ctxext.model.load import causal_lm, hidden_states
 from ctxext.probes.finding import Bars, Finding, Table
 from ctxext.probes.spec import LayerNiah
 from ctxext.probes.subject import Subject, Told
+from ctxext.units import counted
 
 BATCH_TOKENS = 16_384
 TOKEN = {"parting": "the last token before the answers part ways", "question": "the question's last token"}
@@ -160,7 +161,7 @@ def _table(facts: dict[str, Any], letters: str) -> Table:
     both = zip(facts["residual"], facts["change"], strict=True)
     rows += [(str(i), letters[i], shown(residual), shown(change)) for i, (residual, change) in enumerate(both)]
     caption = (
-        f"accuracy on {facts['test']} questions at {facts['length']:,} tokens, 95% interval; chance "
+        f"accuracy on {counted(facts['test'], 'question')} at {facts['length']:,} tokens, 95% interval; chance "
         f"{facts['chance']:.3f}; read at {facts['read_at']}"
     )
     return Table(caption, ("after layer", "kind", "residual", "its change"), tuple(rows))

@@ -147,13 +147,13 @@ def history(source: ModelSource) -> list[dict[str, Any]]:
         path = next((parent for parent in parents if parent not in seen), None)
         manifest = None
         if path is not None and not path.is_dir():
-            steps.append({"path": str(path), "made_by": "not there any more"})
+            steps.append({"path": _shown(path), "made_by": "not there any more"})
             break
         if path is not None:
             try:
                 manifest = manifests.read(path)
             except ModelError:
-                steps.append({"path": str(path), "made_by": "its ctxext.json is broken"})
+                steps.append({"path": _shown(path), "made_by": "its ctxext.json is broken"})
                 break
     return steps[::-1]
 
@@ -164,11 +164,11 @@ def _step(path: Path, manifest: Manifest | None) -> dict[str, Any]:
         source = from_directory(path, weights=False)
         read_config(path)
     except ModelError as error:
-        return {"path": str(path), "made_by": manifest.kind if manifest else "unknown", "fault": str(error)}
+        return {"path": _shown(path), "made_by": manifest.kind if manifest else "unknown", "fault": str(error)}
     rope = rope_of(source.config)
     spec = manifest.spec if manifest else {}
     return {
-        "path": str(path),
+        "path": _shown(path),
         "made_by": manifest.kind if manifest else "not by ctxext",
         "layers": "".join(kind.letter for kind in source.kinds),
         "rope": rope.get("rope_type", "default") if rope else None,
@@ -178,6 +178,12 @@ def _step(path: Path, manifest: Manifest | None) -> dict[str, Any]:
         "usable_length": source.usable_length,
         "original_length": source.original_length,
     }
+
+
+def _shown(path: Path) -> str:
+    """A path to read: as it was given, but without `..`, which is not taken out by its letters, as it may follow a
+    link."""
+    return str(path.resolve() if ".." in path.parts else path)
 
 
 def _notes(source: ModelSource, layers: list[dict[str, Any]], dtype: str) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ from ctxext.probes.ablation import BATCH_TOKENS, Head, ablate
 from ctxext.probes.finding import Finding, Grid, Table
 from ctxext.probes.spec import RetrievalHeads
 from ctxext.probes.subject import Subject, Told, watch_rows
+from ctxext.units import counted
 
 SHOWN = 20  # heads of the table
 LAST = 4  # queries whose entropy is measured (arXiv 2606.15378, released code)
@@ -288,5 +289,6 @@ def _ranked_table(
         )
         for place, (layer, head) in enumerate(ranked[:SHOWN], start=1)
     ]
-    caption = f"heads by {first}, of {spec.samples} passkeys in {spec.length:,} tokens; reach: answers within sight"
+    passkeys = counted(spec.samples, "passkey")
+    caption = f"heads by {first}, of {passkeys} in {spec.length:,} tokens; reach: answers within sight"
     return Table(caption, ("rank", "layer.head", "kind", "copy", "mass", "reach"), tuple(rows))

@@ -8,6 +8,7 @@ from typing import Any
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
+from ctxext.errors import InputError
 from ctxext.report import runs as reading
 from ctxext.report.markup import Html, tag
 from ctxext.report.runs import Block, Run
@@ -40,8 +41,15 @@ class Report:
 
 
 def plan_report(directories: list[Path], *, out: Path | None, title: str | None, force: bool) -> ReportPlan:
-    """Read every run and refuse what cannot be reported, before anything is drawn. Errors: as `runs.read_runs`."""
+    """Read every run and refuse what cannot be reported, before anything is drawn. Errors: as `runs.read_runs`,
+    and InputError where none of them holds anything measured."""
     found = reading.read_runs(directories)
+    if not any(run.measured for run in found):
+        given = ", ".join(f"{run.directory} (a {run.manifest.kind})" for run in found)
+        raise InputError(
+            f"nothing to report on in {given}: no evaluation, no training, no probe",
+            hint="give the output of an eval, a probe or a finetune; others may stand beside it",
+        )
     name = next((model.model for run in found if run.results for model in run.results.models), found[0].name)
     out = out or manifests.default_out("report", name)
     check_free(out, force, keep=directories)

@@ -171,6 +171,11 @@ class Run:
         return str(self.manifest.facts.get("name") or self.directory.name)
 
     @property
+    def measured(self) -> bool:
+        """Whether there is anything to show but its manifest."""
+        return bool(self.results or self.steps or self.validations or self.probes)
+
+    @property
     def versions(self) -> str:
         """ctxext, torch, transformers and Python, in words."""
         known = self.manifest.versions

@@ -23,6 +23,7 @@ from ctxext.evals.engine import Outcome, batches
 from ctxext.evals.perplexity import EncodedText, Window, cut_windows, encode
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.train.loss import token_losses
+from ctxext.units import counted
 
 TOKENS = 8_192  # a length, to choose by; the half to report on has twice that
 FEWEST = 8  # windows a length where there is text enough: with fewer than six the paired test can show nothing
@@ -130,7 +131,7 @@ def told_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int =
     strata = [[(a, b) for a, b in zip(mine, others, strict=True) if a.length == T] for T in lengths]
     value, low, high, p = paired(strata)
     tries = f", the best of {looks} tries" if looks > 1 else ""
-    words = f"{value:+.4f} nats, 95% from {low:+.4f} to {high:+.4f}, p = {p:.4f}, {len(mine)} pairs{tries}"
+    words = f"{value:+.4f} nats, 95% from {low:+.4f} to {high:+.4f}, p = {p:.4f}, {counted(len(mine), 'pair')}{tries}"
     return p * looks < 0.05 and high < 0, words
 
 

@@ -37,7 +37,7 @@ from ctxext.retrofit.damage import (
     source_states,
 )
 from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
-from ctxext.units import format_bytes, format_flops, format_tokens
+from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
 ANSWER_SHARE = 0.05  # of a score: as if one token in twenty were retrieved. A convention, not a measurement
 ANSWERS_FROM = 1.0  # nats a token: a source with a greater loss at the answers cannot retrieve, its share is 0
@@ -155,7 +155,7 @@ class LayerPlan:
         how = "all there are" if self.exhaustive else "greedy, with swaps"
         lines = [
             f"{len(self.measured)} layouts measured ({how}) on {self.texts} x {r.row_tokens} tokens of {where}, and on "
-            f"{self.questions} passkeys in it",
+            f"{counted(self.questions, 'passkey')} in it",
             "text, answers: KL to the source's predictions; loss: of the text, above the source's; nats a token, "
             f"before any healing; KV cache and forward are those of {format_tokens(r.length)} tokens",
         ]

@@ -33,7 +33,7 @@ from ctxext.model.load import LoadedModel, causal_lm
 from ctxext.model.source import ModelSource
 from ctxext.retrofit.dial import difference_row
 from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, told_better
-from ctxext.units import format_tokens
+from ctxext.units import counted, format_tokens
 
 ANSWERS, TEXT = "passkey answers", "text"  # what c is chosen by
 GRID = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
@@ -115,7 +115,11 @@ class NopeScale:
     def rows(self) -> list[tuple[str, str]]:
         """As (name, value) lines."""
         layers, answers = ", ".join(map(str, self.layers)), self.decided_by == ANSWERS
-        keys = f"{ANSWERS}, {self.cases[0]} cases of seed {CHOOSING}, guarded by the loss of " if answers else ""
+        keys = (
+            f"{ANSWERS}, {counted(self.cases[0], 'case')} of seed {CHOOSING}, guarded by the loss of "
+            if answers
+            else ""
+        )
         rows = [
             ("NoPE scale", f"{self.chosen:g} on the queries of layers {layers}; {self.why}"),
             (
@@ -128,7 +132,10 @@ class NopeScale:
         for name, shares in self.passkey.items():
             shown = ", ".join(f"{share:.0%} at {format_tokens(n)}" for n, share in shares.items())
             rows.append(
-                (f"  {name}, passkey", f"{shown} (other keys, seed {REPORTING}, {self.cases[1]} cases a length)")
+                (
+                    f"  {name}, passkey",
+                    f"{shown} (other keys, seed {REPORTING}, {counted(self.cases[1], 'case')} a length)",
+                )
             )
             rows.append((f"  {name}, their answers", _nats(self.answers[name])))
         return rows + [difference_row(difference) for difference in self.differences]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ctxext.evals.engine import STAR
 from ctxext.study import state
 from ctxext.study.pipeline import Axis, Pipeline
 from ctxext.units import format_duration, format_tokens
@@ -35,6 +36,11 @@ class Results:
     def seconds(self) -> float:
         return sum(job.seconds for job in self.jobs)
 
+    @property
+    def note(self) -> str | None:
+        """What a * in the table means, where there is one."""
+        return STAR if any(cell.endswith("*") for row in self.rows for cell in row) else None
+
     JOBS = ("step", "command", "outcome", "took", "output")
 
     def job_rows(self) -> list[tuple[str, ...]]:
@@ -42,7 +48,9 @@ class Results:
 
     def markdown(self) -> str:
         parts = [f"# {self.name}", *_markdown(self.JOBS, self.job_rows())]
-        return "\n".join(parts + (["", *_markdown(self.header, self.rows)] if self.rows else [])) + "\n"
+        parts += ["", *_markdown(self.header, self.rows)] if self.rows else []
+        parts += ["", self.note.replace("*", "\\*")] if self.note else []
+        return "\n".join(parts) + "\n"
 
 
 def results(pipeline: Pipeline, out: Path, outcomes: dict[str, str]) -> Results:

@@ -22,6 +22,7 @@ from ctxext.data.documents import SELF
 from ctxext.errors import InputError, SpecError
 from ctxext.ops.cost import Partition
 from ctxext.train.plan import RunPlan
+from ctxext.units import counted
 
 FOLDER, DEFAULT = "deepspeed_configs", "2"
 ALLOWED = ("zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown")
@@ -103,7 +104,7 @@ class Launch:
             name.removeprefix("offload_") for name in self.zero["zero_optimization"] if name.startswith("offload_")
         )
         where = f" on {len(self.hosts)} hosts" if len(self.hosts) > 1 else ""
-        processes = "1 process" if self.world == 1 else f"{self.world} processes"
+        processes = counted(self.world, "process", "processes")
         return f"ZeRO {self.stage}, {processes}{where}" + (f", {offload} offloaded" if offload else "")
 
     def dump(self) -> str:
@@ -150,7 +151,7 @@ def _check(plan: RunPlan, launch: Launch) -> None:
     world, spec = launch.world, plan.spec
     here = launch.hosts[0].slots
     if launch.hosts[0].local and 0 < gpus() < here:
-        raise InputError(f"{here} processes on a machine of {gpus()} GPUs: one GPU serves one process")
+        raise InputError(f"{here} processes on a machine of {counted(gpus(), 'GPU')}: one GPU serves one process")
     if len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
         far = [host.name for host in launch.hosts if not host.local]
         if far:
@@ -180,7 +181,7 @@ def _check_batch(batch: int, world: int) -> None:
         below, above = batch // world * world, -(-batch // world) * world
         nearest = f"{below} or {above}" if below else f"{above}"
         raise InputError(
-            f"a step has {batch} sequences, which {world} processes cannot share equally",
+            f"a step has {counted(batch, 'sequence')}, which {world} processes cannot share equally",
             hint=f"--set global_batch_size={above}; the nearest that would do: {nearest}",
         )
 

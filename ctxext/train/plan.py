@@ -24,7 +24,7 @@ from ctxext.train.refuse import refuse
 from ctxext.train.schedule import Attention, attention_at, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
 from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
-from ctxext.units import format_bytes, format_count, format_flops, format_tokens
+from ctxext.units import counted, format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
 QUANTIZED = {"none": None, "nf4": 0.52, "int8": 1.0}  # bytes of a weight, scales included
@@ -154,8 +154,8 @@ class RunPlan:
         rows += [
             (
                 "a step",
-                f"{self.global_batch_size} sequences, {format_tokens(self.tokens_per_step)} tokens, "
-                f"{accumulation} forwards of {self.spec.micro_batch_size}, {format_flops(self.step_flops)}",
+                f"{counted(self.global_batch_size, 'sequence')}, {format_tokens(self.tokens_per_step)} tokens, "
+                f"{counted(accumulation, 'forward')} of {self.spec.micro_batch_size}, {format_flops(self.step_flops)}",
             ),
             ("steps", f"{self.steps} ({format_tokens(self.tokens)} tokens)"),
             *(

@@ -25,6 +25,7 @@ from ctxext.model.source import original_config
 from ctxext.train.loop import Events
 from ctxext.train.plan import RunPlan
 from ctxext.train.spec import MixturePart
+from ctxext.units import counted
 
 LITTLE_HISTORY = 0.05  # of the tokens; below this share a run at this ctx teaches next to nothing long
 MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer runs repeat it
@@ -95,7 +96,7 @@ def _split(
     count = min(source.wanted, int(len(whole) * MOST_HELD_OUT))
     if source.wanted and not count:
         of = f" on {source.name}" if spec.data.mixture else ""
-        events.say(f"no validation{of}: {len(whole)} sequences of text are too few to hold some out")
+        events.say(f"no validation{of}: {counted(len(whole), 'sequence')} of text: too few to hold some out")
     if not count:
         return whole, None
     return whole.part(0, len(whole) - count), whole.part(len(whole) - count, count)
@@ -128,12 +129,12 @@ def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events
         given = (("min_tokens", spec.data.min_tokens), ("max_tokens", spec.data.max_tokens))
         limits = ", ".join(f"data.{limit}={value:,}" for limit, value in given if value is not None)
         every = store.meta.left_out + store.meta.documents
-        events.say(f"{name}: {store.meta.left_out:,} of {every:,} documents are left out by {limits}")
+        events.say(f"{name}: {store.meta.left_out:,} of {counted(every, 'document')} left out by {limits}")
     if store.meta.scored is not None:
         events.say(f"{name}: loss on {store.meta.scored / store.meta.tokens:.1%} of the tokens: the answers")
     if sequences.without_answer:
         every = sequences.without_answer + len(sequences)
-        events.say(f"{name}: {sequences.without_answer:,} of {every:,} sequences have no answer and are left out")
+        events.say(f"{name}: {sequences.without_answer:,} of {counted(every, 'sequence')} left out, without an answer")
     share = attended_share(store, spec.ctx)
     events.say(f"{name}: {share:.1%} of the tokens see at least half of ctx in their own document")
     if spec.data.document_mask and share < LITTLE_HISTORY:

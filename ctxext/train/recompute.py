@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ctxext.errors import InputError, ModelError
 from ctxext.ops.masks import Pattern
 from ctxext.train.spec import MemorySpec
+from ctxext.units import counted
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,9 @@ def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[
         layer._gradient_checkpointing_func = run
     if not whole:
         return []
-    return [f"memory.tiles: {len(whole)} layers are not of the shape that can be tiled, first {whole[0]}: left whole"]
+    return [
+        f"memory.tiles: {counted(len(whole), 'layer')} not of the shape that can be tiled, first {whole[0]}: left whole"
+    ]
 
 
 def _check_patterns(layers: Any, patterns: Sequence[Pattern]) -> None:

@@ -27,7 +27,7 @@ from ctxext.model.source import ModelSource, from_directory, resolve
 from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.spec import DataSpec, FinetuneSpec
 from ctxext.train.teacher import teacher_weights
-from ctxext.units import parse_tokens
+from ctxext.units import counted, parse_tokens
 
 SPEC_FILE = "spec.yaml"
 
@@ -180,7 +180,9 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
         )
     done = max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
     if new.steps < done:
-        raise InputError(f"{run} is {done} steps far, more than steps: {new.steps}", hint=f"give {done} or more")
+        raise InputError(
+            f"{run} is {counted(done, 'step')} far, more than steps: {new.steps}", hint=f"give {done} or more"
+        )
     plan = plan_run(start.source(), new)
     now = Start.of(plan)
     if now.weights != start.weights:

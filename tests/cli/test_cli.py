@@ -123,6 +123,14 @@ def test_refusals_are_quick_clear_and_leave_nothing(model_dir, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "ctxext"]
+    done = subprocess.run([*command, "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    done = subprocess.run([*command, "report", "./nowhere"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+
+
 def test_refusals_import_no_torch(model_dir, tmp_path):
     code = (
         "import sys, runpy; from ctxext.cli import main\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from ctxext.cli.plan import plan
 from ctxext.errors import CheckFailed, CtxextError, InputError
 from ctxext.planning import calibrate as calibration
 from ctxext.planning.answer import ask
+from ctxext.units import format_flops
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(plan)
@@ -29,9 +31,24 @@ def run(*arguments):
 
 def test_it_says_what_it_found():
     text = run("llama2-7b", "--ctx", "100k", "--gpu", "h100")
-    for word in ("arithmetic", "memory", "a step", "tokens/s", "hangs on", "fastest:", "next:", "longest:",
+    for word in ("arithmetic", "memory", "a step", "tokens/s", "depends most on", "fastest:", "next:", "longest:",
                  "ctxext finetune llama2-7b --ctx 100k"):  # fmt: skip
         assert word in text, word
+
+
+def test_a_step_is_the_sum_of_its_parts():
+    """The FLOPs that head the list are those of the list, no two parts have one name, and none takes 0 s."""
+    cards = (("llama2-7b", "--ctx", "100k", "--gpu", "h100"), ("tiny", "--ctx", "2k", "--gpu", "h100"))
+    shared = ("llama2-7b", "--ctx", "16k", "--gpu", "h100", "--gpus", "4", "--set", "global_batch_size=8")
+    for arguments in (*cards, shared):
+        model, *options = arguments
+        best = json.loads(run(model, *options, "--json"))["fastest"]
+        text = run(model, *options)
+        step = next(line for line in text.splitlines() if line.startswith("a step"))
+        assert format_flops(sum(part["flops"] for part in best["parts"])) in step
+        assert step.endswith(" on each card") == (best["processes"] > 1)
+        names = [part["name"] for part in best["parts"]]
+        assert len(set(names)) == len(names) and not re.search(r"\b0 (s|ms)\b", text)
 
 
 def test_json():
@@ -62,7 +79,7 @@ def test_hybrids_side_by_side():
     [
         (["--ctx", "8k", "--gpu", "h1000"], "known are h200, h100"),
         (["--ctx", "8k", "--memory", "lots"], "no number of bytes"),
-        (["--ctx", "8k", "--memory", "0"], "1M and more"),
+        (["--ctx", "8k", "--memory", "0"], "1M or more"),
         (["--ctx", "0", "--gpu", "h100"], "at least one token"),
         (["--gpu", "h100"], "--ctx is missing"),
         (["--ctx", "8k"], "no rates are known for this machine"),

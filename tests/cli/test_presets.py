@@ -22,7 +22,7 @@ def test_the_list_has_every_preset_with_its_comment():
     assert len(lines) == sum(len(presets.names(kind)) for kind in presets.KINDS)
     found = json.loads(run("presets", "list", "finetune", "--json").stdout)
     assert {one["name"] for one in found} == {f"finetune/{name}" for name in presets.names("finetune")}
-    assert all(one["comment"] for one in found)
+    assert all(one["comment"] for one in json.loads(run("presets", "list", "--json").stdout))
     with pytest.raises(InputError, match="no presets of kind 'nothing'"):
         run("presets", "list", "nothing")
 
@@ -30,6 +30,8 @@ def test_the_list_has_every_preset_with_its_comment():
 def test_a_preset_is_shown_as_its_file_and_what_differs():
     done, path = run("presets", "show", "finetune/heal"), presets.find("finetune", "heal").path
     assert done.stdout.startswith(path.read_text().rstrip()) and "by default" in done.stdout
+    assert "lora.target_modules   [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]   (by" in done.stdout
+    assert "self   (not set by default)" in done.stdout and "None" not in done.stdout and "('" not in done.stdout
     assert str(path) in done.stderr and str(path) not in done.stdout
     data = json.loads(run("presets", "show", "heal", "--json").stdout)
     assert data["name"] == "finetune/heal" and data["sets"] == presets.find("finetune", "heal").data

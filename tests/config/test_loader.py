@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from ctxext.config.loader import Tokens, build, dump_yaml, parse_value, read_yaml, set_value, spec
+from ctxext.config.loader import Tokens, build, dump_yaml, flow, parse_value, read_yaml, set_value, spec
 from ctxext.errors import InputError, SpecError
 
 
@@ -268,6 +268,27 @@ def test_what_is_dumped_is_read_back_equal(targets, lr, factor, ctx):
     run = Run(ctx=ctx, lr=lr, targets=targets, rope_scaling=Linear(factor=factor))
     text = dump_yaml(run)
     assert build(Run, parse_value(text), source="") == run, text
+
+
+@pytest.mark.parametrize(
+    ("value", "line"),
+    [
+        ("books/", "books/"),
+        ("16", "'16'"),
+        ("a...", "a..."),
+        (True, "true"),
+        (None, "null"),
+        (1e9, "1000000000.0"),
+        (("q_proj", "v_proj"), "[q_proj, v_proj]"),
+        (
+            {"steps": 20, "data": {"source": "some words " * 30}},
+            f"{{steps: 20, data: {{source: '{'some words ' * 30}'}}}}",
+        ),
+    ],
+)
+def test_a_value_on_one_line_is_what_set_reads(value, line):
+    assert flow(value) == line
+    assert parse_value(line) == (list(value) if isinstance(value, tuple) else value)
 
 
 def test_the_same_object_twice_is_dumped_without_anchors():

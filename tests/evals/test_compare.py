@@ -64,6 +64,8 @@ def test_windows_count_by_their_tokens_and_lower_is_better() -> None:
     others = [Outcome("0", "", 8, 2.5 * 10, 10), Outcome("1", "", 8, 1.5 * 90, 90)]
     (found,) = differences("perplexity", "a", mine, "b", others)
     assert found.value == pytest.approx(-0.5) and found.unit == "nats per token"
+    row = dict(zip(found.COLUMNS, found.cells(), strict=True))
+    assert row["difference"] == "-0.5000" and row["unit"] == "nats per token" and row["p"] == f"{found.p:.4f}"
     many = [Outcome(str(i), "", 8, 1.0, 1) for i in range(12)], [Outcome(str(i), "", 8, 1.5, 1) for i in range(12)]
     assert differences("perplexity", "a", many[0], "b", many[1])[0].called == "better"
     assert differences("perplexity", "a", many[1], "b", many[0])[0].called == "worse"

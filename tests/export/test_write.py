@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,19 @@ def test_measured_figures_of_the_chain_are_in_the_card(tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| tiny-swa128-nope | source layout against the source, max logit difference | 0 |" in card
     assert [step.name for step in history(tmp_path / "hybrid")] == ["tiny", "tiny-swa128-nope"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "unit"), [(None, "nats a token"), ("itself before conversion", "of what is learned from the teacher")]
+)
+def test_training_losses_have_a_unit(teacher, unit, tmp_path):
+    run_conversion(plan_conversion("tiny", "swa128-nope", out=tmp_path / "hybrid"))
+    written = manifests.read(tmp_path / "hybrid")
+    facts = written.facts | {"first_loss": 2.5, "final_loss": 1.25, "teacher": teacher}
+    manifests.write(tmp_path / "hybrid", replace(written, facts=facts))
+    exported(tmp_path / "hybrid", "hf", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"first training loss, {unit} | 2.5 |" in card and f"final training loss, {unit} | 1.25 |" in card
 
 
 def test_no_place_of_this_machine_is_told(hybrid, tmp_path, monkeypatch):

@@ -84,11 +84,6 @@ def test_an_optimizer_on_the_host_hangs_on_the_hosts_memory():
     assert hangs["slower_if_20_percent_less"] == pytest.approx(0.25 * hangs["share"])
 
 
-def test_a_text_that_reads_as_something_else_is_printed_in_quotes():
-    assert search._text("2024") == '"2024"' and search._text("books/") == "books/"
-    assert search._text("null") == '"null"' and search._text(True) == "true"
-
-
 @pytest.mark.parametrize(("cards", "gpu"), [(1, "24gb"), (8, "24gb"), (3, "h100")])
 def test_the_printed_commands_plan_what_was_printed(cards, gpu, monkeypatch, tmp_path):
     found = answer(*asked(gpu=gpu, cards_=cards))

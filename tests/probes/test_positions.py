@@ -75,6 +75,14 @@ def test_a_parent_that_is_gone_is_said(tmp_path):
     assert [step["made_by"] for step in steps] == ["not there any more", "conversion"]
 
 
+def test_a_path_is_shown_without_the_way_back(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    run_conversion(plan_conversion("tiny", "swa128-nope", out=tmp_path / "model"), gate=False)
+    monkeypatch.chdir(tmp_path)
+    for given, shown in (("runs/../model", str((tmp_path / "model").resolve())), ("model", "model")):
+        assert positions.history(resolve(given))[-1]["path"] == shown
+
+
 def test_positions_that_nothing_was_trained_for_are_pointed_at(model_dir):
     changes = {"max_position_embeddings": 4096, "original_max_position_embeddings": 512}
     finding = look(Subject(from_directory(model_dir(**changes))))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from ctxext.cli.app import app
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.errors import InputError, ModelError
+from ctxext.evals.engine import STAR
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.study import state, steps
@@ -64,6 +66,9 @@ def test_a_matrix_runs_is_skipped_and_runs_again_where_its_inputs_change(place):
     root = place / "runs" / "p"
     assert manifests.read(root).kind == "pipeline" and (root / "page" / "report.html").is_file()
     assert found.markdown() == (root / "results.md").read_text()
+    assert found.note is None and STAR not in found.markdown()
+    starred = replace(found, rows=(("SN", "a", "12.000*"), *found.rows[1:]))
+    assert starred.note == STAR and starred.markdown().endswith(f"|\n\n\\{STAR}\n")
 
     stamps = {path: path.stat().st_mtime_ns for path in root.rglob("*.safetensors")}
     outcomes, again, _ = run()
@@ -100,6 +105,8 @@ def test_a_kill_while_the_output_is_hashed_costs_no_training(place, monkeypatch)
     monkeypatch.chdir(place)
     shown = CliRunner().invoke(app, ["run", "p.yaml", "--dry-run"])
     assert shown.exit_code == 0 and "train.SN  (finetune; goes on)" in shown.stdout
+    assert "settings={optimizer.learning_rate: 0.001, data.min_tokens: null}" in shown.stdout
+    assert "lengths=[32]" in shown.stdout and "None" not in shown.stdout and "=null" not in shown.stdout
     trained = {path: path.stat().st_mtime_ns for path in (place / "runs" / "p" / "train.SN").rglob("*.safetensors")}
     outcomes, _, _ = run()
     assert outcomes["convert.SN"] == "skipped" and outcomes["train.SN"] == "resumed" and outcomes["train.NS"] == "ran"

@@ -383,7 +383,7 @@ def test_a_layer_of_another_shape_is_left_whole_and_told():
     model, group = model_of("hybrid")
     model.model.layers[1].extra = torch.nn.Identity()
     notes = recompute.enable(model, MemorySpec(tiles=48), patterns_of(model, group))
-    assert len(notes) == 1 and "1 layers" in notes[0] and "first 1" in notes[0]
+    assert len(notes) == 1 and "1 layer not of" in notes[0] and "first 1" in notes[0]
     assert_same(step(model, group, 61, False), truth("hybrid", 61, False))
 
 

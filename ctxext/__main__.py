@@ -1,0 +1,6 @@
+"""`python -m ctxext`, where the command is not on the PATH."""
+
+from ctxext.cli import main
+
+if __name__ == "__main__":
+    main()
