@@ -56,7 +56,7 @@ def _place(name: str) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     if "/" not in name:
-        preset = presets.find("models", name)
+        preset = presets.find_model(name)
         directory = presets.model_preset(preset).directory
         if directory is not None:
             return preset.path.parent / directory
