@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ def history(path: Path) -> list[Step]:
             break
         path = Path(parent["path"])
     return steps[::-1]
+
+
+def first_model(path: Path) -> str:
+    """What to type for the oldest model of the chain: its id on the hub, where it lies, or its name once it is gone."""
+    first = history(path)[0]
+    return shlex.quote(first.name if first.path is None else hub_id(first.path) or str(first.path))
 
 
 def hub_id(path: Path) -> str | None:
