@@ -158,14 +158,15 @@ def _measured(steps: Sequence[Step]) -> list[str]:
     for step in steps:
         facts = step.manifest.facts if step.manifest else {}
         gate, merge = facts.get("gate") or {}, facts.get("merge") or {}
+        of = f" ({merge['perplexity_of']})" if "perplexity_of" in merge else ""  # an older ctxext did not say
         found = {
             "source layout against the source, max logit difference": gate.get("identity_max_diff"),
             "this layout against a hand-written walk, max difference": gate.get("hybrid_max_diff"),
             "first training loss": facts.get("first_loss"),
             "final training loss": facts.get("final_loss"),
             "merged against live, max logit difference": merge.get("merged_max_diff"),
-            "perplexity before the merge, fp32": merge.get("perplexity_live"),
-            f"perplexity as stored, {merge.get('dtype')}": merge.get("perplexity_saved"),
+            f"perplexity before the merge, fp32{of}": merge.get("perplexity_live"),
+            f"perplexity as stored, {merge.get('dtype')}{of}": merge.get("perplexity_saved"),
         }
         rows += [f"| {step.name} | {name} | {value:.4g} |" for name, value in found.items() if value is not None]
     return ["## Measured", "\n".join(["| model | what | value |", "|---|---|---|", *rows])] if rows else []
