@@ -128,7 +128,6 @@ def merge(
         if saved_diff != 0.0:
             raise CheckFailed(f"the saved model's logits differ from the merged model's by {saved_diff:.3g}")
         tied = _tied_as_it_should_be(reloaded, config)
-        perplexity_saved, _ = measure(LoadedModel(reloaded, live.tokenizer, source, live.device))
         report = MergeReport(
             source.name,
             source.base.name,
@@ -139,7 +138,7 @@ def merge(
             tolerance,
             tied,
             perplexity_live,
-            perplexity_saved,
+            measure(LoadedModel(reloaded, live.tokenizer, source, live.device))[0],
             perplexity_of,
             round(time.monotonic() - began, 2),
             adjustment.facts,
