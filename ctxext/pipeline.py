@@ -272,9 +272,11 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
 
     length = min(MERGE_LENGTH, plan.source.usable_length)
 
-    def measure(loaded: Any) -> float:
+    def measure(loaded: Any) -> tuple[float, str]:
         documents = read_documents(EMBEDDED, split="held-out")
-        return perplexity(loaded, encode(documents, loaded.tokenizer, max_tokens=MERGE_TOKENS), length).perplexity
+        found = perplexity(loaded, encode(documents, loaded.tokenizer, max_tokens=MERGE_TOKENS), length)
+        protocol = found.row("held-out embedded text").protocol
+        return found.perplexity, f"{format_tokens(found.tokens_scored)} tokens at length {length}, {protocol}"
 
     seen = seen_in_training(plan.source, plan.data)
     if seen and "auto" in (plan.alpha, plan.nope_scale):

@@ -17,7 +17,7 @@ from pydantic import Field
 
 import ctxext
 from ctxext.config.loader import Tokens, build, read_yaml, spec
-from ctxext.errors import InputError
+from ctxext.errors import InputError, SpecError
 
 KINDS = ("models", "hybrid", "finetune", "pretrain", "eval", "probe", "pipelines")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -105,7 +105,19 @@ def find(kind: str, name: str) -> Preset:
                 return Preset(kind, name, path, read_yaml(path))
     close = difflib.get_close_matches(name, names(kind), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else None
-    raise InputError(f"no {kind} preset is named {name!r}; allowed: a YAML file, or {_list(kind)}", hint=hint)
+    one = kind.removesuffix("s")  # the kinds that are plurals, models and pipelines, speak of one here
+    raise InputError(f"no {one} preset is named {name!r}; allowed: a YAML file, or {_list(kind)}", hint=hint)
+
+
+def find_model(name: str) -> Preset:
+    """A model's preset, of a name that is no directory: whoever misspelt a directory is told that it was looked for."""
+    try:
+        return find("models", name)
+    except SpecError:
+        raise
+    except InputError as error:
+        hint = error.hint or "give a directory with a config.json, a hub id OWNER/NAME, or a preset's name"
+        raise InputError(f"there is no directory {name!r} here, and {error.message}", hint=hint) from None
 
 
 def names(kind: str) -> list[str]:

@@ -16,7 +16,7 @@ from ctxext.config.loader import build
 from ctxext.config.manifest import Manifest
 from ctxext.doctor.finding import Finding, judged
 from ctxext.errors import InputError, ModelError
-from ctxext.export.card import history
+from ctxext.export.card import first_model
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, plan_trainables
 from ctxext.model.families import Config, expected_tensors, normalise, rope_of
@@ -46,7 +46,7 @@ def model(name: str) -> list[Finding]:
     if adapter:
         return [*found, Finding("exports", "ok", "not before it is merged (ctxext merge)")]
     try:
-        oldest = history(path)[0].name
+        oldest = first_model(path)
     except ModelError:  # a manifest of the chain is broken; where it is this model's own, that is a finding
         oldest = "SOURCE"
     return [*found, *(_export(target, config, oldest) for target in TARGETS)]
@@ -56,7 +56,7 @@ def _place(name: str) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
     if "/" not in name:
-        preset = presets.find("models", name)
+        preset = presets.find_model(name)
         directory = presets.model_preset(preset).directory
         if directory is not None:
             return preset.path.parent / directory

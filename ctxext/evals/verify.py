@@ -82,6 +82,12 @@ class Launch:
             found.append(f"groups of {self.planned_group:,} tokens are measured as groups of {self.group_size:,}")
         if short := sorted(W for W in _windows(self.source.kinds) if self.T <= W):
             found.append(f"{T} tokens do not reach beyond the window of {', '.join(map(str, short))}")
+        usable = self.source.usable_length
+        if self.attention == "inference" and self.ctx > usable:  # training at a ctx is what makes a model bear it
+            found.append(
+                f"warning: {self.source.name} bears {format_tokens(usable)} tokens, not {format_tokens(self.ctx)}: its "
+                "attention sees what is certified, and what it makes of that beyond was never trained"
+            )
         return tuple(found)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,12 @@ def history(path: Path) -> list[Step]:
             break
         path = Path(parent["path"])
     return steps[::-1]
+
+
+def first_model(path: Path) -> str:
+    """What to type for the oldest model of the chain: its id on the hub, where it lies, or its name once it is gone."""
+    first = history(path)[0]
+    return shlex.quote(first.name if first.path is None else hub_id(first.path) or str(first.path))
 
 
 def hub_id(path: Path) -> str | None:
@@ -152,14 +159,15 @@ def _measured(steps: Sequence[Step]) -> list[str]:
         facts = step.manifest.facts if step.manifest else {}
         gate, merge = facts.get("gate") or {}, facts.get("merge") or {}
         unit = "of what is learned from the teacher" if facts.get("teacher") else "nats a token"
+        of = f" ({merge['perplexity_of']})" if "perplexity_of" in merge else ""  # an older ctxext did not say
         found = {
             "source layout against the source, max logit difference": gate.get("identity_max_diff"),
             "this layout against a hand-written walk, max difference": gate.get("hybrid_max_diff"),
             f"first training loss, {unit}": facts.get("first_loss"),
             f"final training loss, {unit}": facts.get("final_loss"),
             "merged against live, max logit difference": merge.get("merged_max_diff"),
-            "perplexity before the merge, fp32": merge.get("perplexity_live"),
-            f"perplexity as stored, {merge.get('dtype')}": merge.get("perplexity_saved"),
+            f"perplexity before the merge, fp32{of}": merge.get("perplexity_live"),
+            f"perplexity as stored, {merge.get('dtype')}{of}": merge.get("perplexity_saved"),
         }
         rows += [f"| {step.name} | {name} | {value:.4g} |" for name, value in found.items() if value is not None]
     return ["## Measured", "\n".join(["| model | what | value |", "|---|---|---|", *rows])] if rows else []

@@ -63,7 +63,8 @@ class Verdict:
 
 
 def verdict(target: str, config: Config, source: str = "SOURCE") -> Verdict:
-    """Whether `target` honours a (normalised) config exactly. `source` is the model a conversion would start from.
+    """Whether `target` honours a (normalised) config exactly. `source` is what is typed for the model that a conversion
+    would start from.
 
     Raises InputError for a target there is not.
     """
@@ -104,7 +105,8 @@ def _every_fourth(config: Config, kinds: Kinds) -> list[Objection]:
         layers = [i for i, kind in enumerate(kinds) if kind.use_rope is rope and (i % 4 == 3) is rope]
         wrong += [f"{_layers(layers)} {word}"] if layers else []
     text = "the program leaves RoPE out of layers 3, 7, 11, ... whatever the model says"
-    return [(f"{text}: {'; '.join(wrong)}", FFFN)] if wrong else []
+    plain = all(kind.use_rope and not limits(kind, config) for kind in kinds)  # what the source's own class says too
+    return [(f"{text}: {'; '.join(wrong)}", UNCONVERTED if plain else FFFN)] if wrong else []
 
 
 def _biases(config: Config, kinds: Kinds) -> list[Objection]:
@@ -136,12 +138,15 @@ def _never(config: Config, kinds: Kinds, *, why: str) -> list[Objection]:
     return [(why, UNCONVERTED)]
 
 
-FFFN = "ctxext convert SOURCE --hybrid FFFN (full attention, no RoPE in every fourth layer), healed and trained again"
-UNCONVERTED = "SOURCE in its own class, all layers F: train it without converting it (ctxext finetune SOURCE --ctx ...)"
-OWN_CLASS = (
-    "ctxext convert SOURCE --hybrid {letters} --sliding-window {window}: the same layout, in a class that has it"
+FFFN = "`ctxext convert SOURCE --hybrid FFFN` (full attention, no RoPE in every fourth layer), healed and trained again"
+UNCONVERTED = (
+    "the source without converting it, in its own class, if its layers are all F: `SOURCE`, or what "
+    "`ctxext finetune SOURCE --ctx ...` makes of it"
 )
-LINEAR_YARN = "train with --set rope_scaling=linear, or yarn without an attention_factor"
+OWN_CLASS = (
+    "`ctxext convert SOURCE --hybrid {letters} --sliding-window {window}` (the same layout, in a class that has it)"
+)
+LINEAR_YARN = "another scaling, trained again: `--set rope_scaling=linear`, or yarn without an attention_factor"
 
 BATCH = "its factor follows the running length, which vLLM shares between the sequences of a batch"
 _VLLM_RUNNING = partial(_scaling, refused={"dynamic": BATCH, "longrope": BATCH}, instead=LINEAR_YARN)
@@ -167,7 +172,8 @@ _OLLAMA_ROPE = partial(
     refused=dict.fromkeys(
         ("linear", "dynamic", "yarn", "longrope", "llama3"), "Ollama's own engine does not read what llama.cpp writes"
     ),
-    instead="positions left as they are (--set rope_scaling=none, or abf), or --target gguf for llama.cpp itself",
+    instead="positions without a scaling, trained again: `--set rope_scaling=none`, or a larger theta: "
+    '`--set "rope_scaling={type: abf, theta: 1e6}"`; or `--target gguf` for llama.cpp itself',
 )
 
 _BACKEND = (

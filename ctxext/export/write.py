@@ -18,7 +18,7 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
 from ctxext.errors import CheckFailed, InputError
-from ctxext.export.card import history, write_card
+from ctxext.export.card import first_model, history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
 from ctxext.model.companions import companions
 from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve, tensors_of
@@ -65,7 +65,7 @@ def plan_export(model: str, target: str, out: Path | None = None, force: bool = 
     require_tokenizer(source.directory)
     out = out or manifests.default_out(f"export-{target}", source.name)
     check_free(out, force, keep=[source.path])
-    judged = verdict(target, source.config, history(source.directory)[0].name)
+    judged = verdict(target, source.config, first_model(source.directory))
     return ExportPlan(source, judged, out, force)
 
 

@@ -45,7 +45,8 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did. `gate` is None when it was switched off; sizes in bytes, lengths in tokens."""
+    """What `convert` did. `gate` is None when it was switched off; sizes in bytes, lengths in tokens. `warning` tells
+    of a layout that is allowed and does not do what layouts are for."""
 
     source: str
     out: str
@@ -58,6 +59,7 @@ class ConversionReport:
     kv_cache_bytes_source: int
     gate: dict[str, Any] | None
     seconds: float
+    warning: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +70,7 @@ class ConversionReport:
             ("source", self.source),
             ("architecture", f"{self.family} -> {self.architecture}"),
             ("layout", self.layout),
+            *([] if self.warning is None else [("warning", self.warning)]),
             ("parameters", format_count(self.parameters)),
             (
                 f"KV cache at {format_tokens(self.kv_cache_length)} tokens",
@@ -77,6 +80,8 @@ class ConversionReport:
         if self.gate is None:
             return [*rows, ("gate", "not run (--no-gate)")]
         covered = f"{self.gate['layers']} of {self.gate['num_layers']} layers, {self.gate['tokens']} tokens, fp32"
+        if (stand_in := self.gate["window_stand_in"]) is not None:
+            covered += f"; larger windows proved at {stand_in:,} keys"
         return [
             *rows,
             ("gate: source layout = source", f"max logit difference {self.gate['identity_max_diff']:g} ({covered})"),
@@ -204,6 +209,18 @@ def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float) -
         kv_cache_bytes_source=before,
         gate=gate,
         seconds=round(seconds, 2),
+        warning=_warning(plan.kinds, length),
+    )
+
+
+def _warning(kinds: Sequence[LayerKind], length: int) -> str | None:
+    """Where no sliding layer of a layout ever hides a key; `length` is what the model bears."""
+    windows = [kind.sliding_window for kind in kinds if kind.sliding_window is not None]
+    if not windows or min(windows) < length:
+        return None
+    return (
+        f"windows of {format_tokens(min(windows))} keys cover all {format_tokens(length)} tokens that the model bears: "
+        "the sliding layers are full there, and the conversion changes nothing in them"
     )
 
 

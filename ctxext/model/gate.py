@@ -4,6 +4,10 @@ identity  the converted weights in the SOURCE's own layout (for most: full atten
           class, against the source itself: 0 in fp32, or a config field was forgotten
 hybrid    the real layout in stock transformers against the same model walked by hand (model/walk.py): rounding only, or
           the window or the missing RoPE is on the wrong layer or off by one
+
+What is proved of a window is that its layer has it, and of how many keys it is: the code that applies one of 100,000
+is that of one of 4,096. So windows beyond LARGEST_WINDOW are compared at that, in both models of a comparison
+(attention by hand takes T x T of memory), and their own number is read in the stock class's config.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +31,16 @@ from ctxext.model.shards import tensor_reader
 from ctxext.model.walk import walk
 from ctxext.ops.cost import parameter_count
 
+LARGEST_WINDOW = 4096  # keys: the largest of the presets
 TOLERANCE = 1e-4  # of the largest logit; a window off by one moves logits by their own size
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """Differences are max |logit - logit|. `layers` of `num_layers` were compared, on `tokens` random tokens."""
+    """Differences are max |logit - logit|. `layers` of `num_layers` were compared, on `tokens` random tokens.
+
+    `window_stand_in` is the window that stood in for larger ones, in keys; None: every window was as it is.
+    """
 
     identity_max_diff: float
     hybrid_max_diff: float
@@ -40,6 +48,7 @@ class GateReport:
     tokens: int
     layers: int
     num_layers: int
+    window_stand_in: int | None = None
 
     @property
     def passed(self) -> bool:
@@ -60,35 +69,40 @@ def run_gate(
 ) -> GateReport:
     """Run both comparisons in fp32. Raises CheckFailed when one fails.
 
-    Runs past every window by 67 tokens. A model too large to hold in fp32 is cut to its first layers; the report says
-    to how many. With `dtype` the source's weights are rounded to it first, as the conversion's were.
+    Runs past every window by 67 tokens, a window beyond LARGEST_WINDOW counting as that. A model too large to hold in
+    fp32 is cut to its first layers; the report says to how many. With `dtype` the source's weights are rounded to it
+    first, as the conversion's were.
     """
     layers = _affordable_layers(source_config)
-    windows = [kind.sliding_window for kind in [*kinds, *source_kinds] if kind.sliding_window is not None]
+    tested, tested_source = _bounded(kinds), _bounded(source_kinds)
+    windows = [kind.sliding_window for kind in [*tested, *tested_source] if kind.sliding_window is not None]
     tokens = max(128, max(windows, default=0) + 67)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(source_config["vocab_size"], (1, tokens), generator=generator)
 
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    used = getattr(config, "use_sliding_window", True)
-    if getattr(config, "layer_types", None):
-        used = used and "sliding_attention" in config.layer_types
-    theirs = getattr(config, "sliding_window", None) if used else None
+    theirs = _window_of(config)
     if theirs not in {kind.sliding_window for kind in source_kinds}:
         raise CheckFailed(f"transformers reads a window of {theirs} from the source's config.json, ctxext another")
+    if theirs is not None:
+        config.sliding_window = min(theirs, LARGEST_WINDOW)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     truth = _logits(source, config, ids, dtype)
-    identity = first_layers(hybrid_config(source_config, source_kinds), layers)
+    identity = first_layers(hybrid_config(source_config, tested_source), layers)
     identity_diff = _difference(_logits(out, _build(identity), ids, None), truth)
 
-    target = first_layers(hybrid_config(source_config, kinds), layers)
+    if tested != tuple(kinds):
+        _check_number(hybrid_config(source_config, kinds), kinds)
+    target = first_layers(hybrid_config(source_config, tested), layers)
     with torch.no_grad():
-        by_hand = walk(tensor_reader(out), target, kinds[:layers], ids)
+        by_hand = walk(tensor_reader(out), target, tested[:layers], ids)
     hybrid_diff = _difference(_logits(out, _build(target), ids, None), by_hand)
     tolerance = TOLERANCE * max(1.0, by_hand.abs().max().item())
-    report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, source_config["num_hidden_layers"])
+    stand_in = LARGEST_WINDOW if (tested, tested_source) != (tuple(kinds), tuple(source_kinds)) else None
+    every = source_config["num_hidden_layers"]
+    report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, every, stand_in)
     if not report.passed:
         raise CheckFailed(
             f"the conversion does not compute what it should: identity layout off by {identity_diff:.3g} (must be 0), "
@@ -96,6 +110,29 @@ def run_gate(
             hint="nothing was written; please report this with the source's config.json and your transformers version",
         )
     return report
+
+
+def _bounded(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
+    """A layout with LARGEST_WINDOW for every larger window."""
+    return tuple(
+        kind if kind.sliding_window is None else replace(kind, sliding_window=min(kind.sliding_window, LARGEST_WINDOW))
+        for kind in kinds
+    )
+
+
+def _window_of(config: Any) -> int | None:
+    """The window that a stock class has by its config, None where it uses none."""
+    used = getattr(config, "use_sliding_window", True)
+    if getattr(config, "layer_types", None):
+        used = used and "sliding_attention" in config.layer_types
+    return getattr(config, "sliding_window", None) if used else None
+
+
+def _check_number(config: Config, kinds: Sequence[LayerKind]) -> None:
+    """A window too large to be compared by what it computes is at least the number that the stock class reads."""
+    read = _window_of(_build(config))
+    if read not in {kind.sliding_window for kind in kinds} - {None}:
+        raise CheckFailed(f"the converted config.json gives transformers a window of {read}, the layout has another")
 
 
 def _build(config: Config) -> Any:

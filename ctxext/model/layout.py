@@ -15,7 +15,7 @@ from typing import Any
 
 from ctxext.config import presets
 from ctxext.config.loader import build, spec
-from ctxext.errors import InputError
+from ctxext.errors import InputError, SpecError
 
 LETTERS = "SNF"
 
@@ -71,7 +71,7 @@ def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
     if name and set(name) <= set(LETTERS):
         data: dict[str, object] = {"layer_pattern": name}
     else:
-        data = dict(presets.find("hybrid", name).data)
+        data = dict(_preset(name).data)
     if sliding_window is not None:
         data["sliding_window"] = sliding_window
     if sliding_window is not None and "S" not in str(data.get("layer_pattern", "S")):
@@ -82,6 +82,23 @@ def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
             hint=f"name a preset or a YAML file that has one, or with convert: --hybrid {name} --sliding-window 128",
         )
     return build(HybridSpec, data, source=f"hybrid {name}")
+
+
+def _preset(name: str) -> presets.Preset:
+    """The preset; of a name that may have been meant as a pattern, the refusal says why it is none."""
+    try:
+        return presets.find("hybrid", name)
+    except SpecError:
+        raise
+    except InputError as error:
+        if not name.isalpha():
+            raise
+        wrong = next(letter for letter in name if letter not in LETTERS)
+        capital = f"did you mean {name.upper()}?" if set(name.upper()) <= set(LETTERS) else None
+        raise InputError(
+            f"{error.message}; nor is it a pattern, whose letters are S, N and F, capital: it has {wrong!r}",
+            hint=capital or error.hint or "S is RoPE + sliding window, N is NoPE + full, F is RoPE + full",
+        ) from None
 
 
 def layer_kinds(hybrid: HybridSpec, num_layers: int, full_layers: str | None = None) -> tuple[LayerKind, ...]:

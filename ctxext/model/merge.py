@@ -49,7 +49,8 @@ class Adjustment:
 class MergeReport:
     """live: base with adapter, fp32; merged: fp32; saved: read back from disk in `dtype`. Differences are max |.|.
 
-    Perplexities are on the same text, before and after the cast to `dtype`. `adjustment` is what was done to the live
+    Perplexities are on the same text, before and after the cast to `dtype`; `perplexity_of` says how, on what text and
+    how many tokens. `adjustment` is what was done to the live
     model first, with all that was measured to choose it.
     """
 
@@ -63,6 +64,7 @@ class MergeReport:
     tied: bool
     perplexity_live: float
     perplexity_saved: float
+    perplexity_of: str
     seconds: float
     adjustment: dict[str, Any] = field(default_factory=dict)
     adjusted: tuple[tuple[str, str], ...] = ()
@@ -81,6 +83,7 @@ class MergeReport:
                 "perplexity",
                 f"{self.perplexity_live:.4f} live in fp32, {self.perplexity_saved:.4f} saved in {self.dtype}",
             ),
+            ("perplexity of", self.perplexity_of),
             ("embeddings", "tied, as the base's" if self.tied else "not tied, as the base's"),
         ]
 
@@ -91,11 +94,11 @@ def merge(
     *,
     dtype: str | None,
     force: bool,
-    measure: Callable[[LoadedModel], float],
+    measure: Callable[[LoadedModel], tuple[float, str]],
     adjust: Callable[[LoadedModel], Adjustment] = lambda live: Adjustment(),
     asked: dict[str, Any] | None = None,
 ) -> MergeReport:
-    """Merge a bundle. `measure` gives the perplexity of a loaded model; `adjust` changes the live one first.
+    """Merge a bundle. `measure` gives a loaded model's perplexity, and of what; `adjust` changes the live one first.
 
     `asked` is what `adjust` was told, for the manifest. Raises CheckFailed when the proof fails.
     """
@@ -106,7 +109,7 @@ def merge(
     adjustment = adjust(live)
     ids = torch.randint(source.config["vocab_size"], (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
     ids = ids.to(live.device)
-    before, perplexity_live = _logits(live.model, ids), measure(live)
+    before, (perplexity_live, perplexity_of) = _logits(live.model, ids), measure(live)
     merged = merge_adapter(live.model).eval()
     adjustment.fold(merged)
     after = _logits(merged, ids)
@@ -125,7 +128,6 @@ def merge(
         if saved_diff != 0.0:
             raise CheckFailed(f"the saved model's logits differ from the merged model's by {saved_diff:.3g}")
         tied = _tied_as_it_should_be(reloaded, config)
-        perplexity_saved = measure(LoadedModel(reloaded, live.tokenizer, source, live.device))
         report = MergeReport(
             source.name,
             source.base.name,
@@ -136,7 +138,8 @@ def merge(
             tolerance,
             tied,
             perplexity_live,
-            perplexity_saved,
+            measure(LoadedModel(reloaded, live.tokenizer, source, live.device))[0],
+            perplexity_of,
             round(time.monotonic() - began, 2),
             adjustment.facts,
             adjustment.rows,

@@ -242,7 +242,7 @@ def _check_adapter(path: Path, manifest: Manifest | None) -> None:
 
 
 def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
-    preset = presets.find("models", name)
+    preset = presets.find_model(name)
     model = presets.model_preset(preset)
     if model.directory is not None:
         path = preset.path.parent / model.directory

@@ -21,12 +21,16 @@ from ctxext.probes.spec import KEEP_THEM, LONGEST, OF_A_RUN, PROBES, SHORTEST, P
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """The model, and the one it is compared with (before it) if any; `spec` has every length filled in."""
+    """The model, and the one it is compared with (before it) if any; `spec` has every length filled in.
+
+    left_out  what `all` left out and why, in words; empty where nothing was
+    """
 
     sources: tuple[ModelSource, ...]
     spec: ProbeSpec
     out: Path
     force: bool
+    left_out: str = ""
 
 
 def plan_probe(
@@ -49,8 +53,9 @@ def plan_probe(
         require_tokenizer(source.directory)
     if "all" in names and len(names) > 1:
         raise InputError(f"{' '.join(names)}: all stands alone")
+    left_out = ""
     if names == ["all"]:
-        names = [name for name in PROBES if all(_wanting(name, source) is None for source in sources)]
+        names, left_out = _all(sources)
     for name, source in product(names, sources):
         if wanting := _wanting(name, source):
             raise InputError(f"{name} follows a training run, and {source.name} {wanting[0]}", hint=wanting[1])
@@ -60,7 +65,19 @@ def plan_probe(
         _scikit_learn_is_there()
     out = out or manifests.default_out("probe", names[0] if len(names) == 1 else sources[0].name)
     check_free(out, force, keep=[path for source in sources for path in source.paths])
-    return ProbePlan(sources, spec, out, force)
+    return ProbePlan(sources, spec, out, force, left_out)
+
+
+def _all(sources: tuple[ModelSource, ...]) -> tuple[list[str], str]:
+    """The probes that every model has what they follow for, and a line that tells which others were left out."""
+    lacking: dict[str, list[str]] = {}
+    for name in PROBES:
+        found = next(((source, why) for source in sources if (why := _wanting(name, source))), None)
+        if found is not None:
+            lacking.setdefault(f"{found[0].name} {found[1][0]}", []).append(name)
+    without = [name for names in lacking.values() for name in names]
+    why = "; ".join(f"{' and '.join(names)} ({why})" for why, names in lacking.items())
+    return [name for name in PROBES if name not in without], f"all leaves out {why}" if why else ""
 
 
 def is_run(source: ModelSource) -> bool:

@@ -54,6 +54,8 @@ def measure(
     """
     began, found = time.monotonic(), list[list[Finding]]()
     names = _names(plan)
+    if plan.left_out:
+        notice(plan.left_out)
     for name, source in zip(names, plan.sources, strict=True):
         subject = Subject(source, plan.spec.dtype)
         found.append([])

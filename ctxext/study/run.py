@@ -21,6 +21,7 @@ from ctxext.config.output import hold
 from ctxext.errors import CtxextError, InputError
 from ctxext.study import state, steps
 from ctxext.study.flow import filled
+from ctxext.study.inputs import check_inputs
 from ctxext.study.pipeline import Job, Pipeline
 from ctxext.study.results import Results, results
 from ctxext.study.trust import check_inside
@@ -63,14 +64,15 @@ def plan_pipeline(
 ) -> Plan:
     """Where every job stands; nothing is written.
 
-    Raises InputError where a finished output is of other inputs and `force` does not say to replace it, and for a
-    `begin` whose earlier steps are not done.
+    Raises SpecError where text that a step reads is not there; InputError where a finished output is of other inputs
+    and `force` does not say to replace it, and for a `begin` whose earlier steps are not done.
     """
     out = out or manifests.RUNS / pipeline.name
     if begin is not None and begin not in pipeline.steps:
         raise InputError(f"--from {begin}: no step has this name; there are {', '.join(pipeline.steps)}")
     if out.exists() and not (out / FILE).is_file():
         raise InputError(f"{out} exists and is no pipeline's output", hint="give another --out")
+    check_inputs(pipeline, out, begin=begin, trusted=trusted)
     standings: dict[str, str] = {}
     for job in pipeline.jobs:
         if begin is not None:

@@ -75,7 +75,8 @@ def _self(source: ModelSource, spec: FinetuneSpec, distill: DistillSpec) -> Teac
             f"{source.name} was not converted: it would learn from itself what it does already",
             hint="ctxext convert it first, or use another preset",
         )
-    text = f"itself before conversion, to {format_tokens(length)} tokens; no second model in memory"
+    before = "conversion" if source.kind == "conversion" else "this training (it was not converted)"
+    text = f"itself before {before}, to {format_tokens(length)} tokens; no second model in memory"
     if spec.memory.quantize != "none":
         text += f"; in {spec.memory.quantize}: it is the quantised model that is learned from, not the stored one"
     return Teacher(None, config, length, text)

@@ -78,6 +78,7 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
     return [
         (["convert", "lama2-7b", "--hybrid", "swa128-nope"], "llama2-7b"),
         (["convert", str(model), "--hybrid", "swa128-nop"], "swa128-nope"),
+        (["merge", "nope"], "there is no directory 'nope' here, and no model preset is named 'nope'"),
         (["convert", str(model), "--hybrid", "SN"], "--sliding-window"),
         (["convert", str(model.parent), "--hybrid", "full"], "no config.json"),
         (["convert", "./nowhere", "--hybrid", "full"], "no such directory"),

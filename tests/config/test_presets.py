@@ -117,7 +117,7 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         find("hybrid", "swa128-nop")
     assert caught.value.hint is not None and "swa128-nope" in caught.value.hint
     assert "rnope-swa4096" in caught.value.message
-    with pytest.raises(InputError, match="no models preset"):
+    with pytest.raises(InputError, match="no model preset is named 'zzzzzz'"):
         find("models", "zzzzzz")
     with pytest.raises(InputError, match="no file nowhere/a.yaml"):
         find("models", "nowhere/a.yaml")

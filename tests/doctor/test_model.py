@@ -265,7 +265,10 @@ def test_tokenizer_files_that_hold_something_else(text, copy):
 def test_exports_that_would_be_refused_are_warnings_with_the_way_out(chain):
     found = {finding.name: finding for finding in examine(str(chain / "merged"))}
     assert found["export hf"].status == found["export vllm"].status == "ok"
-    assert found["export gguf"].status == "warning" and "convert source --hybrid FFFN" in found["export gguf"].remedy
+    assert (
+        found["export gguf"].status == "warning"
+        and f"`ctxext convert {chain / 'source'} --hybrid FFFN`" in found["export gguf"].remedy
+    )
     assert "ctxext merge" in {f.name: f for f in examine(str(chain / "run"))}["exports"].found
 
 

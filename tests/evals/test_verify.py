@@ -126,6 +126,13 @@ def test_a_long_ctx_is_measured_in_proportion(model_dir):
     assert "25,600 tokens are measured as groups of 511" in launch.notes[1]
 
 
+def test_a_ctx_beyond_what_the_model_bears_is_told(model_dir):
+    launch = plan_launch(str(model_dir("llama")), ctx=4096)
+    assert "bears 64 tokens, not 4,096" in launch.notes[-1] and "never trained" in launch.notes[-1]
+    assert "bears" not in " ".join(plan_launch(str(model_dir("llama")), ctx=64).notes)
+    assert "bears" not in " ".join(plan_launch(str(model_dir("llama")), ctx=256, attention="training").notes)
+
+
 def test_stories_passes(stories):
     for attention in ("training", "inference"):
         certificate = verify(plan_launch(str(stories), attention=attention), device="cpu")

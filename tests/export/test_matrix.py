@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 from ctxext.config import presets
+from ctxext.config.loader import assignments, build
 from ctxext.errors import InputError, ModelError
 from ctxext.export.matrix import FACTS, TARGETS, verdict
 from ctxext.model.families import FAMILIES, hybrid_config, normalise
 from ctxext.model.layout import find_hybrid, layer_kinds, pattern_text
+from ctxext.train.spec import FinetuneSpec
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192}  # fmt: skip
@@ -67,6 +69,7 @@ def test_the_nearest_pattern_that_is_named_would_be_honoured(family, target):
             pattern = re.search(r"--hybrid (\w+)", text)
             near = converted(family, pattern[1]) if pattern else plain(family)
             assert pattern or "without converting" in text
+            assert not (pattern and hybrid == "full")  # the source is the same function already
             assert honoured(target, near)
 
 
@@ -86,7 +89,7 @@ def test_windows_of_some_qwen_layers_are_refused_by_vllm_and_the_way_out_is_the_
     config = plain("qwen3", use_sliding_window=True, sliding_window=512, max_window_layers=6)
     found = verdict("vllm", config, "mine")
     assert not found.honoured and "--hybrid FFFFFFSS --sliding-window 512" in found.nearest[0]
-    assert found.nearest[0].startswith("ctxext convert mine")
+    assert found.nearest[0].startswith("`ctxext convert mine")
     assert honoured("vllm", converted("qwen3", "FFFFFFSS", 512))
 
 
@@ -123,6 +126,17 @@ def test_llama3_of_another_original_length_needs_it_where_the_converter_looks():
     rope = ROPES["llama3"] | {"original_max_position_embeddings": 4096}
     assert not honoured("gguf", plain("llama", rope_parameters=rope))
     assert honoured("gguf", plain("llama", rope_parameters=rope, original_max_position_embeddings=4096))
+
+
+def test_the_positions_that_ollama_is_said_to_honour_can_be_typed_and_are():
+    text = " ".join(verdict("ollama", plain("llama", rope_parameters=ROPES["yarn"])).nearest)
+    told = re.findall(r"""`--set "?([^`"]+)"?`""", text)
+    assert len(told) == 2
+    for given in told:
+        spec = build(FinetuneSpec, {"ctx": 8192, **assignments([given])}, source="test")
+        if spec.rope_scaling.type == "abf":
+            rope = {"rope_type": "default", "rope_theta": spec.rope_scaling.theta}
+            assert rope["rope_theta"] == 1e6 and honoured("ollama", plain("llama", rope_parameters=rope))
 
 
 def test_foreign_smollm3_whose_windows_lie_on_the_nope_layers():

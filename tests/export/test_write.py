@@ -173,11 +173,18 @@ def test_an_adapter_is_refused_before_its_base_is_looked_for(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["gguf", "ollama"])
-def test_what_is_not_honoured_is_not_written(hybrid, target, tmp_path):
+def test_what_is_not_honoured_is_not_written(hybrid, target, model_dir, tmp_path):
     with pytest.raises(CheckFailed, match=f"{target} does not honour smollm3 SNSN") as refused:
         exported(hybrid, target, tmp_path / "out")
-    assert "ctxext convert model --hybrid FFFN" in refused.value.hint
+    assert f"`ctxext convert {model_dir()} --hybrid FFFN` (full" in refused.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_gone_is_named_as_it_was_called(hybrid):
+    manifest = json.loads((hybrid / "ctxext.json").read_text())
+    manifest["parents"]["source"]["path"] = "/nowhere/my model"
+    (hybrid / "ctxext.json").write_text(json.dumps(manifest))
+    assert "`ctxext convert 'my model' --hybrid FFFN`" in write.plan_export(str(hybrid), "gguf").verdict.nearest[0]
 
 
 def test_gguf_and_ollama_get_the_directory_and_the_commands(model_dir, tmp_path):

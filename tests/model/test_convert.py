@@ -89,6 +89,44 @@ def test_the_gate_catches_a_config_that_says_something_else(wrong, model_dir, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_window_too_large_to_walk_is_proved_at_a_smaller_one(family, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(gates, "LARGEST_WINDOW", 16)
+    source = model_dir(family, **({"sliding_window": 48} if family == "mistral" else {}))
+    report = convert(source, "SN", tmp_path / "out", sliding_window=100_000)
+    assert report.gate["passed"] and (report.gate["window_stand_in"], report.gate["tokens"]) == (16, 128)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["sliding_window"] == 100_000
+    rows = dict(report.rows())
+    assert "larger windows proved at 16 keys" in rows["gate: source layout = source"]
+    assert rows["warning"].startswith("windows of 100,000 keys cover all")
+    small = convert(source, "SN", tmp_path / "small", sliding_window=16)
+    assert small.warning is None and (small.gate["window_stand_in"] is None) == (family != "mistral")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"sliding_window": 64}, "a window of 64, the layout has another"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "does not compute what it should"),
+    ],
+)
+def test_a_large_window_that_is_another_or_elsewhere_is_caught(wrong, said, model_dir, tmp_path, monkeypatch):
+    """Its number by reading it, its place by what the stand-in computes."""
+
+    def planted(config, kinds):
+        built = hybrid_config(config, kinds)
+        large = any((kind.sliding_window or 0) > 16 for kind in kinds)
+        place = {} if "sliding_window" in wrong and not large else wrong
+        return built | place if any(kind.sliding_window for kind in kinds) else built
+
+    source = model_dir("llama")
+    monkeypatch.setattr(gates, "LARGEST_WINDOW", 16)
+    monkeypatch.setattr(gates, "hybrid_config", planted)
+    with pytest.raises(CheckFailed, match=said):
+        convert(source, "SN", tmp_path / "out", sliding_window=100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_sharded_checkpoints_are_copied_shard_by_shard(write_model, tmp_path):
     source = write_model(tmp_path / "source", "qwen2", shard="20KB")
     assert len(list(source.glob("model-*.safetensors"))) > 2

@@ -1,6 +1,7 @@
 """Merging: the ordinary directory computes what the live bundle computed, tied stays tied, a moved base is refused."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from ctxext.config.loader import build
 from ctxext.errors import CheckFailed, InputError
+from ctxext.export.card import write_card
+from ctxext.export.matrix import verdict
 from ctxext.model import merge as merging
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
@@ -44,6 +47,11 @@ def test_a_merged_hybrid_equals_the_live_bundle_and_loads_in_stock_transformers(
     report = merge_run(plan_merge(str(run), tmp_path / "merged", None, False))
     assert report.merged_max_diff <= report.tolerance and report.saved_max_diff == 0.0
     assert report.tied == changes.get("tie_word_embeddings", False)
+    assert re.fullmatch(
+        r"[\d,]+ tokens at length 128, hf-stride, stride 64, on held-out embedded text", report.perplexity_of
+    )
+    assert ("perplexity of", report.perplexity_of) in report.rows()
+    assert report.perplexity_of in write_card(resolve(report.out), verdict("hf", resolve(report.out).config), ())
     assert report.perplexity_live == pytest.approx(report.perplexity_saved, rel=1e-4)
     ids = torch.randint(2, 260, (1, 90), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -8,6 +8,7 @@ from ctxext.config import manifest as manifests
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.probes import run
+from ctxext.probes.finding import Finding
 from ctxext.probes.plan import plan_probe
 from ctxext.probes.spec import PROBES
 
@@ -68,6 +69,16 @@ def test_out_of_memory_says_what_helps(hybrid, tmp_path, monkeypatch):
     with pytest.raises(EnvironmentFault, match="out of memory in positions of tiny-swa128-nope") as caught:
         run.measure(plan_probe(hybrid, ["positions"], out=tmp_path / "out"))
     assert "--length" in caught.value.hint
+
+
+def test_all_says_what_it_leaves_out_and_why(hybrid, tmp_path, monkeypatch):
+    plan = plan_probe(hybrid, ["all"], preset="smoke", out=tmp_path / "out")
+    assert plan.left_out == "all leaves out retrieval-trace and qk-distance (tiny-swa128-nope is no finetune run)"
+    monkeypatch.setattr(run, "MEASURES", dict.fromkeys(run.MEASURES, lambda *_: Finding({})))
+    told = []
+    run.measure(plan, notice=told.append)
+    assert told == [plan.left_out]
+    assert plan_probe(hybrid, ["positions"], out=tmp_path / "out").left_out == ""
 
 
 def test_models_of_one_name_are_told_apart(hybrid, tmp_path):

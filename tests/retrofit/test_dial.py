@@ -59,7 +59,7 @@ def test_a_number_puts_every_weight_at_base_and_so_much_of_the_change(run, tmp_p
             plan.out,
             dtype=None,
             force=False,
-            measure=lambda _: 1.0,
+            measure=lambda _: (1.0, "nothing"),
             adjust=partial(adjust, **GIVEN, alpha=plan.alpha),
             asked=plan.asked,
         )
@@ -189,7 +189,7 @@ def test_auto_writes_picture_manifest_and_rows(run, tmp_path):
         tmp_path / "out",
         dtype=None,
         force=False,
-        measure=lambda _: 1.0,
+        measure=lambda _: (1.0, "nothing"),
         adjust=partial(adjust, **given, alpha="auto"),
     )
     assert (tmp_path / "out" / "alpha-multiplier.png").is_file()

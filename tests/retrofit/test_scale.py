@@ -81,7 +81,12 @@ def test_behind_a_norm_folding_into_q_proj_does_nothing(hybrid):
 def merged(run, out, alpha=None, nope_scale=C, adjusting=adjust):
     given = {"alpha": alpha, "nope_scale": nope_scale, "length": None, "data": "embedded", "notice": print}
     return merge(
-        resolve(str(run)), out, dtype=None, force=True, measure=lambda _: 1.0, adjust=partial(adjusting, **given)
+        resolve(str(run)),
+        out,
+        dtype=None,
+        force=True,
+        measure=lambda _: (1.0, "nothing"),
+        adjust=partial(adjusting, **given),
     )
 
 

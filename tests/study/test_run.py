@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ctxext.cli.app import app
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
-from ctxext.errors import InputError, ModelError
+from ctxext.errors import InputError, ModelError, SpecError
 from ctxext.evals.engine import STAR
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
@@ -128,6 +128,31 @@ def test_what_changed_under_the_pipeline_is_noticed(place):
     (place / "runs" / "p" / "state" / "convert.SN.json").write_text("{")
     with pytest.raises(ModelError, match="broken.*"):
         run(**{"over.hybrid": ["SN"]})
+
+
+def test_text_that_is_not_there_is_missed_before_the_first_step_runs(place):
+    text = (place / "p.yaml").read_text().replace("sliding_window: 8}", "sliding_window: 8, calibration: calm.txt}")
+    (place / "p.yaml").write_text(text)
+    with pytest.raises(SpecError) as caught:
+        run(text="nobooks/", held_out="none.txt")
+    assert caught.value.faults == (
+        "steps.convert.calibration: no such file or directory: calm.txt",
+        "steps.train.data: no such file or directory: nobooks",
+        "steps.measure.data: no such file or directory: none.txt",
+    )
+    assert "hub:NAME for a data set" in caught.value.hint and not (place / "runs").exists()
+    shown = CliRunner().invoke(app, ["run", "p.yaml", "--dry-run"])
+    assert shown.exception.faults == caught.value.faults[:1]
+
+
+@pytest.mark.parametrize("data", ["hub:owner/set", "owner/set", "${convert}", "runs/p/convert/README.md", "self"])
+def test_what_a_step_makes_and_what_the_hub_may_have_is_not_missed(place, data):
+    (place / "p.yaml").write_text(f"""
+steps:
+  convert: {{command: convert, model: tiny, hybrid: swa128-nope}}
+  train: {{command: finetune, model: "${{convert}}", ctx: 64, data: "{data}"}}
+""")
+    assert plan_pipeline(read_pipeline("p.yaml")).standings == {"convert": "new", "train": "waits"}
 
 
 def test_a_finished_step_is_not_replaced_because_one_before_it_was_made_again(place):

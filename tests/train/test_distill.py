@@ -100,6 +100,12 @@ def test_the_self_teacher_is_the_source_exactly_whatever_the_student_learned(fam
         assert (student(input_ids=ids).logits - truth).abs().max() > 0.1
 
 
+def test_a_plan_says_which_of_its_selves_a_model_learns_from(model_dir, convert):
+    assert make_plan(convert()).teacher.description.startswith("itself before conversion, to 64 tokens")
+    stretched = make_plan(model_dir(), ctx=128).teacher.description
+    assert stretched.startswith("itself before this training (it was not converted), to 64 tokens")
+
+
 def test_a_head_that_trains_with_the_embedding_is_not_the_teachers(model_dir, convert):
     """As a PEFT leaves it that ties the head to the trained copy instead of wrapping it."""
     student, teacher, plan = student_and_teacher(convert(tie_word_embeddings=True))

@@ -206,7 +206,13 @@ def test_a_quantised_base_trains_and_merges_into_the_full_weights(quantize, mode
         run(planned, tmp_path / name)
     assert losses(tmp_path / quantize) != losses(tmp_path / "plain")  # other weights are what it ran on
     assert losses(tmp_path / quantize) == pytest.approx(losses(tmp_path / "plain"), rel=0.05)
-    merge(resolve(str(tmp_path / quantize)), tmp_path / "merged", dtype=None, force=False, measure=lambda loaded: 1.0)
+    merge(
+        resolve(str(tmp_path / quantize)),
+        tmp_path / "merged",
+        dtype=None,
+        force=False,
+        measure=lambda loaded: (1.0, "nothing"),
+    )
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     assert before.keys() == after.keys()
     assert torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
