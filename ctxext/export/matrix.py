@@ -1,7 +1,8 @@
 """Which programs honour a model's exact layout and positions: a fact for each target and class, with its sources.
 
 Every fact was read in a stored public copy of the source (commit given), an issue or a documentation page in 2026-11;
-none of vLLM, llama.cpp and Ollama was run. What could not be established counts as not honoured. No torch.
+vLLM and llama.cpp were then run on a CPU (benchmarks/runtimes.py), Ollama was not. What could not be established counts
+as not honoured, and so does what versions of the same year lose without a word. No torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from ctxext.model.families import Config, expected_tensors, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
 
 WHEN = "2026-11"
-NOT_RUN = "read in the sources named, not run: nothing of the target is installed or downloaded by ctxext"
+ITSELF = "this model was not given to it: nothing of the target is installed or downloaded by ctxext"
+SEEN = "read in the sources named, and models of this class held to transformers on a CPU"
+CHECKED = {
+    "hf": "loaded and compared with the source by the gate of every conversion",
+    "vllm": f"{SEEN} in vLLM 0.32.0; {ITSELF}",
+    "gguf": f"{SEEN} in the llama.cpp of llama-cpp-python 0.3.36; {ITSELF}",
+    "ollama": "read in the sources named, not run: nothing of the target is installed or downloaded by ctxext",
+}
 TARGETS = ("hf", "vllm", "gguf", "ollama")
 Kinds = tuple[LayerKind, ...]
 Objection = tuple[str, str]  # what is not honoured; the nearest that would be
@@ -77,9 +85,10 @@ def verdict(target: str, config: Config, source: str = "SOURCE") -> Verdict:
     if UNCONVERTED in nearest:  # then no layout of the converted class would be honoured
         nearest = tuple(text for text in nearest if text != FFFN)
     nearest = tuple(text.replace("SOURCE", source) for text in nearest)
-    checked = NOT_RUN if target != "hf" else "loaded and compared with the source by the gate of every conversion"
     layout = pattern_text(kinds)
-    return Verdict(target, config["model_type"], layout, objections, nearest, fact.how, fact.sources, WHEN, checked)
+    return Verdict(
+        target, config["model_type"], layout, objections, nearest, fact.how, fact.sources, WHEN, CHECKED[target]
+    )
 
 
 def limits(kind: LayerKind, config: Config) -> bool:
@@ -112,7 +121,7 @@ def _every_fourth(config: Config, kinds: Kinds) -> list[Objection]:
 def _biases(config: Config, kinds: Kinds) -> list[Objection]:
     if not any(name.endswith("proj.bias") for name in expected_tensors(config)):
         return []
-    return [("the projections have biases, and that they are loaded was not established", UNCONVERTED)]
+    return [("the projections have biases, and llama.cpp loads no such file (llama-cpp-python 0.3.36)", UNCONVERTED)]
 
 
 def _scaling(config: Config, kinds: Kinds, *, refused: dict[str, str], instead: str) -> list[Objection]:
@@ -153,15 +162,15 @@ _VLLM_RUNNING = partial(_scaling, refused={"dynamic": BATCH, "longrope": BATCH},
 _VLLM_NATIVE = partial(
     _scaling,
     refused={
-        "dynamic": "that vLLM's own class follows the running length was not established",
-        "longrope": "that vLLM's own class chooses its factors by the running length was not established",
-        "attention_factor": "versions of 2026-07 drop it",
+        "dynamic": "vLLM's own class gives NaN beyond the original length (0.32.0)",
+        "longrope": "vLLM's own class computes other positions (0.32.0)",
+        "attention_factor": "versions of 2026-07 drop it (0.32.0 reads it)",
     },
     instead=LINEAR_YARN,
 )
 _VLLM_QWEN = partial(_windows, why="vLLM's own class ignores or refuses windows of some layers", instead=OWN_CLASS)
 _GGUF_LOST = {"dynamic": "the converter passes it over", "longrope": "the converter writes no factors of this class"}
-_GGUF_LOST |= {"attention_factor": "that it replaces llama.cpp's own was not established"}
+_GGUF_LOST |= {"attention_factor": "llama.cpp computes another (seen in llama-cpp-python 0.3.36)"}
 _GGUF = partial(_scaling, refused=_GGUF_LOST, instead=LINEAR_YARN)
 _GGUF_QWEN = partial(_scaling, refused=_GGUF_LOST | {"llama3": "written for Llama classes alone"}, instead=LINEAR_YARN)
 _GGUF_WINDOW = partial(_windows, why="the converter writes none and every layer is full", instead=FFFN)
