@@ -58,7 +58,7 @@ def test_every_layout_of_every_family_has_a_verdict_and_none_is_honoured_silentl
         assert found.honoured
     else:
         exact = llama_cpp(config) == [(kind.use_rope, kind.sliding_window) for kind in kinds]
-        assert found.honoured == (exact and family in ("llama", "mistral"))  # of qwen2, with biases, it stops at the file
+        assert found.honoured == (exact and family in ("llama", "mistral"))  # qwen2 has biases: it stops
 
 
 @pytest.mark.parametrize("target", ["gguf", "ollama"])
