@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ctxext.ops.masks import first_shifted_head
 
@@ -89,6 +90,7 @@ def parameter_count(shape: ModelShape, *, embeddings: bool = True) -> int:
     return shape.num_layers * layer + shape.hidden_size + (vocabulary if embeddings else 0)
 
 
+@lru_cache(maxsize=1024)  # layers are many and alike, and a search asks of hundreds of models' layers
 def attention_pairs(
     T: int, sliding_window: int | None = None, group_size: int | None = None, *, shifted: bool = False
 ) -> int:
@@ -207,7 +209,7 @@ def training_memory(
         stored = min(2, stored)
     kept = [window is None for window, _ in layers].count(True) if keep_attention else 0
     logits = min(loss_chunk(shape.vocab_size) if chunk is None else chunk, tokens) * shape.vocab_size
-    work = max(_layer_work(shape, T, micro_batch, layer, item_bytes, trained, tiles) for layer in layers)
+    work = max(_layer_work(shape, T, micro_batch, layer, item_bytes, trained, tiles) for layer in set(layers))
     work = work if checkpointing else tokens * 3 * shape.intermediate_size * item_bytes
     work += max(0, min(checkpointing, len(layers)) - 1) * (live + X)
     # the last norm keeps its input and its output normalised; both, and its result, are there while the loss is made

@@ -98,7 +98,7 @@ def test_refusals(arguments, said, monkeypatch, tmp_path):
 
 
 def test_an_unknown_model_and_one_too_large():
-    with pytest.raises(InputError, match="no models preset"):
+    with pytest.raises(InputError, match="no model preset"):
         run("llama9", "--ctx", "8k", "--gpu", "h100")
     with pytest.raises(CheckFailed, match="nothing that was tried fits"):
         run("llama2-70b", "--ctx", "8k", "--memory", "4G")
@@ -129,7 +129,7 @@ def test_a_machine_is_calibrated_without_a_plan(monkeypatch):
     monkeypatch.setattr(calibration, "calibrate", lambda say: [])
     assert run("tiny", "--calibrate") == ""
     assert json.loads(run("tiny", "--calibrate", "--json")) == []
-    with pytest.raises(InputError, match="no models preset"):
+    with pytest.raises(InputError, match="no model preset"):
         run("tini", "--calibrate")
     with pytest.raises(InputError, match="those of one machine"):
         ask("tiny", "8k", gpu="h100", cards_=64, preset="lora-alpha", fixed={})
