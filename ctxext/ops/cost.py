@@ -115,12 +115,10 @@ def layer_pairs(shape: ModelShape, T: int, layer: Layer) -> int:
     return f * attention_pairs(T, window, group) + (shape.num_heads - f) * shifted
 
 
-def kv_cache_bytes(
-    shape: ModelShape, windows: Sequence[int | None], T: int, item_bytes: int = 2, batch: int = 1
-) -> int:
+def kv_cache_bytes(shape: ModelShape, windows: Sequence[int | None], T: int, item_bytes: int = 2) -> int:
     """Bytes of the key/value cache after T tokens; `windows` has W or None for each layer, which holds min(T, W)."""
     tokens = sum(T if window is None else min(T, window) for window in windows)
-    return 2 * batch * tokens * shape.num_kv_heads * shape.head_dim * item_bytes
+    return 2 * tokens * shape.num_kv_heads * shape.head_dim * item_bytes
 
 
 def forward_flops(shape: ModelShape, layers: Sequence[Layer], T: int) -> int:

@@ -120,9 +120,12 @@ def test_no_torch_and_under_a_second():
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, 'torch' in sys.modules)"
     )
     unwatched = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    done = subprocess.run([sys.executable, "-c", code], env=unwatched, capture_output=True, text=True, check=True)
-    seconds, torch_was_imported = done.stdout.split()[-2:]
-    assert torch_was_imported == "False" and float(seconds) < 1.0
+    seconds = []
+    for _ in range(3):  # of CPU time, the least: a neighbour on the same core makes it half as much again
+        done = subprocess.run([sys.executable, "-c", code], env=unwatched, capture_output=True, text=True, check=True)
+        took, torch_was_imported = done.stdout.split()[-2:]
+        seconds.append(float(took))
+    assert torch_was_imported == "False" and min(seconds) < 1.0, seconds
 
 
 def test_a_machine_is_calibrated_without_a_plan(monkeypatch):

@@ -110,7 +110,7 @@ def test_what_a_step_adds():
 def test_cache_bytes():
     shape = llama(64, 4, 4, 2, 160, 300)
     assert kv_cache_bytes(shape, [None] * 4, 1000) == 2 * 4 * 1000 * 2 * 16 * 2
-    assert kv_cache_bytes(shape, [128, None, 128, 2000], 1000, 4, batch=3) == 3 * 2 * (256 + 2000) * 2 * 16 * 4
+    assert kv_cache_bytes(shape, [128, None, 128, 2000], 1000, 4) == 2 * (256 + 2000) * 2 * 16 * 4
 
 
 def test_training_memory_of_a_7b_at_100k():
