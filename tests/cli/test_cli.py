@@ -1,10 +1,9 @@
-"""The commands as users type them: exit codes, streams, quick refusals, nothing half-written."""
+"""The commands as users type them: exit codes, streams, refusals, nothing half-written."""
 
 import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -112,15 +111,17 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
     ]
 
 
-def test_refusals_are_quick_clear_and_leave_nothing(model_dir, tmp_path):
-    model = model_dir("llama")
-    for arguments, words in refusals(model, tmp_path):
-        began = time.monotonic()
-        done = ctxext(*arguments, cwd=tmp_path, code=2)
-        seconds = time.monotonic() - began
-        assert words in done.stderr, (arguments, done.stderr)
-        assert done.stdout == "" and done.stderr.startswith("error: "), arguments
-        assert seconds < 5, (arguments, seconds)  # a torch import alone takes longer on a loaded machine
+def test_refusals_are_clear_import_no_torch_and_leave_nothing(model_dir, tmp_path):
+    code = (
+        "import sys; from ctxext.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    )
+    for arguments, words in refusals(model_dir("llama"), tmp_path):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert words in done.stderr and "Traceback" not in done.stderr, (arguments, done.stderr)
+        assert done.stdout == "2 False\n" and done.stderr.startswith("error: "), (arguments, done.stdout, done.stderr)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -130,18 +131,6 @@ def test_the_module_is_the_command(tmp_path):
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
     done = subprocess.run([*command, "report", "./nowhere"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
-
-
-def test_refusals_import_no_torch(model_dir, tmp_path):
-    code = (
-        "import sys, runpy; from ctxext.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
-    )
-    for arguments, _ in refusals(model_dir("llama"), tmp_path):
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.stdout == "2 False\n", (arguments, done.stdout, done.stderr)
 
 
 def test_all_faults_of_a_spec_come_at_once(model_dir, tmp_path):

@@ -1,7 +1,6 @@
 """`ctxext plan`: quick, without torch, its JSON, its refusals."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -113,19 +112,15 @@ def test_memory_alone_and_beside_a_card():
     assert both["memory"] == 40 * 2**30 and "h100" in both["rates"]
 
 
-def test_no_torch_and_under_a_second():
+def test_a_plan_imports_no_torch():
+    """What makes it quick; how quick is in benchmarks/startup.py."""
     code = (
-        "import resource, sys, typer\nfrom ctxext.cli.plan import plan\napp = typer.Typer()\napp.command()(plan)\n"
+        "import sys, typer\nfrom ctxext.cli.plan import plan\napp = typer.Typer()\napp.command()(plan)\n"
         "app(['llama2-70b', '--ctx', '64k', '--gpu', 'h200', '--gpus', '8'], standalone_mode=False)\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime, 'torch' in sys.modules)"
+        "print('torch' in sys.modules)"
     )
-    unwatched = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
-    seconds = []
-    for _ in range(3):  # of CPU time, the least: a neighbour on the same core makes it half as much again
-        done = subprocess.run([sys.executable, "-c", code], env=unwatched, capture_output=True, text=True, check=True)
-        took, torch_was_imported = done.stdout.split()[-2:]
-        seconds.append(float(took))
-    assert torch_was_imported == "False" and min(seconds) < 1.0, seconds
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
 
 
 def test_a_machine_is_calibrated_without_a_plan(monkeypatch):

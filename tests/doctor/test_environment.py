@@ -26,10 +26,8 @@ def by_name(findings):
     return {finding.name: finding for finding in findings}
 
 
-def test_this_environment_has_no_failure_and_says_so_quickly():
-    began = time.monotonic()
+def test_this_environment_has_no_failure():
     found = env.environment()
-    assert time.monotonic() - began < 30  # torch's import apart it is a second; the machine of a test may be busy
     assert [finding for finding in found if finding.status == "failure"] == []
     named = by_name(found)
     assert {"python", "packages", "kernel blocked", "kernel varlen", "kernel flex", "hub", "memory"} <= named.keys()

@@ -1,10 +1,9 @@
-"""What every fuzz test holds a call to: an error of ours or a result, in time, in little memory."""
+"""What every fuzz test holds a call to: an error of ours or a result, that it ends, in little memory."""
 
 from __future__ import annotations
 
 import resource
 import signal
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,19 +13,18 @@ from hypothesis import strategies as st
 
 from ctxext.errors import CtxextError
 
-SECONDS, HANGS = 2.0, 20.0  # of the processor for one call; of the clock, when it is given up
+HANGS = 60.0  # seconds: a call that takes milliseconds is not done by then, however busy the machine
 MEMORY = 4 * 1024**3  # bytes that a call may take on top of what the process has
 
 
 def survives(call: Callable[[], Any]) -> Any:
-    """What `call` gives, or the CtxextError it ends with. Any other exception, and being slow, is a failure."""
+    """What `call` gives, or the CtxextError it ends with. Any other exception is a failure, and so is not ending."""
 
     def hangs(*_: Any) -> None:
         raise AssertionError(f"not done after {HANGS:g} seconds")
 
     old = signal.signal(signal.SIGALRM, hangs)
     signal.setitimer(signal.ITIMER_REAL, HANGS)
-    began = time.process_time()
     try:
         outcome = call()
     except CtxextError as error:
@@ -35,7 +33,6 @@ def survives(call: Callable[[], Any]) -> Any:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
-    assert time.process_time() - began < SECONDS
     return outcome
 
 
