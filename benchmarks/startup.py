@@ -21,19 +21,16 @@ from pathlib import Path
 
 from arms import table
 
-CTXEXT = [sys.executable, "-m", "ctxext"]
-ROWS = {
-    "python -c pass": [sys.executable, "-c", "pass"],
-    "ctxext --help": [*CTXEXT, "--help"],
-    "ctxext plan --help": [*CTXEXT, "plan", "--help"],
-    "ctxext plan llama2-7b --ctx 100k --gpu h100": [*CTXEXT, *"plan llama2-7b --ctx 100k --gpu h100".split()],
-    "ctxext plan llama2-70b --ctx 64k --gpu h200 --gpus 8": [
-        *CTXEXT,
-        *"plan llama2-70b --ctx 64k --gpu h200 --gpus 8".split(),
-    ],
-    "ctxext convert missing/ --hybrid full (refused)": [*CTXEXT, "convert", "missing/", "--hybrid", "full"],
-    "python -c 'import torch'": [sys.executable, "-c", "import torch"],
-}
+PYTHON = {"python -c pass": "pass", "python -c 'import torch'": "import torch"}
+CTXEXT = (
+    "--help",
+    "plan --help",
+    "plan llama2-7b --ctx 100k --gpu h100",
+    "plan llama2-70b --ctx 64k --gpu h200 --gpus 8",
+    "convert missing/ --hybrid full",  # refused
+)
+ROWS = {name: [sys.executable, "-c", code] for name, code in PYTHON.items()}
+ROWS |= {f"ctxext {arguments}": [sys.executable, "-m", "ctxext", *arguments.split()] for arguments in CTXEXT}
 
 
 def once(command: list[str], place: str) -> tuple[float, float]:
