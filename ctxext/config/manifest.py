@@ -8,7 +8,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from typing import Any
 import ctxext
 from ctxext.config.loader import build, spec
 from ctxext.config.output import staged_output as staged_output
+from ctxext.config.output import write_whole
 from ctxext.errors import InputError, ModelError, SpecError
 
 FILE_NAME = "ctxext.json"
@@ -198,11 +198,8 @@ def _is_entry(entry: Any) -> bool:
 def _write_cache(fresh: dict[str, list[Any]]) -> None:
     """Atomically, over what is there by now; a cache that cannot be written costs time and nothing else."""
     files = {path: entry for path, entry in (_read_cache() | fresh).items() if os.path.exists(path)}
-    target = _cache_path()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False, encoding="utf-8") as file:
-            json.dump({"format": _CACHE_FORMAT, "files": files}, file, indent=1)
-        os.replace(file.name, target)
+        _cache_path().parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_cache_path(), json.dumps({"format": _CACHE_FORMAT, "files": files}, indent=1))
     except OSError:
         return

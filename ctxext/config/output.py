@@ -53,6 +53,16 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
         raise fault from error
 
 
+def write_whole(path: Path, data: str | bytes) -> None:
+    """A file that is there whole or not at all, over what was there. Its directory has to exist."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ()) -> None:
     """Refuses an `out` that `staged_output` would refuse; call it before long work.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ctxext
+from ctxext.config.output import write_whole
 from ctxext.errors import DataError, InputError
 
 _FIELDS = {"id": str, "task": str, "length": int, "prompt": str, "references": list, "max_new_tokens": int}
@@ -68,14 +69,17 @@ def largest(fits: Callable[[int], bool], start: int = 1) -> int:
 
 
 def write_cases(path: Path, cases: Sequence[Case], facts: dict[str, Any]) -> dict[str, Any]:
-    """JSONL at `path`, then `<path>.manifest.json` with `facts`, the count, the version and the file's sha256."""
-    lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases).encode()
-    manifest = {**facts, "cases": len(cases), "ctxext": ctxext.__version__, "sha256": hashlib.sha256(lines).hexdigest()}
+    """JSONL at `path`, then its manifest with `facts`, the count, the version and the file's sha256."""
+    return write_rows(path, cases, {**facts, "cases": len(cases)})
+
+
+def write_rows(path: Path, rows: Sequence[Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The same of any dataclass. The manifest comes last: rows without one are of a writer that was killed."""
+    lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows).encode()
+    manifest = {**facts, "ctxext": ctxext.__version__, "sha256": hashlib.sha256(lines).hexdigest()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for target, data in ((path, lines), (_manifest(path), (json.dumps(manifest, indent=2) + "\n").encode())):
-        beside = target.with_name(f".{target.name}.partial")
-        beside.write_bytes(data)
-        beside.replace(target)
+    write_whole(path, lines)
+    write_whole(manifest_of(path), json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -89,7 +93,7 @@ def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the cases {path}: {error.strerror}") from None
-    manifest = json.loads(_manifest(path).read_bytes()) if _manifest(path).is_file() else {}
+    manifest = json.loads(manifest_of(path).read_bytes()) if manifest_of(path).is_file() else {}
     if manifest and hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise DataError(
             f"{path} is not what its manifest says (sha256)", hint="make the cases again, or remove the manifest"
@@ -121,7 +125,7 @@ def _case(line: str, place: str) -> Case:
     return Case(**given, facts=row.get("facts", {}))
 
 
-def _manifest(path: Path) -> Path:
+def manifest_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.manifest.json")
 
 

@@ -19,14 +19,14 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ctxext
 from ctxext.config import manifest as manifests
+from ctxext.data.cases import manifest_of, write_rows
 from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals.engine import Job, Outcome, Progress, Row, mean
@@ -131,7 +131,7 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     evaluator: Any = load_model(source, dtype=dtype, device=device)
     for length, (found, facts) in texts.items():
         tick = partial(progress, f"keys by {source.name} at {length:,}")
-        _write(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), tick), facts)
+        write_rows(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), tick), facts)
     del evaluator
     gc.collect()
 
@@ -370,25 +370,11 @@ def _same(path: Path, facts: dict[str, Any]) -> bool:
         return False
 
 
-def _write(path: Path, keys: Sequence[KeyText], facts: dict[str, Any]) -> None:
-    """The keys and their manifest; keys without their manifest are none, so that a kill in between is found out."""
-    lines = "".join(json.dumps(asdict(key), ensure_ascii=False) + "\n" for key in keys).encode()
-    manifest = {**facts, "ctxext": ctxext.__version__, "sha256": hashlib.sha256(lines).hexdigest()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for target, data in (
-        (path, lines),
-        (Path(f"{path}.manifest.json"), (json.dumps(manifest, indent=2) + "\n").encode()),
-    ):
-        beside = target.with_name(f".{target.name}.partial")
-        beside.write_bytes(data)
-        beside.replace(target)
-
-
 def _read(path: Path) -> tuple[list[KeyText], dict[str, Any]]:
-    if not path.is_file() or not Path(f"{path}.manifest.json").is_file():
+    if not path.is_file() or not manifest_of(path).is_file():
         raise InputError(f"no keys at {path}", hint="longppl.prepare finds them with the evaluator")
     data = path.read_bytes()
-    facts = json.loads(Path(f"{path}.manifest.json").read_bytes())
+    facts = json.loads(manifest_of(path).read_bytes())
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
         raise DataError(f"{path} is not what its manifest says (sha256)", hint="remove it: keys are found again")
     rows = [json.loads(line) for line in data.decode().split("\n") if line]

@@ -162,7 +162,7 @@ def perplexity(
     not finite).
     """
     cut = cut_windows(texts, length, loaded.tokenizer.eos_token_id, protocol, stride, alone_from)
-    run = partial(_run_windows, loaded, [ids for ids, _ in cut.segments])
+    run = partial(run_windows, loaded, [ids for ids, _ in cut.segments])
     ledger = Ledger()
     run_job(Job(cut.windows, run, lambda _: []), ledger, tokens_per_batch, progress)
     return summed(cut, [ledger.outcomes[window.id] for window in cut.windows])
@@ -187,7 +187,7 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
     tokens = sum(window.size for window in items)
     notes = [f"perplexity: {counted(len(items), 'window')}, {tokens:,} tokens to run ({spec.protocol})"]
     # The texts of the cuts are the same, so any cut's segments serve all windows.
-    run = partial(_run_windows, loaded, [ids for ids, _ in cuts[0].segments])
+    run = partial(run_windows, loaded, [ids for ids, _ in cuts[0].segments])
     skipping = [cut for cut in cuts if cut.stride > cut.length]
     if skipping:
         shown = ", ".join(f"{cut.length:,}" for cut in skipping)
@@ -234,7 +234,7 @@ def summed(cut: Cut, outcomes: Sequence[Outcome]) -> PerplexityResult:
     )
 
 
-def _run_windows(loaded: LoadedModel, texts: list[torch.Tensor], batch: Sequence[Window]) -> list[Outcome]:
+def run_windows(loaded: LoadedModel, texts: list[torch.Tensor], batch: Sequence[Window]) -> list[Outcome]:
     """Losses of windows, those of one shape together, summed by how many tokens each target has before it."""
     outcomes = []
     for (size, first), same in groupby(batch, key=lambda window: window.shape):

@@ -16,7 +16,7 @@ from ctxext.data.store import tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals.engine import STAR, Ledger, Outcome, Progress, Row, run_job
 from ctxext.evals.spec import EvalSpec
-from ctxext.evals.suites import JOBS, PREPARE
+from ctxext.evals.suites import PREPARED, job_of, module_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.train.memory import is_out_of_memory
@@ -112,9 +112,9 @@ def evaluate(
         with tempfile.TemporaryDirectory() as scratch:
             return evaluate(found, spec, against=against, place=Path(scratch), device=device, progress=progress,
                             notice=notice)  # fmt: skip
-    for suite in (suite for suite in spec.suites if suite.suite in PREPARE):
+    for suite in (suite for suite in spec.suites if suite.suite in PREPARED):
         with _memory_runs_out("what comes before the models", suite.suite):
-            PREPARE[suite.suite](suite, place, spec.dtype, device, progress)
+            module_of(suite.suite).prepare(suite, place, spec.dtype, device, progress)
     results: list[ModelResult] = []
     names = _names([_source(model) for model in found])
     outcomes: list[list[list[Outcome]]] = []  # of each model, of each suite
@@ -127,7 +127,7 @@ def evaluate(
         for index, suite in enumerate(spec.suites):
             ledger = Ledger(place / "outcomes" / f"{index}-{suite.suite}-{number}.jsonl")
             with _memory_runs_out(names[number], suite.suite):
-                job = JOBS[suite.suite](loaded, suite, place)
+                job = job_of(loaded, suite, place)
                 for note in job.notes:
                     notice(f"{names[number]}: {note}")
                 told = partial(progress, f"{names[number]} {suite.suite}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
 from ctxext.data import documents
 from ctxext.errors import InputError
-from ctxext.evals.engine import Job, Progress
+from ctxext.evals.engine import Job
 from ctxext.evals.haystacks import GRASS
 from ctxext.evals.spec import EvalSpec
 from ctxext.model.source import ModelSource, resolve
@@ -20,75 +21,18 @@ if TYPE_CHECKING:
     from ctxext.model.load import LoadedModel
 
 
-def _perplexity(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.perplexity import job
-
-    return job(loaded, spec, place)
+PREPARED = ("longppl", "short")  # what comes before the models: an evaluator's keys, the harness's tasks
 
 
-def _passkey(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.passkey import job
-
-    return job(loaded, spec, place)
-
-
-def _niah(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.niah import job
-
-    return job(loaded, spec, place)
+def module_of(suite: str) -> Any:
+    """evals/<suite>.py, imported when it is used: most need torch. Each has `job`, some `check` and `prepare`."""
+    return import_module(f"ctxext.evals.{suite}")
 
 
-def _longppl(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.longppl import job
-
-    return job(loaded, spec, place)
-
-
-def _ruler(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.ruler import job
-
-    return job(loaded, spec, place)
-
-
-def _longbench(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.longbench import job
-
-    return job(loaded, spec, place)
-
-
-def _short(loaded: LoadedModel, spec: Any, place: Path) -> Job:
-    from ctxext.evals.short import job
-
-    return job(loaded, spec, place)
-
-
-JOBS: dict[str, Callable[[Any, Any, Path], Job]] = {
-    "perplexity": _perplexity,
-    "longppl": _longppl,
-    "passkey": _passkey,
-    "niah": _niah,
-    "ruler": _ruler,
-    "longbench": _longbench,
-    "short": _short,
-}
-
-
-def _longppl_keys(spec: Any, place: Path, dtype: str, device: str | None, progress: Progress) -> None:
-    from ctxext.evals.longppl import prepare
-
-    prepare(spec, place, dtype, device, progress)
-
-
-def _short_tasks(spec: Any, place: Path, dtype: str, device: str | None, progress: Progress) -> None:
-    from ctxext.evals.short import prepare
-
-    prepare(spec, place, dtype, device, progress)
-
-
-PREPARE: dict[str, Callable[[Any, Path, str, str | None, Progress], None]] = {
-    "longppl": _longppl_keys,
-    "short": _short_tasks,
-}
+def job_of(loaded: LoadedModel, suite: Any, place: Path) -> Job:
+    """What the suite runs on a model."""
+    job: Job = module_of(suite.suite).job(loaded, suite, place)
+    return job
 
 
 def check_suites(spec: EvalSpec) -> None:
@@ -123,12 +67,6 @@ def _a_case_a_length(suite: Any) -> None:
         )
 
 
-def _evaluator_is_there(suite: Any) -> None:
-    from ctxext.evals.longppl import check
-
-    check(suite)
-
-
 def _ruler_can_be_made(suite: Any) -> None:
     from ctxext.data.ruler import chosen_tasks, file_hash
 
@@ -141,26 +79,19 @@ def _ruler_can_be_made(suite: Any) -> None:
     chosen_tasks(suite.tasks, {"squad": suite.squad, "hotpotqa": suite.hotpotqa})
 
 
-def _longbench_is_there(suite: Any) -> None:
-    from ctxext.evals.longbench import check
-
-    check(suite)
-
-
-def _harness_is_there(suite: Any) -> None:
-    from ctxext.evals.short import check
-
-    check(suite)
+def _by_itself(suite: Any) -> None:
+    """What the suite's own module checks, without torch."""
+    module_of(suite.suite).check(suite)
 
 
 CHECKS: dict[str, Callable[[Any], None]] = {
     "perplexity": _enough_for_a_window,
-    "longppl": _evaluator_is_there,
+    "longppl": _by_itself,
     "passkey": _data_is_there,
     "niah": _data_is_there,
     "ruler": _ruler_can_be_made,
-    "longbench": _longbench_is_there,
-    "short": _harness_is_there,
+    "longbench": _by_itself,
+    "short": _by_itself,
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from ctxext.config import manifest as manifests
@@ -23,7 +22,6 @@ from ctxext.model.convert import write_config
 from ctxext.model.families import Config, expected_tensors
 from ctxext.model.load import LoadedModel, build_model, load_model
 from ctxext.model.source import ModelSource
-from ctxext.model.weights import INDEX, SINGLE
 
 SHARD_BYTES = 5 * 1024**3
 TOLERANCE = 1e-4  # of the largest logit, in fp32
@@ -165,28 +163,9 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
-    """The weights the config implies, and no others, in shards of at most 5 GiB."""
-    names = expected_tensors(config)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in names:
-        tensor = state[name].detach().cpu().contiguous()
-        if size and size + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += tensor.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], directory / SINGLE, metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    """The weights the config implies, and no others (a tied head is no tensor of its own), in shards of 5 GiB."""
+    named = {name: state[name] for name in expected_tensors(config)}
+    save_torch_state_dict(named, directory, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
 
 
 def _describe(directory: Path, source: ModelSource, config: Config, report: MergeReport, asked: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctxext.config.output import write_whole
 from ctxext.errors import EnvironmentFault
 from ctxext.planning.cards import Rates, card_here, card_rates
 from ctxext.planning.time import computed_pairs, norm_bytes
@@ -132,9 +132,7 @@ def _store(found: list[Calibration]) -> None:
     machines |= {_key(one.device == "cuda", one.dtype): asdict(one) for one in found}
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path().parent, delete=False, encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "machines": machines}, file, indent=1)
-        os.replace(file.name, path())
+        write_whole(path(), json.dumps({"format": FORMAT, "machines": machines}, indent=1))
     except OSError as error:
         raise EnvironmentFault(
             f"the calibration cannot be stored at {path()} ({error})", hint="set XDG_CACHE_HOME"

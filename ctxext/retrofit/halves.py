@@ -17,12 +17,11 @@ from typing import Any
 import torch
 
 from ctxext.data.documents import EMBEDDED, Document, read_documents
-from ctxext.errors import DataError, ModelError
+from ctxext.errors import DataError
 from ctxext.evals.compare import paired
 from ctxext.evals.engine import Outcome, batches
-from ctxext.evals.perplexity import EncodedText, Window, cut_windows, encode
-from ctxext.model.load import LoadedModel, hidden_states, output_weight
-from ctxext.train.loss import token_losses
+from ctxext.evals.perplexity import EncodedText, Window, cut_windows, encode, run_windows
+from ctxext.model.load import LoadedModel
 from ctxext.units import counted
 
 TOKENS = 8_192  # a length, to choose by; the half to report on has twice that
@@ -90,19 +89,10 @@ def _half(texts: list[EncodedText], data: str, tokenizer: Any, lengths: Sequence
     return Half([ids for ids, _ in cuts[0].segments], windows)
 
 
-@torch.no_grad()
 def losses(loaded: LoadedModel, half: Half) -> list[Outcome]:
     """The loss of every window, as (nats, tokens scored). Raises ModelError where one is not finite."""
-    weight = output_weight(loaded.model)
-    outcomes = []
-    for batch in batches(half.windows, _TOKENS_PER_BATCH):
-        ids = torch.stack([half.texts[w.text][w.begin : w.end] for w in batch]).to(weight.device)  # [B, T]
-        hidden = hidden_states(loaded.model, ids)[:, :-1]  # [B, T - 1, E]
-        nats = token_losses(hidden.flatten(0, 1), weight, ids[:, 1:].flatten()).double().view(len(batch), -1).sum(1)
-        if not bool(torch.isfinite(nats).all()):
-            raise ModelError(f"{loaded.name} gives a loss that is not finite at {batch[0].length:,} tokens")
-        outcomes += [Outcome(w.id, "", w.length, n, w.size - 1) for w, n in zip(batch, nats.tolist(), strict=True)]
-    return outcomes
+    found = (run_windows(loaded, half.texts, batch) for batch in batches(half.windows, _TOKENS_PER_BATCH))
+    return [outcome for outcomes in found for outcome in outcomes]
 
 
 def by_length(outcomes: Sequence[Outcome]) -> dict[int, float]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ctxext import __version__
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
+from ctxext.config.output import write_whole
 from ctxext.data.documents import EMBEDDED, fingerprint
 from ctxext.errors import ModelError
 from ctxext.model.source import HUB_ID, resolve
@@ -103,9 +104,7 @@ def write(root: Path, job: Job, record: dict[str, Any]) -> None:
     """Whole or not at all."""
     path = root / FOLDER / f"{job.id}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    partial.rename(path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def plain(data: Any) -> Any:

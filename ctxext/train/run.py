@@ -20,7 +20,7 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
-from ctxext.config.output import check_free, hold
+from ctxext.config.output import check_free, hold, write_whole
 from ctxext.data.documents import EMBEDDED, SELF, fingerprint
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
@@ -82,9 +82,7 @@ def start_run(plan: RunPlan, run: Path) -> None:
 
 def write_spec(run: Path, start: Start) -> None:
     """spec.yaml, whole or not at all."""
-    partial = run / f".{SPEC_FILE}.partial"
-    partial.write_text(dump_yaml(asdict(start)), "utf-8")
-    partial.rename(run / SPEC_FILE)
+    write_whole(run / SPEC_FILE, dump_yaml(asdict(start)))
 
 
 @spec

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ctxext.config.output import write_whole
 from ctxext.errors import CtxextError, InputError, SpecError
 from ctxext.train.launch import (
     DIED,
@@ -51,7 +52,7 @@ def run_rank(run: Path) -> None:
     plan = divided(plan_resumed(run), launch.partition)
     report = run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)
     if os.environ["RANK"] == "0":
-        _write(logs / REPORT, report.as_dict())
+        write_whole(logs / REPORT, json.dumps(report.as_dict()))
     leave()
 
 
@@ -80,7 +81,7 @@ def run_host(run: Path, node: int) -> int:
     finally:
         kill(processes)
     if death is not None and not died.exists():
-        _write(died, asdict(death))
+        write_whole(died, json.dumps(asdict(death)))
     return 0 if death is None else 1
 
 
@@ -99,13 +100,6 @@ def _heed(flag: Path, parent: int) -> None:
     while not flag.exists() and os.getppid() == parent:
         time.sleep(TICK)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _write(path: Path, data: Any) -> None:
-    """JSON, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(json.dumps(data), "utf-8")
-    partial.rename(path)
 
 
 def _refusal(error: BaseException) -> CtxextError | None:
@@ -128,7 +122,7 @@ def main(arguments: list[str]) -> int:
         if refusal is None:
             raise
         data = {"type": type(refusal).__name__, "message": refusal.message, "hint": refusal.hint}
-        _write(run / LOGS / f"error-{os.environ['RANK']}.json", data)
+        write_whole(run / LOGS / f"error-{os.environ['RANK']}.json", json.dumps(data))
         return refusal.exit_code
     return 0
 

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from ctxext.config.output import check_free, staged_output
+from ctxext.config.output import check_free, staged_output, write_whole
 from ctxext.errors import EnvironmentFault, InputError
 
 
@@ -115,3 +115,20 @@ def test_a_parent_that_is_a_file_is_no_traceback(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is no directory"), staged_output(tmp_path / "file" / "a"):
         pytest.fail("entered")
+
+
+def test_a_file_is_replaced_whole_and_a_failure_leaves_the_old_one_alone(tmp_path, monkeypatch):
+    path = tmp_path / "spec.yaml"
+    write_whole(path, "größer\n")
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:1])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, "newer")
+    assert listing(tmp_path) == ["spec.yaml"] and path.read_bytes() == b"new"

@@ -18,7 +18,7 @@ from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
 from ctxext.evals import engine
 from ctxext.evals.spec import SUITES, EvalSpec, asked
 from ctxext.evals.suite import evaluate, tables
-from ctxext.evals.suites import CHECKS, JOBS, PREPARE
+from ctxext.evals.suites import CHECKS, PREPARED, module_of
 from ctxext.model.source import resolve
 from ctxext.pipeline import eval_models, plan_eval
 from ctxext.train.measured import measured_length
@@ -36,8 +36,11 @@ def spec(suite: str, data: str, **given: Any) -> EvalSpec:
 
 
 def test_every_suite_has_a_job_and_every_other_table_knows_suites_alone() -> None:
-    assert set(JOBS) == set(SUITES)
-    assert set(CHECKS) <= set(SUITES) and set(PREPARE) <= set(SUITES)
+    assert all(callable(module_of(suite).job) for suite in SUITES)
+    assert set(CHECKS) <= set(SUITES)
+    assert {suite for suite in SUITES if hasattr(module_of(suite), "prepare")} == set(PREPARED)
+    checked = {suite for suite in SUITES if hasattr(module_of(suite), "check")}
+    assert checked == {"longppl", "longbench", "short"} and checked <= set(CHECKS)
 
 
 def test_rows_flag_what_is_beyond_the_model(loaded: Any, data: str) -> None:

@@ -79,6 +79,19 @@ def test_positions_travel_into_the_merged_model_and_a_cast_is_reported(model_dir
     assert (again.original_length, again.usable_length, again.kind) == (64, 128, "merge")
 
 
+def test_a_large_model_is_merged_into_shards(model_dir, tmp_path, monkeypatch):
+    run, out = bundle(model_dir("llama", tie_word_embeddings=True), tmp_path), tmp_path / "merged"
+    monkeypatch.setattr(merging, "SHARD_BYTES", 20_000)
+    report = merge_run(plan_merge(str(run), out, None, False))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    sizes = {path.name: path.stat().st_size for path in out.glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == set(sizes) and len(sizes) > 3
+    assert set(index["weight_map"]) == set(merging.expected_tensors(resolve(str(out)).config))
+    embedding = index["weight_map"]["model.embed_tokens.weight"]  # larger than a shard, so alone in its own
+    assert max(size for name, size in sizes.items() if name != embedding) < 20_000 + 2_000  # and a header
+    assert report.saved_max_diff == 0.0 and report.tied
+
+
 def test_a_merge_that_changes_the_model_is_not_written(model_dir, tmp_path, monkeypatch):
     run = bundle(model_dir("llama"), tmp_path)
 
