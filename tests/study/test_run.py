@@ -285,7 +285,7 @@ def test_a_kill_in_the_middle_of_training_is_gone_on_with(place):
     command = [sys.executable, "-c", "from ctxext.cli import main; main()", "run", "p.yaml"]
     process = subprocess.Popen(command, cwd=place, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     checkpoints = place / "runs" / "p" / "train.SN" / "checkpoints"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not list(checkpoints.glob("step-*")):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
