@@ -12,7 +12,7 @@ from ctxext.errors import ModelError
 
 Check = tuple[Callable[[Any], bool], str]
 
-LAYERS = 10_000
+LAYERS, HEAD_DIM = 10_000, 65_536
 LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 

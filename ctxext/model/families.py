@@ -19,7 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ctxext.errors import ModelError
-from ctxext.model.config_fields import FIELDS, KEPT, LABELS, LAYER_TYPES, check_fields, check_lengths, check_rope
+from ctxext.model.config_fields import (
+    FIELDS,
+    HEAD_DIM,
+    KEPT,
+    LABELS,
+    LAYER_TYPES,
+    check_fields,
+    check_lengths,
+    check_rope,
+)
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.ops.cost import ModelShape
 
@@ -139,8 +148,9 @@ def normalise(config: Config) -> Config:
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
-    if config["head_dim"] < 4 or config["head_dim"] % 2:
-        raise ModelError(f"config.json: a head of {config['head_dim']}; allowed are even numbers from 4")
+    if not 4 <= config["head_dim"] <= HEAD_DIM or config["head_dim"] % 2:
+        allowed = f"even numbers from 4 to {HEAD_DIM:,}"
+        raise ModelError(f"config.json: a head of {config['head_dim']:,}; allowed are {allowed}")
     if heads % config["num_key_value_heads"]:
         raise ModelError(
             f"config.json: {heads} query heads do not divide over {config['num_key_value_heads']} kv heads"

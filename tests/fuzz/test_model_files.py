@@ -121,22 +121,36 @@ def model(request: Any, write_model: Any, tmp_path: Path) -> Path:
     return out
 
 
+def everything_of(path: Path, survives: Any) -> None:
+    """All that is done with a config.json before weights are looked at."""
+    source = survives(lambda: described(path))
+    if isinstance(source, CtxextError):
+        return
+    survives(lambda: planned(source))
+    for scaling in SCALINGS:
+        plan = survives(lambda scaling=scaling: positions(source, scaling))
+        if not isinstance(plan, CtxextError):
+            survives(lambda plan=plan: rope_of(plan.apply(source.config)))
+    survives(lambda: plan_conversion(str(path), "SN", sliding_window=8))
+
+
 def test_configs(fuzz: Any, survives: Any, configs: Any, model: Path) -> None:
     good = json.loads((model / "config.json").read_text())
 
     def check(changes: dict[str, Any]) -> None:
         (model / "config.json").write_text(json.dumps(good | changes))
-        source = survives(lambda: described(model))
-        if isinstance(source, CtxextError):
-            return
-        survives(lambda: planned(source))
-        for scaling in SCALINGS:
-            plan = survives(lambda scaling=scaling: positions(source, scaling))
-            if not isinstance(plan, CtxextError):
-                survives(lambda plan=plan: rope_of(plan.apply(source.config)))
-        survives(lambda: plan_conversion(str(model), "SN", sliding_window=8))
+        everything_of(model, survives)
 
     fuzz(configs, check, quick=30, slow=600)
+
+
+@pytest.mark.parametrize("field", SIZES)
+def test_no_number_becomes_a_list_that_fills_the_memory(field: str, survives: Any, model: Path) -> None:
+    """The largest number that a field may hold. A head_dim of a billion was a list of half as many, in `plan`."""
+    good = json.loads((model / "config.json").read_text())
+    for largest in (2**31, 2**30, 10_000):
+        (model / "config.json").write_text(json.dumps(good | {field: largest}))
+        everything_of(model, survives)
 
 
 def test_models_that_open_are_whole(fuzz: Any, survives: Any, configs: Any, model: Path) -> None:
