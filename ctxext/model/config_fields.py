@@ -139,6 +139,29 @@ def check_lengths(config: dict[str, Any]) -> None:
             raise ModelError(f"config.json: {name} has {len(config[name])} entries, the model has {layers} layers")
 
 
+def check_layers(config: dict[str, Any]) -> None:
+    """Refuses lists of layers that transformers' masks, kernels, caches and classes do not read in one way."""
+    family, types = config["model_type"], set(config.get("layer_types") or ())
+    if family == "smollm3" and config.get("no_rope_layers") is None and config.get("no_rope_layer_interval") == 0:
+        raise ModelError(
+            "config.json: no no_rope_layers, and a no_rope_layer_interval of 0",
+            hint="list in no_rope_layers which layers use RoPE (1) and which do not (0)",
+        )
+    if family == "mistral" and "layer_types" in config and types != {"sliding_attention"}:
+        raise ModelError("config.json: mistral with layer_types is a Ministral, whose layers differ: not supported")
+    if "sliding_attention" not in types:
+        return
+    if family == "llama":
+        raise ModelError("config.json: layers of sliding_attention, which a llama has not")
+    if config.get("sliding_window") is None:
+        raise ModelError("config.json: layers of sliding_attention, and no sliding_window")
+    if family in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
+        raise ModelError(
+            "config.json: layers of sliding_attention, and use_sliding_window is not true",
+            hint="set it to true, or the layers to full_attention: which of them holds is anybody's guess",
+        )
+
+
 def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     """One set of RoPE parameters, whose `rope_type` is known. Raises ModelError."""
     check_fields(rope, ROPE, "config.json, rope_parameters")

@@ -26,6 +26,7 @@ from ctxext.model.config_fields import (
     LABELS,
     LAYER_TYPES,
     check_fields,
+    check_layers,
     check_lengths,
     check_rope,
 )
@@ -66,7 +67,7 @@ def _smollm3_kinds(config: Config) -> tuple[LayerKind, ...]:
     uses_rope = config.get("no_rope_layers")
     if uses_rope is None:
         interval = config.get("no_rope_layer_interval", 4)
-        uses_rope = [not interval or (i + 1) % interval != 0 for i in range(layers)]
+        uses_rope = [(i + 1) % interval != 0 for i in range(layers)]
     types = config.get("layer_types")
     if types is None:
         types = ["full_attention" if rope or window is None else "sliding_attention" for rope in uses_rope]
@@ -142,6 +143,8 @@ def normalise(config: Config) -> Config:
         raise ModelError(f"config.json: {', '.join(missing)} missing")
     if config.get("quantization_config"):
         raise ModelError("config.json: quantised weights are not supported", hint="give the model they were made from")
+    if (share := config.get("partial_rotary_factor")) not in (None, 1):
+        raise ModelError(f"config.json: partial_rotary_factor {share!r} is not supported: whole heads are rotated")
     check_fields(config, FIELDS | LABELS)
     check_lengths(config)
     config = {k: v for k, v in (DEFAULTS.get(config["model_type"], {}) | config).items() if k in KEPT}
@@ -161,6 +164,7 @@ def normalise(config: Config) -> Config:
     config.setdefault("rms_norm_eps", 1e-6)
     if config["model_type"] == "mellum" and not config.get("layer_types"):
         config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    check_layers(config)
     if config.get("original_max_position_embeddings") is None:
         config.pop("original_max_position_embeddings", None)
     config["rope_parameters"] = _rope_parameters(config)
@@ -187,8 +191,6 @@ def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
     one = rope.get(name)
     if not isinstance(one, dict):
         raise ModelError(f"config.json: rope_parameters must have an object for {name}")
-    if name == "sliding_attention" and name in config["layer_types"] and config.get("sliding_window") is None:
-        raise ModelError("config.json: layers of sliding_attention, and no sliding_window")
     if {key: value for key, value in one.items() if key != "rope_theta"} != NO_ROPE:
         return _one_rope(one, config)
     check_rope(one, config["head_dim"])
