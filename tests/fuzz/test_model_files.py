@@ -146,7 +146,7 @@ def test_configs(fuzz: Any, survives: Any, configs: Any, model: Path) -> None:
 
 @pytest.mark.parametrize("field", SIZES)
 def test_no_number_becomes_a_list_that_fills_the_memory(field: str, survives: Any, model: Path) -> None:
-    """The largest number that a field may hold. A head_dim of a billion was a list of half as many, in `plan`."""
+    """The largest number that a field may hold. A head_dim of a billion was a list of half as many frequencies."""
     good = json.loads((model / "config.json").read_text())
     for largest in (2**31, 2**30, 10_000):
         (model / "config.json").write_text(json.dumps(good | {field: largest}))
