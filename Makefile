@@ -33,7 +33,7 @@ test-lowest:
 	.venv-lowest/bin/python -m pip install -q -c constraints-lowest.txt -e ".[test]"
 	OMP_NUM_THREADS=1 .venv-lowest/bin/python $(PYTEST)
 
-# Which lines the tests reach, in the processes they start too. Twice the time of `make test`.
+# Which lines the tests reach, in the processes they start too. A third longer than `make test`.
 coverage: $(INSTALLED)
 	$(BIN)/python -m pip install -q -c constraints.txt coverage
 	$(BIN)/python -m coverage erase

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +55,11 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """A file that is there whole or not at all, over what was there. Its directory has to exist."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """A file that is there whole or not at all, over what was there. Its directory has to exist.
+
+    What is written beside it has a name of its own: containers that share a directory have the same process ids.
+    """
+    partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     try:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
         partial.replace(path)

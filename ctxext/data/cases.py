@@ -126,6 +126,7 @@ def _case(line: str, place: str) -> Case:
 
 
 def manifest_of(path: Path) -> Path:
+    """Where the manifest of a file of rows stands: beside it."""
     return path.with_name(f"{path.name}.manifest.json")
 
 

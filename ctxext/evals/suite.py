@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.data.store import tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.evals.engine import STAR, Ledger, Outcome, Progress, Row, run_job
+from ctxext.evals.engine import STAR, Job, Ledger, Outcome, Progress, Row, run_job
 from ctxext.evals.spec import EvalSpec
-from ctxext.evals.suites import PREPARED, job_of, module_of
+from ctxext.evals.suites import PREPARED, module_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.train.memory import is_out_of_memory
@@ -127,7 +127,7 @@ def evaluate(
         for index, suite in enumerate(spec.suites):
             ledger = Ledger(place / "outcomes" / f"{index}-{suite.suite}-{number}.jsonl")
             with _memory_runs_out(names[number], suite.suite):
-                job = job_of(loaded, suite, place)
+                job: Job = module_of(suite.suite).job(loaded, suite, place)
                 for note in job.notes:
                     notice(f"{names[number]}: {note}")
                 told = partial(progress, f"{names[number]} {suite.suite}")

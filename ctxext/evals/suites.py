@@ -7,19 +7,14 @@ import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ctxext.config import manifest as manifests
 from ctxext.data import documents
 from ctxext.errors import InputError
-from ctxext.evals.engine import Job
 from ctxext.evals.haystacks import GRASS
 from ctxext.evals.spec import EvalSpec
 from ctxext.model.source import ModelSource, resolve
-
-if TYPE_CHECKING:
-    from ctxext.model.load import LoadedModel
-
 
 PREPARED = ("longppl", "short")  # what comes before the models: an evaluator's keys, the harness's tasks
 
@@ -27,12 +22,6 @@ PREPARED = ("longppl", "short")  # what comes before the models: an evaluator's 
 def module_of(suite: str) -> Any:
     """evals/<suite>.py, imported when it is used: most need torch. Each has `job`, some `check` and `prepare`."""
     return import_module(f"ctxext.evals.{suite}")
-
-
-def job_of(loaded: LoadedModel, suite: Any, place: Path) -> Job:
-    """What the suite runs on a model."""
-    job: Job = module_of(suite.suite).job(loaded, suite, place)
-    return job
 
 
 def check_suites(spec: EvalSpec) -> None:

@@ -21,12 +21,7 @@ LAYERS: dict[str, list[Any]] = {
     "sliding_window": [None, 1, 8, 1024],
     "use_sliding_window": [True, False, None],
     "max_window_layers": [0, 1, 64],
-    "layer_types": [
-        None,
-        ["full_attention"] * 4,
-        ["sliding_attention"] * 4,
-        ["full_attention", "sliding_attention"] * 2,
-    ],
+    "layer_types": [None, [FULL] * 4, [SLIDING] * 4, [FULL, SLIDING] * 2],
     "no_rope_layers": [None, [0] * 4, [1] * 4, [0, 1, 0, 1]],
     "no_rope_layer_interval": [0, 1, 2],
     "model_type": ["llama", "mistral", "smollm3"],
