@@ -23,6 +23,7 @@ from typing import Any
 
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
 from ctxext.model.convert import DTYPES
+from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.train.memory import is_out_of_memory
 from ctxext.units import format_bytes, format_tokens
@@ -306,12 +307,7 @@ class Conversation:
     def _check(self, unread: list[int], kept: int, warn: Callable[[str], None]) -> None:
         """Refuses tokens that the model has not; warns, once, where the text leaves the length that it bears."""
         source, end = self.plan.source, kept + len(unread)
-        vocabulary = source.config["vocab_size"]
-        if max(unread, default=0) >= vocabulary:
-            raise ModelError(
-                f"{source.name}: its tokenizer gives token {max(unread)}, the model has {vocabulary}",
-                hint="put this model's own tokenizer beside its weights",
-            )
+        check_ids(unread, source.config["vocab_size"], source.name)
         if end + self.plan.max_new_tokens > source.usable_length and not self.warned:
             self.warned, first = True, source.original_length
             warn(

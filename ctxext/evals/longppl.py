@@ -31,6 +31,7 @@ from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_document
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals.engine import Job, Outcome, Progress, Row, mean
 from ctxext.evals.spec import LongPpl
+from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 
 if TYPE_CHECKING:
@@ -126,6 +127,8 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
         facts = {**_facts(spec, source, length), "dtype": dtype}
         if not _same(_path(place, length), facts):
             texts[length] = list(documents(spec, length, tokenizer)), facts
+            for _, ids, _ in texts[length][0]:
+                check_ids(ids, source.config["vocab_size"], source.name)
     if not texts:
         return
     evaluator: Any = load_model(source, dtype=dtype, device=device)
@@ -154,6 +157,8 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
                 hint="evaluate one longppl suite at a time, or into a place of its own",
             )
         parts += [_part(loaded.tokenizer, length, number, key) for number, key in enumerate(keys)]
+    for part in parts:
+        check_ids(part.ids, loaded.source.config["vocab_size"], loaded.name)
 
     def rows(outcomes: Sequence[Outcome]) -> list[Row]:
         return [_row([o for o in outcomes if o.length == length], length, facts[length]) for length in facts]

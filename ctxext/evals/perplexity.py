@@ -31,6 +31,7 @@ from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals import PROTOCOLS
 from ctxext.evals.engine import Job, Ledger, Outcome, Row, run_job
 from ctxext.evals.spec import Perplexity
+from ctxext.model.ids import check_ids
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.train.loss import token_losses
 from ctxext.units import counted, format_duration
@@ -175,6 +176,8 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
     split = "held-out" if spec.data == EMBEDDED else None
     documents = read_documents(spec.data, text_field=spec.text_field, split=split)
     texts = encode(documents, loaded.tokenizer, max_tokens=spec.limit or max(DEFAULT_TOKENS, 2 * longest))
+    for text in texts:
+        check_ids([int(text.ids.max())], loaded.source.config["vocab_size"], loaded.name)
     eos = loaded.tokenizer.eos_token_id
     cuts = [cut_windows(texts, length, eos, spec.protocol, spec.stride, longest) for length in spec.lengths]
     where = "held-out embedded text" if spec.data == EMBEDDED else spec.data

@@ -5,7 +5,6 @@ How it was made is read from the manifests of the model and its parents, as far 
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import shlex
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ctxext.config import presets
 from ctxext.config.manifest import Manifest
 from ctxext.errors import CtxextError
 from ctxext.export.matrix import Verdict
-from ctxext.model.card import front_matter
+from ctxext.model.card import front_matter, runtime_note
 from ctxext.model.companions import stated_licence
 from ctxext.model.families import rope_of
 from ctxext.model.layout import LayerKind
@@ -93,15 +92,6 @@ def write_card(source: ModelSource, verdict: Verdict, commands: Sequence[str]) -
         f"Written by ctxext {__version__}.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def minimum_transformers() -> str:
-    """The oldest transformers ctxext is tested with."""
-    for requirement in importlib.metadata.requires("ctxext") or []:
-        found = re.match(r"transformers\b[^;]*>=([\d.]+)", requirement)
-        if found:
-            return found[1]
-    return importlib.metadata.version("transformers")
 
 
 def _base_id(root: Step) -> str | None:
@@ -180,7 +170,7 @@ def _use(source: ModelSource, commands: Sequence[str]) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(where)\n"
         "model = AutoModelForCausalLM.from_pretrained(where)"
     )
-    needs = f"transformers {minimum_transformers()} or newer; no remote code."
+    needs = runtime_note(source.config)
     more = "\n".join(commands)
     return f"{needs}\n\n```python\n{code}\n```" + (f"\n\nNot run by ctxext:\n\n```\n{more}\n```" if commands else "")
 

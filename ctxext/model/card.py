@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
 from ctxext import __version__
+from ctxext.model.rope_fields import unlike_transformers_4
 
+FOURTH = "transformers 4.57.3"  # the release of 4 that outputs were compared in (tests/model/test_transformers_4.py)
 FRONT = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ctxext", "long-context"]}
 
 
@@ -20,6 +25,28 @@ def model_card(
     front, body = front_matter(FRONT | dict(licence or {})), "\n\n".join(paragraphs)
     written = f"Written by ctxext {__version__}; `ctxext.json` has the rest."
     return f"{front}\n\n# {title}\n\n{body}\n\n| | |\n|---|---|\n{rows}\n\n{written}\n"
+
+
+def minimum_transformers() -> str:
+    """The oldest transformers ctxext is tested with."""
+    for requirement in importlib.metadata.requires("ctxext") or []:
+        found = re.match(r"transformers\b[^;]*>=([\d.]+)", requirement)
+        if found:
+            return found[1]
+    return importlib.metadata.version("transformers")
+
+
+def runtime_note(config: Mapping[str, Any]) -> str:
+    """Which releases of transformers open an output with this (normalised) config, and what of that was not checked."""
+    written = importlib.metadata.version("transformers")
+    note = f"It needs transformers {minimum_transformers()} or newer (written with {written}); no remote code. "
+    if reason := unlike_transformers_4(dict(config)):
+        return note + f"transformers 4 does not compute the same from it: {reason}."
+    return note + (
+        f"config.json has `rope_theta` and `rope_scaling` beside `rope_parameters`, so that {FOURTH} reads the same "
+        f"positions. Logits of such files were compared between {FOURTH} and 5; this directory itself, other releases "
+        "of 4, and other programs were not checked."
+    )
 
 
 def front_matter(fields: Mapping[str, object]) -> str:

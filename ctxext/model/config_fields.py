@@ -105,6 +105,27 @@ KEPT = {
     "rope_scaling",
     "rope_theta",
 }  # no other reaches a class of transformers
+UNREAD: dict[str, tuple[str, ...]] = {  # model_type: those of them that its class does not read
+    "llama": ("sliding_window", "use_sliding_window", "max_window_layers"),  # a cache of transformers would read one
+    "mistral": ("attention_bias", "mlp_bias"),
+    "qwen2": ("attention_bias", "mlp_bias"),
+    "qwen3": ("mlp_bias",),
+    "mellum": ("mlp_bias",),
+}
+EFFECTS: dict[str, tuple[tuple[Any, ...], str]] = {  # field: the values that change nothing, what to do about others
+    "quantization_config": ((None, {}), "give the model that the quantised weights were made from"),
+    "compression_config": ((None, {}), "give the model that the quantised weights were made from"),
+    "partial_rotary_factor": ((None, 1), "only models whose whole heads are rotated are supported"),
+    "transformers_weights": ((None,), "rename the file to model.safetensors, and remove the field"),
+    "configuration_files": ((), "copy the one that transformers reads to config.json, without this field"),
+    "per_layer_config": ((None,), "only models whose layers have one size are supported"),
+    "fusion_config": ((None,), "remove the field"),
+    "distributed_config": ((None,), "remove the field"),
+    "attention_chunk_size": ((None,), "only full attention and sliding windows are supported"),
+    "kv_sharing_modes": ((None,), "only models whose layers have their own keys and values are supported"),
+    "is_causal": ((True,), "only causal models are supported"),
+    "is_encoder_decoder": ((False, None), "only decoders are supported"),
+}
 ROPE: dict[str, Check] = {
     "rope_theta": real(1.001, 1e30),
     "factor": or_null(real(1, 1e6)),
@@ -129,6 +150,23 @@ def check_fields(values: dict[str, Any], table: dict[str, Check], file: object =
     ]
     if wrong:
         raise ModelError(f"{file}: {'; '.join(wrong)}")
+
+
+def check_effects(config: dict[str, Any]) -> None:
+    """Refuses fields that no class declares and transformers reads all the same, unless they change nothing."""
+    for name, (idle, hint) in EFFECTS.items():
+        if name in config and config[name] not in idle:
+            raise ModelError(f"config.json: {name} {_shown(config[name])} is not supported", hint=hint)
+
+
+def check_padding(config: dict[str, Any]) -> None:
+    """Refuses a pad_token_id for which the embedding has no row: no class of transformers can be built with it."""
+    pad, rows = config.get("pad_token_id"), config["vocab_size"]
+    if pad is not None and pad >= rows:
+        raise ModelError(
+            f"config.json: pad_token_id {pad} is outside the {rows:,} rows of the embedding",
+            hint="nothing is padded here: set it to null in config.json, or to a token that the model has",
+        )
 
 
 def check_lengths(config: dict[str, Any]) -> None:

@@ -6,7 +6,9 @@ written beside its place and renamed there whole, `config.json` last, after the 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +20,13 @@ from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import source as sources
-from ctxext.model.card import model_card
-from ctxext.model.companions import copy_companions, stated_licence
+from ctxext.model.card import model_card, runtime_note
+from ctxext.model.companions import companions, copy_companions, stated_licence
 from ctxext.model.families import SOURCES, Config, expected_tensors, hybrid_config, new_tensors, normalise, rope_of
 from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
+from ctxext.model.rope_fields import written_for_both
 from ctxext.model.source import ModelSource, require_tokenizer
+from ctxext.model.weights import weight_files
 from ctxext.ops.cost import kv_cache_bytes, parameter_count
 from ctxext.units import format_bytes, format_count, format_tokens
 
@@ -46,7 +50,7 @@ class ConversionPlan:
 @dataclass(frozen=True)
 class ConversionReport:
     """What `convert` did. `gate` is None when it was switched off; sizes in bytes, lengths in tokens. `warning` tells
-    of a layout that is allowed and does not do what layouts are for."""
+    of a layout that is allowed and does not do what layouts are for, and of a file that was left out."""
 
     source: str
     out: str
@@ -148,11 +152,14 @@ def run_conversion(
     import torch
 
     from ctxext.model.gate import run_gate
+    from ctxext.model.load import check_source
     from ctxext.model.shards import copy_weights
+    from ctxext.model.stock import drop_generation_config
 
     began = time.monotonic()
     source, directory = plan.source, plan.source.directory
     dtype = getattr(torch, plan.dtype) if plan.dtype else None
+    check_source(source)
     with staged_output(plan.out, force) as staging:
         _check_room(staging, plan)
         copy_weights(
@@ -165,8 +172,9 @@ def run_conversion(
             progress=progress,
         )
         copy_companions(directory, staging)
+        dropped = drop_generation_config(staging)
         numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype) if gate else None
-        report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began)
+        report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began, dropped)
         for name, data in (attachments or {}).items():
             (staging / name).write_bytes(data)
         _write_descriptions(staging, plan, report, facts or {})
@@ -174,14 +182,25 @@ def run_conversion(
 
 
 def write_config(directory: Path, config: Config) -> None:
-    """Write config.json, the file without which a directory is no model: always the last one."""
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    """Write config.json, the file without which a directory is no model: always the last one.
+
+    RoPE is spelled for transformers 4 and 5, and the release that this was written with is stated.
+    """
+    written = written_for_both(config) | {"transformers_version": importlib.metadata.version("transformers")}
+    (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _check_room(staging: Path, plan: ConversionPlan) -> None:
-    size = {None: 1.0, "float32": 4.0}.get(plan.dtype, 2.0)
-    stored = sum(path.stat().st_size for path in plan.source.directory.glob("*.safetensors"))
-    needed = stored if plan.dtype is None else int(size * parameter_count(plan.source.shape))
+    """Compare what is about to be written with what is free on that disk. Raises EnvironmentFault.
+
+    Counted are the weight files that are copied (or their numbers in the new dtype, 8 KiB for a header), tensors that
+    the target class has besides, and the files that go with them.
+    """
+    directory, item = plan.source.directory, {"float32": 4, "float64": 8}.get(str(plan.config.get("dtype")), 2)
+    stored = sum(path.stat().st_size for path in weight_files(directory, plan.allow_pickle) if path.is_file())
+    kept = stored if plan.dtype is None else item * parameter_count(plan.source.shape) + 8192
+    added = item * sum(map(math.prod, new_tensors(plan.source.config, normalise(plan.config)).values()))
+    needed = kept + added + sum((directory / name).stat().st_size for name in companions(directory))
     free = shutil.disk_usage(staging).free
     if needed > free:
         raise EnvironmentFault(
@@ -190,7 +209,7 @@ def _check_room(staging: Path, plan: ConversionPlan) -> None:
         )
 
 
-def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float) -> ConversionReport:
+def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float, dropped: str | None) -> ConversionReport:
     shape, length = plan.source.shape, plan.source.usable_length
     item = 4 if (plan.dtype or plan.config.get("dtype")) == "float32" else 2
     cache, before = (
@@ -209,7 +228,7 @@ def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float) -
         kv_cache_bytes_source=before,
         gate=gate,
         seconds=round(seconds, 2),
-        warning=_warning(plan.kinds, length),
+        warning="; ".join(filter(None, [_warning(plan.kinds, length), dropped])) or None,
     )
 
 
@@ -230,7 +249,7 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         f"{source.name}, converted by layer layout alone: its weights are unchanged (S: RoPE and a sliding window, "
         "N: full attention without positional encoding, F: RoPE and full attention). Layers that lost their window or "
         "their RoPE compute something the weights were not trained for, so expect damage until it is finetuned.",
-        "It loads in stock transformers with AutoModelForCausalLM; no remote code.",
+        runtime_note(plan.config),
     ]
     card = model_card(f"{source.name} {plan.hybrid_name}", text, report.rows(), stated_licence(source.directory))
     (staging / "README.md").write_text(card, "utf-8")

@@ -24,17 +24,18 @@ from ctxext.model.config_fields import (
     HEAD_DIM,
     KEPT,
     LABELS,
-    LAYER_TYPES,
+    UNREAD,
+    check_effects,
     check_fields,
     check_layers,
     check_lengths,
-    check_rope,
+    check_padding,
 )
 from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.rope_fields import NO_ROPE, read_rope
 from ctxext.ops.cost import ModelShape
 
 Config = dict[str, Any]
-NO_ROPE = {"rope_type": "proportional", "partial_rotary_factor": 0.0}  # every frequency is zero: no rotation
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,15 @@ DEFAULTS: dict[str, Config] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
-    "smollm3": {"rope_theta": 2e6},
-}
-ROPE_FIELDS = {  # rope_type: the numbers it cannot do without
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": (),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "rope_theta": 2e6,
+        "tie_word_embeddings": True,
+        "pad_token_id": 128_004,
+        "bos_token_id": 128_000,
+        "eos_token_id": 128_001,
+    },
+    "mellum": {"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 1024},
 }
 SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 REQUIRED = (
@@ -141,13 +142,12 @@ def normalise(config: Config) -> Config:
     family_of(config)
     if missing := [field for field in REQUIRED if config.get(field) is None]:
         raise ModelError(f"config.json: {', '.join(missing)} missing")
-    if config.get("quantization_config"):
-        raise ModelError("config.json: quantised weights are not supported", hint="give the model they were made from")
-    if (share := config.get("partial_rotary_factor")) not in (None, 1):
-        raise ModelError(f"config.json: partial_rotary_factor {share!r} is not supported: whole heads are rotated")
+    check_effects(config)
     check_fields(config, FIELDS | LABELS)
     check_lengths(config)
-    config = {k: v for k, v in (DEFAULTS.get(config["model_type"], {}) | config).items() if k in KEPT}
+    read = KEPT - set(UNREAD.get(config["model_type"], ()))
+    config = {k: v for k, v in (DEFAULTS.get(config["model_type"], {}) | config).items() if k in read}
+    check_padding(config)
     heads = config["num_attention_heads"]
     config["num_key_value_heads"] = config.get("num_key_value_heads") or heads
     config["head_dim"] = config.get("head_dim") or config["hidden_size"] // heads
@@ -160,60 +160,15 @@ def normalise(config: Config) -> Config:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported, only silu is")
-    config.setdefault("tie_word_embeddings", config["model_type"] == "smollm3")
+    config.setdefault("tie_word_embeddings", False)
     config.setdefault("rms_norm_eps", 1e-6)
     if config["model_type"] == "mellum" and not config.get("layer_types"):
         config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
     check_layers(config)
+    config["rope_parameters"] = read_rope(config)
     if config.get("original_max_position_embeddings") is None:
         config.pop("original_max_position_embeddings", None)
-    config["rope_parameters"] = _rope_parameters(config)
     return config
-
-
-def _rope_parameters(config: Config) -> Config:
-    """`rope_parameters` in the spelling of transformers 5, whichever spelling the (copied) config has."""
-    rope, scaling, theta = (config.pop(key, None) for key in ("rope_parameters", "rope_scaling", "rope_theta"))
-    if rope and scaling:
-        raise ModelError("config.json: both rope_parameters and rope_scaling; which of them holds is anybody's guess")
-    rope = rope or scaling or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"config.json: RoPE parameters must be an object, not {rope!r}")
-    if config["model_type"] == "mellum":
-        types = config["layer_types"]
-        return {name: _mellum_rope(rope, name, config) for name in LAYER_TYPES if name in rope or name in types}
-    rope = {"rope_theta": 10000.0 if theta is None else theta} | rope
-    return _one_rope(rope, config, config.get("original_max_position_embeddings"))
-
-
-def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
-    """What a Mellum config says of one type of layer: RoPE's parameters, or that there is none."""
-    one = rope.get(name)
-    if not isinstance(one, dict):
-        raise ModelError(f"config.json: rope_parameters must have an object for {name}")
-    if {key: value for key, value in one.items() if key != "rope_theta"} != NO_ROPE:
-        return _one_rope(one, config)
-    check_rope(one, config["head_dim"])
-    return dict(one)
-
-
-def _one_rope(rope: Config, config: Config, original: int | None = None) -> Config:
-    """One set of RoPE parameters, complete. `original`: what stands beside them, which transformers prefers."""
-    if by_type := [name for name in LAYER_TYPES if name in rope]:
-        raise ModelError(f"config.json: RoPE parameters for {by_type[0]} inside those for all layers")
-    rope = dict(rope)
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"  # where both stand, transformers' choice
-    rope.pop("type", None)
-    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in ROPE_FIELDS:
-        raise ModelError(f"config.json: rope_type {rope['rope_type']!r}; supported are {', '.join(ROPE_FIELDS)}")
-    for field in ("rope_theta", *ROPE_FIELDS[rope["rope_type"]]):
-        if rope.get(field) is None:
-            raise ModelError(f"config.json: {rope['rope_type']} RoPE needs {field}")
-    check_rope(rope, config["head_dim"])
-    if rope["rope_type"] in ("yarn", "longrope", "llama3"):
-        stated = original or rope.get("original_max_position_embeddings")
-        rope["original_max_position_embeddings"] = stated or config["max_position_embeddings"]
-    return rope
 
 
 def model_shape(config: Config) -> ModelShape:

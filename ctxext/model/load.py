@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,15 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import attention
 from ctxext.model.adapters import open_adapter
-from ctxext.model.families import Config
+from ctxext.model.families import Config, normalise
 from ctxext.model.frequencies import check_realised, forget_lengths
+from ctxext.model.ids import guard_ids
 from ctxext.model.layout import LayerKind, pattern_text
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.shards import cast, check_finite, tensor_reader
+from ctxext.model.source import ModelSource, read_config, require_tokenizer, resolve
+from ctxext.model.stock import built_config, check_same_reading, generation_config
 from ctxext.model.weights import HEAD, ignored
 
 
@@ -64,12 +66,23 @@ def load_model(
     source = model if isinstance(model, ModelSource) else resolve(str(model))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weights = source.base.directory if source.base else source.directory
+    check_source(source)
     built: Any = build_model(weights, source.config, getattr(torch, dtype))
     if source.base:
         built = open_adapter(built, source.directory)
     if nope_log_scale is not None:
         scale_queries(built, source.kinds, nope_log_scale)
+    guard_ids(causal_lm(built), source.config["vocab_size"], source.name)
     return LoadedModel(built.to(where).eval(), load_tokenizer(source.directory), source, where)
+
+
+def check_source(source: ModelSource) -> None:
+    """Raises ModelError where stock transformers reads a model's config.json (of a bundle: its base's) differently.
+
+    A length that the user stated (`with_original_length`) is no field of the file and is not compared.
+    """
+    model = source.base or source
+    check_same_reading(model.directory, normalise(read_config(model.directory)))
 
 
 def build_model(
@@ -78,14 +91,14 @@ def build_model(
     """The stock class of a normalised config, filled from the checkpoint in `weights`, RoPE checked as realised.
 
     `quantize` nf4 or int8 stores the linear layers' weights through bitsandbytes as they are read, on `device`; the
-    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing or left over, and for a tied
-    model whose stored head is another matrix than its embeddings.
+    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing, left over, NaN or infinite in
+    `dtype`, and for a tied model whose stored head is another matrix than its embeddings.
     """
     name = attention.register()
-    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))  # which may write into what is nested
     model, info = AutoModelForCausalLM.from_pretrained(
         weights,
-        config=hf_config,
+        config=built_config(config),
+        generation_config=generation_config(weights, config),
         dtype=dtype,
         attn_implementation=name,
         local_files_only=True,
@@ -105,10 +118,24 @@ def build_model(
             f"{weights}: config.json says tied embeddings, but {HEAD} differs from them",
             hint="set tie_word_embeddings to false in config.json if the head is its own",
         )
+    if quantize == "none":
+        _check_numbers(model, weights)
     embeddings.padding_idx = None  # nothing is padded here, and the row of a token that is also the EOS has to train
     check_realised(model, config)
     forget_lengths(model, config)
     return model
+
+
+def _check_numbers(model: Any, weights: Path) -> None:
+    """Raises ModelError for a weight that is NaN or infinite, and says where only the dtype in memory makes it so."""
+    for name, parameter in model.named_parameters():
+        try:
+            check_finite(parameter, f"{weights}: {name}")
+        except ModelError:
+            stored = tensor_reader(weights)(name)
+            if stored is not None and stored.isfinite().all():
+                cast(stored, parameter.dtype, f"{weights}: {name}")
+            raise
 
 
 def quantization(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

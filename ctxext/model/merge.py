@@ -16,12 +16,14 @@ from ctxext.config import manifest as manifests
 from ctxext.config.output import staged_output
 from ctxext.errors import CheckFailed, ModelError
 from ctxext.model.adapters import merge_adapter
-from ctxext.model.card import model_card
+from ctxext.model.card import model_card, runtime_note
 from ctxext.model.companions import copy_companions, stated_licence
 from ctxext.model.convert import write_config
 from ctxext.model.families import Config, expected_tensors
 from ctxext.model.load import LoadedModel, build_model, load_model
+from ctxext.model.shards import cast
 from ctxext.model.source import ModelSource
+from ctxext.model.stock import drop_generation_config
 
 SHARD_BYTES = 5 * 1024**3
 TOLERANCE = 1e-4  # of the largest logit, in fp32
@@ -114,13 +116,14 @@ def merge(
     merged_diff, tolerance = ((after - before).abs().max().item(), TOLERANCE * max(1.0, before.abs().max().item()))
     if not merged_diff <= tolerance:
         raise CheckFailed(f"merged logits differ from the live model's by {merged_diff:.3g} (allowed {tolerance:.2g})")
-    for parameter in merged.parameters():  # and not the buffers: RoPE's frequencies stay in fp32
-        parameter.data = parameter.data.to(getattr(torch, dtype))
+    for name, parameter in merged.named_parameters():  # and not the buffers: RoPE's frequencies stay in fp32
+        parameter.data = cast(parameter.data, getattr(torch, dtype), f"the merged {name}")
     expected = _logits(merged, ids)
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
         copy_companions(source.directory, staging)
+        drop_generation_config(staging)
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
@@ -170,7 +173,7 @@ def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
 
 def _describe(directory: Path, source: ModelSource, config: Config, report: MergeReport, asked: dict[str, Any]) -> None:
     assert source.manifest is not None and source.base is not None
-    text = [f"{report.base} with {report.source} merged into it. Loads in stock transformers; no remote code."]
+    text = [f"{report.base} with {report.source} merged into it.", runtime_note(config)]
     card = model_card(f"{report.source}, merged", text, report.rows(), stated_licence(source.directory))
     (directory / "README.md").write_text(card, "utf-8")
     lengths = {"name": f"{source.name}-merged"} | {

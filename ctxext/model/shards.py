@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from zipfile import is_zipfile
 
@@ -15,20 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ctxext.errors import ModelError
-from ctxext.model.weights import HEAD, INDEX, SINGLE, TensorInfo, check_tensors, ignored
+from ctxext.model.weights import EMBEDDING, HEAD, INDEX, SINGLE, TensorInfo, check_tensors, model_names, weight_files
 
-EMBEDDING = "model.embed_tokens.weight"
 Progress = Callable[[int, int], None]  # shards done, shards in all
-
-
-def weight_files(directory: Path, allow_pickle: bool) -> list[Path]:
-    """The weight files of a checkpoint: safetensors if there are any, pickles only when allowed."""
-    if (directory / INDEX).exists():
-        weight_map = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
-        return [directory / name for name in sorted(set(weight_map.values()))]
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
-    return sorted(directory.glob("pytorch_model*.bin")) if allow_pickle else []
 
 
 @contextmanager
@@ -50,6 +41,8 @@ def open_shard(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file", hint="the checkpoint is incomplete: copy it again")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except Exception as error:  # of the reader of pickles, of zip files, of torch: whatever a damaged file calls forth
@@ -65,17 +58,24 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def tensor_reader(directory: Path) -> Callable[[str], Tensor | None]:
-    """A function name -> tensor over a safetensors checkpoint, None for a name it does not hold; reads when called."""
-    where = {}
-    for path in weight_files(directory, allow_pickle=False):
+    """A function name -> tensor over a safetensors checkpoint, None for a name it does not hold; reads when called.
+
+    Names are the model's, whatever prefix they are stored with. Where the head alone is stored, it is the embeddings
+    too, as it is in a tied model; that one which is not tied has both is checked before (check_tensors).
+    """
+    where: dict[str, Path] = {}
+    for path in weight_files(directory):
         with open_shard(path) as (names, _):
             where |= dict.fromkeys(names, path)
+    stored = {own: name for name, own in model_names(where, tied=False).items()}
+    if HEAD in stored:
+        stored.setdefault(EMBEDDING, stored[HEAD])
 
     def read(name: str) -> Tensor | None:
-        if name not in where:
+        if name not in stored:
             return None
-        with open_shard(where[name]) as (_, get):
-            return get(name)
+        with open_shard(where[stored[name]]) as (_, get):
+            return get(stored[name])
 
     return read
 
@@ -92,23 +92,25 @@ def copy_weights(
 ) -> None:
     """Write `source`'s weights to `out`, cast to `dtype` if one is given, plus `added` tensors of zeros.
 
-    A shard that needs no change is copied as a file. Raises ModelError for NaN or infinite values, for a pickled
-    checkpoint that disagrees with its config, and for a tied model whose stored head is not its embedding.
+    A shard that needs no change is copied as a file; in others, tensors get the model's names. Raises ModelError for
+    NaN or infinite values, for values that `dtype` does not hold, for a pickled checkpoint that disagrees with its
+    config, and for a tied model whose stored head is not its embedding.
     """
     files = weight_files(source, allow_pickle)
     if not files:
         raise ModelError(f"{source}: no weights to copy")
     check_pickles(source, files, expected)
+    copying = _Copying(files, _names(files, HEAD not in expected), expected, dtype)
     weight_map: dict[str, str] = {}
     shards = len(files) + bool(added)
     for number, path in enumerate(files, start=1):
         name = SINGLE if shards == 1 else f"model-{number:05d}-of-{shards:05d}.safetensors"
-        kept = _copy_shard(path, out / name, files, expected, dtype)
+        kept = _copy_shard(path, out / name, copying)
         weight_map |= dict.fromkeys(kept, name)
         progress(number, shards)
     if added:
         name = f"model-{shards:05d}-of-{shards:05d}.safetensors"
-        like = dtype or stored_dtype(files[0])
+        like = dtype or stored_dtype(files)
         save_file(
             {n: torch.zeros(shape, dtype=like) for n, shape in added.items()}, out / name, metadata={"format": "pt"}
         )
@@ -120,35 +122,81 @@ def copy_weights(
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def find_tensor(files: list[Path], wanted: str) -> Tensor:
-    """One tensor, in whichever shard it lies."""
+@dataclass(frozen=True)
+class _Copying:
+    """What holds for all shards of one copy: the files, stored name -> the model's, what it needs, the new dtype."""
+
+    files: list[Path]
+    names: Mapping[str, str]
+    expected: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype | None
+
+    def find(self, wanted: str) -> Tensor:
+        """One tensor by the model's name, in whichever shard it lies."""
+        for path in self.files:
+            with open_shard(path) as (names, get):
+                for name in names:
+                    if self.names[name] == wanted:
+                        return get(name)
+        raise ModelError(f"no shard has {wanted}")
+
+
+def _names(files: Sequence[Path], tied: bool) -> dict[str, str]:
+    stored: list[str] = []
     for path in files:
-        with open_shard(path) as (names, get):
-            if wanted in names:
-                return get(wanted)
-    raise ModelError(f"no shard has {wanted}")
+        with open_shard(path) as (names, _):
+            stored += names
+    return model_names(stored, tied)
 
 
-def _copy_shard(
-    path: Path, out: Path, siblings: list[Path], expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
-) -> list[str]:
-    with open_shard(path) as (names, get):
-        kept = [name for name in names if name in expected]
-        for name in names:
+def _copy_shard(path: Path, out: Path, copying: _Copying) -> list[str]:
+    """Write one shard's tensors under the model's names; returns those names."""
+    dtype, tensors = copying.dtype, {}
+    with open_shard(path) as (stored, get):
+        kept = {name: copying.names[name] for name in stored if copying.names[name] in copying.expected}
+        # a file with nothing to rename, drop or cast is copied whole, once its numbers are known to be sound
+        as_it_is = dtype is None and list(kept.values()) == list(stored) and path.suffix != ".bin"
+        for name in stored:
             tensor = get(name)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ModelError(f"{path}: {name} holds NaN or infinite values", hint="the checkpoint is damaged")
-            if name == HEAD and name not in expected and not torch.equal(tensor, find_tensor(siblings, EMBEDDING)):
-                raise ModelError(
-                    f"{path}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}",
-                    hint="set tie_word_embeddings to false in config.json if the head is its own",
-                )
-        if dtype is None and kept == names and path.suffix != ".bin":
-            shutil.copyfile(path, out)
-            return kept
-        tensors = {name: get(name) if dtype is None else get(name).to(dtype) for name in kept}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out, metadata={"format": "pt"})
-    return kept
+            check_finite(tensor, f"{path}: {name}")
+            _check_head(path, copying.names[name], tensor, copying)
+            if name in kept and not as_it_is:
+                tensors[kept[name]] = (tensor if dtype is None else cast(tensor, dtype, name)).contiguous()
+    if as_it_is:
+        shutil.copyfile(path, out)
+    else:
+        save_file(tensors, out, metadata={"format": "pt"})
+    return list(kept.values())
+
+
+def _check_head(path: Path, name: str, tensor: Tensor, copying: _Copying) -> None:
+    """A tied model's second copy of its embeddings is dropped, and has to equal them. Raises ModelError."""
+    if name == HEAD and name not in copying.expected and not torch.equal(tensor, copying.find(EMBEDDING)):
+        raise ModelError(
+            f"{path}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}",
+            hint="set tie_word_embeddings to false in config.json if the head is its own",
+        )
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Raises ModelError for NaN and infinite values. The least and the largest value tell, without a copy."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    least, largest = tensor.detach().aminmax()
+    if not (math.isfinite(least.item()) and math.isfinite(largest.item())):
+        raise ModelError(f"{name} holds NaN or infinite values", hint="the checkpoint is damaged")
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A finite tensor in another dtype. Raises ModelError where a value becomes infinite in it."""
+    result = tensor.to(dtype)
+    if result.is_floating_point() and result.numel() and not math.isfinite(result.abs().max().item()):
+        kind = str(dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{name} holds {tensor.abs().max().item():g}, which {kind} does not ({torch.finfo(dtype).max:g} at most)",
+            hint="take bfloat16 or float32",
+        )
+    return result
 
 
 def check_pickles(source: Path, files: list[Path], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -158,11 +206,14 @@ def check_pickles(source: Path, files: list[Path], expected: Mapping[str, tuple[
     tensors: dict[str, TensorInfo] = {}
     for path in files:
         with open_shard(path) as (names, get):
-            tensors |= {name: TensorInfo(path.name, "", tuple(get(name).shape)) for name in names if not ignored(name)}
+            tensors |= {name: TensorInfo(path.name, "", tuple(get(name).shape)) for name in names}
     check_tensors(source, tensors, expected)
 
 
-def stored_dtype(path: Path) -> torch.dtype:
-    """The dtype of a shard's first tensor."""
-    with open_shard(path) as (names, get):
-        return get(names[0]).dtype
+def stored_dtype(files: Sequence[Path]) -> torch.dtype:
+    """The dtype of the first stored tensor; float32 where no shard has one."""
+    for path in files:
+        with open_shard(path) as (names, get):
+            if names:
+                return get(names[0]).dtype
+    return torch.float32

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from os.path import isdir, isfile
 from pathlib import Path
@@ -17,12 +16,21 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.manifest import Manifest
-from ctxext.errors import EnvironmentFault, InputError, ModelError
+from ctxext.errors import InputError, ModelError
 from ctxext.model.companions import CARD, LICENCES
 from ctxext.model.config_fields import FACTS, PARENT, check_fields
 from ctxext.model.families import Config, expected_tensors, family_of, hybrid_config, model_shape, normalise, rope_of
+from ctxext.model.hub import download
 from ctxext.model.layout import LayerKind, kinds_of
-from ctxext.model.weights import ADAPTER_FILE, TensorInfo, check_tensors, only_pickles, read_header, read_tensors
+from ctxext.model.weights import (
+    ADAPTER_FILE,
+    PICKLE,
+    TensorInfo,
+    check_tensors,
+    only_pickles,
+    read_header,
+    read_tensors,
+)
 from ctxext.ops.cost import ModelShape
 
 CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
@@ -95,7 +103,7 @@ def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> 
         )
     if "/" not in model:
         return _from_preset(model, weights, allow_pickle)
-    path = _download(model, None, allow_pickle, HUB_FILES if weights else HUB_TEXTS)
+    path = download(model, None, _patterns(allow_pickle) if weights else HUB_TEXTS)
     return from_directory(path, weights=weights, allow_pickle=allow_pickle, name=model.split("/")[-1])
 
 
@@ -241,6 +249,11 @@ def _check_adapter(path: Path, manifest: Manifest | None) -> None:
         raise ModelError(f"{path / ADAPTER_FILE}: {stored} trained tensors, {saved} were saved")
 
 
+def _patterns(allow_pickle: bool) -> list[str]:
+    """The files of a hub model that are fetched where its weights are needed."""
+    return [*HUB_FILES, *([PICKLE, "pytorch_model-*.bin"] if allow_pickle else [])]
+
+
 def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
     preset = presets.find_model(name)
     model = presets.model_preset(preset)
@@ -249,35 +262,9 @@ def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
         return from_directory(path, weights=weights, name=preset.name)
     if weights:
         assert model.hub_id is not None  # ModelPreset has a hub_id or a directory
-        path = _download(model.hub_id, model.revision, allow_pickle, HUB_FILES)
+        path = download(model.hub_id, model.revision, _patterns(allow_pickle))
         found = from_directory(path, allow_pickle=allow_pickle, name=preset.name)
         return replace(found, original_length=model.original_length, usable_length=model.usable_length)
     assert model.shape is not None  # ModelPreset refuses a hub model without one
     config = normalise({"model_type": model.family, **asdict(model.shape)})
     return ModelSource(preset.name, None, "source", config, model.original_length, model.usable_length)
-
-
-def _download(hub_id: str, revision: str | None, allow_pickle: bool, files: Sequence[str]) -> Path:
-    """Files of a hub model in huggingface_hub's own cache, with its own token; one clear error when that cannot be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    local = "or give a local directory instead of the hub id"
-    try:
-        patterns = [*files, *(["pytorch_model*.bin"] if allow_pickle else [])]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise InputError(
-            f"{hub_id} is gated and no accepted token was found",
-            hint=f"accept its licence on its page, then `hf auth login`; {local}",
-        ) from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"{hub_id}: no such model on the hub, or a private one without a token",
-            hint=f"check the spelling, `hf auth login` if it is private, {local}",
-        ) from None
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise EnvironmentFault(
-            f"{hub_id} is not in the local cache and the hub cannot be reached ({type(error).__name__})",
-            hint=f"fetch it once where there is a network, {local}",
-        ) from None

@@ -1,8 +1,11 @@
 """A model written out by hand, one layer after the other: the truth that conversions are held to.
 
-Plain fp32 torch over naive_attention, nothing from transformers: the window, RoPE or its absence, biases and qk-norm of
+Plain torch over naive_attention, nothing from transformers: the window, RoPE or its absence, biases and qk-norm of
 every layer are read off the layout, so a stock class that was configured wrongly cannot agree with it. Slow and small:
 O(T^2) memory in attention, weights fetched one layer at a time.
+
+In fp64 the walk is exact for this purpose: its rounding is 2^-29 of fp32's. Angles of RoPE stay those of fp32, which
+every class of transformers computes in.
 
 Shapes: B batch, T tokens, E model width, H query heads, K kv heads, D head dim, V vocabulary.
 """
@@ -24,22 +27,30 @@ from ctxext.ops.masks import Pattern, lower_bounds
 Weights = Callable[[str], Tensor | None]  # name -> tensor, None where the checkpoint has no such tensor
 
 
-def walk(weights: Weights, config: Config, kinds: Sequence[LayerKind], input_ids: Tensor) -> Tensor:
-    """Logits [B, T, V] in fp32 of a normalised config's model under `kinds`. `len(kinds)` layers are walked."""
+HEAD_ROWS = 8192  # of the vocabulary, that are multiplied at once: the head in fp64 would be twice its size in memory
+
+
+def walk(
+    weights: Weights, config: Config, kinds: Sequence[LayerKind], input_ids: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Logits [B, T, V] of a normalised config's model under `kinds`, computed in `dtype` and returned in fp32.
+
+    `len(kinds)` layers are walked.
+    """
     T = input_ids.shape[1]
-    embedding = _need(weights, "model.embed_tokens.weight")
-    x = F.embedding(input_ids, embedding)  # (B, T, E)
-    cos, sin = _rotation(config, T)
+    embedding = _need(weights, "model.embed_tokens.weight", torch.float32)
+    x = F.embedding(input_ids, embedding).to(dtype)  # (B, T, E)
+    cos, sin = (angles.to(dtype) for angles in _rotation(config, T))
     for i, kind in enumerate(kinds):
         layer = f"model.layers.{i}."
-        h = _rms_norm(x, _need(weights, f"{layer}input_layernorm.weight"), config["rms_norm_eps"])
+        h = _rms_norm(x, _need(weights, f"{layer}input_layernorm.weight", dtype), config["rms_norm_eps"])
         x = x + _attention(weights, f"{layer}self_attn.", config, kind, h, cos, sin)
-        h = _rms_norm(x, _need(weights, f"{layer}post_attention_layernorm.weight"), config["rms_norm_eps"])
+        h = _rms_norm(x, _need(weights, f"{layer}post_attention_layernorm.weight", dtype), config["rms_norm_eps"])
         gate, up = (_linear(weights, f"{layer}mlp.{name}", h) for name in ("gate_proj", "up_proj"))
         x = x + _linear(weights, f"{layer}mlp.down_proj", F.silu(gate) * up)
-    x = _rms_norm(x, _need(weights, "model.norm.weight"), config["rms_norm_eps"])
-    head = embedding if config["tie_word_embeddings"] else _need(weights, "lm_head.weight")
-    return x @ head.T
+    x = _rms_norm(x, _need(weights, "model.norm.weight", dtype), config["rms_norm_eps"])
+    head = embedding if config["tie_word_embeddings"] else _need(weights, "lm_head.weight", torch.float32)
+    return torch.cat([(x @ rows.to(dtype).T).float() for rows in head.split(HEAD_ROWS)], dim=-1)
 
 
 def _attention(
@@ -52,7 +63,7 @@ def _attention(
     )  # (B, H|K, T, D)
     norms = weights(f"{name}q_norm.weight"), weights(f"{name}k_norm.weight")
     if norms[0] is not None and norms[1] is not None:
-        q, k = (_rms_norm(x, w.float(), config["rms_norm_eps"]) for x, w in zip((q, k), norms, strict=True))
+        q, k = (_rms_norm(x, w.to(h.dtype), config["rms_norm_eps"]) for x, w in zip((q, k), norms, strict=True))
     if kind.use_rope:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     lo = lower_bounds(Pattern(sliding_window=kind.sliding_window, group_size=None), T)
@@ -87,11 +98,11 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     bias = weights(f"{name}.bias")
-    return F.linear(x, _need(weights, f"{name}.weight"), None if bias is None else bias.float())
+    return F.linear(x, _need(weights, f"{name}.weight", x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _need(weights: Weights, name: str) -> Tensor:
+def _need(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
     tensor = weights(name)
     if tensor is None:
         raise KeyError(name)
-    return tensor.float()
+    return tensor.to(dtype)

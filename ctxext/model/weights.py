@@ -1,9 +1,13 @@
-"""What a checkpoint's files hold, from the safetensors headers alone: no torch, no tensor is read."""
+"""Which files of a directory hold its weights, and what they hold, from headers alone. No torch, no tensor is read.
+
+The rules are those of transformers' `from_pretrained`: model.safetensors comes before an index of shards, safetensors
+come before pickles, and a stored name may lack the prefix `model.` or have it twice.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +18,12 @@ from ctxext.errors import ModelError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER_FILE = "adapter_model.safetensors"
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
 HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+PREFIX = "model."
+FLOATS = ("F64", "F32", "F16", "BF16")
 AGAIN = "download or copy the file again"
 
 
@@ -41,63 +50,129 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise ModelError(f"{path} is no whole safetensors file, or truncated ({error})", hint=AGAIN) from None
 
 
+def weight_files(directory: Path, allow_pickle: bool = False) -> list[Path]:
+    """The weight files that transformers reads, in its order; [] where there are none, or only pickles that are not
+    allowed. Raises ModelError for an index that transformers does not read."""
+    single, several = (PICKLE, PICKLE_INDEX) if allow_pickle and only_pickles(directory) else (SINGLE, INDEX)
+    if (directory / single).is_file():
+        return [directory / single]
+    if (directory / several).is_file():
+        return [directory / name for name in sorted(set(read_index(directory / several).values()))]
+    return []
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The `weight_map` of an index: tensor name -> shard. Raises ModelError for one that transformers does not read."""
+    try:
+        index = json.loads(path.read_text("utf-8"))
+        weight_map = dict(index["weight_map"])
+        shards, metadata = set(weight_map.values()), index.get("metadata")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: not a safetensors index ({error!r})") from None
+    if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+        raise ModelError(f"{path}: shard names must be plain file names beside the index")
+    if not weight_map:
+        raise ModelError(f"{path}: its weight_map names no tensor", hint=AGAIN)
+    if not isinstance(metadata, dict):
+        raise ModelError(
+            f'{path}: no "metadata" object, without which transformers does not read an index',
+            hint='add "metadata": {} to it',
+        )
+    return weight_map
+
+
 def read_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a (possibly sharded) safetensors checkpoint, by name.
+    """Every tensor of a (possibly sharded) safetensors checkpoint, by the name it is stored under.
 
     Raises ModelError when there is none, a shard is missing or truncated, or the index names a tensor no shard has.
     """
-    index = directory / INDEX
-    if not index.exists():
-        if not (directory / SINGLE).exists():
-            raise _no_weights(directory)
-        return read_header(directory / SINGLE)
-    try:
-        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: not a safetensors index ({error!r})") from None
-    if any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
-        raise ModelError(f"{index}: shard names must be plain file names beside the index")
+    files = weight_files(directory)
+    if not files:
+        raise _no_weights(directory)
     tensors: dict[str, TensorInfo] = {}
-    for shard in shards:
-        tensors |= read_header(directory / shard)
-    lost = sorted(name for name, shard in weight_map.items() if tensors.get(name, TensorInfo("", "", ())).file != shard)
-    if lost:
-        raise ModelError(f"{index}: {len(lost)} tensors are not in the shard it names, first {lost[0]!r}")
+    for path in files:
+        tensors |= read_header(path)
+    if files[0].name == SINGLE:
+        return tensors
+    index = directory / INDEX
+    stray = [
+        name for name, shard in read_index(index).items() if tensors.get(name, TensorInfo("", "", ())).file != shard
+    ]
+    if stray:
+        raise ModelError(f"{index}: {len(stray)} tensors are not in the shard it names, first {min(stray)!r}")
     return tensors
 
 
 def only_pickles(directory: Path) -> bool:
-    """Whether the weights are pytorch_model*.bin and nothing else."""
-    safe = (directory / INDEX).exists() or (directory / SINGLE).exists()
-    return not safe and any(directory.glob("pytorch_model*.bin"))
+    """Whether the weights are pytorch_model.bin, or shards of it, and nothing else."""
+    safe = (directory / INDEX).is_file() or (directory / SINGLE).is_file()
+    return not safe and ((directory / PICKLE).is_file() or (directory / PICKLE_INDEX).is_file())
 
 
 def _no_weights(directory: Path) -> ModelError:
+    for name in (SINGLE, INDEX):
+        if (directory / name).is_symlink():
+            return ModelError(
+                f"{directory / name} links to {(directory / name).readlink()}, which is not there",
+                hint="the download is not complete: fetch the model again",
+            )
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
         return ModelError(
             f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened",
-            hint="convert accepts them with --allow-pickle; or save the model as safetensors first",
+            hint="convert accepts pytorch_model.bin with --allow-pickle; or save the model as safetensors first",
         )
     return ModelError(f"{directory}: no {SINGLE} and no {INDEX}", hint="is this the model's directory?")
+
+
+def model_name(stored: str) -> str:
+    """The model's name of a tensor that is stored under `stored`: transformers adds `model.` to a name that lacks it,
+    as in checkpoints of the model without its head, and takes off one that is too many."""
+    if not stored.startswith(PREFIX):
+        return stored if stored == HEAD else PREFIX + stored
+    rest = stored.removeprefix(PREFIX)
+    return rest if rest.startswith(PREFIX) or rest == HEAD else stored
+
+
+def model_names(stored: Iterable[str], tied: bool) -> dict[str, str]:
+    """Stored name -> the model's name, for all tensors of a checkpoint.
+
+    A tied model whose one matrix is stored as the head has it as its embeddings. Raises ModelError where two stored
+    tensors are one tensor of the model.
+    """
+    names = {name: model_name(name) for name in stored}
+    if tied and EMBEDDING not in names.values():
+        names = {name: EMBEDDING if own == HEAD else own for name, own in names.items()}
+    of: dict[str, str] = {}
+    for name, own in names.items():
+        if of.setdefault(own, name) != name:
+            raise ModelError(f"both {of[own]} and {name} are stored, and both are {own}", hint="remove one of them")
+    return names
 
 
 def check_tensors(directory: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Compare stored tensors with what config.json implies; raises ModelError naming the first disagreements.
 
-    A tied model may store its head a second time; that it equals the embeddings is checked where tensors are read.
+    A tied model may store its head a second time, or in place of the embeddings; that two copies are equal is checked
+    where tensors are read.
     """
-    faults = [f"{name}: missing, should be {list(shape)}" for name, shape in expected.items() if name not in tensors]
+    tied = HEAD not in expected
+    own = {name: tensors[stored] for stored, name in model_names(tensors, tied).items()}
+    wanted = dict(expected) | ({HEAD: expected[EMBEDDING]} if tied and HEAD in own and EMBEDDING in expected else {})
+    faults = [f"{name}: missing, should be {list(shape)}" for name, shape in wanted.items() if name not in own]
     faults += [
-        f"{name}: {list(tensors[name].shape)} in the file, {list(shape)} by config.json"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != tuple(shape)
+        f"{name}: {list(own[name].shape)} in the file, {list(shape)} by config.json"
+        for name, shape in wanted.items()
+        if name in own and own[name].shape != tuple(shape)
     ]
-    tied_head = {HEAD} if HEAD not in expected and tensors.get(HEAD) else set()
+    faults += [
+        f"{name}: stored as {info.dtype}; supported are {', '.join(FLOATS)}"
+        for name, info in own.items()
+        if name in wanted and info.dtype and info.dtype not in FLOATS  # a pickle's has no name
+    ]
     faults += [
         f"{name}: in the file, unknown to config.json"
-        for name in tensors.keys() - expected.keys() - tied_head
+        for name in sorted(own.keys() - wanted.keys())
         if not ignored(name)
     ]
     if faults:

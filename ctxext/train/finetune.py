@@ -25,7 +25,7 @@ from ctxext.data.mixture import Sequences
 from ctxext.data.store import tokenizer_hash
 from ctxext.errors import InputError
 from ctxext.model.adapters import attach
-from ctxext.model.load import build_model, load_model, load_tokenizer
+from ctxext.model.load import build_model, check_source, load_model, load_tokenizer
 from ctxext.model.relayout import relayout
 from ctxext.ops.backends.choice import Call, choose
 from ctxext.train import metrics, recompute
@@ -229,6 +229,7 @@ def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
 def _model(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> Any:
     """The model with its new positions and what trains attached, on the device it trains on."""
     quantize = plan.spec.memory.quantize
+    check_source(plan.source)
     model: Any = build_model(plan.source.directory, plan.config, dtype, quantize=quantize, device=device)
     if plan.spec.tuning == "lora":
         torch.manual_seed(plan.spec.seed)  # loading may draw numbers or not; the adapter is the same on every rank

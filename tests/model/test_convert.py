@@ -79,8 +79,8 @@ def test_the_gate_catches_a_config_that_says_something_else(wrong, model_dir, tm
     monkeypatch.setattr(
         gates,
         "walk",
-        lambda weights, config, kinds, ids: walk(
-            weights, hybrid_config(resolve(str(source)).config, kinds), kinds, ids
+        lambda weights, config, kinds, ids, *dtype: walk(
+            weights, hybrid_config(resolve(str(source)).config, kinds), kinds, ids, *dtype
         ),
     )
     source = model_dir("llama")

@@ -1,0 +1,116 @@
+"""Fetching a model from the hub, and one clear error for each way in which that fails. No torch.
+
+huggingface_hub reports most failures as "not in the local cache", with the true one as its cause, so that the whole
+chain of causes is read: a full disk is not a hub out of reach.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ctxext.errors import CtxextError, EnvironmentFault, InputError
+
+UNREAD = ["consolidated*.safetensors"]  # the same weights once more, in a format that transformers does not read
+LOCAL = "or give a local directory instead of the hub id"
+
+
+def download(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Files of a hub model in huggingface_hub's own cache, with its own token.
+
+    Raises InputError for a model that is not there or may not be read, and EnvironmentFault for a full disk, a cache
+    that cannot be written, a hub that refuses for now or fails, and one that cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    network = HfHubHTTPError.__mro__[1]  # the base of all errors of the HTTP client that huggingface_hub uses
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=UNREAD))
+    except HFValidationError as error:
+        raise InputError(f"{hub_id}: no name of a model ({error})", hint=f"check the spelling, {LOCAL}") from None
+    except (network, OSError) as error:
+        raise _fault(hub_id, revision, error) from None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _fault(hub_id: str, revision: str | None, error: Exception) -> CtxextError:
+    """What a failed download is reported as: the first known failure in the chain of causes."""
+    for cause in _chain(error):
+        if found := _refused(hub_id, revision, cause) or _on_this_machine(hub_id, cause) or _answered(hub_id, cause):
+            return found
+    return EnvironmentFault(
+        f"{hub_id} is not in the local cache and the hub cannot be reached ({_first_name(error)})",
+        hint=f"fetch it once where there is a network, {LOCAL}",
+    )
+
+
+def _refused(hub_id: str, revision: str | None, cause: BaseException) -> CtxextError | None:
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(cause, GatedRepoError):
+        return InputError(
+            f"{hub_id} is gated and no accepted token was found",
+            hint=f"accept its licence on its page, then `hf auth login`; {LOCAL}",
+        )
+    if isinstance(cause, RepositoryNotFoundError):
+        return InputError(
+            f"{hub_id}: no such model on the hub, or a private one without a token",
+            hint=f"check the spelling, `hf auth login` if it is private, {LOCAL}",
+        )
+    if isinstance(cause, RevisionNotFoundError):
+        return InputError(f"{hub_id}: no revision {revision} on the hub", hint="check the revision")
+    return None
+
+
+def _on_this_machine(hub_id: str, cause: BaseException) -> CtxextError | None:
+    if not isinstance(cause, OSError) or isinstance(cause, ConnectionError):
+        return None
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EnvironmentFault(
+            f"{hub_id}: the disk is full where the hub's cache lies ({cause.filename or cause.strerror})",
+            hint="free some room, or set HF_HOME to a larger disk",
+        )
+    if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return EnvironmentFault(
+            f"{hub_id}: the hub's cache cannot be written ({cause.filename or cause.strerror})",
+            hint="set HF_HOME to a directory of yours",
+        )
+    return None
+
+
+def _answered(hub_id: str, cause: BaseException) -> CtxextError | None:
+    """The hub was reached, and answered with an error; or nothing was asked, since that is switched off."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(cause, OfflineModeIsEnabled):
+        return EnvironmentFault(
+            f"{hub_id} is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub",
+            hint=f"unset HF_HUB_OFFLINE, {LOCAL}",
+        )
+    if not isinstance(cause, HfHubHTTPError):
+        return None
+    status = cause.response.status_code
+    if status in (401, 403):
+        return InputError(f"{hub_id}: the hub refuses access (HTTP {status})", hint=f"`hf auth login`, {LOCAL}")
+    if status == 429:
+        return EnvironmentFault(
+            f"{hub_id}: the hub answers that too much was asked of it (HTTP 429)",
+            hint=f"try again in some minutes; with a token more is allowed (`hf auth login`); {LOCAL}",
+        )
+    return EnvironmentFault(
+        f"{hub_id}: the hub answers with an error (HTTP {status})", hint=f"try again later, {LOCAL}"
+    )
+
+
+def _first_name(error: BaseException) -> str:
+    """The name of the last cause, which is the first that went wrong."""
+    return type(list(_chain(error))[-1]).__name__

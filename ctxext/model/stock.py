@@ -1,0 +1,143 @@
+"""What stock transformers reads of a model directory, beside what this package reads of it.
+
+The comparison runs wherever a directory is opened, so that a field which the two read differently is refused by name
+and never computed with. transformers is called on the files as they are; no remote code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
+
+from ctxext.errors import ModelError
+from ctxext.model.families import Config
+
+# fields of a config class that do not reach the logits of a causal LM, in any supported model_type
+WITHOUT_EFFECT = frozenset(
+    {
+        "architectures",
+        "transformers_version",
+        "dtype",  # of the weights in memory: every caller states its own
+        "id2label",
+        "label2id",
+        "problem_type",
+        "output_hidden_states",
+        "return_dict",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "pretraining_tp",
+        "use_cache",
+        "use_sliding_window",  # read by way of layer_types and of windows, which are compared
+        "max_window_layers",
+        "no_rope_layer_interval",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "initializer_range",
+        "attention_dropout",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "norm_topk_prob",
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "num_mtp_layers",
+        "num_nextn_predict_layers",
+        "mtp_layer_types",
+        "mtp_mlp_layer_types",
+    }
+)
+
+
+def stock_config(path: Path) -> Any:
+    """config.json as stock transformers reads it. Raises ModelError where transformers does not."""
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config.standardize_rope_params()  # as its formulas do before they read a length that stands beside
+        return config
+    except Exception as error:  # the checks of a config class raise many kinds
+        raise ModelError(f"{path / 'config.json'}: transformers does not read it ({_short(error)})") from error
+
+
+def built_config(config: Config) -> Any:
+    """The stock class's config for a normalised config. Raises ModelError where the class refuses it."""
+    try:
+        built = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))  # it may write into what is nested
+        built.standardize_rope_params()
+        return built
+    except Exception as error:
+        raise ModelError(f"config.json: transformers does not accept it ({_short(error)})") from error
+
+
+def check_same_reading(path: Path, config: Config) -> None:
+    """Raises ModelError for the fields of `path`'s config.json that transformers and this package read differently.
+
+    `config` is the normalised config of the same file.
+    """
+    theirs, ours = stock_config(path), built_config(config)
+    differing = [name for name in compared_fields(ours) if _plain(theirs, name) != _plain(ours, name)]
+    if differing:
+        shown = "; ".join(f"{name}: {_plain(theirs, name)!r} there, {_plain(ours, name)!r} here" for name in differing)
+        raise ModelError(
+            f"{path / 'config.json'}: transformers reads other values than ctxext ({shown})",
+            hint="state these fields in config.json, and leave no null",
+        )
+
+
+def compared_fields(config: Any) -> Iterable[str]:
+    """The declared fields of a config that can reach the logits."""
+    return sorted({field.name for field in fields(config)} - WITHOUT_EFFECT)
+
+
+def _plain(config: Any, name: str) -> Any:
+    """A field's value; RoPE parameters without what stands for nothing."""
+    value = getattr(config, name, None)
+    if name == "rope_parameters" and isinstance(value, dict):
+        return _plain_rope(value)
+    return value
+
+
+def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    nested = {name: _plain_rope(value) if isinstance(value, dict) else value for name, value in rope.items()}
+    if nested.get("rope_type") != "proportional":
+        nested.pop("partial_rotary_factor", None)
+    return {name: value for name, value in nested.items() if name != "type" and value is not None}
+
+
+def generation_config(directory: Path, config: Config) -> GenerationConfig:
+    """The tokens that end a text, by generation_config.json; by config.json where transformers does not read that file.
+
+    Nothing else of the file is taken: sampling is this package's own. A file of any content is accepted.
+    """
+    try:
+        given = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
+    except Exception:  # no such file, no JSON, or fields that transformers' own checks refuse
+        given = config.get("eos_token_id")
+    listed = given if isinstance(given, list) else [given]
+    ids = [token for token in listed if isinstance(token, int) and not isinstance(token, bool)]
+    return GenerationConfig(eos_token_id=ids or None)
+
+
+def drop_generation_config(directory: Path) -> str | None:
+    """Remove a generation_config.json with which transformers opens no model; returns why, None where it was kept.
+
+    A file that is no JSON is kept: transformers takes it for none.
+    """
+    try:
+        GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except OSError:  # there is none, or it is no JSON
+        return None
+    except Exception as error:
+        (directory / "generation_config.json").unlink()
+        return f"generation_config.json was left out: transformers does not read it ({_short(error)})"
+    return None
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
