@@ -43,7 +43,8 @@ BLIND = 1e-2  # of the largest logit: with more rounding than this, the comparis
 
 @dataclass(frozen=True)
 class GateReport:
-    """Differences are max |logit - logit|; `hybrid_tolerance` is ALLOWANCE times the rounding of fp32. `layers` of `num_layers` were compared, on `tokens` random tokens.
+    """Differences are max |logit - logit|; `hybrid_tolerance` is ALLOWANCE times the rounding of fp32. `layers` of
+    `num_layers` were compared, on `tokens` random tokens.
 
     `window_stand_in` is the window that stood in for larger ones, in keys; None: every window was as it is.
     """

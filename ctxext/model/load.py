@@ -91,8 +91,8 @@ def build_model(
     """The stock class of a normalised config, filled from the checkpoint in `weights`, RoPE checked as realised.
 
     `quantize` nf4 or int8 stores the linear layers' weights through bitsandbytes as they are read, on `device`; the
-    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing, left over, NaN or infinite in
-    `dtype`, and for a tied model whose stored head is another matrix than its embeddings.
+    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing, left over, NaN or infinite
+    in `dtype`, and for a tied model whose stored head is another matrix than its embeddings.
     """
     name = attention.register()
     model, info = AutoModelForCausalLM.from_pretrained(
