@@ -153,6 +153,7 @@ def run_conversion(
     began = time.monotonic()
     source, directory = plan.source, plan.source.directory
     dtype = getattr(torch, plan.dtype) if plan.dtype else None
+    tokenizer = _tokenizer_files(plan)
     with staged_output(plan.out, force) as staging:
         _check_room(staging, plan)
         copy_weights(
@@ -164,7 +165,7 @@ def run_conversion(
             allow_pickle=plan.allow_pickle,
             progress=progress,
         )
-        copy_companions(directory, staging)
+        copy_companions(directory, staging, tokenizer)
         numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype) if gate else None
         report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began)
         for name, data in (attachments or {}).items():
@@ -176,6 +177,20 @@ def run_conversion(
 def write_config(directory: Path, config: Config) -> None:
     """Write config.json, the file without which a directory is no model: always the last one."""
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _tokenizer_files(plan: ConversionPlan) -> dict[str, bytes]:
+    """What is written in place of the source's tokenizer files, so that the output's class reads the same ids."""
+    from ctxext.model.tokenizer import settle, version
+
+    settled = settle(plan.source.directory, plan.config)
+    if settled.problem is not None:
+        raise ModelError(
+            f"{plan.source.name}: as a {plan.config['model_type']}, AutoTokenizer of {version()} would read other ids "
+            f"than the source's tokenizer: {settled.problem}",
+            hint="give the model a tokenizer.json: save_pretrained of a fast tokenizer writes one",
+        )
+    return settled.files
 
 
 def _check_room(staging: Path, plan: ConversionPlan) -> None:

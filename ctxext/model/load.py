@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import attention
@@ -19,7 +19,8 @@ from ctxext.model.adapters import open_adapter
 from ctxext.model.families import Config
 from ctxext.model.frequencies import check_realised, forget_lengths
 from ctxext.model.layout import LayerKind, pattern_text
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, resolve
+from ctxext.model.tokenizer import load_tokenizer as load_tokenizer  # for those who import it from here
 from ctxext.model.weights import HEAD, ignored
 
 
@@ -138,15 +139,6 @@ def scale_queries(model: Any, kinds: Sequence[LayerKind], a: float) -> None:
     for kind, layer in zip(kinds, causal_lm(model).get_decoder().layers, strict=True):
         if kind.letter == "N":
             layer.self_attn.nope_log_scale = a
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises ModelError when there is none or it does not open."""
-    require_tokenizer(path)
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a file that is not its own
-        raise ModelError(f"{path}: the tokenizer does not open ({error})") from error
 
 
 def causal_lm(model: Any) -> PreTrainedModel:

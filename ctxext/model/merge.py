@@ -22,6 +22,7 @@ from ctxext.model.convert import write_config
 from ctxext.model.families import Config, expected_tensors
 from ctxext.model.load import LoadedModel, build_model, load_model
 from ctxext.model.source import ModelSource
+from ctxext.model.tokenizer import settle, warning
 
 SHARD_BYTES = 5 * 1024**3
 TOLERANCE = 1e-4  # of the largest logit, in fp32
@@ -66,6 +67,7 @@ class MergeReport:
     seconds: float
     adjustment: dict[str, Any] = field(default_factory=dict)
     adjusted: tuple[tuple[str, str], ...] = ()
+    tokenizer: str | None = None  # how AutoTokenizer reads the output otherwise than ctxext, and what to use
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "adjusted"}
@@ -83,6 +85,7 @@ class MergeReport:
             ),
             ("perplexity of", self.perplexity_of),
             ("embeddings", "tied, as the base's" if self.tied else "not tied, as the base's"),
+            *([] if self.tokenizer is None else [("tokenizer", self.tokenizer)]),
         ]
 
 
@@ -120,7 +123,8 @@ def merge(
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
-        copy_companions(source.directory, staging)
+        tokenizer = settle(source.directory, config)
+        copy_companions(source.directory, staging, tokenizer.files)
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
@@ -141,6 +145,7 @@ def merge(
             round(time.monotonic() - began, 2),
             adjustment.facts,
             adjustment.rows,
+            None if tokenizer.problem is None else warning(tokenizer.problem, "PATH"),
         )
         adjustment.draw(staging)
         _describe(staging, source, config, report, asked or {})
