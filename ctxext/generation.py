@@ -2,8 +2,9 @@
 
 What a model has read stays in the cache: a turn computes its own tokens and nothing before them. With a chat template,
 what follows an answer is found by rendering the conversation with a marker in the answer's place, so that tokens which
-the model wrote are never divided anew. A template that renders an old turn otherwise once a new one follows it (one
-that drops its reasoning) is taken as it was when it was read: a cache cannot be rewritten.
+the model wrote are never divided anew. A new turn is tokenised behind the end of what is there, never by itself. A
+template that renders an old turn otherwise once a new one follows it (one that drops its reasoning) is taken as it was
+when it was read: a cache cannot be rewritten.
 
 No torch until a model is opened. Not done: beams, top-p, system prompts.
 """
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ctxext.data.prompts import TAIL, continued_ids, prompt_ids
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
 from ctxext.model.convert import DTYPES
 from ctxext.model.ids import check_ids
@@ -153,10 +155,12 @@ class TextStream:
     What was given out last stays as a beginning to decode after, so that a word keeps the space before it.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+    def __init__(self, decode: Callable[[list[int]], str], before: list[int] | None = None):
+        """`before` are ids that the text follows. Some decoders drop the first space of all that they are given, and
+        with these ids that is not the first space of the text."""
         self.decode = decode
-        self.ids: list[int] = []
-        self.given, self.shown = 0, 0  # how many of them were given out, as how many characters
+        self.ids: list[int] = list(before or ())
+        self.given, self.shown = len(self.ids), len(self.decode(self.ids))  # given out: so many ids, so many characters
 
     def add(self, token: int) -> str:
         """What this token makes certain; empty inside a character."""
@@ -229,7 +233,9 @@ class Conversation:
         new, kept = self._ids_of(text), self.cache.get_seq_length()
         unread = self.ids[kept:] + new  # the last token of an answer is in no cache yet
         self._check(unread, kept, warn)
-        stream, clock = TextStream(self.decode), [time.perf_counter()]
+        # A plain text goes on after the prompt, with its space. An answer in a conversation is a text of its own.
+        stream = TextStream(self.decode, [] if self.templated else (self.ids + new)[-TAIL:])
+        clock, pieces = [time.perf_counter()], list[str]()
 
         def prefilled(done: int, total: int) -> None:
             told("reading", done, total)
@@ -239,6 +245,7 @@ class Conversation:
 
         def say(row: int, token: int) -> None:
             if piece := stream.add(token):
+                pieces.append(piece)
                 write(piece)
 
         told("reading", 0, len(unread))
@@ -247,12 +254,13 @@ class Conversation:
             most = self.plan.max_new_tokens
             [answer] = generate(self.loaded.model, [unread], most, prefilled=prefilled, told=say, **how)
         clock.append(time.perf_counter())
-        write(stream.rest())
+        pieces.append(stream.rest())
+        write(pieces[-1])
         self.ids += [*new, *answer]
         self.asked.append(text)
         reading, writing = clock[1] - clock[0], clock[2] - clock[1]
         return Answer(
-            text=self.decode(answer),
+            text="".join(pieces),
             read=len(unread),
             kept=kept,
             written=len(answer),
@@ -280,15 +288,20 @@ class Conversation:
         )
 
     def _ids_of(self, text: str) -> list[int]:
-        """The tokens of a new turn, from behind the last answer to where the next begins."""
-        begin = list[int]()
+        """The tokens of a new turn, from behind the last answer to where the next begins.
+
+        They are those that the whole conversation has there when it is tokenised at once (data/prompts.py), but for a
+        token that would reach over into what is in the cache.
+        """
         if self.templated:
             text = self._rendered(text)
-        elif self.ids:
+            if not self.ids:
+                return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        elif not self.ids:
+            return prompt_ids(self.tokenizer, text)
+        else:
             text = f"\n{text}\n"
-        elif self.tokenizer.bos_token_id is not None:
-            begin = [self.tokenizer.bos_token_id]
-        return begin + list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return continued_ids(self.tokenizer, self.ids, text)
 
     def _rendered(self, text: str) -> str:
         messages = []

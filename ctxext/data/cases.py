@@ -17,6 +17,7 @@ from typing import Any
 
 import ctxext
 from ctxext.config.output import write_whole
+from ctxext.data.prompts import prompt_ids as prompt_ids  # for those who import it from here
 from ctxext.errors import DataError, InputError
 
 _FIELDS = {"id": str, "task": str, "length": int, "prompt": str, "references": list, "max_new_tokens": int}
@@ -44,14 +45,6 @@ class Case:
 def private_random(*of: object) -> random.Random:
     """A generator that depends on `of` alone, in every process and on every platform."""
     return random.Random("/".join(map(str, of)))
-
-
-def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a prompt as the tokenizer begins a text (BOS where it adds one), without an EOS at its end."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    while ids and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
 
 
 def largest(fits: Callable[[int], bool], start: int = 1) -> int:

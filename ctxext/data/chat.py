@@ -6,22 +6,32 @@ Three formats of a row beside plain text:
     prompt        `prompt` and `completion`, joined as they are: no template, no space between them
     prompt_chat   `prompt` and `completion` as a user's and an assistant's message, rendered by the template
 
-An answer is what an assistant writes and the marker that ends its turn, so that the model learns to stop. Where it
-begins and ends is found by rendering the conversation up to there, never by looking for the text, which may stand
-elsewhere as well; a template whose rendering of a beginning is no beginning of the whole is refused. Left out on
-purpose: tools, images, and weights of messages; a row that has them is refused.
+An answer is what an assistant writes and the marker that ends its turn, so that the model learns to stop. Which part of
+the conversation it lies in is found by rendering the conversation up to there, never by looking for the text, which may
+stand elsewhere as well; a template whose rendering of a beginning is no beginning of the whole is refused. In that part
+the answer ends with the first control token behind what the assistant says: what a template writes after it (ChatML's
+line end) is not scored, and a row whose last message is an answer ends there. Where a template writes no control token
+behind an answer, all that it writes there belongs to the answer.
+
+Every message's text has to be in what the template renders, white space apart. Text of a message that is a control
+token of the tokenizer is refused: it would end a turn or begin one.
+
+Left out on purpose: tools, images, and weights of messages; a row that has them is refused. `{% generation %}` marks of
+a template are not read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 from ctxext.data.documents import Document, Rows, checked_text
 from ctxext.errors import DataError, InputError
 
 ASSISTANT = "assistant"
+VERSION = 2  # of how rows are read: another number makes their tokens again
 EXAMPLE = 'write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
@@ -36,13 +46,15 @@ def chat_rows(format: str, tokenizer: Any) -> Rows:
             "data.format=prompt joins prompt and completion without one",
         )
 
+    controls = _controls(tokenizer)
+
     def conversation(row: dict[str, Any], place: str) -> Document:
-        return _conversation(tokenizer, _messages(row, place), place)
+        return _conversation(tokenizer, controls, _messages(row, place), place)
 
     def exchange(row: dict[str, Any], place: str) -> Document:
         prompt, completion = _pair(row, place)
         messages = [{"role": "user", "content": prompt}, {"role": ASSISTANT, "content": completion}]
-        return _conversation(tokenizer, messages, place)
+        return _conversation(tokenizer, controls, messages, place)
 
     if format == "prompt_chat":
         return Rows(("prompt", "completion"), exchange)
@@ -50,8 +62,12 @@ def chat_rows(format: str, tokenizer: Any) -> Rows:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """sha256 of what decides how a conversation is rendered: the template, and the special tokens it may name."""
-    state = [tokenizer.chat_template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}]
+    """sha256 of what decides a row's text and answers: the template, the special tokens it may name, and this file."""
+    state = [
+        VERSION,
+        tokenizer.chat_template,
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+    ]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
@@ -101,8 +117,11 @@ def _message(message: Any, place: str) -> dict[str, str]:
     return {name: checked_text(message[name], place, name) for name in ("role", "content")}
 
 
-def _conversation(tokenizer: Any, messages: list[dict[str, str]], place: str) -> Document:
+def _conversation(
+    tokenizer: Any, controls: re.Pattern[str] | None, messages: list[dict[str, str]], place: str
+) -> Document:
     """The conversation as the template renders it, with the spans of its answers."""
+    _refuse_controls(controls, messages, place)
 
     def rendered(count: int, **options: bool) -> str:
         try:
@@ -116,7 +135,7 @@ def _conversation(tokenizer: Any, messages: list[dict[str, str]], place: str) ->
         return text
 
     whole = rendered(len(messages))
-    answers = []
+    answers, dropped, rendered_any = [], list[int](), False
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
@@ -128,11 +147,73 @@ def _conversation(tokenizer: Any, messages: list[dict[str, str]], place: str) ->
                     "where the answer lies is unknown",
                     hint="give a template that renders a message the same whatever follows it, or rows of one answer",
                 )
-        if len(after) > len(before):
-            answers.append((len(before), len(after)))
-    if not answers:
+        part = after[len(before) :]
+        length, rendered_any = _answer_length(controls, part, message["content"]), rendered_any or bool(part)
+        if length is None:
+            dropped.append(number)
+        elif length:
+            answers.append((len(before), len(before) + length))
+    if not rendered_any:
         raise DataError(
             f"{place}: the chat template leaves every answer out",
             hint="give a template that renders what assistants say",
         )
-    return Document(whole, place, tuple(answers))
+    _require_texts(whole, messages, dropped, place)
+    return Document(whole[: answers[-1][1]] if messages[-1]["role"] == ASSISTANT else whole, place, tuple(answers))
+
+
+def _controls(tokenizer: Any) -> re.Pattern[str] | None:
+    """What finds the tokenizer's control tokens in a text: its special tokens, longer ones first; None without any.
+
+    Added tokens that are not special, such as <think>, are text that messages may have.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    words = {str(token) for token in added if token.special} | {str(token) for token in tokenizer.all_special_tokens}
+    return re.compile("|".join(map(re.escape, sorted(words - {""}, key=len, reverse=True)))) if words - {""} else None
+
+
+def _refuse_controls(controls: re.Pattern[str] | None, messages: list[dict[str, str]], place: str) -> None:
+    for number, message in enumerate(messages, start=1):
+        found = controls.search(message["content"]) if controls else None
+        if found:
+            raise DataError(
+                f"{place}: message {number} ({message['role']}) has {found[0]!r} in its text, which is a control token "
+                "of this tokenizer and would not be read as text",
+                hint="write those characters in another way (a space inside), or leave the row out",
+            )
+
+
+def _answer_length(controls: re.Pattern[str] | None, part: str, content: str) -> int | None:
+    """How much of a rendered answer is scored: up to the end of the first control token behind `content`.
+
+    White space is not compared. None where `content` is not there.
+    """
+    # The parts between control tokens, each with the end of the token behind it.
+    ends = [(found.start(), found.end()) for found in controls.finditer(part)] if controls else []
+    begins = [0, *(end for _, end in ends)]
+    pieces = list(zip(begins, [*ends, (len(part), len(part))], strict=True))
+    # A template may name the role or a channel before the text, so the last part that has the text is meant.
+    wanted = "".join(content.split())
+    for begin, (stop, end) in reversed(pieces) if wanted else pieces:
+        if wanted in "".join(part[begin:stop].split()):
+            return end
+    return None
+
+
+def _require_texts(whole: str, messages: list[dict[str, str]], dropped: list[int], place: str) -> None:
+    """Raises DataError where the text of a message is not in the rendered conversation; `dropped` are answers.
+
+    A text that several messages have must be there as often. Order is not looked at: some templates move the system
+    message.
+    """
+    squeezed = "".join(whole.split())
+    seen: dict[str, int] = {}
+    for number, message in enumerate(messages):
+        text = "".join(message["content"].split())
+        seen[text] = seen.get(text, 0) + 1
+        if number in dropped or (text and squeezed.count(text) < seen[text]):
+            name = f"message {number + 1} ({message['role']})"
+            raise DataError(
+                f"{place}: the chat template leaves out or changes the text of {name}",
+                hint="give a template that renders the text of every message, or leave that message out",
+            )

@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ctxext.data.corpus import stdlib_documents
+from ctxext.data.prompts import framing
 from ctxext.data.synthetic import NEEDLE, QUESTION, digits
 from ctxext.errors import InputError
 
@@ -24,7 +25,7 @@ GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 class Tokenizer(Protocol):
     """What is used of a tokenizer: Hugging Face's fast and slow ones both have it."""
 
-    bos_token_id: int | None
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -65,12 +66,13 @@ def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Ra
 
     `haystack` is token ids (`haystack_ids`); the filler is a run of it from a random place, wrapping round at its end,
     so a short haystack is repeated. Filler is cut in tokens, hence the exact length; at its cuts a word may be
-    broken. Raises InputError for a depth outside 0..1 and for a length without room for needle and question.
+    broken. BOS comes first where the tokenizer adds one. Raises InputError for a depth outside 0..1 and for a length
+    without room for needle and question.
     """
     if not 0.0 <= depth <= 1.0:
         raise InputError(f"passkey depth {depth} is outside 0..1")
     key = digits(rng)
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos, _ = framing(tokenizer)
     needle = tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False)
     question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
     asked = tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ctxext.data.cases import private_random
 from ctxext.data.haystack import Tokenizer, haystack_ids
+from ctxext.data.prompts import framing
 from ctxext.data.synthetic import NEEDLE, QUESTION
 from ctxext.errors import InputError
 
@@ -38,7 +39,7 @@ def near_cases(
     """
     keys = [f"{STEM}{label}" for label in range(classes)]
     hay = haystack_ids(tokenizer, text)
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    begin, _ = framing(tokenizer)
     needles = [tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False) for key in keys]
     asked = [tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False) for key in keys]
     question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)

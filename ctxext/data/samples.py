@@ -1,8 +1,9 @@
 """Text that a model writes itself: what it can be taught from by itself where there is no corpus.
 
-Documents are sampled a batch at a time, each from its first token (BOS, or EOS where there is none) to its end or to
-the model's trained length, from the whole vocabulary. What is trained on is what was sampled, token by token, and BOS
-before it; where a document was cut at the length, the EOS that joins documents is one that the model did not write.
+Documents are sampled a batch at a time, each from its first token (BOS where the tokenizer adds one, else EOS, which
+documents follow in training) to its end or to the model's trained length, from the whole vocabulary. What is trained on
+is that first token and what was sampled, token by token; where a document was cut at the length, the EOS that joins
+documents is one that the model did not write.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ctxext.data.documents import Document
+from ctxext.data.prompts import framing
 from ctxext.errors import DataError
 from ctxext.model.decode import generate, sampled, stop_ids
 
@@ -28,16 +30,16 @@ def sample_documents(
     seed: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Document]:
-    """At least `tokens` tokens of text, in documents of at most `length` with BOS and EOS, `batch` of them at a time.
+    """At least `tokens` tokens of text, in documents of at most `length` (with first token and EOS), `batch` at once.
 
     Deterministic for a seed, a device and a batch. `progress` is told the tokens written so far. Raises DataError where
     the model ends every document before it begins.
     """
-    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    begin = framing(tokenizer)[0] or [tokenizer.eos_token_id]
     stop, choose = stop_ids(model, tokenizer), sampled(temperature, seed)
     done, empty = 0, 0
     while done < tokens:
-        rows = generate(model, [[first]] * batch, length - 2, stop=stop, choose=choose)
+        rows = generate(model, [begin] * batch, length - 1 - len(begin), stop=stop, choose=choose)
         written = sum(map(len, rows))
         empty = 0 if written else empty + 1
         if empty == GIVE_UP:
@@ -45,6 +47,6 @@ def sample_documents(
         for number, row in enumerate(rows):
             if row:
                 text = tokenizer.decode(row, skip_special_tokens=True)
-                yield Document(text, f"sample-{done}-{number}", ids=(first, *row))
+                yield Document(text, f"sample-{done}-{number}", ids=(*begin, *row))
         done += written
         progress(done)

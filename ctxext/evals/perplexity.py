@@ -120,7 +120,8 @@ class Window:
 def encode(documents: Iterable[Document], tokenizer: Any, *, max_tokens: int | None = None) -> list[EncodedText]:
     """Tokenises documents, in order, until there are `max_tokens` (None: all); the last one is cut there.
 
-    No BOS is added.
+    No BOS is added, also where the tokenizer adds one to a prompt: short documents are joined, windows beyond a text's
+    first have none in any protocol, and so every window is read alike.
     """
     texts: list[EncodedText] = []
     left = math.inf if max_tokens is None else max_tokens

@@ -19,7 +19,7 @@ from ctxext.errors import CtxextError
 from ctxext.export.matrix import Verdict
 from ctxext.model.card import front_matter, runtime_note
 from ctxext.model.companions import stated_licence
-from ctxext.model.families import rope_of
+from ctxext.model.families import Config, rope_of
 from ctxext.model.layout import LayerKind
 from ctxext.model.source import ModelSource, manifest_of
 from ctxext.units import format_tokens
@@ -65,8 +65,13 @@ def hub_id(path: Path) -> str | None:
     return f"{found[1]}/{found[2]}" if found else None
 
 
-def write_card(source: ModelSource, verdict: Verdict, commands: Sequence[str]) -> str:
-    """The card of a model that is no bundle; `commands` run it where the verdict's target does."""
+def write_card(
+    source: ModelSource, verdict: Verdict, commands: Sequence[str], *, tokenizer_problem: str | None = None
+) -> str:
+    """The card of a model that is no bundle; `commands` run it where the verdict's target does.
+
+    `tokenizer_problem` says how AutoTokenizer reads other ids than tokenizer.json, where it does (model/tokenizer.py).
+    """
     steps = history(source.directory)
     base, licence = _base_id(steps[0]), _licence(steps)
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -86,7 +91,7 @@ def write_card(source: ModelSource, verdict: Verdict, commands: Sequence[str]) -
         "\n".join(f"{number}. {_told(step)}" for number, step in enumerate(steps, start=1)),
         *_measured(steps),
         "## Use",
-        _use(source, commands),
+        _use(source.config, commands, tokenizer_problem),
         "## Limits",
         "\n".join(f"- {line}" for line in _limits(source, verdict, base, bool(licence))),
         f"Written by ctxext {__version__}.",
@@ -163,14 +168,17 @@ def _measured(steps: Sequence[Step]) -> list[str]:
     return ["## Measured", "\n".join(["| model | what | value |", "|---|---|---|", *rows])] if rows else []
 
 
-def _use(source: ModelSource, commands: Sequence[str]) -> str:
+def _use(config: Config, commands: Sequence[str], tokenizer_problem: str | None) -> str:
+    tokenizer = "AutoTokenizer" if tokenizer_problem is None else "PreTrainedTokenizerFast"
     code = (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import AutoModelForCausalLM, {tokenizer}\n\n"
         'where = "."  # this directory, or the name it has on the hub\n'
-        "tokenizer = AutoTokenizer.from_pretrained(where)\n"
+        f"tokenizer = {tokenizer}.from_pretrained(where)\n"
         "model = AutoModelForCausalLM.from_pretrained(where)"
     )
-    needs = runtime_note(source.config)
+    needs = runtime_note(config)
+    if tokenizer_problem is not None:
+        needs += f" Do not use AutoTokenizer: it reads other ids than tokenizer.json ({tokenizer_problem})."
     more = "\n".join(commands)
     return f"{needs}\n\n```python\n{code}\n```" + (f"\n\nNot run by ctxext:\n\n```\n{more}\n```" if commands else "")
 

@@ -84,12 +84,14 @@ def export(plan: ExportPlan) -> Exported:
     refuse(plan.verdict)
     source, directory = plan.source, plan.source.directory
     weights = sorted({info.file for info in tensors_of(source).values()})
+    tokenizer, problem = _tokenizer_files(plan)
     texts = {
-        "README.md": write_card(source, plan.verdict, _commands(plan, ".") if plan.verdict.target != "hf" else ()),
+        "README.md": write_card(
+            source, plan.verdict, _commands(plan, ".") if plan.verdict.target != "hf" else (), tokenizer_problem=problem
+        ),
         "config.json": _without_place(directory / "config.json"),
+        **tokenizer,
     }
-    if (directory / "tokenizer_config.json").is_file():
-        texts["tokenizer_config.json"] = _without_place(directory / "tokenizer_config.json")
     if plan.verdict.target == "ollama":
         texts["Modelfile"] = f"FROM ./{_plain(source.name)}.gguf\nPARAMETER num_ctx {source.usable_length}\n"
     copied = {name: directory / name for name in {INDEX, *companions(directory)} - texts.keys()}
@@ -108,6 +110,30 @@ def export(plan: ExportPlan) -> Exported:
     return Exported(str(plan.out), plan.verdict, files, linked, _commands(plan, str(plan.out)))
 
 
+def _tokenizer_files(plan: ExportPlan) -> tuple[dict[str, str], str | None]:
+    """Tokenizer files that are not copied as they are, and how AutoTokenizer reads others' ids all the same.
+
+    Raises CheckFailed in that case for every target but hf: those programs open the tokenizer by AutoTokenizer, and
+    only Python can be told to open it otherwise.
+    """
+    from ctxext.model.tokenizer import SETTINGS, settle, version
+
+    directory = plan.source.directory
+    settled = settle(directory, read_object(directory / "config.json"))
+    if settled.problem is not None and plan.verdict.target != "hf":
+        raise CheckFailed(
+            f"{plan.verdict.target} opens the tokenizer by AutoTokenizer, which ({version()}) reads other ids than "
+            f"tokenizer.json: {settled.problem}",
+            hint="ctxext convert it (to a class without a tokenizer class of its own), or export --target hf",
+        )
+    files = {name: data.decode() for name, data in settled.files.items()}
+    if SETTINGS in files:
+        files[SETTINGS] = _plainly(json.loads(files[SETTINGS]))
+    elif (directory / SETTINGS).is_file():
+        files[SETTINGS] = _without_place(directory / SETTINGS)
+    return files, settled.problem
+
+
 def _place(source: Path, out: Path) -> bool:
     """Hard-link (True) or copy a weight file; a link into the hub's cache is followed."""
     real = source.resolve()
@@ -121,8 +147,12 @@ def _place(source: Path, out: Path) -> bool:
 
 def _without_place(path: Path) -> str:
     """A JSON file less the place transformers says it was read from."""
-    settings = {name: value for name, value in read_object(path).items() if name not in NAMES}
-    return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return _plainly(read_object(path))
+
+
+def _plainly(settings: Mapping[str, Any]) -> str:
+    kept = {name: value for name, value in settings.items() if name not in NAMES}
+    return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
 
 
 def _manifest(plan: ExportPlan, weights: Sequence[str]) -> manifests.Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 TOKENIZER_FILES = (
@@ -31,11 +32,15 @@ def companions(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())
 
 
-def copy_companions(source: Path, out: Path) -> None:
-    """Copy them as they are."""
+def copy_companions(source: Path, out: Path, instead: Mapping[str, bytes] | None = None) -> None:
+    """Copy them as they are, but for files of `instead`, which are written with the bytes given there."""
+    instead = instead or {}
     for name in companions(source):
-        (out / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(source / name, out / name)
+        if name not in instead:
+            (out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, out / name)
+    for name, data in instead.items():
+        (out / name).write_bytes(data)
 
 
 def stated_licence(directory: Path) -> dict[str, str]:

@@ -160,6 +160,7 @@ def run_conversion(
     source, directory = plan.source, plan.source.directory
     dtype = getattr(torch, plan.dtype) if plan.dtype else None
     check_source(source)
+    tokenizer = _tokenizer_files(plan)
     with staged_output(plan.out, force) as staging:
         _check_room(staging, plan)
         copy_weights(
@@ -171,7 +172,7 @@ def run_conversion(
             allow_pickle=plan.allow_pickle,
             progress=progress,
         )
-        copy_companions(directory, staging)
+        copy_companions(directory, staging, tokenizer)
         dropped = drop_generation_config(staging)
         numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype) if gate else None
         report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began, dropped)
@@ -188,6 +189,20 @@ def write_config(directory: Path, config: Config) -> None:
     """
     written = written_for_both(config) | {"transformers_version": importlib.metadata.version("transformers")}
     (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _tokenizer_files(plan: ConversionPlan) -> dict[str, bytes]:
+    """What is written in place of the source's tokenizer files, so that the output's class reads the same ids."""
+    from ctxext.model.tokenizer import settle, version
+
+    settled = settle(plan.source.directory, plan.config)
+    if settled.problem is not None:
+        raise ModelError(
+            f"{plan.source.name}: as a {plan.config['model_type']}, AutoTokenizer of {version()} would read other ids "
+            f"than the source's tokenizer: {settled.problem}",
+            hint="give the model a tokenizer.json: save_pretrained of a fast tokenizer writes one",
+        )
+    return settled.files
 
 
 def _check_room(staging: Path, plan: ConversionPlan) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import attention
@@ -20,8 +20,9 @@ from ctxext.model.frequencies import check_realised, forget_lengths
 from ctxext.model.ids import guard_ids
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.shards import cast, check_finite, tensor_reader
-from ctxext.model.source import ModelSource, read_config, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, read_config, resolve
 from ctxext.model.stock import built_config, check_same_reading, generation_config
+from ctxext.model.tokenizer import load_tokenizer as load_tokenizer  # for those who import it from here
 from ctxext.model.weights import HEAD, ignored
 
 
@@ -165,15 +166,6 @@ def scale_queries(model: Any, kinds: Sequence[LayerKind], a: float) -> None:
     for kind, layer in zip(kinds, causal_lm(model).get_decoder().layers, strict=True):
         if kind.letter == "N":
             layer.self_attn.nope_log_scale = a
-
-
-def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory. Raises ModelError when there is none or it does not open."""
-    require_tokenizer(path)
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises bare Exception for a file that is not its own
-        raise ModelError(f"{path}: the tokenizer does not open ({error})") from error
 
 
 def causal_lm(model: Any) -> PreTrainedModel:

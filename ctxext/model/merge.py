@@ -24,6 +24,7 @@ from ctxext.model.load import LoadedModel, build_model, load_model
 from ctxext.model.shards import cast
 from ctxext.model.source import ModelSource
 from ctxext.model.stock import drop_generation_config
+from ctxext.model.tokenizer import settle, warning
 
 SHARD_BYTES = 5 * 1024**3
 TOLERANCE = 1e-4  # of the largest logit, in fp32
@@ -68,6 +69,7 @@ class MergeReport:
     seconds: float
     adjustment: dict[str, Any] = field(default_factory=dict)
     adjusted: tuple[tuple[str, str], ...] = ()
+    tokenizer: str | None = None  # how AutoTokenizer reads the output otherwise than ctxext, and what to use
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "adjusted"}
@@ -85,6 +87,7 @@ class MergeReport:
             ),
             ("perplexity of", self.perplexity_of),
             ("embeddings", "tied, as the base's" if self.tied else "not tied, as the base's"),
+            *([] if self.tokenizer is None else [("tokenizer", self.tokenizer)]),
         ]
 
 
@@ -122,7 +125,8 @@ def merge(
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
-        copy_companions(source.directory, staging)
+        tokenizer = settle(source.directory, config)
+        copy_companions(source.directory, staging, tokenizer.files)
         drop_generation_config(staging)
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
@@ -144,6 +148,7 @@ def merge(
             round(time.monotonic() - began, 2),
             adjustment.facts,
             adjustment.rows,
+            None if tokenizer.problem is None else warning(tokenizer.problem, "PATH"),
         )
         adjustment.draw(staging)
         _describe(staging, source, config, report, asked or {})

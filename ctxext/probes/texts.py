@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctxext.data.cases import private_random, prompt_ids
+from ctxext.data.cases import private_random
 from ctxext.data.haystack import haystack_ids
+from ctxext.data.prompts import framing
 from ctxext.evals.haystacks import haystack
 
 
@@ -19,7 +20,7 @@ def text_rows(tokenizer: Any, data: str, length: int, samples: int, seed: int) -
     beginnings of those of a greater one.
     """
     _, text = haystack(data)
-    ids, begin = haystack_ids(tokenizer, text), prompt_ids(tokenizer, "")
+    ids, (begin, _) = haystack_ids(tokenizer, text), framing(tokenizer)
     rng = private_random("probe texts", seed)
     rows = []
     for _ in range(samples):

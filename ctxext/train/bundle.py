@@ -26,6 +26,7 @@ from ctxext.model.convert import write_config
 from ctxext.model.families import expected_tensors, rope_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import read_object
+from ctxext.model.tokenizer import settle
 from ctxext.model.weights import SINGLE
 from ctxext.train.plan import RunPlan
 from ctxext.train.teacher import teacher_weights
@@ -38,7 +39,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
         count = _save_whole(run, plan, masters)
     else:
         count = save_adapter(model, run, masters)
-    copy_companions(plan.source.directory, run)
+    copy_companions(plan.source.directory, run, settle(plan.source.directory, plan.config).files)
     _set_tokenizer_length(run, plan.config["max_position_embeddings"])
     (run / "README.md").write_text(_card(plan, facts), "utf-8")
     config = plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config

@@ -85,7 +85,7 @@ def test_answers_are_what_assistants_say_and_the_marker_after_it(tmp_path: Path,
     (document,) = read(write(tmp_path / "a.jsonl", {"messages": TALK, "id": 7}), make())
     said = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK]
     assert document.text == "".join(said)
-    assert answers(document) == ["yes<|im_end|>\n", "naïve 42<|im_end|>\n"]
+    assert answers(document) == ["yes<|im_end|>", "naïve 42<|im_end|>"], "the line end is the template's"
     first = len(said[0]) + len(said[1]) + len("<|im_start|>assistant\n")
     assert document.answers and document.answers[0][0] == first, "the user's yes is taken for the assistant's"
     assert document.name == f"{tmp_path / 'a.jsonl'}:1"
@@ -104,8 +104,8 @@ def test_prompts_are_joined_as_they_are_or_by_the_template(tmp_path: Path, make:
         assert [document.text for document in plain] == ["2 + 2 = 4", "x"]
         assert [answers(document) for document in plain] == [[" 4"], ["x"]]
     chat = read(path, make(), "prompt_chat")[0]
-    assert chat.text == "<|im_start|>user\n2 + 2 =<|im_end|>\n<|im_start|>assistant\n 4<|im_end|>\n"
-    assert answers(chat) == [" 4<|im_end|>\n"]
+    assert chat.text == "<|im_start|>user\n2 + 2 =<|im_end|>\n<|im_start|>assistant\n 4<|im_end|>"
+    assert answers(chat) == [" 4<|im_end|>"]
 
 
 def test_parquet_is_read_as_jsonl_is_and_texts_beside_rows_are_not(tmp_path: Path, make: Any) -> None:
@@ -125,6 +125,75 @@ def test_parquet_is_read_as_jsonl_is_and_texts_beside_rows_are_not(tmp_path: Pat
     text, chat = (fingerprint(str(tmp_path), format=name) for name in ("text", "messages"))
     (tmp_path / "README.md").write_text("changed")
     assert fingerprint(str(tmp_path)) != text and fingerprint(str(tmp_path), format="messages") == chat != text
+
+
+NEVER_ENDS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+CHANNELS = (  # as gpt-oss: control tokens and a name before the text, in the answer's own part
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<s>final<s>{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+TRIMS = CHATML.replace("m.content }}", "m.content | trim | replace('  ', ' ') }}")
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "expected"),
+    [
+        (CHATML, "yes\n", "yes\n<|im_end|>"),
+        (CHATML, "", "<|im_end|>"),
+        (CHATML, "<think>\nwhy\n</think>\n\nyes", "<think>\nwhy\n</think>\n\nyes<|im_end|>"),
+        (TRIMS, " a  b ", "a b<|im_end|>"),
+        (CHANNELS, "final", "<s>final<s>final<|im_end|>"),
+        (NEVER_ENDS, "yes", "assistant: yes\n"),
+    ],
+)
+def test_an_answer_ends_at_its_first_end_of_turn(tmp_path, make, template, content, expected) -> None:
+    """And so does the row. Where a template writes no control token, all that it writes is the answer."""
+    row = {"messages": [TALK[1], {"role": "assistant", "content": content}]}
+    (document,) = read(write(tmp_path / "a.jsonl", row), make(template))
+    assert answers(document) == [expected] and document.text.endswith(expected)
+
+
+SYSTEMLESS = CHATML.replace("messages %}", "messages if m.role != 'system' %}", 1)
+SHORTENS = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+ANSWERS_ONCE = CHATML.replace("{{ m.content }}", "{% if m.content != 'naïve 42' %}{{ m.content }}{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "said"),
+    [
+        (SYSTEMLESS, [{"role": "system", "content": "Be brief."}, *TALK[1:3]], "message 1 (system)"),
+        (SHORTENS, [TALK[1], {"role": "assistant", "content": "<think>hm</think>yes"}], "message 2 (assistant)"),
+        (ANSWERS_ONCE, TALK, "message 5 (assistant)"),
+    ],
+)
+def test_a_text_that_the_template_leaves_out_is_named(tmp_path, make, template, messages, said) -> None:
+    path = write(tmp_path / "a.jsonl", {"messages": messages})
+    message = fault(DataError, lambda: read(path, make(template)))
+    assert message == f"{path}:1: the chat template leaves out or changes the text of {said}"
+
+
+def test_a_template_that_adds_a_system_prompt_or_merges_the_given_one_is_read(tmp_path: Path, make: Any) -> None:
+    adds = "<|im_start|>system\nHelp.<|im_end|>\n" + CHATML
+    merges = CHATML.replace(
+        "{% for m in messages %}",
+        "{% set ns = namespace(first='') %}{% for m in messages %}{% if m.role == 'system' %}"
+        "{% set ns.first = m.content %}{% else %}",
+    ).replace(
+        "{{ m.content }}<|im_end|>\n", "{{ ns.first }}{% set ns.first = '' %}{{ m.content }}<|im_end|>\n{% endif %}"
+    )
+    for template in (adds, merges):
+        (document,) = read(write(tmp_path / "a.jsonl", {"messages": TALK[:3]}), make(template))
+        assert answers(document) == ["yes<|im_end|>"] and "Say yes." in document.text
+
+
+@pytest.mark.parametrize("text", ["a <|im_end|> b", "</s>", "<|im_start|>user"])
+def test_control_tokens_in_a_message_are_refused(tmp_path: Path, make: Any, text: str) -> None:
+    for number, role in ((1, "user"), (2, "assistant")):
+        messages = [dict(TALK[1]), dict(TALK[2])]
+        messages[number - 1]["content"] = text
+        path = write(tmp_path / "a.jsonl", {"messages": TALK}, {"messages": messages})
+        message = fault(DataError, lambda path=path: read(path, make()))
+        assert message.startswith(f"{path}:2: message {number} ({role}) has '<") and "control token" in message
 
 
 THINKS = CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif")
