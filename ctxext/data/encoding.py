@@ -1,0 +1,182 @@
+"""Plain text as token ids: what looks like a control token (`<s>`, `<|endoftext|>`) is read as the characters it is.
+
+Stock tokenizers make a control token of such characters wherever they stand. A web page that shows `</s>` would then
+end a document in its middle. Text that a chat template rendered is another matter: its control tokens are meant
+(`encode_documents` keeps them). Tokens that were added and are not special, such as runs of spaces or `<think>`, stay
+tokens. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from ctxext.data.readers import Document
+from ctxext.errors import InputError, ModelError
+from ctxext.units import counted
+
+_BATCH_CHARACTERS = 1 << 20  # documents handed to the tokenizer together, at least one
+Spans = list[tuple[int, int]]
+Encoded = tuple[list[int], np.ndarray | None, int]
+
+
+class PlainText:
+    """Encodes plain text with one tokenizer; no BOS and no EOS is added.
+
+    read_as_text  control tokens that the tokenizer would have made of the text, and that were read as text instead
+    kept          those that it makes all the same: its vocabulary has no other token for these characters
+    largest       the largest id so far; -1 before the first
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.read_as_text = self.kept = 0
+        self.largest = -1
+        special = set(getattr(tokenizer, "all_special_ids", ()))
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._control = frozenset(special | {id for id, token in added.items() if token.special})
+        # An unknown character gives the unknown token too: only its name in the text is a control token.
+        self._unknown = getattr(tokenizer, "unk_token_id", None)
+        named = added.get(self._unknown)
+        self._unknown_name = named.content if named is not None and named.special else None
+        self._other = [token.content for token in added.values() if not token.special]
+
+    def encode(self, texts: Sequence[str], *, spans: bool = False) -> tuple[list[list[int]], list[Spans] | None]:
+        """(ids of each text, the characters of each id where `spans` asks for them).
+
+        InputError where a slow tokenizer cannot leave control tokens out.
+        """
+        ids, places = self._encoded(texts, spans)
+        again = [number for number, text in enumerate(texts) if self._controls(ids[number], text)]
+        if again:
+            self._check_slow([texts[number] for number in again])
+            other, other_places = self._encoded([texts[number] for number in again], spans, split_special_tokens=True)
+            for position, number in enumerate(again):
+                text, left = texts[number], self._controls(other[position], "")
+                self.kept += left
+                self.read_as_text += max(0, self._controls(ids[number], text) - left)
+                ids[number] = other[position]
+                if places is not None and other_places is not None:
+                    places[number] = other_places[position]
+        self.largest = max([self.largest, *(max(row) for row in ids if row)])
+        return ids, places
+
+    def notes(self) -> list[str]:
+        """What is to be said of control tokens, in lines; none where the text had none."""
+        said = []
+        if self.read_as_text:
+            what = counted(self.read_as_text, "control token")
+            said.append(f"{what} in the text read as the characters they are, such as <s> in a web page")
+        if self.kept:
+            what = counted(self.kept, "control token")
+            said.append(f"warning: {what} in the text kept: the tokenizer has no other token for these characters")
+        return said
+
+    def _encoded(
+        self, texts: Sequence[str], spans: bool, **options: bool
+    ) -> tuple[list[list[int]], list[Spans] | None]:
+        options |= {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+        if spans:
+            options["return_offsets_mapping"] = True
+        try:
+            found = self.tokenizer(list(texts), **options)
+        finally:
+            # The option stays set in the tokenizer's state; other callers may read that.
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            if backend is not None:
+                backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
+        return list(found["input_ids"]), list(found["offset_mapping"]) if spans else None
+
+    def _controls(self, ids: Sequence[int], text: str) -> int:
+        """How many control tokens there are in a text's ids."""
+        count = text.count(self._unknown_name) if self._unknown_name else 0
+        if self._control.isdisjoint(ids):
+            return count
+        return count + sum(id in self._control and id != self._unknown for id in ids)
+
+    def _check_slow(self, texts: Sequence[str]) -> None:
+        """A slow tokenizer that leaves control tokens out leaves all other added tokens out as well."""
+        if getattr(self.tokenizer, "is_fast", False):
+            return
+        found = next((token for token in self._other if any(token in text for text in texts)), None)
+        if found is not None:
+            raise InputError(
+                f"the text has control tokens beside {found!r}, and {type(self.tokenizer).__name__} reads both as "
+                "text or neither",
+                hint="give the model a fast tokenizer (tokenizer.json), or take the control tokens out of the text",
+            )
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of one plain text; of a tokenizer that is no stock one, what its `encode` gives."""
+    if not callable(tokenizer):
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    return PlainText(tokenizer).encode([text])[0][0]
+
+
+def encode_documents(documents: Iterable[Document], plain: PlainText) -> Iterator[Encoded]:
+    """(ids, which of them are scored, UTF-8 bytes of the text) of each document that has any token."""
+    for batch in _batches(documents):
+        unread = [document.text for document in batch if document.answers is None and document.ids is None]
+        rendered = [document.text for document in batch if document.answers is not None]
+        of_text = iter(plain.encode(unread)[0] if unread else [])
+        of_answers = iter(_encode_rendered(rendered, plain.tokenizer) if rendered else [])
+        for document in batch:
+            marks = None
+            if document.ids is not None:
+                ids = list(document.ids)
+            elif document.answers is None:
+                ids = next(of_text)
+            else:
+                ids, spans = next(of_answers)
+                marks = scored_tokens(spans, document.answers) if ids else None
+            if ids:
+                yield ids, marks, len(document.text.encode())
+
+
+def _encode_rendered(texts: list[str], tokenizer: Any) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """(ids, their characters) of texts whose control tokens are meant. InputError for a slow tokenizer."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} does not say which characters a token has: answers are not found",
+            hint="give the model a fast tokenizer (tokenizer.json)",
+        )
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(texts, return_offsets_mapping=True, **options)
+    return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+
+
+def scored_tokens(spans: list[tuple[int, int]], answers: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """Which tokens overlap an answer, bool [tokens]; `spans` are the characters of each, as a fast tokenizer says."""
+    begin, stop = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    begin = np.minimum(begin, stop - 1)  # spaces that were trimmed to nothing stand for the last of them
+    starts, stops = np.array(answers, dtype=np.int64).reshape(-1, 2).T
+    at = np.searchsorted(stops, begin, side="right")  # the first answer that ends after the token begins
+    return np.append(starts, np.iinfo(np.int64).max)[at] < stop
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def check_ids(largest: int, vocabulary: int, name: str) -> None:
+    """Refuses a token id for which the model has no row. `largest` is -1 where there are no tokens.
+
+    Raises ModelError.
+    """
+    if largest >= vocabulary:
+        raise ModelError(
+            f"{name}: its tokenizer gives token {largest}, the model has {vocabulary}",
+            hint="put this model's own tokenizer beside its weights",
+        )
