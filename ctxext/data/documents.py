@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from ctxext.config import manifest as manifests
-from ctxext.data.files import TEXT_SUFFIXES, Found, Reading, find, kind_of
+from ctxext.data.files import TEXT_SUFFIXES, Found, Reading, find, kind_of, record
 from ctxext.data.readers import READERS, NoRows, read_hub
 from ctxext.data.readers import Document as Document
 from ctxext.data.readers import Rows as Rows
@@ -33,7 +33,7 @@ class Documents(Iterator[Document]):
     """Documents, one at a time, with what has been read of their source so far (`reading`)."""
 
     def __init__(self, documents: Iterator[Document], reading: Reading):
-        self.reading = reading
+        self.reading = record(reading)
         self._documents = _with_text(documents, reading)
 
     def __iter__(self) -> Documents:
@@ -83,9 +83,7 @@ def read_documents(
             hint="give one file or directory for each split",
         )
     found = find(Path(source), rows.texts)
-    reading = Reading(source, len(found.files), hidden=found.hidden)
-    for name, why in found.passed_over:
-        reading.pass_over(name, why)
+    reading = Reading.begun(source, found)
     return Documents(_read_files(found, Path(source), rows, reading), reading)
 
 
@@ -175,7 +173,6 @@ def _read_files(found: Found, source: Path, rows: Rows, reading: Reading) -> Ite
             if path == source:
                 hint = f'write a list of objects, each with "{rows.needs[0]}", or rename the file'
                 raise DataError(f"{path}: {reason}", hint=hint) from None
-            reading.files -= 1
             reading.pass_over(_shown(path, source), str(reason))
             continue
         except (OSError, EOFError, zlib.error) as error:

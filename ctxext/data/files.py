@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,26 +28,37 @@ class Reading:
     """What has been read of a source so far, and what was passed over.
 
     found        the files that are there to be read; 0 for a source that has none (the embedded corpus, a data set)
-    files        those that were opened: fewer than `found` where reading ended early
-    passed_over  (name, why) of at most KEPT files; `more` counts the others
-    hidden       files and directories whose names begin with a dot
+    files        those that gave text; those not reached, where reading ended early, and `passed_over` are no part
+    beside       (name, why) of files and directories that are no data, seen before reading; `more` counts those beyond
+                 KEPT, `hidden` those whose names begin with a dot
+    passed_over  (name, why) of files in which nothing was found while reading, at most KEPT
     empty_rows   rows whose text is white space alone
+    tokens       what was made of the documents and used; 0 where nothing counted them
+    notes        what encoding has to say of the text (data/encoding.py)
     """
 
     source: str
     found: int = 0
     files: int = 0
     documents: int = 0
-    passed_over: list[tuple[str, str]] = field(default_factory=list)
+    beside: list[tuple[str, str]] = field(default_factory=list)
     more: int = 0
     hidden: int = 0
+    passed_over: list[tuple[str, str]] = field(default_factory=list)
     empty_rows: int = 0
+    tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begun(cls, source: str, found: Found) -> Reading:
+        """Of files that are about to be read."""
+        beside = list(found.beside)
+        return cls(source, len(found.files), beside=beside[:KEPT], more=len(beside[KEPT:]), hidden=found.hidden)
 
     def pass_over(self, name: str, why: str) -> None:
+        self.files -= 1
         if len(self.passed_over) < KEPT:
             self.passed_over.append((name, why))
-        else:
-            self.more += 1
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,25 +66,63 @@ class Reading:
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Reading:
         """What `as_dict` gave, as JSON gives it back."""
-        return cls(**fields | {"passed_over": [(name, why) for name, why in fields["passed_over"]]})
+        pairs = {name: [(file, why) for file, why in fields[name]] for name in ("beside", "passed_over")}
+        return cls(**fields | pairs)
 
-    def line(self, tokens: int, *, reused: bool = False) -> str:
+    def lines(self) -> list[str]:
+        """What a run says of its data: what was read, and what encoding had to say of it."""
+        return [self.line(), *self.notes]
+
+    def line(self, *, reused: bool = False) -> str:
         """`read 2 files, 3 documents, 1,034 tokens; passed over: e.json (no list of objects), 1 hidden`."""
-        counts = [counted(self.documents, "document"), counted(tokens, "token")]
+        counts = [counted(self.documents, "document")] + ([counted(self.tokens, "token")] if self.tokens else [])
         if self.found:
-            of = f" of {counted(self.found, 'file')}"
-            counts.insert(0, f"{self.files:,}{of}" if self.files < self.found else counted(self.files, "file"))
+            rest = self.found - self.files - len(self.passed_over)
+            files = counted(self.found, "file")
+            counts.insert(0, f"{self.files:,} of {files}" if rest else counted(self.files, "file"))
         verb = "tokenised by an earlier run:" if reused else "read"
         over = self.passed_over_in_words()
         return f"{verb} {', '.join(counts)}" + (f"; passed over: {over}" if over else "")
 
     def passed_over_in_words(self) -> str:
         """Some names with the reasons, and counts; empty where nothing was passed over."""
-        said = [f"{name} ({why})" for name, why in self.passed_over[:NAMED]]
-        rest = len(self.passed_over) - NAMED + self.more if len(self.passed_over) > NAMED else self.more
+        both = self.beside + self.passed_over
+        said = [f"{name} ({why})" for name, why in both[:NAMED]]
+        rest = len(both[NAMED:]) + self.more
         counts = [(rest, f"{rest:,} more"), (self.hidden, f"{self.hidden:,} hidden")]
         counts.append((self.empty_rows, counted(self.empty_rows, "empty row")))
         return ", ".join(said + [words for count, words in counts if count])
+
+
+_recorder: ContextVar[list[Reading] | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Reading]]:
+    """Every reading that begins within the block, so that a run can say what the suites or probes below it read."""
+    found: list[Reading] = []
+    token = _recorder.set(found)
+    try:
+        yield found
+    finally:
+        _recorder.reset(token)
+
+
+def record(reading: Reading) -> Reading:
+    """The reading, noted for the `recorded` block around it, if there is one."""
+    found = _recorder.get()
+    if found is not None:
+        found.append(reading)
+    return reading
+
+
+def distinct(readings: Iterable[Reading]) -> list[Reading]:
+    """Readings that differ, of those that read something: a suite may read the same text several times."""
+    found: list[Reading] = []
+    for reading in readings:
+        if reading.documents and reading not in found:
+            found.append(reading)
+    return found
 
 
 @dataclass(frozen=True)
@@ -80,7 +130,7 @@ class Found:
     """The files of a source in the order they are read, and what `Reading` has of those that are not."""
 
     files: tuple[Path, ...]
-    passed_over: tuple[tuple[str, str], ...] = ()
+    beside: tuple[tuple[str, str], ...] = ()
     hidden: int = 0
 
 
@@ -161,8 +211,7 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
     named = tuple((path.relative_to(root).as_posix() + "/" * path.is_dir(), why) for path, why in sorted(over))
     found = Found(tuple(sorted(files)), named, hidden)
     if not files:
-        reading = Reading(str(root), passed_over=list(named), hidden=hidden)
-        words = reading.passed_over_in_words()
+        words = Reading.begun(str(root), found).passed_over_in_words()
         raise InputError(
             f"no file to read in the directory {root}" + (f"; passed over: {words}" if words else ""),
             hint=f"it may hold {', '.join(suffixes)}, and {' or '.join(COMPRESSIONS)} of them",

@@ -12,7 +12,7 @@ import shutil
 import uuid
 from array import array
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import numpy as np
 
 from ctxext.config.output import alone_at
 from ctxext.data.documents import Document, Documents
-from ctxext.data.encoding import PlainText, encode_documents
-from ctxext.data.encoding import scored_tokens as scored_tokens
+from ctxext.data.encoding import PlainText
+from ctxext.data.files import Reading
+from ctxext.data.tokens import encode_documents
+from ctxext.data.tokens import scored_tokens as scored_tokens
 from ctxext.errors import DataError, EnvironmentFault, InputError
 
 FORMAT = 3  # 3: control tokens of plain text are read as text
@@ -36,8 +38,7 @@ class StoreMeta:
     scored                  tokens that training scores; None: all of them, and nothing is written beside them
     min_tokens, max_tokens  of the documents that were let in, and `left_out` how many were not
     max_id                  the largest id, EOS included: a model needs a row for it
-    notes                   what encoding has to say of the text (data/encoding.py)
-    reading                 what was read and what was passed over (files.Reading.as_dict); None where nothing says it
+    reading                 what was read and what was passed over (files.Reading.as_dict)
     """
 
     tokenizer: str  # tokenizer_hash
@@ -53,8 +54,7 @@ class StoreMeta:
     max_tokens: int | None = None
     left_out: int = 0
     max_id: int = -1
-    notes: tuple[str, ...] = ()
-    reading: dict[str, Any] | None = None
+    reading: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
 
@@ -279,8 +279,9 @@ def _write(
         raise DataError("no document has a token", hint="give data that holds text")
     np.save(directory / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
     counts = (writer.tokens, len(writer.bounds), writer.text_bytes, shard_tokens, writer.scored)
-    reading = documents.reading.as_dict() if isinstance(documents, Documents) else None
-    meta = StoreMeta(*key, dtype, *counts, *lengths, left_out, writer.max_id, tuple(plain.notes()), reading)
+    reading = documents.reading if isinstance(documents, Documents) else Reading("", documents=len(writer.bounds))
+    reading = replace(reading, tokens=writer.tokens, notes=plain.notes())
+    meta = StoreMeta(*key, dtype, *counts, *lengths, left_out, writer.max_id, reading.as_dict())
     (directory / _META).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 
 
@@ -349,8 +350,7 @@ def _shard_path(directory: Path, index: int, stream: str) -> Path:
 def _read_meta(directory: Path) -> StoreMeta | None:
     """None where there are no finished tokens that this version can read."""
     try:
-        fields = json.loads((directory / _META).read_text(encoding="utf-8"))
-        meta = StoreMeta(**fields | {"notes": tuple(fields.get("notes", ()))})
+        meta = StoreMeta(**json.loads((directory / _META).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
     return meta if meta.format == FORMAT else None

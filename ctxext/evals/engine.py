@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
+from ctxext.data.encoding import check_ids
 from ctxext.errors import DataError
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
@@ -126,6 +127,13 @@ def batches(items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
         same = list(group)
         count = max(1, tokens // max(1, size))
         yield from (same[i : i + count] for i in range(0, len(same), count))
+
+
+def check_rows(loaded: Any, texts: Iterable[Sequence[int]]) -> None:
+    """Refuses, before anything is run, ids that a loaded model has no rows for. Raises ModelError."""
+    from ctxext.model.load import output_weight
+
+    check_ids(max((max(ids) for ids in texts if ids), default=-1), output_weight(loaded.model).shape[0], loaded.name)
 
 
 def mean(outcomes: Sequence[Outcome]) -> float | None:

@@ -127,7 +127,7 @@ def _finite(data: Any) -> Any:
 def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Of the text that a step reads, what tells whether it changed."""
     if command == "finetune":
-        from ctxext.train.run import data_hash
+        from ctxext.train.same_data import data_hash
 
         teacher = teacher_of(meant)
         zero = Path(arguments["zero"] or "")
