@@ -20,6 +20,7 @@ from ctxext.data.readers import require_fields as require_fields
 from ctxext.errors import DataError, InputError
 
 EMBEDDED = "embedded"
+MOST_COMPARED = 1 << 32  # bytes of text whose content is compared where only its beginning is read
 SELF = "self"  # text that the model at hand samples (train/prepare.py), nothing that can be read here
 HUB_PREFIX = "hub:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
@@ -87,12 +88,15 @@ def read_documents(
     return Documents(_read_files(found, Path(source), rows, reading), reading)
 
 
-def fingerprint(source: str, *, text_field: str = "text", split: str | None = None, format: str = "text") -> str:
+def fingerprint(
+    source: str, *, text_field: str = "text", split: str | None = None, format: str = "text", most: int | None = None
+) -> str:
     """A hash of what `read_documents` would read, to know whether tokens made earlier still hold.
 
     Files: their formats and contents (sha256) in the order they are read, not their places and times, so that a copy
-    is the same data. The embedded corpus: its own hash. A `datasets` id: its name alone, so that a data set that moved
-    upstream is not noticed. `format` other than text is what `rows` were (train/spec.py).
+    is the same data; of more than `most` bytes together, the paths, sizes and times, for callers that read only a part.
+    The embedded corpus: its own hash. A `datasets` id: its name alone, so that a data set that moved upstream is not
+    noticed. `format` other than text is what `rows` were (train/spec.py).
     """
     files = source != EMBEDDED and _hub_id(source) is None
     read_as = [] if format == "text" else [format]
@@ -104,10 +108,13 @@ def fingerprint(source: str, *, text_field: str = "text", split: str | None = No
         digest.update(corpus.fingerprint()["sha256"].encode())
     elif files:
         paths = find(Path(source), texts=format == "text").files
-        for path, content in zip(paths, content_hashes(paths), strict=True):
-            kind = kind_of(path)
-            assert kind is not None
-            digest.update(f"{''.join(kind)}\0{content}\0".encode())
+        found = [path.stat() for path in paths] if most is not None else []
+        if most is not None and sum(status.st_size for status in found) > most:
+            stamps = [f"{path.resolve()}\0{s.st_size}\0{s.st_mtime_ns}" for path, s in zip(paths, found, strict=True)]
+        else:
+            stamps = content_hashes(paths)
+        for path, stamp in zip(paths, stamps, strict=True):
+            digest.update(f"{''.join(kind_of(path) or ())}\0{stamp}\0".encode())
     return digest.hexdigest()
 
 

@@ -36,7 +36,7 @@ class PlainText:
         self._unknown = getattr(tokenizer, "unk_token_id", None)
         named = added.get(self._unknown)
         self._unknown_name = named.content if named is not None and named.special else None
-        self._other = [token.content for token in added.values() if not token.special]
+        self._other = [token.content for id, token in added.items() if id not in self._control]
 
     def encode(self, texts: Sequence[str], *, spans: bool = False) -> tuple[list[list[int]], list[Spans] | None]:
         """(ids of each text, the characters of each id where `spans` asks for them).

@@ -7,19 +7,21 @@ import json
 from pathlib import Path
 
 from ctxext.data.documents import EMBEDDED, fingerprint
-from ctxext.errors import InputError
 
 _TEXTS, _ROWS = (".txt", ".md"), (".jsonl", ".parquet")
 
 
-def by_time(source: str, *, text_field: str = "text", split: str | None = None, format: str = "text") -> str:
-    """The old hash of `source`, of files by path, size and modification time. InputError where it has no files."""
+def by_time(source: str, *, text_field: str = "text", split: str | None = None, format: str = "text") -> str | None:
+    """The old hash of `source`, of files by path, size and modification time; None for a file that was not read."""
     path = Path(source)
     if source == EMBEDDED or not path.exists():
         return fingerprint(source, text_field=text_field, split=split, format=format)
     read_as = [] if format == "text" else [format]
+    files = read_before(path, format)
+    if not files:
+        return None
     digest = hashlib.sha256(json.dumps([source, text_field, split, *read_as]).encode())
-    for file in read_before(path, format):
+    for file in files:
         status = file.stat()
         digest.update(f"{file.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
     return digest.hexdigest()
@@ -29,9 +31,7 @@ def read_before(source: Path, format: str = "text") -> list[Path]:
     """The files that those versions read: suffixes in lower case, no compressed ones, links to directories left out."""
     suffixes = _TEXTS + _ROWS if format == "text" else _ROWS
     if not source.is_dir():
-        if source.suffix not in suffixes:
-            raise InputError(f"{source} was not read by older versions")
-        return [source]
+        return [source] if source.suffix in suffixes else []
     return sorted(
         path
         for path in source.rglob("*")

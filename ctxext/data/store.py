@@ -278,10 +278,21 @@ def _write(
     if not writer.tokens:
         raise DataError("no document has a token", hint="give data that holds text")
     np.save(directory / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
-    counts = (writer.tokens, len(writer.bounds), writer.text_bytes, shard_tokens, writer.scored)
     reading = documents.reading if isinstance(documents, Documents) else Reading("", documents=len(writer.bounds))
     reading = replace(reading, tokens=writer.tokens, notes=plain.notes())
-    meta = StoreMeta(*key, dtype, *counts, *lengths, left_out, writer.max_id, reading.as_dict())
+    meta = StoreMeta(
+        *key,
+        dtype,
+        writer.tokens,
+        len(writer.bounds),
+        writer.text_bytes,
+        shard_tokens,
+        writer.scored,
+        *lengths,
+        left_out,
+        writer.max_id,
+        reading.as_dict(),
+    )
     (directory / _META).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 
 

@@ -131,9 +131,8 @@ def batches(items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
 
 def check_rows(loaded: Any, texts: Iterable[Sequence[int]]) -> None:
     """Refuses, before anything is run, ids that a loaded model has no rows for. Raises ModelError."""
-    from ctxext.model.load import output_weight
-
-    check_ids(max((max(ids) for ids in texts if ids), default=-1), output_weight(loaded.model).shape[0], loaded.name)
+    largest = max((max(ids) for ids in texts if ids), default=-1)
+    check_ids(largest, loaded.source.config["vocab_size"], loaded.name)
 
 
 def mean(outcomes: Sequence[Outcome]) -> float | None:

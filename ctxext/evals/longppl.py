@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
 from ctxext.data.cases import manifest_of, write_rows
-from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
+from ctxext.data.documents import EMBEDDED, MOST_COMPARED, Document, fingerprint, read_documents
 from ctxext.data.encoding import PlainText, Spans
 from ctxext.data.files import Reading, distinct, recorded
 from ctxext.errors import DataError, InputError, ModelError
@@ -364,7 +364,7 @@ def _facts(spec: LongPpl, source: ModelSource, length: int) -> dict[str, Any]:
         "loss_nats": LOSS_NATS,
         "documents": spec.limit or DOCUMENTS,
         "data": spec.data,
-        "text": fingerprint(spec.data, text_field=spec.text_field, split=SPLIT.get(spec.data)),
+        "text": fingerprint(spec.data, text_field=spec.text_field, split=SPLIT.get(spec.data), most=MOST_COMPARED),
     }
 
 

@@ -16,7 +16,6 @@ from ctxext.config.output import write_whole
 from ctxext.data import fingerprints
 from ctxext.data.documents import EMBEDDED, SELF, file_hashes, fingerprint
 from ctxext.data.files import NAMED
-from ctxext.errors import CtxextError
 from ctxext.train.spec import DataSpec, MixturePart
 
 DATA_FILE = "data.json"
@@ -70,20 +69,18 @@ def _contents(part: MixturePart) -> str:
 def _by_time(data: DataSpec) -> str | None:
     """The hash that versions before this one wrote; None where it cannot be made of what is there."""
 
-    def hashed(part: MixturePart) -> str:
+    def hashed(part: MixturePart) -> str | None:
         return fingerprints.by_time(part.source, text_field=part.text_field, format=part.format)
 
-    try:
-        return _together(data, hashed)
-    except CtxextError:
-        return None
+    return _together(data, hashed)
 
 
-def _together(data: DataSpec, hashed: Callable[[MixturePart], str]) -> str | None:
+def _together(data: DataSpec, hashed: Callable[[MixturePart], str | None]) -> str | None:
+    """The parts' hashes as one; None where there is none, or where one of them is None."""
     hashes = [hashed(part) for part in data.parts if part.source == EMBEDDED or _is_path(part.source)]
-    if len(hashes) < 2:
-        return hashes[0] if hashes else None
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    if len(hashes) < 2 or None in hashes:
+        return hashes[0] if len(hashes) == 1 else None
+    return hashlib.sha256(" ".join(map(str, hashes)).encode()).hexdigest()
 
 
 def _is_path(source: str) -> bool:
