@@ -172,7 +172,9 @@ def plan_resumed(
     start = _read(run)
     new = _changed(start.spec, changes or {})
     differ = differences(asdict(start.spec), asdict(new))
-    if differ and not accept:
+    if differ and all(one.startswith("data.source was ") for one in differ) and data_hash(new.data) == start.data:
+        say(f"the data moved to {new.data.described}; its contents are the same")
+    elif differ and not accept:
         raise InputError(
             f"{run} was started with another spec: {', '.join(differ)}",
             hint="leave them out to go on as before, or add --force to go on with what is given",

@@ -1,4 +1,4 @@
-"""A run is resumed on the same contents, wherever and whenever they were written; what changed is named, or accepted."""
+"""A run is resumed on the same contents, wherever they lie and whenever they were written; what changed is named."""
 
 from __future__ import annotations
 
@@ -134,12 +134,15 @@ def test_a_changed_file_of_an_older_run_is_refused_without_its_name(begun: Path,
     assert plan_resumed(begun, accept=True)
 
 
-def test_a_moved_directory_is_the_same_data_where_the_option_says_it_is_meant(begun: Path, tmp_path: Path) -> None:
+def test_a_directory_that_moved_is_the_same_data_and_needs_no_force(begun: Path, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match="no such file or directory"):
+    with pytest.raises(InputError, match=r"a.txt \(missing\)"):
         plan_resumed(begun)
     said: list[str] = []
-    plan = plan_resumed(begun, {"data.source": str(tmp_path / "elsewhere")}, accept=True)
+    plan = plan_resumed(begun, {"data.source": str(tmp_path / "elsewhere")}, say=said.append)
+    assert said == [f"the data moved to {tmp_path / 'elsewhere'}; its contents are the same"]
+    with pytest.raises(InputError, match="was started with another spec: .*seed was 5, is 6"):
+        plan_resumed(begun, {"data.source": str(tmp_path / "elsewhere"), "seed": 6})
     with going_on(plan, begun):
         report = run_finetune(plan_resumed(begun), begun, resume=True, events=Events(said.append))
     assert report.finished
@@ -151,10 +154,8 @@ def test_a_run_says_and_keeps_what_it_read(begun: Path, tmp_path: Path) -> None:
     said: list[str] = []
     report = run_finetune(plan_resumed(begun), begun, resume=True, events=Events(said.append))
     tokens = 2 * (len(LINES) + 1)
-    line = (
-        f"data: tokenised by an earlier run: 2 files, 2 documents, {tokens:,} tokens; passed over: x.csv (suffix .csv)"
-    )
-    assert line in said
+    counts = f"2 files, 2 documents, {tokens:,} tokens"
+    assert f"data: tokenised by an earlier run: {counts}; passed over: x.csv (suffix .csv)" in said
     facts = json.loads((begun / "ctxext.json").read_text())["facts"]["data"]
     for read in (facts["read"], report.as_dict()["read"]):
         (one,) = read
