@@ -156,7 +156,7 @@ def layers_for(plan: ConversionPlan, request: Request | None, say: Say, told: To
     from ctxext.retrofit.planner import choose_layers
 
     say(f"measuring which layers of {plan.source.name} to keep full")
-    return choose_layers(plan, request, progress=lambda what, done, total: told(f"measuring {what}", done, total))
+    return choose_layers(plan, request, say=say, progress=lambda what, *counts: told(f"measuring {what}", *counts))
 
 
 def write_conversion(
@@ -207,9 +207,8 @@ def finetune(
 ) -> FinetuneReport:
     """Train at a longer context. `ctx` may be stages, "8k,32k"; `settings` are fields of the spec by dotted path.
 
-    `resume` goes on with the unfinished run at `out`: where a model is given, the run must have been started with it
-    and these very settings; without one, settings that differ are refused unless `force`. A run that was interrupted
-    is reported with `finished` False.
+    `resume` continues the unfinished run at `out`: a model that is given must be the one it started with, with these
+    settings; without one, other settings need `force`, as changed data does. `finished` is False of what was stopped.
     """
     from ctxext.train.launch import launched
     from ctxext.train.run import asked_fields, plan_asked, plan_resumed, started_as
@@ -221,12 +220,13 @@ def finetune(
         if model is None and preset != "lora-alpha":
             raise InputError(f"resume: preset {preset!r} says nothing without a model", hint="a run has its own spec")
         run = Path(out)
-        if model is not None and not started_as(run, plan_asked(str(model), preset, given, needs_weights=True)):
+        asked = None if model is None else plan_asked(str(model), preset, given, needs_weights=True)
+        if asked is not None and not started_as(run, asked, any_data=force):
             raise InputError(
                 f"{run} was started with another model, data or settings",
                 hint="give what it was started with, or another out; or force, without resume, to begin anew",
             )
-        plan = plan_resumed(run, {} if model is not None else given, accept=force)
+        plan = plan_resumed(run, {} if model is not None else given, accept=force, say=say)
     else:
         plan = plan_asked(None if model is None else str(model), preset, given, needs_weights=True, say=say)
         run = _path(out) or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}")

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from ctxext import __version__
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, hold, replacing
-from ctxext.data.documents import EMBEDDED, fingerprint, read_documents
+from ctxext.data import fingerprints
+from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint, read_documents
 from ctxext.errors import InputError
 from ctxext.evals.spec import EvalSpec, asked
 from ctxext.evals.suite import with_lengths
@@ -147,7 +148,8 @@ def eval_models(
             parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
             rows = report.rows()  # `longest`: what train/measured.py tells of a model
             longest = max((row["length"] or 0 for row in rows), default=0)
-            facts = {"seconds": report.seconds, "numbers": len(rows), "longest": longest}
+            read = {suite.suite: list(suite.read) for suite in report.models[0].suites if suite.read}
+            facts = {"seconds": report.seconds, "numbers": len(rows), "longest": longest, "read": read}
             manifests.write(plan.out, manifests.new("eval", spec=plan.request["spec"], parents=parents, facts=facts))
     return report
 
@@ -243,7 +245,7 @@ def plan_merge(
     if tokens is not None and tokens < MERGE_SHORTEST:
         raise InputError(f"--length {length}: allowed are {MERGE_SHORTEST} tokens or more")
     if data is not None:
-        fingerprint(data)
+        read_documents(data)
     out = out or manifests.default_out("merge", source.name)
     check_free(out, force, keep=[source.path, source.base.path])
     return MergePlan(source, out, dtype, force, alpha, scale, tokens, data or EMBEDDED)
@@ -303,7 +305,8 @@ def seen_in_training(source: ModelSource, data: str) -> str | None:
     spec, facts = source.manifest.spec.get("data", {}), source.manifest.facts.get("data", {})
     if data == EMBEDDED:
         return None
-    if facts.get("fingerprint") == fingerprint(data):
+    known = facts.get("fingerprint")
+    if known is not None and known in (fingerprint(data, most=MOST_COMPARED), fingerprints.by_time(data)):
         return str(facts.get("source"))
     here = Path(data).resolve()
     for trained in [spec.get("source"), *(part.get("source") for part in spec.get("mixture", []))]:

@@ -48,7 +48,7 @@ ForceOption = Annotated[
     bool,
     typer.Option(
         "--force",
-        help="Replace an existing run; with --resume: go on with a changed spec; with --repeat: on what changed",
+        help="Replace an existing run; with --resume: go on with a changed spec or data; with --repeat: on those",
     ),
 ]
 FindOption = Annotated[
@@ -137,7 +137,7 @@ def _decided(
 
     if resume:
         run = out or newest_unfinished(manifests.RUNS)
-        return run, plan_resumed(run, given, accept=force)
+        return run, plan_resumed(run, given, accept=force, say=console.say)
     if repeat:
         plan = _repeated(repeat, given, force)
     else:

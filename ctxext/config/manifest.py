@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ RUNS = Path("runs")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors")
 _WEIGHTS = re.compile(r".+\.safetensors|(?:pytorch|adapter)_model.*\.bin")
 _CACHE_FORMAT = 1
+SMALL = 64 * 1024  # bytes; `content_hashes` does not remember the hash of a smaller file of data
 
 
 @spec
@@ -124,19 +125,28 @@ def weight_hashes(directory: Path) -> dict[str, str]:
 
     A hash is remembered in the user's cache by the file's real path, size and modification time (ns).
     """
+    paths = [path for path in sorted(Path(directory).iterdir()) if _WEIGHTS.fullmatch(path.name) and path.is_file()]
+    return {path.name: digest for path, digest in zip(paths, content_hashes(paths, small=0), strict=True)}
+
+
+def content_hashes(paths: Iterable[Path], *, small: int = SMALL) -> list[str]:
+    """The sha256 of each file, in the order given, remembered as `weight_hashes` does.
+
+    Files below `small` bytes are hashed each time: the cache is one file, and data may be many small ones.
+    """
     known = _read_cache()
     fresh: dict[str, list[Any]] = {}
-    hashes = {}
-    for path in sorted(Path(directory).iterdir()):
-        if not _WEIGHTS.fullmatch(path.name) or not path.is_file():
-            continue
+    hashes = []
+    for path in paths:
         real, status = str(path.resolve()), path.stat()
         entry = known.get(real)
         if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            entry = fresh[real] = [status.st_size, status.st_mtime_ns, digest]
-        hashes[path.name] = entry[2]
+            entry = [status.st_size, status.st_mtime_ns, digest]
+            if status.st_size >= small:
+                fresh[real] = entry
+        hashes.append(entry[2])
     if fresh:
         _write_cache(fresh)
     return hashes

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -144,6 +144,41 @@ def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Itera
         if aside.exists() and not os.path.lexists(out):
             aside.rename(out)
         shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def alone_at(lock: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within the block no other process has the same lock file; one that comes later waits. The file is removed.
+
+    `waiting()` is called once, before this process waits.
+
+    A file system without locks is taken as it is: nothing is kept from anybody, and the caller looks again before it
+    replaces what is there. Raises OSError where the file cannot be made.
+    """
+    waited = False
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waited else fcntl.LOCK_NB))
+        except BlockingIOError:
+            waited = True
+            waiting()
+            os.close(descriptor)
+            continue
+        except OSError:
+            break
+        # The process before may have removed the file while this one waited for it: then it locks nothing.
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def hold(file: IO[str] | int, out: Path, what: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ctxext.data.corpus import stdlib_documents
+from ctxext.data.encoding import plain_ids
 from ctxext.data.prompts import framing
 from ctxext.data.synthetic import NEEDLE, QUESTION, digits
 from ctxext.errors import InputError
@@ -54,8 +55,8 @@ def haystack_text(kind: Haystack) -> str:
 
 
 def haystack_ids(tokenizer: Tokenizer, text: str, *, max_tokens: int = 1 << 20) -> list[int]:
-    """The text's tokens, once, so that a thousand cases need not tokenise it again."""
-    ids = list(tokenizer.encode(text[: 8 * max_tokens], add_special_tokens=False))[:max_tokens]
+    """The tokens of the text, read as plain text, once, so that a thousand cases need not tokenise it again."""
+    ids = plain_ids(tokenizer, text[: 8 * max_tokens])[:max_tokens]
     if not ids:
         raise InputError("the haystack text is empty")
     return ids

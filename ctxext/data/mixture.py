@@ -72,6 +72,8 @@ class Mixture:
                 text_bytes=sum(meta.text_bytes for meta in metas),
                 scored=sum(meta.tokens if meta.scored is None else meta.scored for meta in metas),
                 left_out=sum(meta.left_out for meta in metas),
+                max_id=max(meta.max_id for meta in metas),
+                reading={},
             )
         )
 

@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import uuid
 from array import array
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ctxext.data.documents import Document
+from ctxext.config.output import alone_at
+from ctxext.data.documents import Document, Documents
+from ctxext.data.encoding import PlainText
+from ctxext.data.files import Reading
+from ctxext.data.tokens import encode_documents
+from ctxext.data.tokens import scored_tokens as scored_tokens
 from ctxext.errors import DataError, EnvironmentFault, InputError
 
-_FORMAT = 2
+FORMAT = 3  # 3: control tokens of plain text are read as text
 _META, _BOUNDS = "meta.json", "bounds.npy"
 _OURS = re.compile(r"(tokens|scored)-\d{5,}\.bin|bounds\.npy|meta\.json")
-_BATCH_CHARACTERS = 1 << 20  # documents handed to the tokenizer together, at least one
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class StoreMeta:
 
     scored                  tokens that training scores; None: all of them, and nothing is written beside them
     min_tokens, max_tokens  of the documents that were let in, and `left_out` how many were not
+    max_id                  the largest id, EOS included: a model needs a row for it
+    reading                 what was read and what was passed over (files.Reading.as_dict)
     """
 
     tokenizer: str  # tokenizer_hash
@@ -47,7 +53,9 @@ class StoreMeta:
     min_tokens: int | None = None
     max_tokens: int | None = None
     left_out: int = 0
-    format: int = _FORMAT
+    max_id: int = -1
+    reading: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
 
 
 @dataclass(frozen=True)
@@ -140,24 +148,29 @@ def tokenise(
     max_tokens: int | None = None,
     shard_tokens: int = 1 << 28,
     progress: Callable[[int, int], None] | None = None,
+    waiting: Callable[[], None] = lambda: None,
 ) -> TokenStore:
     """Writes the tokens of `documents`, each followed by `eos_id`, to `directory`, and opens them.
 
     No BOS is added. Documents that have no tokens are passed over, and those with fewer than `min_tokens` or more than
-    `max_tokens` (EOS not counted) are left out. Ids are uint16 where the vocabulary has at most 65,535 entries, else
-    uint32. `source_fingerprint` (documents.fingerprint) names what is read: where `directory` holds finished tokens of
+    `max_tokens` (EOS not counted) are left out. Ids are uint16 where all ids of the vocabulary fit, else uint32.
+    `source_fingerprint` (documents.fingerprint) names what is read: where `directory` holds finished tokens of
     the same fingerprint, tokenizer, EOS and lengths, nothing is read and the result has `reused` True; other tokens of
-    ours are replaced. An empty fingerprint never matches. `progress(documents, tokens)` is called with the totals.
+    ours are replaced: give a directory that processes share a name made of all of these. An empty
+    fingerprint never matches. `progress(documents, tokens)` is called with the totals.
 
-    Where documents have `answers`, a token is scored when its characters overlap one, and EOS when the token before it
-    is. EOS is not repeated where such a document ends with one: templates write it.
+    Plain text has no control tokens (data/encoding.py). Where documents have `answers`, control tokens are meant; a
+    token is scored when its characters overlap an answer, and EOS when the token before it is. EOS is not repeated
+    where such a document ends with one: templates write it.
 
-    The tokens are written beside `directory` and renamed when whole; `meta.json` is written last.
+    The tokens are written beside `directory` and renamed when whole; `meta.json` is written last. Of several processes
+    with one `directory`, one writes and the others wait for it (`waiting()` is called). On a file system without locks
+    each writes its own, and the first that is finished stays.
     Errors: InputError (no EOS in the vocabulary, a directory of something else, answers and a slow tokenizer),
     DataError (no document, documents with answers beside others), EnvironmentFault (the disk).
     """
     directory = Path(directory)
-    vocab = len(tokenizer)
+    vocab = _ids_of(tokenizer)
     if not 0 <= eos_id < vocab:
         raise InputError(
             f"eos_id {eos_id} is outside the vocabulary of {vocab:,} tokens",
@@ -167,27 +180,69 @@ def tokenise(
         raise InputError(f"shard_tokens is {shard_tokens}; it must be at least 1")
     key = (tokenizer_hash(tokenizer), source_fingerprint, eos_id)
     lengths = (min_tokens, max_tokens)
-    found = _read_meta(directory)
-    same = found and (found.tokenizer, found.source, found.eos_id) == key
-    if found and same and source_fingerprint and (found.min_tokens, found.max_tokens) == lengths:
+    if _holds(directory, key, lengths):
         return TokenStore.open(directory, reused=True)
     _refuse_foreign(directory)
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write(partial, documents, tokenizer, key, lengths, shard_tokens, progress)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with alone_at(directory.with_name(f".{directory.name}.lock"), waiting):
+            # The second look: another process may have written these tokens while this one waited.
+            if _holds(directory, key, lengths):
+                return TokenStore.open(directory, reused=True)
+            return _written(directory, documents, tokenizer, key, lengths, shard_tokens, progress)
     except OSError as error:
         raise EnvironmentFault(
             f"the tokens cannot be written to {directory}: {error.strerror or error}",
-            hint="free some space, or give a directory on another disk",
+            hint="free some space, or name a directory on another disk in XDG_CACHE_HOME",
         ) from error
+
+
+def _written(
+    directory: Path,
+    documents: Iterable[Document],
+    tokenizer: Any,
+    key: tuple[str, str, int],
+    lengths: tuple[int | None, int | None],
+    shard_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> TokenStore:
+    """Tokens written under a name of their own, then renamed. What another process finished first stays."""
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.mkdir()
+        _write(partial, documents, tokenizer, key, lengths, shard_tokens, progress)
+        if _holds(directory, key, lengths):
+            return TokenStore.open(directory, reused=True)
+        if directory.exists():
+            old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.old")
+            directory.rename(old)
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            partial.rename(directory)
+        except OSError:
+            # Without locks, another process may have been faster since the last look.
+            if _holds(directory, key, lengths):
+                return TokenStore.open(directory, reused=True)
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return TokenStore.open(directory)
+
+
+def _holds(directory: Path, key: tuple[str, str, int], lengths: tuple[int | None, int | None]) -> bool:
+    """Whether a directory has finished tokens of this key and these lengths; `key` has no empty fingerprint then."""
+    found = _read_meta(directory)
+    return (
+        found is not None
+        and bool(found.source)
+        and (found.tokenizer, found.source, found.eos_id) == key
+        and (found.min_tokens, found.max_tokens) == lengths
+    )
+
+
+def _ids_of(tokenizer: Any) -> int:
+    """One more than the largest id of a vocabulary, which may have holes."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
 def _write(
@@ -201,9 +256,10 @@ def _write(
 ) -> None:
     """Fills an empty directory; `key` is (tokenizer hash, source fingerprint, EOS)."""
     eos_id, (shortest, longest), left_out = key[2], lengths, 0
-    dtype = "uint16" if len(tokenizer) <= 65_535 else "uint32"
+    dtype = "uint16" if _ids_of(tokenizer) <= 65_535 else "uint32"
+    plain = PlainText(tokenizer)
     with _Writer(directory, dtype, shard_tokens) as writer:
-        for ids, marks, size in _encode(documents, tokenizer):
+        for ids, marks, size in encode_documents(documents, plain):
             if len(ids) < (shortest or 0) or (longest is not None and len(ids) > longest):
                 left_out += 1
                 continue
@@ -222,8 +278,21 @@ def _write(
     if not writer.tokens:
         raise DataError("no document has a token", hint="give data that holds text")
     np.save(directory / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
-    counts = (writer.tokens, len(writer.bounds), writer.text_bytes, shard_tokens, writer.scored)
-    meta = StoreMeta(*key, dtype, *counts, *lengths, left_out)
+    reading = documents.reading if isinstance(documents, Documents) else Reading("", documents=len(writer.bounds))
+    reading = replace(reading, tokens=writer.tokens, notes=plain.notes())
+    meta = StoreMeta(
+        *key,
+        dtype,
+        writer.tokens,
+        len(writer.bounds),
+        writer.text_bytes,
+        shard_tokens,
+        writer.scored,
+        *lengths,
+        left_out,
+        writer.max_id,
+        reading.as_dict(),
+    )
     (directory / _META).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 
 
@@ -248,6 +317,7 @@ class _Writer:
         self.directory, self.dtype, self.shard_tokens = directory, dtype, shard_tokens
         self.bounds = array("q")
         self.tokens = self.text_bytes = 0
+        self.max_id = -1
         self.scored: int | None = None
         self._files: dict[str, Any] = {}
 
@@ -265,6 +335,7 @@ class _Writer:
             raise DataError("some documents have answers and others have none", hint="give them as two sources")
         self.bounds.append(self.tokens)
         self.text_bytes += text_bytes
+        self.max_id = max(self.max_id, *ids)
         streams = {"tokens": np.asarray(ids, dtype=self.dtype)}
         if marks is not None and self.scored is not None:
             streams["scored"] = marks.astype(np.uint8)
@@ -283,47 +354,6 @@ class _Writer:
             self.tokens += count
 
 
-def _encode(documents: Iterable[Document], tokenizer: Any) -> Iterator[tuple[list[int], np.ndarray | None, int]]:
-    """(ids, which of them are scored, UTF-8 bytes of the text) of each document that has any token."""
-    for batch in _batches(documents):
-        options: dict[str, Any] = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        if any(document.answers is not None for document in batch):
-            if not getattr(tokenizer, "is_fast", False):
-                raise InputError(
-                    f"{type(tokenizer).__name__} does not say which characters a token has: answers are not found",
-                    hint="give the model a fast tokenizer (tokenizer.json)",
-                )
-            options["return_offsets_mapping"] = True
-        encoded = tokenizer([document.text for document in batch], **options)
-        offsets = encoded.get("offset_mapping", [None] * len(batch))
-        for document, own, spans in zip(batch, encoded["input_ids"], offsets, strict=True):
-            if ids := own if document.ids is None else list(document.ids):
-                marks = None if document.answers is None else scored_tokens(spans, document.answers)
-                yield ids, marks, len(document.text.encode())
-
-
-def scored_tokens(spans: list[tuple[int, int]], answers: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Which tokens overlap an answer, bool [tokens]; `spans` are the characters of each, as a fast tokenizer says."""
-    begin, stop = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-    begin = np.minimum(begin, stop - 1)  # spaces that were trimmed to nothing stand for the last of them
-    starts, stops = np.array(answers, dtype=np.int64).reshape(-1, 2).T
-    at = np.searchsorted(stops, begin, side="right")  # the first answer that ends after the token begins
-    return np.append(starts, np.iinfo(np.int64).max)[at] < stop
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def _shard_path(directory: Path, index: int, stream: str) -> Path:
     return directory / f"{stream}-{index:05d}.bin"
 
@@ -334,4 +364,4 @@ def _read_meta(directory: Path) -> StoreMeta | None:
         meta = StoreMeta(**json.loads((directory / _META).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return meta if meta.format == _FORMAT else None
+    return meta if meta.format == FORMAT else None

@@ -27,11 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
 from ctxext.data.cases import manifest_of, write_rows
-from ctxext.data.documents import EMBEDDED, Document, fingerprint, read_documents
+from ctxext.data.documents import EMBEDDED, MOST_COMPARED, Document, fingerprint, read_documents
+from ctxext.data.encoding import PlainText, Spans
+from ctxext.data.files import Reading, distinct, recorded
 from ctxext.errors import DataError, InputError, ModelError
-from ctxext.evals.engine import Job, Outcome, Progress, Row, mean
+from ctxext.evals.engine import Job, Outcome, Progress, Row, check_rows, mean
 from ctxext.evals.spec import LongPpl
-from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ DOCUMENTS = 8
 FEW_KEYS = 100
 SPLIT = {EMBEDDED: "held-out"}
 _JOINT = "\n\n"  # between short documents that are joined
-
-Spans = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -126,12 +125,13 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     for length in spec.lengths or ():
         facts = {**_facts(spec, source, length), "dtype": dtype}
         if not _same(_path(place, length), facts):
-            texts[length] = list(documents(spec, length, tokenizer)), facts
-            for _, ids, _ in texts[length][0]:
-                check_ids(ids, source.config["vocab_size"], source.name)
+            with recorded() as began:
+                found = list(documents(spec, length, tokenizer))
+            texts[length] = found, facts | {"read": [one.as_dict() for one in distinct(began)]}
     if not texts:
         return
     evaluator: Any = load_model(source, dtype=dtype, device=device)
+    check_rows(evaluator, [ids for found, _ in texts.values() for _, ids, _ in found])
     for length, (found, facts) in texts.items():
         tick = partial(progress, f"keys by {source.name} at {length:,}")
         write_rows(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), tick), facts)
@@ -143,7 +143,7 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
     """One item a length and document, from the keys that `prepare` wrote.
 
     Errors: those of `check`; InputError (no keys, or those of another request), DataError (keys that are not what their
-    manifest says), ModelError (a slow tokenizer; a loss that is not finite).
+    manifest says), ModelError (a slow tokenizer; a token without a row; a loss that is not finite).
     """
     assert spec.lengths is not None
     source = check(spec)
@@ -157,8 +157,7 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
                 hint="evaluate one longppl suite at a time, or into a place of its own",
             )
         parts += [_part(loaded.tokenizer, length, number, key) for number, key in enumerate(keys)]
-    for part in parts:
-        check_ids(part.ids, loaded.source.config["vocab_size"], loaded.name)
+    check_rows(loaded, [part.ids for part in parts])
 
     def rows(outcomes: Sequence[Outcome]) -> list[Row]:
         return [_row([o for o in outcomes if o.length == length], length, facts[length]) for length in facts]
@@ -174,10 +173,13 @@ def documents(spec: LongPpl, length: int, tokenizer: Any) -> Iterator[tuple[Docu
     Raises DataError where there is not one.
     """
     made, total, waiting, waiting_tokens = 0, 0, list[Document](), 0
-    for document in read_documents(spec.data, text_field=spec.text_field, split=SPLIT.get(spec.data)):
+    plain = PlainText(tokenizer)
+    source = read_documents(spec.data, text_field=spec.text_field, split=SPLIT.get(spec.data))
+    for document in source:
         candidate = document
-        ids, offsets = encode(tokenizer, document.text)
+        ids, offsets = encode(tokenizer, document.text, plain)
         total += len(ids)
+        source.reading.tokens, source.reading.notes = total, plain.notes()
         if len(ids) < length:
             waiting, waiting_tokens = [*waiting, document], waiting_tokens + len(ids)
             if waiting_tokens < length:
@@ -242,10 +244,11 @@ def losses(model: Any, ids: Sequence[int], first: int) -> list[float]:
     return found.tolist()
 
 
-def encode(tokenizer: Any, text: str) -> tuple[list[int], Spans]:
-    """Tokens of a text, without BOS and EOS, and the characters each stands for."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return encoded["input_ids"], encoded["offset_mapping"]
+def encode(tokenizer: Any, text: str, plain: PlainText | None = None) -> tuple[list[int], Spans]:
+    """Tokens of a plain text, without BOS and EOS, and the characters each stands for. `plain` counts what it reads."""
+    ids, spans = (plain or PlainText(tokenizer)).encode([text], spans=True)
+    assert spans is not None
+    return ids[0], spans[0]
 
 
 def require_offsets(tokenizer: Any, name: str) -> Any:
@@ -326,6 +329,8 @@ def _row(outcomes: Sequence[Outcome], length: int, facts: dict[str, Any]) -> Row
 
 def _notes(loaded: LoadedModel, parts: Sequence[Part], facts: dict[int, dict[str, Any]]) -> Iterator[str]:
     of = next(iter(facts.values()))
+    read = [Reading.of(one) for every in facts.values() for one in every.get("read", [])]
+    yield from dict.fromkeys(f"longppl: {line}" for one in read for line in one.lines())
     yield f"longppl: key tokens found by {of['evaluator_name']}"
     if manifests.weight_hashes(loaded.source.directory) == of["evaluator"]["weights"]:
         yield f"longppl: {loaded.name} has the weights of the evaluator: it is judged by its own keys"
@@ -359,7 +364,7 @@ def _facts(spec: LongPpl, source: ModelSource, length: int) -> dict[str, Any]:
         "loss_nats": LOSS_NATS,
         "documents": spec.limit or DOCUMENTS,
         "data": spec.data,
-        "text": fingerprint(spec.data, text_field=spec.text_field, split=SPLIT.get(spec.data)),
+        "text": fingerprint(spec.data, text_field=spec.text_field, split=SPLIT.get(spec.data), most=MOST_COMPARED),
     }
 
 

@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 
-from ctxext.data.documents import EMBEDDED, Document, read_documents
+from ctxext.data.documents import EMBEDDED, Document, Documents, read_documents
+from ctxext.data.encoding import PlainText
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals import PROTOCOLS
-from ctxext.evals.engine import Job, Ledger, Outcome, Row, run_job
+from ctxext.evals.engine import Job, Ledger, Outcome, Row, check_rows, run_job
 from ctxext.evals.spec import Perplexity
-from ctxext.model.ids import check_ids
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.train.loss import token_losses
 from ctxext.units import counted, format_duration
@@ -117,16 +117,20 @@ class Window:
         return self.size, self.first - self.begin
 
 
-def encode(documents: Iterable[Document], tokenizer: Any, *, max_tokens: int | None = None) -> list[EncodedText]:
+def encode(
+    documents: Iterable[Document], tokenizer: Any, *, max_tokens: int | None = None, plain: PlainText | None = None
+) -> list[EncodedText]:
     """Tokenises documents, in order, until there are `max_tokens` (None: all); the last one is cut there.
 
     No BOS is added, also where the tokenizer adds one to a prompt: short documents are joined, windows beyond a text's
-    first have none in any protocol, and so every window is read alike.
+    first have none in any protocol, and so every window is read alike. Control tokens in the text are read as text;
+    `plain`, of the same tokenizer, counts them.
     """
+    plain = plain or PlainText(tokenizer)
     texts: list[EncodedText] = []
     left = math.inf if max_tokens is None else max_tokens
     for document in documents:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = plain.encode([document.text])[0][0]
         kept = ids[: int(min(left, len(ids)))]
         if kept:
             share = len(kept) / len(ids)
@@ -134,7 +138,15 @@ def encode(documents: Iterable[Document], tokenizer: Any, *, max_tokens: int | N
             left -= len(kept)
         if left <= 0:
             break
+    if isinstance(documents, Documents):
+        documents.reading.tokens = sum(len(text.ids) for text in texts)
+        documents.reading.notes = plain.notes()
     return texts
+
+
+def check_texts(loaded: LoadedModel, texts: Iterable[torch.Tensor]) -> None:
+    """Refuses, before any window is run, ids that the model has no rows for. Raises ModelError."""
+    check_rows(loaded, [[int(ids.max())] for ids in texts if len(ids)])
 
 
 def perplexity(
@@ -161,8 +173,9 @@ def perplexity(
     what the model bears: that is how damage is measured.
 
     Errors: InputError (protocol, length, stride), DataError (not enough text), ModelError (a loss that is
-    not finite).
+    not finite, a token that the model has no row for).
     """
+    check_texts(loaded, [text.ids for text in texts])
     cut = cut_windows(texts, length, loaded.tokenizer.eos_token_id, protocol, stride, alone_from)
     run = partial(run_windows, loaded, [ids for ids, _ in cut.segments])
     ledger = Ledger()
@@ -177,8 +190,7 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
     split = "held-out" if spec.data == EMBEDDED else None
     documents = read_documents(spec.data, text_field=spec.text_field, split=split)
     texts = encode(documents, loaded.tokenizer, max_tokens=spec.limit or max(DEFAULT_TOKENS, 2 * longest))
-    for text in texts:
-        check_ids([int(text.ids.max())], loaded.source.config["vocab_size"], loaded.name)
+    check_texts(loaded, [text.ids for text in texts])
     eos = loaded.tokenizer.eos_token_id
     cuts = [cut_windows(texts, length, eos, spec.protocol, spec.stride, longest) for length in spec.lengths]
     where = "held-out embedded text" if spec.data == EMBEDDED else spec.data

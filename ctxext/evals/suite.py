@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ctxext.data.files import distinct, recorded
 from ctxext.data.store import tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals.engine import STAR, Job, Ledger, Outcome, Progress, Row, run_job
@@ -33,11 +34,13 @@ def _silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """The rows of one suite on one model, and what is to be said beside them."""
+    """The rows of one suite on one model, what is to be said beside them, and what was read of its data
+    (data/files.py, Reading)."""
 
     suite: str
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
+    read: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,12 +130,12 @@ def evaluate(
         for index, suite in enumerate(spec.suites):
             ledger = Ledger(place / "outcomes" / f"{index}-{suite.suite}-{number}.jsonl")
             with _memory_runs_out(names[number], suite.suite):
-                job: Job = module_of(suite.suite).job(loaded, suite, place)
+                job, read = _job(suite, loaded, place)
                 for note in job.notes:
                     notice(f"{names[number]}: {note}")
                 told = partial(progress, f"{names[number]} {suite.suite}")
                 rows = run_job(job, ledger, spec.tokens_per_batch, told)
-            results[-1].suites.append(SuiteResult(suite.suite, job.notes, tuple(rows)))
+            results[-1].suites.append(SuiteResult(suite.suite, job.notes, tuple(rows), read))
             outcomes[-1].append([ledger.outcomes[item.id] for item in job.items])
         del loaded
         gc.collect()
@@ -140,6 +143,15 @@ def evaluate(
     if against is None:
         return report
     return replace(report, differences=_compared(report, outcomes, tokenizers, against, notice))
+
+
+def _job(suite: Any, loaded: LoadedModel, place: Path) -> tuple[Job, tuple[dict[str, Any], ...]]:
+    """A suite's job, with what was read among its notes, and what was read as plain data."""
+    with recorded() as began_reading:
+        job: Job = module_of(suite.suite).job(loaded, suite, place)
+    read = distinct(began_reading)
+    lines = tuple(f"{suite.suite}: {line}" for one in read for line in one.lines())
+    return replace(job, notes=lines + job.notes), tuple(one.as_dict() for one in read)
 
 
 @contextmanager

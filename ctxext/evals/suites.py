@@ -45,7 +45,7 @@ def _data_is_there(suite: Any) -> None:
         raise InputError(f"{suite.suite}: data is empty text; allowed: embedded, a file or a directory, a datasets id")
     _a_case_a_length(suite)
     if suite.data not in (documents.EMBEDDED, GRASS):
-        documents.fingerprint(suite.data, text_field=suite.text_field)
+        documents.read_documents(suite.data, text_field=suite.text_field)
 
 
 def _a_case_a_length(suite: Any) -> None:
@@ -94,7 +94,9 @@ def inputs(suite: Any) -> dict[str, Any]:
         found["data"] = _stamp(Path(suite.data))
     elif hasattr(suite, "data") and suite.data != GRASS:
         split = "held-out" if suite.data == documents.EMBEDDED else None
-        found["data"] = documents.fingerprint(suite.data, text_field=suite.text_field, split=split)
+        found["data"] = documents.fingerprint(
+            suite.data, text_field=suite.text_field, split=split, most=documents.MOST_COMPARED
+        )
     if getattr(suite, "evaluator", None) is not None:
         found["evaluator"] = model_stamp(resolve(suite.evaluator))
     return found

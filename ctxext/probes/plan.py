@@ -108,7 +108,7 @@ def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
 def _filled(probe: Any, sources: tuple[ModelSource, ...], extrapolate: bool) -> Any:
     """The probe with its length, which every model bears, and its text found."""
     if hasattr(probe, "data") and probe.data not in (documents.EMBEDDED, GRASS):
-        documents.fingerprint(probe.data)
+        documents.read_documents(probe.data)
     if not hasattr(probe, "length"):
         return probe
     length = probe.length or min(LONGEST, *(source.usable_length for source in sources))

@@ -6,7 +6,7 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import staged_output
+from ctxext.data.files import distinct, recorded
 from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.evals.engine import Progress
 from ctxext.probes import (
@@ -65,7 +66,14 @@ def measure(
                 progress(what, done, total)
 
             told(0, 1)
-            found[-1].append(_in_memory(subject, spec, told))
+            with recorded() as began_reading:
+                finding = _in_memory(subject, spec, told)
+            read = distinct(began_reading)
+            if read:
+                finding = replace(finding, facts=finding.facts | {"read": [one.as_dict() for one in read]})
+            found[-1].append(finding)
+            for line in (line for one in read for line in one.lines()):
+                notice(f"{name}, {spec.probe}: {line}")
             for note in found[-1][-1].notes:
                 notice(f"{name}, {spec.probe}: {note}")
         del subject

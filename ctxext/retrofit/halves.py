@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from ctxext.data.documents import EMBEDDED, Document, read_documents
+from ctxext.data.encoding import PlainText
 from ctxext.errors import DataError
 from ctxext.evals.compare import paired
 from ctxext.evals.engine import Outcome, batches
-from ctxext.evals.perplexity import EncodedText, Window, cut_windows, encode, run_windows
+from ctxext.evals.perplexity import EncodedText, Window, check_texts, cut_windows, encode, run_windows
 from ctxext.model.load import LoadedModel
 from ctxext.units import counted
 
@@ -50,16 +51,19 @@ def halves(data: str, tokenizer: Any, lengths: Sequence[int], fewest: int = FEWE
     longest = max(lengths)
     needs = [times * max(TOKENS, fewest * longest) for times in (1, 2)]
     documents = read_documents(data, split="held-out" if data == EMBEDDED else None)
-    chosen, reported = _split(documents, tokenizer, needs)
+    plain = PlainText(tokenizer)
+    chosen, reported = _split(documents, plain, needs)
+    documents.reading.tokens = sum(len(text.ids) for text in (*chosen, *reported))
+    documents.reading.notes = plain.notes()
     return _half(chosen, data, tokenizer, lengths, fewest, 1), _half(reported, data, tokenizer, lengths, fewest, 2)
 
 
-def _split(documents: Iterable[Document], tokenizer: Any, needs: Sequence[int]) -> list[list[EncodedText]]:
+def _split(documents: Iterable[Document], plain: PlainText, needs: Sequence[int]) -> list[list[EncodedText]]:
     """Each document to the half that has less of what it needs, until both have enough."""
     sides: list[list[EncodedText]] = [[], []]
     had = [0, 0]
     for document in documents:
-        for text in encode([document], tokenizer):
+        for text in encode([document], plain.tokenizer, plain=plain):
             side = min((0, 1), key=lambda i: had[i] / needs[i])
             sides[side].append(text)
             had[side] += len(text.ids)
@@ -90,7 +94,11 @@ def _half(texts: list[EncodedText], data: str, tokenizer: Any, lengths: Sequence
 
 
 def losses(loaded: LoadedModel, half: Half) -> list[Outcome]:
-    """The loss of every window, as (nats, tokens scored). Raises ModelError where one is not finite."""
+    """The loss of every window, as (nats, tokens scored).
+
+    Raises ModelError where one is not finite, or a token has no row in the model.
+    """
+    check_texts(loaded, half.texts)
     found = (run_windows(loaded, half.texts, batch) for batch in batches(half.windows, _TOKENS_PER_BATCH))
     return [outcome for outcomes in found for outcome in outcomes]
 

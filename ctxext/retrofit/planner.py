@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ctxext.data.cases import private_random
 from ctxext.data.documents import EMBEDDED, read_documents
+from ctxext.data.files import distinct, recorded
 from ctxext.data.haystack import Case, key_places, passkey_case
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals.perplexity import encode
 from ctxext.model.convert import ConversionPlan
+from ctxext.model.ids import check_ids
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.load import load_tokenizer
 from ctxext.model.shards import tensor_reader
@@ -86,6 +88,7 @@ class LayerPlan:
     source_answer_loss: float | None
     exhaustive: bool
     seconds: float
+    read: tuple[dict[str, Any], ...] = ()  # of the calibration text (data/files.py, Reading)
 
     HEADER = ("full layers", "k", "KV cache", "share", "forward", "text", "answers", "score", "loss", "")
     EXPLAIN = ("layer", "window: text", "answers", "as full: text", "answers", "best head", f"heads > {RETRIEVES}")
@@ -106,6 +109,7 @@ class LayerPlan:
             "measured": len(self.measured),
             "exhaustive": self.exhaustive,
             "calibration": self.request.calibration,
+            "read": list(self.read),
             "answer_share": self.share,
         }
 
@@ -177,10 +181,11 @@ def choose_layers(
     request: Request,
     *,
     progress: Progress = lambda what, done, total: None,
+    say: Callable[[str], None] = lambda line: None,
     device: str | None = None,
 ) -> LayerPlan:
-    """Choose the full layers of a conversion by measuring. Raises DataError for too little text, ModelError for
-    weights that cannot be streamed.
+    """Choose the full layers of a conversion by measuring; `say` gets what was read. Raises DataError for too little
+    text, ModelError for weights that cannot be streamed and for a token without a row.
     """
     began = time.monotonic()
     source, window = plan.source, LayerKind(True, plan.hybrid.sliding_window)
@@ -191,7 +196,12 @@ def choose_layers(
             hint="convert it with named --full-layers, or store it as safetensors first",
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    samples = calibration_samples(load_tokenizer(source.directory), request, window.sliding_window or 0)
+    with recorded() as began_reading:
+        samples = calibration_samples(load_tokenizer(source.directory), request, window.sliding_window or 0)
+    read = distinct(began_reading)
+    for line in (line for one in read for line in one.lines()):
+        say(f"calibration: {line}")
+    check_ids([int(samples.ids.max())], source.config["vocab_size"], source.name)
     request = replace(request, row_tokens=samples.ids.shape[1])
     layers = open_layers(source.config, source.kinds, [window, full], tensor_reader(source.directory), where)
     progress("the source itself", 0, 1)
@@ -223,6 +233,7 @@ def choose_layers(
         source_answer_loss=loss,
         exhaustive=result.exhaustive,
         seconds=round(time.monotonic() - began, 2),
+        read=tuple(one.as_dict() for one in read),
     )
 
 

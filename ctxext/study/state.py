@@ -17,7 +17,7 @@ from ctxext import __version__
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.output import write_whole
-from ctxext.data.documents import EMBEDDED, fingerprint
+from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint
 from ctxext.errors import ModelError
 from ctxext.model.source import HUB_ID, resolve
 from ctxext.study import steps
@@ -127,7 +127,7 @@ def _finite(data: Any) -> Any:
 def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Of the text that a step reads, what tells whether it changed."""
     if command == "finetune":
-        from ctxext.train.run import data_hash
+        from ctxext.train.same_data import data_hash
 
         teacher = teacher_of(meant)
         zero = Path(arguments["zero"] or "")
@@ -142,7 +142,11 @@ def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any
         return {"data": [inputs(suite) for suite in meant.suites]}
     named = [arguments.get(name) for name in ("data", "calibration")]
     return {
-        "data": [fingerprint(text) for text in named if text is not None and (text == EMBEDDED or Path(text).exists())]
+        "data": [
+            fingerprint(text, most=MOST_COMPARED)
+            for text in named
+            if text is not None and (text == EMBEDDED or Path(text).exists())
+        ]
     }
 
 

@@ -37,7 +37,8 @@ from ctxext.train.loop import Events, train
 from ctxext.train.memory import naming_what_is_largest
 from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
-from ctxext.train.prepare import prepare_data, training_device
+from ctxext.train.prepare import prepare_data, readings, training_device
+from ctxext.train.same_data import changes_of_data
 from ctxext.train.teacher import teacher_weights
 from ctxext.train.telemetry import telling
 from ctxext.train.validation import HeldOut, check_short
@@ -55,6 +56,7 @@ class FinetuneReport:
     spikes     steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
     rollbacks  times it went back to a checkpoint because the loss or the gradient went wrong
     seconds_per_step   the median, without the first step where there are more
+    read       of each source the files, documents and tokens that were read, and what was passed over
     """
 
     out: str
@@ -70,6 +72,7 @@ class FinetuneReport:
     rollbacks: int
     trained_tensors: int | None
     seconds_per_step: float | None = None
+    read: list[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -118,9 +121,9 @@ def run_finetune(
         engine.close()
     count = None
     if done == plan.steps:
-        known = {"data": sequences.store.meta.source, "seconds": time.monotonic() - began}
+        known = {"data": sequences.store.meta.source, "read": readings(sequences), "seconds": time.monotonic() - began}
         count = finish(plan, run, engine, progress, events, known)
-    return report(plan, run, progress, count, time.monotonic() - began)
+    return report(plan, run, progress, count, time.monotonic() - began, readings(sequences))
 
 
 def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tuple[Engine, Sequences, HeldOut | None]:
@@ -178,7 +181,12 @@ def finish(
         "peak_memory": max(line["memory"] for line in lines),
         "rollbacks": list(progress.rollbacks),
         "validation": [progress.validation, validations[-1]] if progress.validation and validations else None,
-        "data": {"source": plan.spec.data.described, "fingerprint": known["data"]},
+        "data": {
+            "source": plan.spec.data.described,
+            "fingerprint": known["data"],
+            "read": known["read"],
+            "changed": list(changes_of_data(run)),
+        },
     }
     count = save_bundle(run, plan, engine.model, masters, facts)
     if not plan.spec.faults.keep_at_end:
@@ -186,8 +194,15 @@ def finish(
     return count
 
 
-def report(plan: RunPlan, run: Path, progress: Progress, count: int | None, seconds: float) -> FinetuneReport:
-    """What the run's files say it did."""
+def report(
+    plan: RunPlan,
+    run: Path,
+    progress: Progress,
+    count: int | None,
+    seconds: float,
+    read: list[dict[str, Any]] | None = None,
+) -> FinetuneReport:
+    """What the run's files say it did; `read` is what `readings` has."""
     lines = metrics.read(run / metrics.STEPS)
     validations = metrics.read(run / metrics.VALIDATIONS)
     held_out = [line["loss"] for line in validations if line["ctx"] == plan.spec.ctx]
@@ -205,6 +220,7 @@ def report(plan: RunPlan, run: Path, progress: Progress, count: int | None, seco
         rollbacks=len(progress.rollbacks),
         trained_tensors=count,
         seconds_per_step=statistics.median(line["seconds"] for line in lines[1:] or lines) if lines else None,
+        read=read,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import torch
 from ctxext.config import manifest as manifests
 from ctxext.data import corpus, synthetic
 from ctxext.data.chat import chat_rows, template_hash
-from ctxext.data.documents import EMBEDDED, SELF, Document, fingerprint, read_documents
+from ctxext.data.documents import EMBEDDED, SELF, Document, Documents, fingerprint, read_documents
+from ctxext.data.encoding import plain_ids
+from ctxext.data.files import Reading
 from ctxext.data.mixture import Mixture, Sequences, apportion, slots_of
 from ctxext.data.packing import PackedSequences, attended_share
 from ctxext.data.samples import sample_documents
-from ctxext.data.store import TokenStore, tokenise, tokenizer_hash
+from ctxext.data.store import FORMAT, TokenStore, tokenise, tokenizer_hash
 from ctxext.errors import InputError
+from ctxext.model.ids import check_ids
 from ctxext.model.load import build_model, load_tokenizer
 from ctxext.model.source import original_config
 from ctxext.train.loop import Events
@@ -87,11 +90,13 @@ def _split(
     """A source's sequences, and those of it that are held out."""
     spec = plan.spec
     options: dict[str, Any] = {"seed": spec.seed, "document_mask": spec.data.document_mask}
-    store = _store(plan, source.documents, source.print_, tokenizer)
+    store = _store(plan, source.documents, source.print_, tokenizer, events)
+    # What was read is said first: it explains a refusal of too little text.
+    _say_what_was_read(plan, source, store, events)
     whole = PackedSequences(store, spec.ctx, **options)
     _describe(plan, source, whole, events)
     if source.held_out is not None:
-        held = PackedSequences(_store(plan, *source.held_out, tokenizer), spec.ctx, **options)
+        held = PackedSequences(_store(plan, *source.held_out, tokenizer, events), spec.ctx, **options)
         return whole, held.part(0, min(source.wanted, len(held)))
     count = min(source.wanted, int(len(whole) * MOST_HELD_OUT))
     if source.wanted and not count:
@@ -102,24 +107,50 @@ def _split(
     return whole.part(0, len(whole) - count), whole.part(len(whole) - count, count)
 
 
-def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer: Any) -> TokenStore:
-    data = plan.spec.data
-    what = f"{print_} {tokenizer_hash(tokenizer)} {data.min_tokens} {data.max_tokens}"
-    return tokenise(
+def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer: Any, events: Events) -> TokenStore:
+    """The tokens of documents, made once for all that decides them. ModelError for an id without a row in the model."""
+    data, eos_id = plan.spec.data, tokenizer.eos_token_id
+    what = f"{FORMAT} {print_} {tokenizer_hash(tokenizer)} {eos_id} {data.min_tokens} {data.max_tokens}"
+    store = tokenise(
         documents,
         tokenizer,
         _cache() / hashlib.sha256(what.encode()).hexdigest()[:24],
-        eos_id=tokenizer.eos_token_id,
+        eos_id=eos_id,
         source_fingerprint=print_,
         min_tokens=data.min_tokens,
         max_tokens=data.max_tokens,
+        waiting=lambda: events.say("waiting for another process that is tokenising the same text"),
     )
+    check_ids([store.meta.max_id], plan.config["vocab_size"], plan.source.name)
+    return store
+
+
+def readings(sequences: Sequences) -> list[dict[str, Any]]:
+    """What was read for each source, for manifests and reports: files, documents, tokens and what was passed over."""
+    parts = sequences.parts if isinstance(sequences, Mixture) else (sequences,)
+    return [part.store.meta.reading for part in parts]
+
+
+def _name(plan: RunPlan, source: _Source) -> str:
+    """How the lines of a source begin."""
+    if not plan.spec.data.mixture:
+        return "data"
+    return f"data, {source.name} ({source.share:.1%} of the sequences)"
+
+
+def _say_what_was_read(plan: RunPlan, source: _Source, store: TokenStore, events: Events) -> None:
+    reading = Reading.of(store.meta.reading)
+    if store.reused and isinstance(source.documents, Documents):
+        # The tokens were found. What the directory holds beside its data may be new, and was listed now.
+        now = source.documents.reading
+        reading = replace(reading, beside=now.beside, more=now.more, hidden=now.hidden)
+    for line in (reading.line(reused=store.reused), *reading.notes):
+        events.say(f"{_name(plan, source)}: {line}")
 
 
 def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events: Events) -> None:
     """What there is to learn from a source, in lines that begin with its name."""
-    spec, store = plan.spec, sequences.store
-    name = f"data, {source.name} ({source.share:.1%} of the sequences)" if spec.data.mixture else "data"
+    spec, store, name = plan.spec, sequences.store, _name(plan, source)
     if source.embedded:
         events.say(
             f"{name}: the embedded corpus (this Python's standard library, {spec.data.synthetic_fraction:.0%} of it "
@@ -202,7 +233,7 @@ def _embedded(
     """About `tokens` tokens of a split of the embedded corpus."""
     data = plan.spec.data
     sample = "".join(document.text for document in corpus.stdlib_documents("held-out")[:8])
-    per_token = len(sample) / len(tokenizer(sample, add_special_tokens=False, verbose=False)["input_ids"])
+    per_token = len(sample) / len(plain_ids(tokenizer, sample))
     arguments: dict[str, Any] = {
         "seed": seed,
         "synthetic_fraction": data.synthetic_fraction,

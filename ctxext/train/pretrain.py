@@ -26,7 +26,7 @@ from ctxext.train.run import start_run
 from ctxext.train.spec import FinetuneSpec, Positive
 
 EOS = "<|end|>"
-OF_THE_RUN = ("spec.yaml", "metrics.jsonl", "validation.jsonl", manifests.FILE_NAME, "README.md")  # not of the model
+OF_THE_RUN = ("spec.yaml", "data.json", "metrics.jsonl", "validation.jsonl", manifests.FILE_NAME, "README.md")
 TOKENIZER_CHARACTERS = 6_000_000  # of the embedded corpus, to learn the merges from
 
 

@@ -1,6 +1,7 @@
 """A run's directory before and between trainings: made, found again, read back. No torch.
 
 run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
+run/data.json       the hashes of the files of data (train/same_data.py)
 run/metrics.jsonl   one line a step
 run/checkpoints/    the newest few
 run/...             the bundle (train/bundle.py), written when the last step is done, ctxext.json last
@@ -8,7 +9,6 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +21,11 @@ from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
 from ctxext.config.output import check_free, hold, write_whole
-from ctxext.data.documents import EMBEDDED, SELF, fingerprint
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.spec import DataSpec, FinetuneSpec
+from ctxext.train.same_data import DATA_FILE, changes_of_data, data_hash, moved_data, some_of, write_record
+from ctxext.train.spec import FinetuneSpec
 from ctxext.train.teacher import teacher_weights
 from ctxext.units import counted, parse_tokens
 
@@ -78,6 +78,7 @@ def start_run(plan: RunPlan, run: Path) -> None:
     start = Start.of(plan)
     run.mkdir(parents=True)
     write_spec(run, start)
+    write_record(run, plan.spec.data)
 
 
 def write_spec(run: Path, start: Start) -> None:
@@ -123,18 +124,6 @@ class Start:
         )
 
 
-def data_hash(data: DataSpec) -> str | None:
-    """A hash of what is read, of all parts of a mixture; None where that is a data set of the hub, which has none."""
-    hashes = [
-        fingerprint(part.source, text_field=part.text_field, format=part.format)
-        for part in data.parts
-        if part.source == EMBEDDED or (part.source != SELF and Path(part.source).exists())
-    ]
-    if len(hashes) < 2:
-        return hashes[0] if hashes else None
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-
 def discard_unstarted(run: Path) -> None:
     """Remove a run's directory when it failed before its first step was done: there is nothing in it to resume."""
     started = _metrics_size(run) > 0 or any(run.glob("checkpoints/step-*"))
@@ -142,9 +131,15 @@ def discard_unstarted(run: Path) -> None:
         shutil.rmtree(run)
 
 
-def started_as(run: Path, plan: RunPlan) -> bool:
-    """Whether the run was started with the model, the data and the spec of `plan`."""
-    return (run / SPEC_FILE).is_file() and _read(run) == Start.of(plan)
+def started_as(run: Path, plan: RunPlan, *, any_data: bool = False) -> bool:
+    """Whether the run was started with the model, the data and the spec of `plan`; with `any_data`, whatever the
+    contents of the data are by now."""
+    if not (run / SPEC_FILE).is_file():
+        return False
+    start, now = _read(run), Start.of(plan)
+    if replace(now, data=start.data) != start:
+        return False
+    return any_data or not moved_data(run, start.data, now.spec.data, now.data)
 
 
 def newest_unfinished(root: Path) -> Path:
@@ -157,12 +152,18 @@ def newest_unfinished(root: Path) -> Path:
     return max(runs, key=lambda run: (run / SPEC_FILE).stat().st_mtime_ns)
 
 
-def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept: bool = False) -> RunPlan:
+def plan_resumed(
+    run: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    accept: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunPlan:
     """The plan of an existing run; `changes` are fields of its spec by dotted path, such as optimizer.learning_rate.
 
-    Nothing is written: `going_on` does that.
-    Raises InputError when the directory is no run, or the run is finished, or a change alters the spec and is not to
-    be accepted; ModelError when the model it started from is not what it was.
+    Nothing is written: `going_on` does that. `say` gets a warning where the data changed and that is accepted.
+    Raises InputError when the directory is no run, or the run is finished, or a change alters the spec or the data and
+    is not to be accepted; ModelError when the model it started from is not what it was.
     """
     if not (run / SPEC_FILE).is_file():
         raise InputError(f"{run}: no run to resume: it has no {SPEC_FILE}")
@@ -171,12 +172,14 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
     start = _read(run)
     new = _changed(start.spec, changes or {})
     differ = differences(asdict(start.spec), asdict(new))
-    if differ and not accept:
+    if differ and all(one.startswith("data.source was ") for one in differ) and data_hash(new.data) == start.data:
+        say(f"the data moved to {new.data.described}; its contents are the same")
+    elif differ and not accept:
         raise InputError(
             f"{run} was started with another spec: {', '.join(differ)}",
             hint="leave them out to go on as before, or add --force to go on with what is given",
         )
-    done = max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
+    done = _steps_done(run)
     if new.steps < done:
         raise InputError(
             f"{run} is {counted(done, 'step')} far, more than steps: {new.steps}", hint=f"give {done} or more"
@@ -187,10 +190,14 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
         raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
     if now.teacher != start.teacher and new.distill == start.spec.distill:
         raise ModelError(f"{run}: the teacher's weights are not those this run started with (their sha256 differ)")
-    if now.data != start.data and new.data == start.spec.data:
+    moved = moved_data(run, start.data, new.data, now.data) if new.data == start.spec.data else []
+    if moved and not accept:
         raise InputError(
-            f"{start.spec.data.described}: the data changed since this run started", hint="start a new run"
+            f"{start.spec.data.described}: the data changed since this run started: {some_of(moved)}",
+            hint="put the files back, start a new run, or add --force to go on with the data as it is",
         )
+    if moved:
+        say(f"warning: going on with data that changed since this run started: {some_of(moved)}")
     return plan
 
 
@@ -198,15 +205,28 @@ def plan_resumed(run: Path, changes: Mapping[str, Any] | None = None, *, accept:
 def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
     """A resumed run trains within the block: what `plan_resumed` was told to change becomes the run's spec, unless it
     fails before anything was trained with it."""
-    before, trained = (run / SPEC_FILE).read_bytes(), _metrics_size(run)
-    if not started_as(run, plan):
-        write_spec(run, Start.of(plan))
+    kept = {name: (run / name).read_bytes() for name in (SPEC_FILE, DATA_FILE) if (run / name).is_file()}
+    trained = _metrics_size(run)
+    _record_changes(plan, run)
     try:
         yield
     except BaseException:
         if _metrics_size(run) <= trained:
-            (run / SPEC_FILE).write_bytes(before)
+            for name, content in kept.items():
+                (run / name).write_bytes(content)
         raise
+
+
+def _record_changes(plan: RunPlan, run: Path) -> None:
+    """spec.yaml and data.json as the run goes on from here, where they differ from what they were."""
+    start, now = _read(run), Start.of(plan)
+    if start == now:
+        return
+    changed = changes_of_data(run)
+    if now.spec.data == start.spec.data and (moved := moved_data(run, start.data, now.spec.data, now.data)):
+        changed.append(f"after step {_steps_done(run)}: {some_of(moved)}")
+    write_spec(run, now)
+    write_record(run, now.spec.data, changed)
 
 
 @contextmanager
@@ -234,6 +254,10 @@ def _opened(directory: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _steps_done(run: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/step-*")), default=0)
+
+
 def _metrics_size(run: Path) -> int:
     metrics = run / "metrics.jsonl"
     return metrics.stat().st_size if metrics.exists() else 0
@@ -258,8 +282,8 @@ def plan_repeated(
         for file in files
         if start.weights.get(file) != now.weights.get(file)
     ]
-    if now.data != start.data and plan.spec.data == start.spec.data:
-        moved.append(f"the data, {start.spec.data.described} (changed)")
+    if plan.spec.data == start.spec.data and (data := moved_data(run, start.data, plan.spec.data, now.data)):
+        moved.append(f"the data, {start.spec.data.described} (changed): {some_of(data)}")
     if now.teacher != start.teacher and plan.spec.distill == start.spec.distill:
         moved.append("the teacher's weights (changed)")
     if moved and not accept:

@@ -83,7 +83,8 @@ class SamplesSpec:
 class DataSpec:
     """Where text comes from.
 
-    source              a file or directory of .txt, .md, .jsonl, .parquet; a `datasets` id; `embedded`; or `self`
+    source              a file or directory of text (.txt, .text, .md) or rows (.jsonl, .json, .parquet), .gz and .zst
+                        too; a `datasets` id; `embedded`; or `self`
     format              what a JSONL or Parquet row is: text; messages (of roles, by the tokenizer's chat template);
                         prompt (`prompt` and `completion`, joined as they are) or prompt_chat (these as a user's and an
                         assistant's message). Of all but text the loss is on the answers alone (data/chat.py)

@@ -119,7 +119,7 @@ def test_parquet_is_read_as_jsonl_is_and_texts_beside_rows_are_not(tmp_path: Pat
     for a, b in zip(documents[:2], documents[2:], strict=True):
         assert (a.text, a.answers) == (b.text, b.answers)
     said = fault(InputError, lambda: read(tmp_path / "README.md", make()))
-    assert "allowed are .jsonl, .parquet" in said
+    assert "allowed are .jsonl, .json, .parquet" in said
     as_read = {fingerprint(documents[0].name.partition(":")[0], format=name) for name in ("text", "messages", "prompt")}
     assert len(as_read) == 3
     text, chat = (fingerprint(str(tmp_path), format=name) for name in ("text", "messages"))

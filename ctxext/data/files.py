@@ -1,0 +1,271 @@
+"""Which files a path stands for, which are passed over and why, and how their bytes are opened. No torch."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ctxext.errors import InputError
+from ctxext.units import counted
+
+TEXT_SUFFIXES = (".txt", ".text", ".md")
+ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+INSIDE = (".parquet",)  # formats that are compressed inside: a .gz around one is not read
+NAMED = 5  # files that a line names; the others are counted
+KEPT = 100  # files that a manifest names
+
+
+@dataclass
+class Reading:
+    """What has been read of a source so far, and what was passed over.
+
+    found        the files that are there to be read; 0 for a source that has none (the embedded corpus, a data set)
+    files        those that gave text; those not reached, where reading ended early, and `passed_over` are no part
+    beside       (name, why) of files and directories that are no data, seen before reading; `more` counts those beyond
+                 KEPT, `hidden` those whose names begin with a dot
+    passed_over  (name, why) of files in which nothing was found while reading, at most KEPT
+    empty_rows   rows whose text is white space alone
+    tokens       what was made of the documents and used; 0 where nothing counted them
+    notes        what encoding has to say of the text (data/encoding.py)
+    """
+
+    source: str
+    found: int = 0
+    files: int = 0
+    documents: int = 0
+    beside: list[tuple[str, str]] = field(default_factory=list)
+    more: int = 0
+    hidden: int = 0
+    passed_over: list[tuple[str, str]] = field(default_factory=list)
+    empty_rows: int = 0
+    tokens: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def begun(cls, source: str, found: Found) -> Reading:
+        """Of files that are about to be read."""
+        beside = list(found.beside)
+        return cls(source, len(found.files), beside=beside[:KEPT], more=len(beside[KEPT:]), hidden=found.hidden)
+
+    def pass_over(self, name: str, why: str) -> None:
+        self.files -= 1
+        if len(self.passed_over) < KEPT:
+            self.passed_over.append((name, why))
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Reading:
+        """What `as_dict` gave, as JSON gives it back."""
+        pairs = {name: [(file, why) for file, why in fields[name]] for name in ("beside", "passed_over")}
+        return cls(**fields | pairs)
+
+    def lines(self) -> list[str]:
+        """What a run says of its data: what was read, and what encoding had to say of it."""
+        return [self.line(), *self.notes]
+
+    def line(self, *, reused: bool = False) -> str:
+        """`read 2 files, 3 documents, 1,034 tokens; passed over: e.json (no list of objects), 1 hidden`."""
+        counts = [counted(self.documents, "document")] + ([counted(self.tokens, "token")] if self.tokens else [])
+        if self.found:
+            rest = self.found - self.files - len(self.passed_over)
+            files = counted(self.found, "file")
+            counts.insert(0, f"{self.files:,} of {files}" if rest else counted(self.files, "file"))
+        verb = "tokenised by an earlier run:" if reused else "read"
+        over = self.passed_over_in_words()
+        return f"{verb} {', '.join(counts)}" + (f"; passed over: {over}" if over else "")
+
+    def passed_over_in_words(self) -> str:
+        """Some names with the reasons, and counts; empty where nothing was passed over."""
+        both = self.beside + self.passed_over
+        said = [f"{name} ({why})" for name, why in both[:NAMED]]
+        rest = len(both[NAMED:]) + self.more
+        counts = [(rest, f"{rest:,} more"), (self.hidden, f"{self.hidden:,} hidden")]
+        counts.append((self.empty_rows, counted(self.empty_rows, "empty row")))
+        return ", ".join(said + [words for count, words in counts if count])
+
+
+_recorder: ContextVar[list[Reading] | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Reading]]:
+    """Every reading that begins within the block, so that a run can say what the suites or probes below it read."""
+    found: list[Reading] = []
+    token = _recorder.set(found)
+    try:
+        yield found
+    finally:
+        _recorder.reset(token)
+
+
+def record(reading: Reading) -> Reading:
+    """The reading, noted for the `recorded` block around it, if there is one."""
+    found = _recorder.get()
+    if found is not None:
+        found.append(reading)
+    return reading
+
+
+def distinct(readings: Iterable[Reading]) -> list[Reading]:
+    """Readings that differ, of those that read something: a suite may read the same text several times."""
+    found: list[Reading] = []
+    for reading in readings:
+        if reading.documents and reading not in found:
+            found.append(reading)
+    return found
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of a source in the order they are read, and what `Reading` has of those that are not."""
+
+    files: tuple[Path, ...]
+    beside: tuple[tuple[str, str], ...] = ()
+    hidden: int = 0
+
+
+def kind_of(path: Path) -> tuple[str, str] | None:
+    """(format, compression) of a file by its name, such as (".jsonl", ".gz") and (".txt", ""); None: not read."""
+    name, compression = path.name.lower(), ""
+    for suffix in COMPRESSIONS:
+        if name.endswith(suffix):
+            name, compression = name.removesuffix(suffix), suffix
+    format = Path(name).suffix
+    if format not in TEXT_SUFFIXES + ROW_SUFFIXES or (compression and format in INSIDE):
+        return None
+    return format, compression
+
+
+def find(source: Path, texts: bool = True) -> Found:
+    """The files that `source` stands for. Without `texts`, those alone that have rows.
+
+    Raises InputError where there is none, or where `source` is a file that is not read.
+    """
+    suffixes = TEXT_SUFFIXES + ROW_SUFFIXES if texts else ROW_SUFFIXES
+    allowed = ", ".join(suffixes)
+    if source.is_dir():
+        return _below(source, suffixes)
+    if not source.exists():
+        raise InputError(
+            f"no such file or directory: {source}",
+            hint=f"give {allowed}, a directory of them, embedded, or hub:NAME for a data set",
+        )
+    kind = kind_of(source)
+    if kind is None or kind[0] not in suffixes:
+        raise InputError(
+            f"{source} has the suffix {source.suffix!r}; allowed are {allowed}"
+            f" ({' and '.join(COMPRESSIONS)} may follow, but not after {INSIDE[0]})",
+            hint="rename or convert the file",
+        )
+    return Found((source,))
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, unpacked where it is compressed.
+
+    Raises OSError, EOFError or zlib.error, while it is read too, where the file is damaged.
+    """
+    kind = kind_of(path)
+    compression = kind[1] if kind else ""
+    if compression == ".gz":
+        with gzip.open(path, "rb") as file:
+            yield cast(BinaryIO, file)
+    elif compression == ".zst":
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression="zstd") as file:
+            yield cast(BinaryIO, io.BufferedReader(file))
+    else:
+        with path.open("rb") as file:
+            yield file
+
+
+def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
+    """The files below a directory. Links are followed; each directory and each file is read once."""
+    entries, over, hidden, linked = _walk(root)
+    files = []
+    for path in entries:
+        kind = kind_of(path)
+        if kind is None:
+            over.append((path, f"suffix {path.suffix}" if path.suffix else "no suffix"))
+        elif kind[0] not in suffixes:
+            over.append((path, "rows are read, and this is text"))
+        elif path.is_file():
+            files.append(path)
+        else:
+            over.append((path, "no ordinary file" if path.exists() else "a link to nothing"))
+    if linked:
+        files, twice = _once(files, root)
+        over += twice
+    named = tuple((path.relative_to(root).as_posix() + "/" * path.is_dir(), why) for path, why in sorted(over))
+    found = Found(tuple(sorted(files)), named, hidden)
+    if not files:
+        words = Reading.begun(str(root), found).passed_over_in_words()
+        raise InputError(
+            f"no file to read in the directory {root}" + (f"; passed over: {words}" if words else ""),
+            hint=f"it may hold {', '.join(suffixes)}, and {' or '.join(COMPRESSIONS)} of them",
+        )
+    return found
+
+
+def _walk(root: Path) -> tuple[list[Path], list[tuple[Path, str]], int, bool]:
+    """(what is no directory, directories passed over and why, how many are hidden, whether there are links).
+
+    Links to directories come after all that can be reached without them, so that a file keeps its shortest name.
+    """
+    entries, over, hidden, linked = list[Path](), list[tuple[Path, str]](), 0, False
+    real_root = Path(os.path.realpath(root))
+    seen, waiting, links = {str(real_root)}, [root], list[Path]()
+    while waiting or links:
+        if not waiting:
+            links.sort()
+            waiting.append(links.pop(0))
+        directory = waiting.pop()
+        # A link leads back where its target is read already, or holds the directory that is being read.
+        if directory != root:
+            target = os.path.realpath(directory)
+            if target in seen or real_root.is_relative_to(target):
+                over.append((directory, "a link to a directory that is read already"))
+                continue
+            seen.add(target)
+        try:
+            with os.scandir(directory) as listing:
+                children = sorted(listing, key=lambda entry: entry.name)
+        except OSError as error:
+            over.append((directory, f"cannot be listed: {error.strerror}"))
+            continue
+        for child in children:
+            path = directory / child.name
+            linked = linked or child.is_symlink()
+            if child.name.startswith("."):
+                hidden += 1
+            elif child.is_symlink():
+                (links if path.is_dir() else entries).append(path)
+            else:
+                (waiting if child.is_dir() else entries).append(path)
+    return entries, over, hidden, linked
+
+
+def _once(files: list[Path], root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Each file once, by its real path: (those kept, the others and why). A name without a link is kept first."""
+    real = {path: os.path.realpath(path) for path in files}
+    real_root, names = os.path.realpath(root), dict[str, Path]()
+    for path in sorted(files, key=lambda path: (os.path.join(real_root, path.relative_to(root)) != real[path], path)):
+        names.setdefault(real[path], path)
+    twice = [
+        (path, f"the same file as {names[real[path]].relative_to(root).as_posix()}")
+        for path in files
+        if names[real[path]] != path
+    ]
+    return [path for path in files if names[real[path]] == path], twice
