@@ -20,8 +20,8 @@ TOLERANCE = {"float32": 5e-4, "bfloat16": 1e-1}  # of the largest |final hidden 
 def as_decoded(model: Any, ids: Tensor, whole: Tensor, windows: set[int], dtype: str) -> list[Check]:
     """A row ids [1, T] read in pieces, as model/decode.py reads it, beside `whole`, its forward [1, T, E].
 
-    Each piece is held to a forward of the text up to its end. Where RoPE does not follow the length of the text, `whole`
-    has all of these, because no token sees a later one.
+    Each piece is held to a forward of the text up to its end. Where RoPE does not follow the length of the text,
+    `whole` has all of these, because no token sees a later one.
     """
     from ctxext.model.decode import Reader
     from ctxext.model.frequencies import same_frequencies_from, switch_length
@@ -65,18 +65,16 @@ def of_stock_generate(model: Any, ids: Tensor) -> list[str]:
     if switch is None:
         return []
     about = f"RoPE follows the length of the text beyond {format_tokens(switch)} tokens"
-    if T <= switch:
-        return [
-            f"{about}: the {format_tokens(T)} measured do not reach there, and cached decoding is not checked there"
-        ]
+    if switch >= T:
+        return [f"{about}: the {format_tokens(T)} measured do not reach there, where decoding is not checked"]
     cache, whole = None, hidden_states(model, ids)
     for begin, end in ((0, switch), (switch, T)):
         out = decoder(input_ids=ids[:, begin:end], past_key_values=cache, use_cache=True)
         cache = out.past_key_values
     off = relative(out.last_hidden_state[:, -1] - whole[:, -1], whole)
     return [
-        f"warning: {about}. ctxext reads the text again there. `generate` of transformers with a cache does not, and its "
-        f"last state is off by {off:.1e} of the largest: use it with use_cache=False"
+        f"warning: {about}. ctxext reads the text again there. `generate` of transformers with a cache does not, and "
+        f"its last state is off by {off:.1e} of the largest: use it with use_cache=False"
     ]
 
 

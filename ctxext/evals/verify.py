@@ -6,9 +6,9 @@ receptive field   one input of one layer's attention is changed: what enters o_p
                   keys alike, so that a sharp softmax hides no key that is seen
 documents         both in a row of two documents, when training masks documents
 backend           each layer's output beside `naive_attention` on this model's own q, k and v
-cached decoding   hidden states as ctxext's decoding reads a text (model/decode.py), token by token and in chunks, beside
-                  those of a forward without a cache; inference only. Where RoPE follows the length of the text, stock
-                  `generate` of transformers is measured too, and a note says how far it is off
+cached decoding   hidden states as ctxext's decoding reads a text (model/decode.py), token by token and in chunks,
+                  beside those of a forward without a cache; inference only. Where RoPE follows the length of the text,
+                  stock `generate` of transformers is measured too, and a note says how far it is off
 
 What a layer should see is written down once more here (`_sees`), so that an error in ops/masks.py is found too.
 Training runs as its loop does: arguments, dtype, train mode, checkpointing (whole rows); one row, forward only. torch

@@ -93,8 +93,8 @@ class Reader:
         if 0 < held < settled:
             if whole is None:
                 raise InputError(
-                    f"this model's RoPE follows the length of the text, and the ids of the {held:,} tokens in the cache "
-                    "are not known: the text cannot be read again",
+                    f"this model's RoPE follows the length of the text, and the ids of the {held:,} tokens in the "
+                    "cache are not known: the text cannot be read again",
                     hint="give the ids of what the cache holds (seen), or generate without a cache",
                 )
             room = max((x.reserve for x in self.cache.layers if isinstance(x, ReservedLayer)), default=0)
@@ -153,8 +153,8 @@ def generate(
     `attention_arguments` go to model/attention.py with every forward: watch, backend.
 
     Memory: the cache of B x (T + max_new_tokens) tokens on full layers and B x W on sliding ones, and the activations
-    of B x `chunk` (of the whole text where RoPE is dynamic and it is beyond the original length); logits are made of one
-    token a row. Raises InputError for an empty prompt.
+    of B x `chunk` (of the whole text where RoPE is dynamic and it is beyond the original length); logits are made of
+    one token a row. Raises InputError for an empty prompt.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise InputError("nothing to generate from: a prompt has no tokens")
