@@ -124,12 +124,35 @@ def weight_hashes(directory: Path) -> dict[str, str]:
 
     A hash is remembered in the user's cache by the file's real path, size and modification time (ns).
     """
+    return _hashes(_weight_files(directory))
+
+
+def remembered_hashes(directory: Path) -> dict[str, str] | None:
+    """`weight_hashes` where all of them are remembered; None where a file would have to be read."""
+    known, hashes = _read_cache(), {}
+    for path in _weight_files(directory):
+        status = path.stat()
+        entry = known.get(str(path.resolve()))
+        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+            return None
+        hashes[path.name] = entry[2]
+    return hashes
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of one file, remembered as those of weights are."""
+    return _hashes([Path(path)])[Path(path).name]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    return [path for path in sorted(Path(directory).iterdir()) if _WEIGHTS.fullmatch(path.name) and path.is_file()]
+
+
+def _hashes(paths: list[Path]) -> dict[str, str]:
     known = _read_cache()
     fresh: dict[str, list[Any]] = {}
     hashes = {}
-    for path in sorted(Path(directory).iterdir()):
-        if not _WEIGHTS.fullmatch(path.name) or not path.is_file():
-            continue
+    for path in paths:
         real, status = str(path.resolve()), path.stat()
         entry = known.get(real)
         if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
