@@ -25,6 +25,7 @@ from typing import Any
 from ctxext.data.prompts import TAIL, continued_ids, prompt_ids
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
 from ctxext.model.convert import DTYPES
+from ctxext.model.families import rope_of
 from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.train.memory import is_out_of_memory
@@ -209,11 +210,25 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything; the random numbers go on."""
+        self.cache = self._new_cache()
+        self.ids, self.asked, self.warned, self.slow = list[int](), list[str](), False, False
+
+    def _new_cache(self) -> Any:
         from ctxext.model.decode import reserved_cache
         from ctxext.model.load import causal_lm
 
-        self.cache = reserved_cache(causal_lm(self.loaded.model).get_decoder().config, 0)
-        self.ids, self.asked, self.warned = list[int](), list[str](), False
+        return reserved_cache(causal_lm(self.loaded.model).get_decoder().config, 0)
+
+    def _keep(self, length: int) -> int:
+        """The tokens of the cache that a text of `length` tokens can use: all, or none where its RoPE has other
+        frequencies at that length. The cache is empty then."""
+        from ctxext.model.frequencies import same_frequencies_from
+        from ctxext.model.load import causal_lm
+
+        kept = int(self.cache.get_seq_length())
+        if kept < same_frequencies_from(causal_lm(self.loaded.model).get_decoder().config, length):
+            self.cache, kept = self._new_cache(), 0
+        return kept
 
     def ask(
         self,
@@ -230,7 +245,8 @@ class Conversation:
         """
         from ctxext.model.decode import generate
 
-        new, kept = self._ids_of(text), self.cache.get_seq_length()
+        new = self._ids_of(text)
+        kept = self._keep(len(self.ids) + len(new))
         unread = self.ids[kept:] + new  # the last token of an answer is in no cache yet
         self._check(unread, kept, warn)
         # A plain text goes on after the prompt, with its space. An answer in a conversation is a text of its own.
@@ -249,7 +265,7 @@ class Conversation:
                 write(piece)
 
         told("reading", 0, len(unread))
-        how: dict[str, Any] = {"stop": self.stop, "choose": self.choose, "cache": self.cache}
+        how: dict[str, Any] = {"stop": self.stop, "choose": self.choose, "cache": self.cache, "seen": [self.ids[:kept]]}
         with _in_memory(self.plan):
             most = self.plan.max_new_tokens
             [answer] = generate(self.loaded.model, [unread], most, prefilled=prefilled, told=say, **how)
@@ -321,7 +337,14 @@ class Conversation:
         """Refuses tokens that the model has not; warns, once, where the text leaves the length that it bears."""
         source, end = self.plan.source, kept + len(unread)
         check_ids(unread, source.config["vocab_size"], source.name)
-        if end + self.plan.max_new_tokens > source.usable_length and not self.warned:
+        longest, limit = end + self.plan.max_new_tokens, source.config["max_position_embeddings"]
+        if rope_of(source.config).get("rope_type") == "dynamic" and longest > limit and not self.slow:
+            self.slow = True
+            warn(
+                f"warning: RoPE is dynamic: beyond {format_tokens(limit)} tokens every token that is written reads the "
+                "whole text again, without a cache"
+            )
+        if longest > source.usable_length and not self.warned:
             self.warned, first = True, source.original_length
             warn(
                 f"warning: {format_tokens(end)} tokens given and up to {format_tokens(self.plan.max_new_tokens)} to be "

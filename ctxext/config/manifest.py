@@ -125,8 +125,29 @@ def weight_hashes(directory: Path) -> dict[str, str]:
 
     A hash is remembered in the user's cache by the file's real path, size and modification time (ns).
     """
-    paths = [path for path in sorted(Path(directory).iterdir()) if _WEIGHTS.fullmatch(path.name) and path.is_file()]
+    paths = _weight_files(directory)
     return {path.name: digest for path, digest in zip(paths, content_hashes(paths, small=0), strict=True)}
+
+
+def remembered_hashes(directory: Path) -> dict[str, str] | None:
+    """`weight_hashes` where all of them are remembered; None where a file would have to be read."""
+    known, hashes = _read_cache(), {}
+    for path in _weight_files(directory):
+        status = path.stat()
+        entry = known.get(str(path.resolve()))
+        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+            return None
+        hashes[path.name] = entry[2]
+    return hashes
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of one file, remembered as those of weights are."""
+    return content_hashes([Path(path)], small=0)[0]
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    return [path for path in sorted(Path(directory).iterdir()) if _WEIGHTS.fullmatch(path.name) and path.is_file()]
 
 
 def content_hashes(paths: Iterable[Path], *, small: int = SMALL) -> list[str]:

@@ -20,6 +20,7 @@ from ctxext.export.card import first_model
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, plan_trainables
 from ctxext.model.families import Config, expected_tensors, normalise, rope_of
+from ctxext.model.gguf import dequantised, stored_as
 from ctxext.model.source import manifest_of, original_length, read_config, read_object, require_tokenizer, usable_length
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
 from ctxext.units import counted, format_tokens
@@ -55,6 +56,8 @@ def model(name: str) -> list[Finding]:
 def _place(name: str) -> Path:
     if name and Path(name).is_dir():
         return Path(name)
+    if Path(name).is_file():
+        return dequantised(Path(name))
     if "/" not in name:
         preset = presets.find_model(name)
         directory = presets.model_preset(preset).directory
@@ -67,6 +70,8 @@ def _manifest(path: Path) -> str:
     found = manifest_of(path)
     if found is None:
         return "no ctxext.json: a model of others"
+    if (stored := stored_as(found)) is not None:
+        return f"read from a GGUF file, {stored}, in {path}"
     return f"{found.kind}, {found.created[:10]}, by ctxext {found.versions.get('ctxext')}"
 
 

@@ -6,7 +6,9 @@ receptive field   one input of one layer's attention is changed: what enters o_p
                   keys alike, so that a sharp softmax hides no key that is seen
 documents         both in a row of two documents, when training masks documents
 backend           each layer's output beside `naive_attention` on this model's own q, k and v
-cached decoding   hidden states with a cache, token by token and in chunks, beside those without; inference only
+cached decoding   hidden states as ctxext's decoding reads a text (model/decode.py), token by token and in chunks,
+                  beside those of a forward without a cache; inference only. Where RoPE follows the length of the text,
+                  stock `generate` of transformers is measured too, and a note says how far it is off
 
 What a layer should see is written down once more here (`_sees`), so that an error in ops/masks.py is found too.
 Training runs as its loop does: arguments, dtype, train mode, checkpointing (whole rows); one row, forward only. torch
@@ -28,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from ctxext.config import manifest as manifests
 from ctxext.config.loader import build
 from ctxext.errors import InputError
+from ctxext.evals.cached_decoding import as_decoded, of_stock_generate, relative
 from ctxext.evals.certificate import Certificate, Check
 from ctxext.evals.suite import Progress
 from ctxext.model.layout import LayerKind, pattern_text
@@ -45,7 +48,6 @@ if TYPE_CHECKING:
 SHORTEST, LONGEST = 16, 2047  # tokens; longer only where a window asks for it. Odd: no block or group divides it
 BEYOND_WINDOW = 67  # tokens of the row after the first W
 BACKEND_TOLERANCE = {"float32": 5e-5, "bfloat16": 2e-2}  # of the layer's largest |v|
-CACHE_TOLERANCE = {"float32": 5e-4, "bfloat16": 1e-1}  # of the largest |final hidden state|
 COMPARING = "ctxext_verify"  # the attention that measures itself, in AttentionInterface
 
 
@@ -148,6 +150,7 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = la
         patterns = [launch.pattern(layer) for layer in range(len(launch.source.kinds))]
         recompute.enable(model, launch.memory, patterns)
     checks: list[Check] = []
+    notes = [*launch.notes]
     with torch.no_grad():
         for number, row in enumerate(rows := _rows(loaded, launch), start=1):
             checks.append(_end_to_end(launch, row))
@@ -156,8 +159,10 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = la
                 checks.append(_field(module, arguments, layer, launch, row))
             checks += _backend(launch, row)
         if launch.attention == "inference":
-            checks += _cached(launch, rows[0])
-    return Certificate(launch.source.name, launch.attention, launch.T, tuple(checks), launch.notes)
+            first = rows[0]
+            checks += as_decoded(first.model, first.ids, first.forward(), _windows(launch.source.kinds), launch.dtype)
+            notes += of_stock_generate(first.model, first.ids)
+    return Certificate(launch.source.name, launch.attention, launch.T, tuple(checks), tuple(notes))
 
 
 def write_certificate(certificate: Certificate, launch: Launch, out: Path, *, force: bool = False) -> None:
@@ -314,10 +319,6 @@ def _sees(pattern: Pattern, j: int, T: int, row: _Row, H: int, K: int) -> Tensor
     return sees
 
 
-def _relative(difference: Tensor, of: Tensor) -> float:
-    return float((difference.float().abs().max() / of.float().abs().max()).nan_to_num(nan=1e9))
-
-
 def _backend(launch: Launch, row: _Row) -> list[Check]:
     """A forward in which each layer's attention is computed a second time by naive, one head at a time: it is O(T²)."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -336,7 +337,7 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
         for h, g in ((h, h * K // H) for h in range(H)):
             half = int(lo.shape[1] == 2 and h >= first_shifted_head(H, K))  # lo [1, 1 or 2, T]
             truth = naive_attention(q[:, [h]], k[:, [g]], v[:, [g]], lo[:, [half]], scale=named.get("scaling"))
-            worst = max(worst, _relative(out[:, :, [h]].transpose(1, 2) - truth, v))
+            worst = max(worst, relative(out[:, :, [h]].transpose(1, 2) - truth, v))
         checks.append(Check("backend", module.layer_idx, worst <= allowed, good, worst, allowed))
         return out, weights
 
@@ -347,19 +348,4 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
         row.forward()
     finally:
         model.set_attn_implementation(before)
-    return checks
-
-
-def _cached(launch: Launch, row: _Row) -> list[Check]:
-    """The row in pieces over a growing cache: steps of one token at its ends and over each window's edge; chunks."""
-    T, decoder, allowed = launch.T, row.model.get_decoder(), CACHE_TOLERANCE[launch.dtype]
-    whole, checks = row.forward(), []
-    steps = {edge + i for edge in {0, T} | _windows(launch.source.kinds) for i in range(-12, 13)}
-    for name, cuts in (("token by token", steps), ("in chunks", {T // 4 + 1, T // 4 + 3, T // 2, T - T // 5})):
-        cache, worst = None, 0.0
-        for begin, end in pairwise(sorted({0, T} | {cut for cut in cuts if 0 < cut < T})):
-            out = decoder(input_ids=row.ids[:, begin:end], past_key_values=cache, use_cache=True)
-            cache, difference = out.past_key_values, out.last_hidden_state - whole[:, begin:end]
-            worst = max(worst, _relative(difference, whole))
-        checks.append(Check("cached decoding", None, worst <= allowed, f"{name}, of the largest", worst, allowed))
     return checks

@@ -20,6 +20,7 @@ from ctxext.export.matrix import Verdict
 from ctxext.model.card import front_matter, runtime_note
 from ctxext.model.companions import stated_licence
 from ctxext.model.families import Config, rope_of
+from ctxext.model.gguf import stored_as
 from ctxext.model.layout import LayerKind
 from ctxext.model.source import ModelSource, manifest_of
 from ctxext.units import format_tokens
@@ -131,6 +132,8 @@ def _layers(source: ModelSource) -> str:
 
 def _told(step: Step) -> str:
     found = step.manifest
+    if (stored := stored_as(found)) is not None:
+        return f"**{step.name}**, the weights of a quantised GGUF file ({stored})"
     if found is None:
         return f"**{step.name}**, as its authors released it" if step.path else f"**{step.name}**"
     spec, facts, by = found.spec, found.facts, f"(ctxext {found.versions.get('ctxext')}, {found.created[:10]})"

@@ -23,6 +23,7 @@ from ctxext.model import source as sources
 from ctxext.model.card import model_card, runtime_note
 from ctxext.model.companions import companions, copy_companions, stated_licence
 from ctxext.model.families import SOURCES, Config, expected_tensors, hybrid_config, new_tensors, normalise, rope_of
+from ctxext.model.gguf import stored_as
 from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
 from ctxext.model.rope_fields import written_for_both
 from ctxext.model.source import ModelSource, require_tokenizer
@@ -266,7 +267,9 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "their RoPE compute something the weights were not trained for, so expect damage until it is finetuned.",
         runtime_note(plan.config),
     ]
-    card = model_card(f"{source.name} {plan.hybrid_name}", text, report.rows(), stated_licence(source.directory))
+    quantised = [("weights of a GGUF file", stored)] if (stored := stored_as(source.manifest)) is not None else []
+    rows = [*report.rows(), *quantised]
+    card = model_card(f"{source.name} {plan.hybrid_name}", text, rows, stated_licence(source.directory))
     (staging / "README.md").write_text(card, "utf-8")
     spec = {
         "model": source.name,

@@ -6,12 +6,18 @@ Rows are padded on the left and the padding is seen by none; positions count a r
 rotated as it would be by itself. A cache may be kept, so that what a row has seen is not computed again. Beams,
 penalties and sampling from a part of the vocabulary are not done.
 
+RoPE of type dynamic and longrope takes its frequencies from the length of the text, and cached keys keep the
+frequencies of the length at which they were computed. The answers here are those of a fresh forward of the whole text
+at every token: `Reader` reads the text again from its start when its frequencies change (longrope: once; dynamic: at
+every token beyond the original length), and rows of unequal lengths run one by one. Stock `generate` does not do this.
+
 B rows, T tokens of the longest prompt, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +25,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ctxext.errors import InputError
+from ctxext.model.frequencies import same_frequencies_from, switch_length
 from ctxext.model.load import causal_lm, output_weight
 
 CHUNK = 16_384  # tokens of a row prefilled at once: activations are bounded by it, not by the prompt; a chunk after the
@@ -41,6 +48,85 @@ def sampled(temperature: float, seed: int) -> Callable[[Tensor], Tensor]:
     return choose
 
 
+class Reader:
+    """Rows of one model, the cache of what they have read, and the way they read more.
+
+    cache   a `reserved_cache`; None makes a new one
+    seen    the ids that the cache holds, row by row. Only RoPE whose frequencies follow the length needs them
+    `attention_arguments` go to model/attention.py with every forward.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        cache: DynamicCache | None = None,
+        seen: Sequence[Sequence[int]] | None = None,
+        **attention_arguments: Any,
+    ):
+        self.decoder: Any = causal_lm(model).get_decoder()
+        self.cache = reserved_cache(self.decoder.config, 0) if cache is None else cache
+        self.arguments = attention_arguments
+        self.ids = None if seen is None else torch.tensor([list(row) for row in seen], dtype=torch.long)  # [B, n]
+
+    def read(
+        self,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        *,
+        chunk: int = CHUNK,
+        prefilled: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Tensor:
+        """The last hidden states [B, t, E] of the last piece of `ids` [B, T], read after what the cache holds.
+
+        mask, positions   of padded rows: [B, n + T] with the n tokens in the cache, and [B, T]; None without padding
+        chunk             the most tokens of a piece. The first piece of a text is longer where a shorter one would have
+                          other RoPE frequencies than the whole text: there `chunk` does not bound the memory
+        prefilled         called with the tokens done and their total after each piece
+
+        Raises InputError where the text has to be read again and `seen` did not say what the cache holds.
+        """
+        held = self.cache.get_seq_length()
+        settled = same_frequencies_from(self.decoder.config, held + ids.shape[1])
+        whole = self._note(ids, held)
+        # The cached keys have the frequencies of a shorter text: drop them and read everything again.
+        if 0 < held < settled:
+            if whole is None:
+                raise InputError(
+                    f"this model's RoPE follows the length of the text, and the ids of the {held:,} tokens in the "
+                    "cache are not known: the text cannot be read again",
+                    hint="give the ids of what the cache holds (seen), or generate without a cache",
+                )
+            room = max((x.reserve for x in self.cache.layers if isinstance(x, ReservedLayer)), default=0)
+            self.cache.layers = reserved_cache(self.decoder.config, room).layers
+            ids, held = whole, 0
+        begin, T = 0, ids.shape[1]
+        reserve(self.cache, held + T)
+        while begin < T:
+            end = min(begin + (chunk if held + begin else max(chunk, settled)), T)
+            padding = {}
+            if mask is not None and positions is not None:
+                padding = {"attention_mask": mask[:, : held + end], "position_ids": positions[:, begin:end]}
+            piece = ids[:, begin:end]
+            out = self.decoder(input_ids=piece, past_key_values=self.cache, use_cache=True, **padding, **self.arguments)
+            prefilled(end, T)
+            begin = end
+        states: Tensor = out.last_hidden_state
+        return states
+
+    def _note(self, ids: Tensor, held: int) -> Tensor | None:
+        """All ids of the rows with these, [B, n + T], noted for a later reading; None where some are not known."""
+        if switch_length(self.decoder.config) is None:
+            return None  # no text is ever read again
+        if not held:
+            self.ids = ids
+        elif self.ids is not None and self.ids.shape[1] == held:
+            self.ids = torch.cat((self.ids.to(ids.device), ids), 1)
+        else:
+            self.ids = None
+        return self.ids
+
+
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -51,6 +137,7 @@ def generate(
     chunk: int = CHUNK,
     choose: Callable[[Tensor], Tensor] = greedy,
     cache: DynamicCache | None = None,
+    seen: Sequence[Sequence[int]] | None = None,
     prefilled: Callable[[int, int], None] = lambda done, total: None,
     told: Callable[[int, int], None] = lambda row, token: None,
     **attention_arguments: Any,
@@ -60,33 +147,31 @@ def generate(
     choose      takes logits [B, V] to ids [B]; those of rows that have ended are drawn and not used
     cache       a `reserved_cache` with what the rows, of one length, have seen before their prompts; it then holds the
                 prompts as well, and all that was answered but a last token that nothing came after
+    seen        the ids that `cache` holds, row by row; needed where RoPE follows the length of the text (`Reader`)
     prefilled   told how many tokens of the longest prompt are done, of how many, at each chunk
     told        told (row, id) of each token when it is chosen
     `attention_arguments` go to model/attention.py with every forward: watch, backend.
 
     Memory: the cache of B x (T + max_new_tokens) tokens on full layers and B x W on sliding ones, and the activations
-    of B x `chunk`; logits are made of one token a row. Raises InputError for an empty prompt.
+    of B x `chunk` (of the whole text where RoPE is dynamic and it is beyond the original length); logits are made of
+    one token a row. Raises InputError for an empty prompt.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise InputError("nothing to generate from: a prompt has no tokens")
-    weight, decoder = output_weight(model), causal_lm(model).get_decoder()
+    weight, reader = output_weight(model), Reader(model, cache, seen, **attention_arguments)
     ids, mask = _padded(prompts, weight.device)  # [B, T]
     padded, T = not bool(mask.all()), ids.shape[1]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
-    cache = reserved_cache(decoder.config, 0) if cache is None else cache
-    if padded and cache.get_seq_length():
+    if padded and reader.cache.get_seq_length():
         raise InputError("prompts that go on with a cache must be of one length")
-    reserve(cache, cache.get_seq_length() + T + max_new_tokens)
-
-    def last_state(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        padding = {"attention_mask": mask, "position_ids": positions} if padded else {}
-        out = decoder(input_ids=ids, past_key_values=cache, use_cache=True, **padding, **attention_arguments)
-        return out.last_hidden_state[:, -1]  # [B, E]
-
-    for begin in range(0, T, chunk):
-        end = min(begin + chunk, T)
-        state = last_state(ids[:, begin:end], mask[:, :end], positions[:, begin:end])
-        prefilled(end, T)
+    # The longest row decides the frequencies of a batch: rows of other lengths would get those of its length.
+    if padded and same_frequencies_from(reader.decoder.config, T + max_new_tokens) > 1:
+        how = {"stop": stop, "chunk": chunk, "choose": choose, "prefilled": prefilled} | attention_arguments
+        one = partial(generate, model, max_new_tokens=max_new_tokens, **how)
+        return [one([prompt], told=partial(_of_row, told, row))[0] for row, prompt in enumerate(prompts)]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
+    reserve(reader.cache, reader.cache.get_seq_length() + T + max_new_tokens)
+    padding = (mask, positions) if padded else ()
+    state = reader.read(ids, *padding, chunk=chunk, prefilled=prefilled)[:, -1]  # [B, E]
     answers, going = [list[int]() for _ in prompts], [True] * len(prompts)
     for step in range(max_new_tokens):
         chosen = choose(torch.nn.functional.linear(state, weight))  # [B, V] -> [B]
@@ -97,10 +182,15 @@ def generate(
                 told(row, token)
         if not any(going) or step + 1 == max_new_tokens:
             break
-        mask = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1)
-        positions = positions[:, -1:] + 1
-        state = last_state(chosen[:, None], mask, positions)
+        mask, positions = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1), positions[:, -1:] + 1
+        padding = (mask, positions) if padded else ()
+        state = reader.read(chosen[:, None], *padding, chunk=chunk)[:, -1]
     return answers
+
+
+def _of_row(told: Callable[[int, int], None], row: int, _: int, token: int) -> None:
+    """Report a token of a row that runs alone under its number in the batch."""
+    told(row, token)
 
 
 class ReservedLayer(DynamicLayer):

@@ -115,6 +115,38 @@ def forget_lengths(model: Any, config: Config) -> None:
     model.get_decoder().rotary_emb.register_forward_pre_hook(begin, with_kwargs=True)
 
 
+def switch_length(config: Any) -> int | None:
+    """The length in tokens beyond which RoPE's frequencies follow the length of the text; None where they never do.
+
+    `config` is a built model's, of transformers. The frequencies of dynamic RoPE change with every token beyond it,
+    those of longrope once.
+    """
+    found = [int(config.max_position_embeddings) for rope in _rope_sets(config) if rope["rope_type"] == "dynamic"]
+    found += [
+        int(rope["original_max_position_embeddings"]) for rope in _rope_sets(config) if rope["rope_type"] == "longrope"
+    ]
+    return min(found, default=None)
+
+
+def same_frequencies_from(config: Any, length: int) -> int:
+    """The shortest text, in tokens, that has the RoPE frequencies of a text of `length` tokens.
+
+    1 where nothing has changed up to `length`. A cache of n tokens serves a text of `length` if n is at least this.
+    `config` is a built model's, of transformers.
+    """
+    switch = switch_length(config)
+    if switch is None or length <= switch:
+        return 1
+    dynamic = any(rope["rope_type"] == "dynamic" for rope in _rope_sets(config))
+    return length if dynamic else switch + 1
+
+
+def _rope_sets(config: Any) -> list[Config]:
+    """The RoPE parameters of a built model's config: one set, or one for each type of layer that has any."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]
+
+
 def _rope_prefixes(config: Config) -> list[str]:
     if "rope_type" in config["rope_parameters"]:
         return [""]

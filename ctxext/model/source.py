@@ -1,4 +1,4 @@
-"""Finding a MODEL argument: a local directory, a preset name or a hub id, tried in that order. No torch.
+"""Finding a MODEL argument: a local directory, a GGUF file, a preset or a hub id, tried in that order. No torch.
 
 What is found is described by files alone (config.json, safetensors headers, ctxext.json), so that every refusal these
 can decide comes before torch is imported.
@@ -97,6 +97,8 @@ def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> 
     """
     if isdir(model):  # which, unlike Path.is_dir, says no to names that no system has
         return from_directory(Path(model), weights=weights, allow_pickle=allow_pickle)
+    if isfile(model) or model.lower().endswith(".gguf"):
+        return _from_gguf(Path(model), weights)
     if "/" in model and not HUB_ID.fullmatch(model):
         raise InputError(
             f"{model}: no such directory", hint="give a directory with a config.json, a preset or a hub id"
@@ -228,9 +230,12 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
     if isfile(base / "adapter_config.json"):
         raise ModelError(f"{path}: its base {base} is an adapter too", hint="merge that one first")
     if not isdir(base):
+        cached = base.parent.name == "gguf" and base.parent.parent.name == "ctxext"
         raise ModelError(
             f"{path}: its base {base} is not there any more",
-            hint="put the base model back at that path, or train again from where it is now",
+            hint="it was read from a GGUF file: `ctxext doctor FILE.gguf` writes it into the cache again"
+            if cached
+            else "put the base model back at that path, or train again from where it is now",
         )
     if manifests.weight_hashes(base) != parent["weights"]:
         raise ModelError(
@@ -252,6 +257,18 @@ def _check_adapter(path: Path, manifest: Manifest | None) -> None:
 def _patterns(allow_pickle: bool) -> list[str]:
     """The files of a hub model that are fetched where its weights are needed."""
     return [*HUB_FILES, *([PICKLE, "pytorch_model-*.bin"] if allow_pickle else [])]
+
+
+def _from_gguf(file: Path, weights: bool) -> ModelSource:
+    """The model of a GGUF file: its header's shapes, or with `weights` its directory in the cache (model/gguf.py)."""
+    from ctxext.model import gguf
+
+    if weights:
+        return from_directory(gguf.dequantised(file), name=file.stem)
+    header = gguf.read_header(file)
+    config = normalise(gguf.config_of(header))
+    gguf.tensor_names(header, config)
+    return ModelSource(file.stem, None, "source", config, original_length(config), usable_length(config))
 
 
 def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:

@@ -202,8 +202,8 @@ def looked_at(
 
     answers = torch.tensor(generate(loaded.model, prompts, steps, chunk=chunk, watch=watch))
     T = len(prompts[0])
-    first = -(-T // chunk) - 1  # the forward that the first token comes from
-    places = torch.stack([torch.stack(back[layer][first:]) for layer in range(len(loaded.kinds))])
+    # Each token comes from one forward, and these are the last ones: a prompt is read in one piece or several.
+    places = torch.stack([torch.stack(back[layer][-steps:]) for layer in range(len(loaded.kinds))])
     return answers, places + torch.arange(T, T + steps)[:, None, None]
 
 

@@ -52,9 +52,12 @@ def request(job: Job, step: Any) -> dict[str, Any]:
 
 
 def stamp(name: str, *, but: Collection[str] = ()) -> Any:
-    """A directory by the content of its files `but` some, and its base's; a model of the hub by its name and commit;
-    a preset of one by what it says: unless that pins a revision, a newer commit is not seen."""
+    """A directory by the content of its files `but` some, and its base's; a GGUF file by its content; a model of the
+    hub by its name and commit; a preset of one by what it says: unless that pins a revision, a newer commit is not
+    seen."""
     path: Path | None = Path(name)
+    if os.path.isfile(name):
+        return {"gguf": manifests.file_hash(Path(name))}
     if not os.path.isdir(name):
         path = resolve(name, weights=False).path
     if path is None:

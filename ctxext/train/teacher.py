@@ -150,4 +150,4 @@ def teacher_weights(teacher: Teacher | None, spec: FinetuneSpec) -> ModelSource 
 
 def absolute(teacher: str) -> str:
     """A path of a teacher from the root: a run may be resumed from another directory."""
-    return str(Path(teacher).absolute()) if teacher != SELF and Path(teacher).is_dir() else teacher
+    return str(Path(teacher).absolute()) if teacher != SELF and Path(teacher).exists() else teacher

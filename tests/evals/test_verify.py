@@ -15,6 +15,7 @@ from ctxext.config.loader import build
 from ctxext.errors import CheckFailed, InputError
 from ctxext.evals.verify import plan_launch, verify, write_certificate
 from ctxext.model import attention as seam
+from ctxext.model import decode
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.ops.attention import naive_attention
@@ -253,6 +254,32 @@ def test_a_cache_that_forgets_is_found(hybrids, monkeypatch):
     monkeypatch.setattr(blocked, "attention", forgetful)
     found = failed(verify(plan_launch(str(hybrids["llama"]), ctx=96), device="cpu"))
     assert found == {"cached decoding": {None}}
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.5, 2.0, 3.0, 4.0],
+        "original_max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_decoding_passes_where_rope_follows_the_length_and_stock_generate_is_named(model_dir, kind, monkeypatch):
+    model = model_dir(rope_parameters=ROPES[kind], max_position_embeddings=64 if kind == "dynamic" else 256)
+    certificate = verify(plan_launch(str(model), ctx=96), device="cpu")
+    assert not certificate.failed
+    assert any("`generate` of transformers with a cache does not" in note for note in certificate.notes)
+    short = verify(plan_launch(str(model), ctx=48), device="cpu")
+    assert not short.failed and any("do not reach there" in note for note in short.notes)
+    # A reader that keeps the old keys, as stock generate does, is found.
+    monkeypatch.setattr(decode, "same_frequencies_from", lambda config, length: 1)
+    assert failed(verify(plan_launch(str(model), ctx=96), device="cpu")) == {"cached decoding": {None}}
 
 
 def test_nan_fails_and_the_certificate_stays_json(hybrids, monkeypatch, tmp_path):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ctxext.errors import InputError
+from ctxext.generation import Conversation, plan_generation
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.decode import generate, reserved_cache, stop_ids
 from ctxext.model.load import load_model
@@ -113,3 +116,79 @@ def test_stops_are_those_of_tokenizer_and_generation_config(model_dir: Any) -> N
     loaded = load_model(Path(model_dir()), device="cpu")
     loaded.model.generation_config.eos_token_id = [5, 6]
     assert stop_ids(loaded.model, loaded.tokenizer) == {0, 5, 6}
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.5, 2.0, 3.0, 4.0],
+        "original_max_position_embeddings": 32,
+    },
+}
+LONG = [[1, *range(40, 40 + n)] for n in (3, 29, 50, 17)]  # the frequencies of both change beyond 32 tokens
+
+
+@pytest.fixture(scope="module", params=["dynamic", "longrope"])
+def following(request: Any, model_dir: Any) -> Any:
+    """A model whose RoPE follows the length of the text, from 32 tokens on."""
+    rope = dict(ROPES[request.param])
+    directory = model_dir(rope_parameters=rope, max_position_embeddings=32 if request.param == "dynamic" else 256)
+    return directory, load_model(directory, device="cpu").model
+
+
+@pytest.mark.parametrize("chunk", [4, 16, 4096])
+def test_answers_are_those_of_a_fresh_forward_where_rope_follows_the_length(following: Any, chunk: int) -> None:
+    directory, model = following
+    truth = [stock(directory, prompt, NEW) for prompt in LONG]
+    assert [generate(model, [prompt], NEW, chunk=chunk)[0] for prompt in LONG] == truth
+    told: list[tuple[int, int]] = []
+    assert generate(model, LONG, NEW, chunk=chunk, told=lambda *x: told.append(x)) == truth
+    assert [[token for row, token in told if row == number] for number in range(4)] == truth
+    assert generate(model, [LONG[1], LONG[1][::-1]], NEW, chunk=chunk)[0] == truth[1]
+
+
+def stock(directory: Path, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens of transformers' own class: a forward of the whole text for each, frequencies made anew."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    ids = list(prompt)
+    for _ in range(count):
+        model.model.rotary_emb.__init__(model.config)
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_a_kept_cache_is_read_again_where_the_frequencies_change(following: Any) -> None:
+    directory, model = following
+    truth = stock(directory, LONG[1], NEW)
+    for seen in (None, [LONG[1][:20]]):
+        cache = reserved_cache(model.get_decoder().config, 0)
+        generate(model, [LONG[1][:20]], 1, cache=cache)
+        if seen is None:
+            with pytest.raises(InputError, match="ids of the 32 tokens in the cache are not known"):
+                generate(model, [LONG[1][20:]], NEW, cache=cache)
+        else:
+            assert generate(model, [LONG[1][20:]], NEW, cache=cache, seen=seen) == [truth]
+
+
+def test_a_conversation_reads_again_where_the_frequencies_change(following: Any) -> None:
+    directory, _ = following
+    talk = Conversation(plan_generation(str(directory), max_new_tokens=9, device="cpu"))
+    talk.stop = frozenset()
+    warned: list[str] = []
+    for turn in ("ten tokens", "twelve of it", "and more yet"):
+        before = list(talk.ids)
+        answer = talk.ask(turn, warn=warned.append)
+        new = talk.ids[len(before) : -answer.written]
+        assert talk.ids[-9:] == stock(directory, before + new, 9)
+        assert answer.read + answer.kept == len(before) + len(new) and sum(x.tokens for x in answer.cache) > 0
+    dynamic = model_type(directory) == "dynamic"
+    assert any("reads the whole text again" in line for line in warned) == dynamic
+
+
+def model_type(directory: Path) -> str:
+    return str(json.loads((directory / "config.json").read_text())["rope_parameters"]["rope_type"])

@@ -1,0 +1,250 @@
+"""A GGUF file given as MODEL: its weights are dequantised once, into an ordinary model directory in the user's cache.
+
+The header, the names and the tokenizer are read here, and the `gguf` package dequantises. transformers' own reader
+(5.17 to 5.23) passes over the factors of Llama 3's RoPE (`rope_freqs.weight`), RoPE scalings, biases of a llama and
+Qwen3's head size, splits digits as GPT-2 does whatever the file says, and holds the whole model in memory. Here one
+shard is in memory at a time. The tests hold weights and logits equal to transformers' reader, bit by bit.
+
+Stored dtype: bfloat16 or float16 where the file holds its weights so and every other tensor is exact in it; float32 for
+quantised weights. A value of a block is a scale times a small number (plus a minimum), which the 8 bits of bfloat16's
+mantissa do not hold: each weight would be off by up to 2^-9 of itself, half of what Q8_0 itself is off for a large
+weight. A model in the cache is the model that llama.cpp runs, and costs twice the disk; `convert --dtype bfloat16`
+writes a smaller one.
+
+The cache: `ctxext/gguf/` in XDG_CACHE_HOME or ~/.cache, a directory for each file by the sha256 of its contents. A file
+that moved is not dequantised again, and one that changed is. The hash is remembered by path, size and time of change.
+An adapter that is trained on it names that directory as its base. No torch at import.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ctxext.config import manifest as manifests
+from ctxext.config.output import environment_fault
+from ctxext.errors import EnvironmentFault, ModelError
+from ctxext.model.card import model_card
+from ctxext.model.families import Config, normalise
+from ctxext.model.gguf_config import FACTORS, PERMUTED, config_of, quantisation, special_ids, tensor_names
+from ctxext.model.gguf_header import FLOATS, TYPES, Header, Stored, read_header
+from ctxext.model.weights import INDEX, SINGLE
+from ctxext.units import format_bytes
+
+FORMAT = 1  # of what is written into the cache
+SHARD_BYTES = 2 * 1024**3
+PIECE = 2**24  # entries that are dequantised at once
+
+
+def stored_as(manifest: manifests.Manifest | None) -> str | None:
+    """What a manifest says of the GGUF file that a model was read from; None where it was not read from one."""
+    facts = manifest.facts.get("gguf") if manifest else None
+    if not isinstance(facts, dict):
+        return None
+    return f"{facts.get('file')}: {facts.get('quantisation')}; dequantised to {facts.get('dequantised_to')}"
+
+
+def cache_root() -> Path:
+    """Where dequantised models lie."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "gguf"
+
+
+def dequantised(file: Path) -> Path:
+    """The model directory of a GGUF file, written now where the cache does not have it.
+
+    Raises what `read_header` and `config_of` raise, ModelError for weights that are not finite, and EnvironmentFault
+    where the `gguf` package is not installed or the disk of the cache has no room.
+    """
+    header = read_header(file)
+    config = normalise(config_of(header))
+    tensor_names(header, config)
+    if importlib.util.find_spec("gguf") is None:
+        raise EnvironmentFault(
+            f"{file}: a GGUF file needs the gguf package, which is not installed", hint="pip install 'ctxext[gguf]'"
+        )
+    digest = manifests.file_hash(file)
+    out = cache_root() / f"{FORMAT}-{digest[:40]}"
+    with _alone(out):
+        if not _is_whole(out):
+            _write(header, out, digest)
+    return out
+
+
+def _is_whole(out: Path) -> bool:
+    """Whether a directory of the cache has its weights: it appears whole, but a user may have tidied in it."""
+    try:
+        manifest = manifests.read(out)
+    except ModelError:
+        return False
+    stored = manifest.facts.get("weights") if manifest else None
+    return bool(stored) and (out / "config.json").is_file() and all((out / name).is_file() for name in stored or ())
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Wait for another process that writes the same directory; on a file system without locks both write."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out.with_name(f"{out.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise environment_fault(error, out) or EnvironmentFault(
+            f"the cache of GGUF files cannot be written at {out.parent} ({error})", hint="set XDG_CACHE_HOME"
+        ) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # no locks here: the rename at the end still lets one directory win
+        yield
+    finally:
+        os.close(lock)
+
+
+def _write(header: Header, out: Path, digest: str) -> None:
+    """Write the directory beside its place and rename it into it."""
+    config = config_of(header)
+    dtype = _dtype(header)
+    item = 4 if dtype == "float32" else 2
+    needed = sum(item * _entries(stored) for stored in header.tensors.values())
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise EnvironmentFault(
+            f"{header.path}: dequantised to {dtype} it takes {format_bytes(needed)}, {format_bytes(free)} are free at "
+            f"{out.parent}",
+            hint="make room, or set XDG_CACHE_HOME to a directory on a larger disk",
+        )
+    partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
+    try:
+        partial.mkdir()
+        _write_into(partial, header, config | {"dtype": dtype}, digest)
+        if out.exists():  # what a user left of an older one
+            shutil.rmtree(out)
+        partial.rename(out)
+    except OSError as error:
+        if _is_whole(out):  # another process was first
+            return
+        raise environment_fault(error, out) or error from error
+    except Exception as error:  # safetensors and tokenizers wrap the system's errors in their own
+        raise environment_fault(error, out) or error from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_into(directory: Path, header: Header, config: Config, digest: str) -> None:
+    from ctxext.model.gguf_tokenizer import write_tokenizer
+
+    _write_weights(directory, header, config)
+    write_tokenizer(header.path, directory, config)
+    ids = special_ids(header)
+    ends = [ids[name] for name in ("eos_token_id", "eot_token_id") if name in ids]
+    defaults = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if name in ids}
+    defaults |= {"eos_token_id": list(dict.fromkeys(ends))} if ends else {}
+    (directory / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n", "utf-8")
+    facts = {
+        "name": header.path.stem,
+        "gguf": {
+            "file": header.path.name,
+            "sha256": digest,
+            "quantisation": quantisation(header),
+            "dequantised_to": config["dtype"],
+            "stated_name": header.metadata.get("general.name"),
+        },
+    }
+    rows = [("quantisation", quantisation(header)), ("file", header.path.name), ("sha256 of the file", digest)]
+    said = (
+        f"The weights of a GGUF file, dequantised to {config['dtype']}. They are those of a quantised file and not of "
+    )
+    said += "the model that it was made from."
+    licence = {"license": str(value)} if (value := header.metadata.get("general.license")) else {}
+    (directory / "README.md").write_text(model_card(header.path.stem, [said], rows, licence), "utf-8")
+    manifests.write(directory, manifests.new("source", spec={}, parents={}, facts=facts, command=[]))
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _entries(stored: Stored) -> int:
+    return stored.size // TYPES[stored.number][2] * TYPES[stored.number][1]
+
+
+def _dtype(header: Header) -> str:
+    """The dtype to store: the file's own 16 bits where every value is exact in it, else float32."""
+    import numpy as np
+    import torch
+
+    types = {stored.type for stored in header.tensors.values()}
+    if not types <= set(FLOATS) or types >= {"F16", "BF16"} or types == {"F32"}:
+        return "float32"
+    name = "float16" if "F16" in types else "bfloat16"
+    for tensor, stored in header.tensors.items():
+        if stored.type == "F32" and tensor != FACTORS:
+            values = torch.from_numpy(np.frombuffer(header.read(tensor), np.float32).copy())
+            if not torch.equal(values.to(getattr(torch, name)).float(), values):
+                return "float32"
+    return name
+
+
+def _write_weights(directory: Path, header: Header, config: Config) -> None:
+    """The tensors in shards, one of which is in memory at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    names, dtype = tensor_names(header, normalise(config)), getattr(torch, config["dtype"])
+    shards: list[list[str]] = [[]]
+    room = SHARD_BYTES
+    for name, stored in names.items():
+        size = _entries(header.tensors[stored]) * dtype.itemsize
+        if size > room and shards[-1]:
+            shards, room = [*shards, []], SHARD_BYTES
+        shards[-1].append(name)
+        room -= size
+    weight_map: dict[str, str] = {}
+    with tqdm(total=len(names), desc=f"dequantising {header.path.name}, once", unit=" tensors", disable=None) as shown:
+        for number, shard in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {}
+            for name in shard:
+                tensors[name] = _tensor(header, names[name], config).to(dtype)
+                shown.update()
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        total = sum((directory / file).stat().st_size for file in set(weight_map.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _tensor(header: Header, name: str, config: Config) -> Any:
+    """One tensor in float32, its rows in the order of transformers. Raises ModelError for NaN and infinity."""
+    import gguf
+    import numpy as np
+    import torch
+
+    stored = header.tensors[name]
+    entries, size = TYPES[stored.number][1:]
+    width = stored.shape[-1] // entries * size  # bytes of a row
+    rows = np.frombuffer(header.read(name), np.uint8).reshape(-1, width)
+    out = np.empty((len(rows), stored.shape[-1]), np.float32)
+    step = max(1, PIECE // stored.shape[-1])
+    for begin in range(0, len(rows), step):
+        piece = rows[begin : begin + step]
+        if stored.type in ("F32", "F16"):
+            out[begin : begin + step] = piece.view(np.float32 if stored.type == "F32" else np.float16)
+        else:
+            out[begin : begin + step] = gguf.dequantize(piece, gguf.GGMLQuantizationType(stored.number))
+    if not np.isfinite(out).all():
+        raise ModelError(f"{header.path}: {name} holds NaN or infinite values", hint="the file is damaged")
+    found = torch.from_numpy(out).reshape(stored.shape)
+    heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
+    if heads is None or config["model_type"] not in PERMUTED:
+        return found
+    # Stored: both halves of a head's rotated pair side by side. transformers: all first halves, then all second ones.
+    paired = found.reshape(config[heads], -1, 2, *stored.shape[1:])
+    return paired.transpose(1, 2).reshape(stored.shape).contiguous()

@@ -1,0 +1,212 @@
+"""What the header of a GGUF file says, as a config.json and the names of its tensors. No torch, no tensor is read.
+
+What a header says becomes a config.json that computes what llama.cpp computes with the file, or the file is refused by
+name: nothing that changes results is passed over.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter
+from typing import Any
+
+from ctxext.errors import ModelError
+from ctxext.model.families import Config, expected_tensors
+from ctxext.model.frequencies import inverse_frequencies
+from ctxext.model.gguf_header import Header
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")  # general.architecture; each is the model_type of its config.json
+PERMUTED = ("llama",)  # whose rows of q and k are stored in pairs, as Meta's own RoPE wants them
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+FACTORS = "rope_freqs.weight"  # what Llama 3's RoPE divides each frequency by
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+REQUIRED = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count",
+            "attention.layer_norm_rms_epsilon")  # fmt: skip
+READ = {
+    *REQUIRED,
+    *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "vocab_size"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    *("rope.scaling.finetuned", "tensor_data_layout"),  # notes that change nothing
+}
+
+
+def config_of(header: Header) -> Config:
+    """The config.json of a file, in the spelling of transformers 5, without its dtype.
+
+    Raises ModelError for an architecture that is not supported, and for whatever of the header is not read here.
+    """
+    path, metadata = header.path, header.metadata
+    parts, kind = metadata.get("split.count", 1), metadata.get("general.type", "model")
+    if parts not in (0, 1):
+        raise ModelError(
+            f"{path}: one of {parts} parts of a split GGUF file",
+            hint="join them first: llama-gguf-split --merge FIRST-PART OUT.gguf",
+        )
+    architecture = metadata.get("general.architecture")
+    if architecture not in ARCHITECTURES or kind != "model":
+        what = f"general.type {kind!r}" if kind != "model" else f"architecture {architecture!r}"
+        raise ModelError(
+            f"{path}: a GGUF file of {what}, which is not supported; supported are {', '.join(ARCHITECTURES)}",
+            hint="give the model's original directory if ctxext supports its class: ctxext presets, docs/models.md",
+        )
+    fields = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
+    missing = [f"{architecture}.{name}" for name in REQUIRED if fields.get(name) is None]
+    if missing or "token_embd.weight" not in header.tensors:
+        raise ModelError(f"{path}: {', '.join(missing) or 'token_embd.weight'} missing in its header")
+    own = {key: value for key, value in metadata.items() if key.startswith(f"{architecture}.")}
+    unread = [f"{key} {value!r}"[:80] for key, value in own.items() if key.partition(".")[2] not in READ and value]
+    if unread:
+        raise ModelError(
+            f"{path}: {', '.join(unread)}: not read here, and it may change what the model computes",
+            hint="give the model's original directory",
+        )
+    return _config(header, architecture, fields)
+
+
+def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Config:
+    heads, width = fields["attention.head_count"], fields["embedding_length"]
+    kv_heads = fields.get("attention.head_count_kv") or heads
+    if not all(type(value) is int and value > 0 for value in (heads, kv_heads, width)):
+        raise ModelError(f"{header.path}: layers with head counts of their own are not supported")
+    head_dim = fields.get("attention.key_length") or width // heads
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if fields.get(name) not in (None, head_dim):
+            raise ModelError(f"{header.path}: {name} {fields[name]} in heads of {head_dim}: whole heads are rotated")
+    tensors, ids = header.tensors, special_ids(header)
+    config: Config = {
+        "model_type": architecture,
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[
+            architecture]],
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": width,
+        "intermediate_size": fields["feed_forward_length"],
+        "num_hidden_layers": fields["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": fields["context_length"],
+        "rms_norm_eps": _shortest(fields["attention.layer_norm_rms_epsilon"]),
+        "rope_parameters": _rope(header, fields, head_dim),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        **{name: ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    }  # fmt: skip
+    if (original := fields.get("rope.scaling.original_context_length")) and config["rope_parameters"].get("factor"):
+        config["original_max_position_embeddings"] = original
+    if architecture == "llama":
+        config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
+    if architecture == "qwen3":
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+    if architecture != "llama":
+        config["use_sliding_window"] = False
+    return config
+
+
+def special_ids(header: Header) -> dict[str, int]:
+    """The ids of special tokens that the file names and that its embedding has a row for."""
+    names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id",
+             "eot_token_id": "eot_token_id", "unk_token_id": "unknown_token_id"}  # fmt: skip
+    stated = {name: header.metadata.get(f"tokenizer.ggml.{key}") for name, key in names.items()}
+    rows = header.tensors["token_embd.weight"].shape[0]
+    return {name: value for name, value in stated.items() if type(value) is int and 0 <= value < rows}
+
+
+def _rope(header: Header, fields: dict[str, Any], head_dim: int) -> Config:
+    """RoPE's parameters. Raises ModelError for a scaling that no config.json of these classes can say."""
+    theta = _shortest(fields.get("rope.freq_base") or 10000.0)
+    kind, factor = fields.get("rope.scaling.type") or "none", fields.get("rope.scaling.factor")
+    if fields.get("rope.scale_linear") not in (None, 0.0, 1.0):
+        kind, factor = "linear", fields["rope.scale_linear"]
+    rope: Config = {"rope_type": "default", "rope_theta": theta}
+    if FACTORS in header.tensors:
+        if kind != "none":
+            raise ModelError(f"{header.path}: {FACTORS} and rope.scaling.type {kind!r} together are not supported")
+        return rope | _llama3(header, theta, head_dim)
+    if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
+        return rope
+    if kind not in ("linear", "yarn") or not factor:
+        raise ModelError(f"{header.path}: rope.scaling.type {kind!r}, factor {factor}: not supported in a GGUF file")
+    rope |= {"rope_type": kind, "factor": _shortest(factor)}
+    if kind == "yarn":
+        original = fields.get("rope.scaling.original_context_length")
+        if not original:
+            raise ModelError(f"{header.path}: yarn without rope.scaling.original_context_length")
+        rope["original_max_position_embeddings"] = original
+    return rope
+
+
+def _llama3(header: Header, theta: float, head_dim: int) -> Config:
+    """The parameters of Llama 3's RoPE whose factors are those that the file stores. The factors do not say them all:
+    the published ones (bands 1 and 4, from 8,192 tokens) are tried, with the factor of the slowest frequency."""
+    stored = header.tensors[FACTORS]
+    if stored.type != "F32" or stored.shape != (head_dim // 2,):
+        raise ModelError(f"{header.path}: {FACTORS} is {stored.type} {list(stored.shape)}, not F32 [{head_dim // 2}]")
+    found = struct.unpack(f"<{head_dim // 2}f", header.read(FACTORS))
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": _shortest(max(found)), **LLAMA3}
+    plain = inverse_frequencies({"rope_type": "default", "rope_theta": theta}, head_dim, 1)[0]
+    scaled = inverse_frequencies(rope, head_dim, 1)[0]
+    if any(abs(a / b - factor) > 1e-4 * factor for a, b, factor in zip(plain, scaled, found, strict=True)):
+        raise ModelError(
+            f"{header.path}: its {FACTORS} are not those of Llama 3.1 to 3.3 (bands 1 and 4, from 8,192 tokens), and a "
+            "config.json cannot say them",
+            hint="give the model's original directory",
+        )
+    return rope
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05, where a double prints 9.999999747378752e-06."""
+    for digits in range(1, 10):
+        short = float(f"{value:.{digits}g}")
+        if struct.pack("<f", short) == struct.pack("<f", value):
+            return short
+    return value
+
+
+def tensor_names(header: Header, config: Config) -> dict[str, str]:
+    """The GGUF name of each tensor of a (normalised) config. Raises ModelError where the file has others, or of other
+    shapes."""
+    named = {_name(name): name for name in header.tensors if name != FACTORS}
+    expected = expected_tensors(config)
+    faults = [f"{name}: missing" for name in expected if name not in named]
+    faults += [f"{named[name]}: not of this class" for name in named if name not in expected]
+    faults += [
+        f"{named[name]}: {list(header.tensors[named[name]].shape)}, by its header {list(shape)}"
+        for name, shape in expected.items()
+        if name in named and header.tensors[named[name]].shape != tuple(shape)
+    ]
+    if faults:
+        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ModelError(f"{header.path}: its tensors are not those of its header: {'; '.join(faults[:5])}{more}")
+    return {name: named[name] for name in expected}
+
+
+def _name(name: str) -> str:
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
+    plain = re.fullmatch(r"(\w+)\.(weight|bias)", name)
+    if block and block[2] in NAMES:
+        return f"model.layers.{block[1]}.{NAMES[block[2]]}.{block[3]}"
+    return f"{NAMES[plain[1]]}.{plain[2]}" if plain and plain[1] in NAMES else name
+
+
+def quantisation(header: Header) -> str:
+    """The types that the file stores its tensors in, by how many they are: "Q4_1 x 210, F32 x 61, Q8_0 x 1"."""
+    counts = Counter(stored.type for stored in header.tensors.values())
+    return ", ".join(f"{kind} x {count}" for kind, count in counts.most_common())

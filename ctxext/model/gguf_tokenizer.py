@@ -1,0 +1,159 @@
+"""The tokenizer of a GGUF file as a tokenizer.json: byte-level BPE, or BPE of SentencePiece.
+
+A GGUF file names the way in which text is split before BPE (tokenizer.ggml.pre) and does not spell it out. The ways
+here are those of the tokenizer.json that the models were published with; a name that is not among them is refused,
+because another split gives other ids. What a file does not say is taken as llama.cpp takes it (src/llama-vocab.cpp):
+BOS is added for SentencePiece and Llama 3 unless it says no. Not read: a second chat template.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ctxext.errors import ModelError
+from ctxext.model.families import Config
+from ctxext.model.gguf_header import read_header
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
+SPACE = "\u2581"
+KEYS = "tokenizer.ggml."
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+SPLITS = {
+    "llama-bpe": WORDS + r"\p{N}{1,3}" + REST,
+    "qwen2": WORDS + r"\p{N}" + REST,
+    "tekken": rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+WHOLE = ("llama-bpe", "tekken")  # a piece that is a token is that token, whatever the merges say
+ADDS_BOS = ("llama-bpe", "tekken")
+PRE = (*SPLITS, *SAME, "gpt-2", "smollm")
+SAMPLE = "Zwölf Boxkämpfer jagen Viktor, 42 × 3.14  =  131.88!\n\tdef f(x): return x  # 你好 мир 🙂 e\u0301\n"
+
+
+def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
+    """Write tokenizer.json, tokenizer_config.json and the chat template of a GGUF file into a directory.
+
+    Raises ModelError for a vocabulary that cannot be read, for more tokens than the embedding has rows, and where the
+    written files give other ids than the tokenizer that was built.
+    """
+    header = read_header(file, (f"{KEYS}tokens", f"{KEYS}merges"))
+    told = {key.removeprefix(KEYS): value for key, value in header.metadata.items() if key.startswith(KEYS)}
+    tokens, kinds = told.get("tokens"), told.get("token_type")
+    if not isinstance(tokens, list) or not isinstance(kinds, list) or len(kinds) != len(tokens):
+        raise ModelError(f"{file}: no vocabulary in it (tokenizer.ggml.tokens and token_type)")
+    if len(tokens) > config["vocab_size"]:
+        raise ModelError(f"{file}: {len(tokens):,} tokens, the embedding has {config['vocab_size']:,} rows")
+    if len(set(tokens)) != len(tokens):
+        raise ModelError(f"{file}: tokens stand twice in its vocabulary")
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if told.get("model") not in builders:
+        raise ModelError(f"{file}: a tokenizer of type {told.get('model')!r}; supported are {', '.join(builders)}")
+    built = builders[told["model"]](file, told)
+    for special in (True, False):
+        wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
+        added = [
+            AddedToken(token, normalized=False, special=special)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in wanted
+        ]
+        (built.add_special_tokens if special else built.add_tokens)(added)
+    names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
+             "pad_token": "padding_token_id"}  # fmt: skip
+    said = {name: tokens[told[key]] for name, key in names.items() if type(told.get(key)) is int and
+            0 <= told[key] < len(tokens)}  # fmt: skip
+    _add_ends(file, built, told, said)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=built, clean_up_tokenization_spaces=False, **said)
+    wrapped.chat_template = header.metadata.get("tokenizer.chat_template")
+    wrapped.save_pretrained(directory)
+    _check(file, directory, built)
+
+
+def _check(file: Path, directory: Path, built: Tokenizer) -> None:
+    from ctxext.model.load import load_tokenizer
+
+    again = load_tokenizer(directory)
+    for special in (True, False):
+        if (
+            list(again(SAMPLE, add_special_tokens=special)["input_ids"])
+            != built.encode(SAMPLE, None, False, special).ids
+        ):
+            raise ModelError(f"{file}: its tokenizer, written and opened again by transformers, gives other ids")
+
+
+def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
+    pre = told.get("pre")
+    if pre not in PRE:
+        raise ModelError(
+            f"{file}: tokenizer.ggml.pre {pre!r}: how it splits text is not known here; known are {', '.join(PRE)}",
+            hint="give the model's original directory, or make the file again with a newer llama.cpp",
+        )
+    pre = SAME.get(pre, pre)
+    merges = [tuple(merge.split(" ")) for merge in told.get("merges") or ()]
+    if not merges or any(len(pair) != 2 for pair in merges):
+        raise ModelError(f"{file}: no merges in it (tokenizer.ggml.merges)")
+    vocabulary = {token: number for number, token in enumerate(told["tokens"])}
+    try:
+        built = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE))
+    except Exception as error:  # the library's own, for a merge whose tokens are not in the vocabulary
+        raise ModelError(f"{file}: its merges do not fit its tokens ({error})") from None
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)
+    if pre in SPLITS:
+        first: Any = pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated")
+        built.pre_tokenizer = pre_tokenizers.Sequence([first, byte_level])
+    elif pre == "smollm":
+        built.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    else:
+        built.pre_tokenizer = byte_level
+    if told["pre"] == "qwen2":
+        built.normalizer = normalizers.NFC()
+    built.decoder = decoders.ByteLevel()
+    return built
+
+
+def _sentencepiece(file: Path, told: dict[str, Any]) -> Tokenizer:
+    tokens, scores = told["tokens"], told.get("scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ModelError(f"{file}: no scores in it (tokenizer.ggml.scores)")
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    # SentencePiece merges the pair whose result has the best score: a merge's rank is that of its result.
+    ranked = sorted((number for number, kind in enumerate(told["token_type"]) if kind == NORMAL),
+                    key=lambda number: -scores[number])  # fmt: skip
+    merges = [
+        (token[:cut], token[cut:])
+        for token in (tokens[number] for number in ranked)
+        for cut in range(1, len(token))
+        if token[:cut] in vocabulary and token[cut:] in vocabulary
+    ]
+    unknown = told.get("unknown_token_id")
+    unk = tokens[unknown] if type(unknown) is int and 0 <= unknown < len(tokens) else None
+    built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", SPACE)
+    prefix = told.get("add_space_prefix", True)
+    built.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    built.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+    return built
+
+
+def _add_ends(file: Path, built: Tokenizer, told: dict[str, Any], said: dict[str, str]) -> None:
+    """BOS before a text and EOS after it, as the file says or llama.cpp takes it."""
+    pre = SAME.get(told.get("pre", ""), told.get("pre"))
+    bos = told.get("add_bos_token", told["model"] == "llama" or pre in ADDS_BOS)
+    ends = {"bos_token": bool(bos), "eos_token": bool(told.get("add_eos_token", False))}
+    for name, wanted in ends.items():
+        if wanted and name not in said:
+            raise ModelError(f"{file}: it adds a {name} to every text and does not say which")
+    begin, end = (said[name] if wanted else None for name, wanted in ends.items())
+    if begin is None and end is None:
+        return
+    single = " ".join([*([begin] if begin else []), "$A", *([end] if end else [])])
+    pair = f"{single} " + " ".join([*([f"{begin}:1"] if begin else []), "$B:1", *([f"{end}:1"] if end else [])])
+    special = [(token, built.token_to_id(token)) for token in dict.fromkeys((begin, end)) if token is not None]
+    built.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
