@@ -1,6 +1,6 @@
 """Writes docs/models.md: what works for which model, from the zoo of tests/zoo and its recorded outcomes.
 
-`make docs` runs it. With `--measure` every checkpoint goes through every station first (minutes), and what came of it is
+`make docs` runs it. With `--measure` every checkpoint goes through every station first (minutes), and the outcomes are
 written to tests/zoo/outcomes.json. tests/zoo/test_zoo.py holds both files.
 """
 
@@ -30,13 +30,14 @@ COLUMNS = {
 FAULT = "fault: "
 HEAD = """# Which models work
 
-Made by `make docs` from tests/zoo, where some thirty checkpoints that people bring are written down as facts: their
+Made by `make docs` from tests/zoo, where thirty-six checkpoints that people bring are written down as facts: their
 config.json with its own spelling, the kind of their tokenizer, special tokens, the features of their chat template.
-Widths, depth, windows and vocabulary are scaled down, and the weights are random. Each goes through every command, and its
-logits and token ids are compared with stock transformers' after each. **ids**: text and conversations become the ids that
-tokenizer.json gives, before and after a conversion.
+Widths, depth, windows and vocabulary are scaled down, and the weights are random. Each goes through every command. Its
+logits and token ids are compared with stock transformers' after each. **ids**: text and conversations become the ids
+that tokenizer.json gives, before and after a conversion.
 
-*yes*: the result is transformers'. *no*: the command refuses and says why. *fault*: the result differs, and that is known.
+*yes*: the result is transformers'. *no*: the command refuses and says why. *fault*: the result differs, and that is a
+known fault.
 """
 SOURCES = """
 ## Where the facts come from

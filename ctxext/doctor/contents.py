@@ -80,8 +80,9 @@ def two_thetas(raw: Config) -> list[Finding]:
         return []
     inside = rope.get("rope_theta")
     if inside is not None and beside is not None and inside != beside:
-        text = f"rope_theta is {beside:g} in config.json and {inside:g} in its rope_parameters: transformers 5 reads the "
-        return [Finding("positions said", "warning", f"{text}second, transformers 4 the first", "give both one value")]
+        text = f"rope_theta is {beside} in config.json and {inside} in its rope_parameters"
+        text += ": transformers 5 reads the second, transformers 4 the first"
+        return [Finding("positions said", "warning", text, "give both one value")]
     if inside is None and beside is None:
         text = "rope_parameters has no rope_theta: the default of the class is taken"
         return [Finding("positions said", "warning", text, "add the rope_theta that the model was trained with")]

@@ -17,6 +17,7 @@ from ctxext.doctor.model import model as examine
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, SINGLE
 
 Plant = Callable[[Path], object]
+ADAPTED = "base_model.model.model"
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -112,7 +113,8 @@ def both(*plants: Plant) -> Plant:
 FAULTS = [
     # weight files
     Fault("a truncated file", "source", cut(SINGLE), "files", "truncated"),
-    Fault("a truncated shard", "shards", lambda path: cut(sorted(path.glob("model-*"))[1].name)(path), "files", "truncat"),
+    Fault("a truncated shard", "shards", lambda path: cut(sorted(path.glob("model-*"))[1].name)(path), "files",
+          "truncated"),
     Fault("an empty file", "source", text(SINGLE, ""), "files", "truncated"),
     Fault("a pointer of git-lfs", "source", text(SINGLE, "version https://git-lfs\nsize 5\n"), "files", "no whole"),
     Fault("a missing shard", "shards", without("model-*.safetensors", 1), "files", "no such file"),
@@ -128,14 +130,15 @@ FAULTS = [
     # tensors
     Fault("an extra tensor", "source", tensors(lambda stored: stored.update(stray=torch.ones(3))), "tensors", "stray"),
     Fault("a missing tensor", "source", tensors(lambda stored: stored.pop("model.norm.weight")), "tensors", "missing"),
-    Fault("a tensor of another shape", "source", tensors(lambda stored: stored.update({"model.norm.weight": torch.ones(7)})),
-          "tensors", "[7] in the file"),
+    Fault("a tensor of another shape", "source",
+          tensors(lambda stored: stored.update({"model.norm.weight": torch.ones(7)})), "tensors", "[7] in the file"),
     Fault("NaN in a norm", "source", set_value("model.norm.weight", float("nan")), "values", "model.norm.weight"),
     Fault("infinity in the embeddings", "source", set_value("model.embed_tokens.weight", float("-inf")), "values",
           "not finite"),
     Fault("a value beyond float16", "source", both(set_value("model.norm.weight", 1e5), fields(dtype="float16")),
           "values", "infinity in float16"),
-    Fault("layers that config.json does not know", "source", fields(num_hidden_layers=2), "tensors", "unknown to config"),
+    Fault("layers that config.json does not know", "source", fields(num_hidden_layers=2), "tensors",
+          "unknown to config.json"),
     Fault("more layers than there are", "source", fields(num_hidden_layers=6), "tensors", "missing"),
     Fault("another model_type than the weights'", "qwen2", fields(model_type="llama"), "tensors", "q_proj.bias"),
     # the head
@@ -153,7 +156,8 @@ FAULTS = [
     Fault("a null epsilon", "source", fields(rms_norm_eps=None), "config", "rms_norm_eps is None"),
     Fault("a size that is text", "source", fields(num_hidden_layers="4"), "config", "num_hidden_layers is '4'"),
     Fault("no model_type", "source", fields(model_type=...), "config", "model_type None"),
-    Fault("an unsupported model_type", "source", fields(model_type="gpt_neox"), "config", "'gpt_neox' is not supported"),
+    Fault("an unsupported model_type", "source", fields(model_type="gpt_neox"), "config",
+          "'gpt_neox' is not supported"),
     Fault("quantised weights", "source", fields(quantization_config={"quant_method": "awq"}), "config", "quantised"),
     Fault("kv heads that do not divide", "source", fields(num_key_value_heads=3), "config", "do not divide"),
     Fault("a head of odd width", "source", fields(head_dim=7), "config", "a head of 7"),
@@ -162,7 +166,8 @@ FAULTS = [
     Fault("a hidden size that gives heads of odd width", "source",
           fields(num_attention_heads=6, num_key_value_heads=6, head_dim=...), "config", "a head of 5"),
     Fault("another width of the heads", "source", fields(head_dim=16), "tensors", "q_proj"),
-    Fault("a list of layers that is too short", "hybrid", fields(layer_types=["full_attention"]), "config", "1 entries"),
+    Fault("a list of layers that is too short", "hybrid", fields(layer_types=["full_attention"]), "config",
+          "1 entries"),
     Fault("a window that use_sliding_window denies", "hybrid", fields(use_sliding_window=False), "config",
           "use_sliding_window is not true"),
     Fault("sliding layers and no window", "hybrid", fields(sliding_window=None), "config", "no sliding_window"),
@@ -178,14 +183,16 @@ FAULTS = [
           "no rope_theta", "warning"),
     Fault("an unknown type of RoPE", "source", fields(rope_parameters=ROPE | {"rope_type": "su"}), "config", "'su'"),
     Fault("factors of longrope for another width", "source",
-          fields(rope_parameters=ROPE | {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}), "config",
-          "longrope needs"),
-    Fault("a part of each head rotated", "source", fields(partial_rotary_factor=0.5), "config", "partial_rotary_factor"),
+          fields(rope_parameters=ROPE | {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+          "config", "longrope needs"),
+    Fault("a part of each head rotated", "source", fields(partial_rotary_factor=0.5), "config",
+          "partial_rotary_factor"),
     Fault("fewer positions than RoPE is scaled from", "source",
-          fields(rope_parameters=LLAMA3 | {"original_max_position_embeddings": 256}), "length", "scaled from 256", "warning"),
+          fields(rope_parameters=LLAMA3 | {"original_max_position_embeddings": 256}), "length", "scaled from 256",
+          "warning"),
     Fault("a conversion that lost its theta", "hybrid", fields(rope_parameters=...), "positions meant", "2000000"),
-    Fault("positions that are not the run's", "run", fields(rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}),
-          "positions meant", "the run meant"),
+    Fault("positions that are not the run's", "run",
+          fields(rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}), "positions meant", "the run meant"),
     # the tokenizer and its ids
     Fault("no tokenizer", "source", without("tokenizer.json"), "tokenizer", "no tokenizer"),
     Fault("a tokenizer that is broken", "source", text("tokenizer.json", "{}"), "tokenizer", "does not open"),
@@ -219,7 +226,7 @@ FAULTS = [
     Fault("an adapter whose base is gone", "run", in_manifest(path="/gone"), "base", "/gone is gone"),
     Fault("an adapter whose base changed", "run", in_manifest(weights={SINGLE: "0" * 64}), "base", "are others now"),
     Fault("an adapter that lost a matrix", "run",
-          tensors(lambda stored: stored.pop("base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"), ADAPTER_FILE),
+          tensors(lambda stored: stored.pop(f"{ADAPTED}.layers.1.self_attn.v_proj.lora_B.weight"), ADAPTER_FILE),
           "adapter", "v_proj.lora_B"),
     Fault("an adapter that is truncated", "run", cut(ADAPTER_FILE), "adapter", "truncated"),
     Fault("an adapter_config.json that is no JSON", "run", text("adapter_config.json", "{"), "adapter", "not JSON"),
@@ -278,7 +285,5 @@ def test_more_rows_than_tokens_are_no_failure(write_model: Callable[..., Path], 
 def test_any_number_of_heads_is_healthy(heads: tuple[int, int, int], write_model: Any, tmp_path: Path) -> None:
     """SmolLM2-135M has 9: its miniature of hidden size 8 was one that transformers refuses."""
     number, of_kv, hidden = heads
-    path = write_model(
-        tmp_path / "model", num_attention_heads=number, num_key_value_heads=of_kv, hidden_size=hidden
-    )
+    path = write_model(tmp_path / "model", num_attention_heads=number, num_key_value_heads=of_kv, hidden_size=hidden)
     assert [finding for finding in examine(str(path)) if finding.status == "failure"] == []

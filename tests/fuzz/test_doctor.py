@@ -23,7 +23,8 @@ FIELDS = {
                     "max_position_embeddings", "original_max_position_embeddings", "sliding_window", "torch_dtype"),
     "generation_config.json": ("eos_token_id", "bos_token_id", "pad_token_id", "temperature"),
     "tokenizer.json": ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder"),
-    "tokenizer_config.json": ("chat_template", "eos_token", "tokenizer_class", "added_tokens_decoder", "extra_special_tokens"),
+    "tokenizer_config.json": ("chat_template", "eos_token", "tokenizer_class", "added_tokens_decoder",
+                              "extra_special_tokens"),
     "ctxext.json": ("kind", "facts", "parents", "spec", "created", "versions"),
 }  # fmt: skip
 CONTENTS = st.sampled_from([b"", b"{", b"{}", b"[]", b"null", b"\xff\xfe", b"{{ x", b"9" * 5000, b"{% generation %}"])
@@ -42,7 +43,9 @@ def healthy(request: Any, write_model: Callable[..., Path], tmp_path_factory: py
 @pytest.fixture(scope="module")
 def damage(anything: st.SearchStrategy[Any]) -> st.SearchStrategy[list[tuple[str, str, Any]]]:
     """A few of: a file removed, replaced, cut; a field of a JSON file changed or dropped."""
-    values = st.sampled_from([0, 1, 3, 7, None, "x", [], {}, [0, 1], 1e30, {"rope_type": "yarn", "factor": 2.0}]) | anything
+    values = (
+        st.sampled_from([0, 1, 3, 7, None, "x", [], {}, [0, 1], 1e30, {"rope_type": "yarn", "factor": 2.0}]) | anything
+    )
     field = st.sampled_from([(file, name) for file, names in FIELDS.items() for name in names])
     return st.lists(
         st.one_of(

@@ -62,7 +62,9 @@ def _write_weights(row: Checkpoint, config: Config, directory: Path) -> None:
             else:
                 parameter.normal_(0, 1 if "embed_tokens" in name else 1 / math.sqrt(parameter.shape[-1]))
     model = model.to(getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16"))
-    stored = sum(tensor.numel() * tensor.element_size() for tensor in {p.data_ptr(): p for p in model.parameters()}.values())
+    stored = sum(
+        tensor.numel() * tensor.element_size() for tensor in {p.data_ptr(): p for p in model.parameters()}.values()
+    )
     model.save_pretrained(directory, max_shard_size=stored * 5 // (row.shards * 4) if row.shards > 1 else "50GB")
 
 

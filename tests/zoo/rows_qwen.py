@@ -134,8 +134,8 @@ ROWS = (
                     "temperature": 0.6, "top_p": 0.95, "transformers_version": "4.39.3"},
         template="full-width",
         shards=2,
-        source="widths as Qwen2.5-7B; tokenizer_config.json: as quoted in public repositories for DeepSeek's; theta, ids, "
-        f"windows: {MEMORY}",
+        source="widths as Qwen2.5-7B; tokenizer_config.json: as quoted in public repositories for DeepSeek's; theta, "
+        f"ids, windows: {MEMORY}",
     ),
     Checkpoint(
         name="Qwen/CodeQwen1.5-7B-Chat",
@@ -158,8 +158,8 @@ ROWS = (
                     "transformers_version": "4.39.3"},
         template="chatml-system",
         shards=4,
-        source="that the class is PreTrainedTokenizerFast over a tokenizer that is not Qwen's: QwenLM/Qwen3-Coder #77; the "
-        f"rest {MEMORY}",
+        source="that the class is PreTrainedTokenizerFast over a tokenizer that is not Qwen's: QwenLM/Qwen3-Coder #77; "
+        f"the rest {MEMORY}",
     ),
     Checkpoint(
         name="Qwen/Qwen3.5-9B",
@@ -200,7 +200,8 @@ ROWS = (
         overrides={"linear_key_head_dim": 16, "linear_value_head_dim": 16,
                    "rope_parameters": {"mrope_interleaved": True, "mrope_section": [2, 1, 1], "rope_type": "default",
                                        "rope_theta": 10000000, "partial_rotary_factor": 0.25}},
-        source=f"config.json {TT_METAL}/Qwen3.5-9B, its vision tower cut to one small layer; that tokenizer.json and the "
-        f"class Qwen2Tokenizer cut combining marks differently: read in a public tokenizer's comments; the rest {MEMORY}",
+        source=f"config.json {TT_METAL}/Qwen3.5-9B, its vision tower cut to one small layer; that tokenizer.json and "
+        "the class Qwen2Tokenizer cut combining marks differently: read in a public tokenizer's comments; the rest "
+        f"{MEMORY}",
     ),
 )  # fmt: skip

@@ -1,8 +1,8 @@
 """The stations that every checkpoint of the zoo goes through, each compared with stock transformers.
 
-A station is a function of a `Subject`. It returns `YES` or the refusal, and raises AssertionError where a result differs
-from transformers'. Logits of one class under transformers' own attention have to be identical. Where ctxext's attention
-computes them, sums run in another order: `ROUNDING` allows for that.
+A station is a function of a `Subject`. It returns `YES` or the refusal, and raises AssertionError where a result
+differs from transformers'. Logits of one class under transformers' own attention have to be identical. ctxext's own
+attention adds in another order: `ROUNDING` allows for that.
 """
 
 from __future__ import annotations
@@ -223,10 +223,12 @@ def give_away(subject: Subject) -> str:
 
 Station = Callable[[Subject], str]
 QUICK: dict[str, Station] = {
-    "doctor": doctor, "plan": plan, "ids": ids, "logits": logits, "convert": convert, "ids after convert": converted_ids,
+    "doctor": doctor, "plan": plan, "ids": ids, "logits": logits, "convert": convert,
+    "ids after convert": converted_ids,
 }  # fmt: skip
 SLOW: dict[str, Station] = {
-    "retrofit": retrofit, "verify": certify, "eval": evaluate, "finetune": finetune, "merge": merge, "export": give_away,
+    "retrofit": retrofit, "verify": certify, "eval": evaluate, "finetune": finetune, "merge": merge,
+    "export": give_away,
 }  # fmt: skip
 STATIONS = QUICK | SLOW
 

@@ -21,7 +21,8 @@ TEMPLATES = {
     "chatml-reasoning": (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
         "{% if message.role == 'assistant' %}{% generation %}"
-        "{% if '</think>' in message.content and not loop.last %}{{ message.content.split('</think>')[-1].lstrip('\\n') }}"
+        "{% if '</think>' in message.content and not loop.last %}"
+        "{{ message.content.split('</think>')[-1].lstrip('\\n') }}"
         "{% else %}{{ message.content }}{% endif %}<|im_end|>{% endgeneration %}\n"
         "{% else %}{{ message.content }}<|im_end|>\n{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -29,7 +30,8 @@ TEMPLATES = {
     # [INST], the BOS in the template, EOS after answers, an exception where roles do not alternate
     "inst": (
         "{{ bos_token }}{% for message in messages %}"
-        "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('user and assistant take turns') }}"
+        "{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('user and assistant take turns') }}"
         "{% endif %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
         "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
     ),
@@ -53,7 +55,8 @@ TEMPLATES = {
     ),
     # ChatML with a separator token
     "chatml-separator": (
-        "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>{{ message.content }}<|im_end|>{% endfor %}"
+        "{% for message in messages %}"
+        "<|im_start|>{{ message.role }}<|im_sep|>{{ message.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
     ),
     # the BOS in the template, `model` for the assistant, an exception for a system message, content stripped
@@ -67,7 +70,8 @@ TEMPLATES = {
     "full-width": (
         "{{ bos_token }}{% for message in messages %}"
         "{% if message.role == 'user' %}<｜User｜>{{ message.content }}"
-        "{% elif message.role == 'assistant' %}<｜Assistant｜>{{ message.content.split('</think>')[-1] }}{{ eos_token }}"
+        "{% elif message.role == 'assistant' %}"
+        "<｜Assistant｜>{{ message.content.split('</think>')[-1] }}{{ eos_token }}"
         "{% else %}{{ message.content }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"
     ),

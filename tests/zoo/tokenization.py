@@ -16,7 +16,10 @@ from tests.zoo.checkpoint import Checkpoint
 
 LEARNED = 200  # tokens beside the alphabet, before the special ones
 # how text is cut before BPE: GPT-2's expression is the default of ByteLevel, the others are as in their tokenizer.json
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3, QWEN2 = WORDS.format(digits=r"\p{N}{1,3}"), WORDS.format(digits=r"\p{N}")
 MARKS = QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 TEKKEN = (
