@@ -45,9 +45,10 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The pages of docs/commands from the command line itself, and tables of memory from plans.
+# The pages of docs/commands from the command line itself, tables of memory from plans, docs/models.md from the zoo.
 docs: $(INSTALLED)
 	$(BIN)/python tools/commands.py
+	$(BIN)/python tools/models_table.py
 
 size:
 	@$(PYTHON) tools/size.py

@@ -34,6 +34,16 @@ def judged(name: str, check: Callable[[], str], remedy: str = "") -> Finding:
         return Finding(name, "failure", f"{type(error).__name__}: {str(error)[:200]}", remedy)
 
 
+def guarded(name: str, part: Callable[[], list[Finding]], remedy: str = "") -> list[Finding]:
+    """The findings of a part of the examination; one failure called `name` where that part raises."""
+    try:
+        return part()
+    except CtxextError as error:
+        return [Finding(name, "failure", error.message, error.hint or remedy)]
+    except Exception as error:  # as above: a broken file makes libraries raise errors of any kind
+        return [Finding(name, "failure", f"{type(error).__name__}: {str(error)[:200]}", remedy)]
+
+
 def require_health(findings: Iterable[Finding]) -> None:
     """Raises CheckFailed, naming the failures."""
     ill = [finding for finding in findings if finding.status == "failure"]

@@ -1,7 +1,8 @@
 """The health of one model directory or run: files, hashes, shapes, positions, tokenizer, adapter, base, targets.
 
-Headers and small files are read, and the weights where there is a hash to compare them with. No model is built but a
-shadow, eight numbers wide, whose RoPE is compared with what the config means. torch is imported inside.
+Headers and small files are read, the weights where there is a hash to compare them with, and their values as
+contents.py says. The only model that is built is a miniature with one head, whose RoPE is compared with what the config
+means. torch is imported inside.
 Not looked at: whether the weights are any good (`ctxext eval`), what attention sees (`ctxext verify`).
 """
 
@@ -14,7 +15,8 @@ from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.loader import build
 from ctxext.config.manifest import Manifest
-from ctxext.doctor.finding import Finding, judged
+from ctxext.doctor.contents import chat_template, finite_values, opens_as_config, short_claim, stop_tokens, two_thetas
+from ctxext.doctor.finding import Finding, guarded, judged
 from ctxext.errors import InputError, ModelError
 from ctxext.export.card import first_model
 from ctxext.export.matrix import TARGETS, verdict
@@ -38,19 +40,35 @@ def model(name: str) -> list[Finding]:
         return [*found, Finding("weights", "warning", "not examined: nothing says what they should be", AGAIN)]
     config = normalise(read_config(path))
     adapter = (path / "adapter_config.json").is_file()
-    found += _adapter(path, manifest, config) if adapter else _weights(path, config)
-    if manifest is not None and all(finding.name != "files" or finding.status != "failure" for finding in found):
-        found += _hashes(path, manifest, adapter)
+    # the weight files: of an adapter the trained tensors, else what config.json says
+    found += guarded("adapter" if adapter else "weights", lambda: (
+        _adapter(path, manifest, config) if adapter else _weights(path, config)), AGAIN)  # fmt: skip
+    whole = all(finding.name not in ("files", "weights") or finding.status != "failure" for finding in found)
+    if whole and not adapter:
+        found.append(judged("values", lambda: finite_values(path, config), AGAIN))
+    if manifest is not None and whole:
+        found += guarded("hashes", lambda: _hashes(path, manifest, adapter), AGAIN)
+    # the positions
+    found.append(judged("transformers", lambda: opens_as_config(path, config), "mend the field in config.json"))
     found.append(judged("positions", lambda: _positions(path, config), "mend rope_parameters in config.json"))
-    found += _promises(manifest, config)
+    found += guarded("positions meant", lambda: _promises(manifest, config))
+    found += guarded("positions said", lambda: two_thetas(read_config(path)) + short_claim(config))
+    # the tokenizer
     found += _tokenizer(path, config)
+    if all(finding.name != "tokenizer" or finding.status == "ok" for finding in found):
+        found += guarded("chat template", lambda: chat_template(path))
+        found += guarded("stop tokens", lambda: stop_tokens(path, config))
     if adapter:
         return [*found, Finding("exports", "ok", "not before it is merged (ctxext merge)")]
+    return [*found, *guarded("exports", lambda: _exports(path, config))]
+
+
+def _exports(path: Path, config: Config) -> list[Finding]:
     try:
         oldest = first_model(path)
     except ModelError:  # a manifest of the chain is broken; where it is this model's own, that is a finding
         oldest = "SOURCE"
-    return [*found, *(_export(target, config, oldest) for target in TARGETS)]
+    return [_export(target, config, oldest) for target in TARGETS]
 
 
 def _place(name: str) -> Path:
@@ -204,9 +222,11 @@ def _positions(path: Path, config: Config) -> str:
 
     from ctxext.model.frequencies import check_realised
 
+    # One head of the real width: the frequencies depend on the width of a head, and not on how many there are.
     small = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "moe_intermediate_size": 8}
+    small |= {"num_attention_heads": 1, "num_key_value_heads": 1}
     raw = read_config(path) | {"head_dim": config["head_dim"]} | dict.fromkeys(SPECIAL)
-    raw |= {name: value for name, value in small.items() if name in raw}
+    raw |= {name: value for name, value in small.items() if name in raw or name == "num_key_value_heads"}
     try:
         with torch.random.fork_rng():
             shadow: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(raw))

@@ -168,6 +168,7 @@ def normalise(config: Config) -> Config:
     config["rope_parameters"] = read_rope(config)
     if config.get("original_max_position_embeddings") is None:
         config.pop("original_max_position_embeddings", None)
+    family_of(config).kinds(config)  # raises where the layers are of a kind that is not supported
     return config
 
 

@@ -1,0 +1,132 @@
+"""What lies inside a model's files: values of the weights, RoPE said twice, the chat template, where a text stops.
+
+torch and transformers are imported inside. Not looked at: the values of large weight matrices (beyond `READ` bytes only
+norms and biases are read), whether a chat template is the one that the model was trained with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ctxext.doctor.finding import Finding
+from ctxext.errors import ModelError
+from ctxext.model.families import Config, rope_of
+from ctxext.model.source import original_length, read_config, read_object
+from ctxext.model.weights import read_tensors
+from ctxext.units import counted, format_bytes, format_tokens
+
+READ = 2 * 1024**3  # bytes of weights that are read whole, some seconds
+FLOAT16_MAX = 65504.0
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+def finite_values(path: Path, config: Config) -> str:
+    """What was read of the weights. Raises ModelError for NaN and infinity, stored or made by float16 when loaded."""
+    import torch
+
+    from ctxext.model.shards import tensor_reader
+
+    # choose what is read: everything, or norms and biases alone
+    tensors = read_tensors(path)
+    sizes = {name: WIDTHS.get(info.dtype, 0) * _count(info.shape) for name, info in tensors.items()}
+    everything = sum(sizes.values()) <= READ
+    chosen = [name for name, info in tensors.items() if everything or len(info.shape) < 2]
+    # the largest absolute value of each: NaN and infinity stay what they are
+    read, largest, where = tensor_reader(path), 0.0, ""
+    for name in chosen:
+        tensor = read(name)
+        if tensor is None or not tensor.is_floating_point() or not tensor.numel():
+            continue
+        value = float(tensor.abs().max().float() if tensor.dtype != torch.float64 else tensor.abs().max())
+        if value != value or value == float("inf"):
+            raise ModelError(f"{name} has values that are not finite (NaN or infinity)")
+        if value > largest:
+            largest, where = value, name
+    # a dtype in which a stored value has no place
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype == "float16" and largest > FLOAT16_MAX:
+        raise ModelError(
+            f"{where} holds {largest:.3g}, which is infinity in float16, the dtype that config.json names",
+            hint="set dtype in config.json to bfloat16 or float32",
+        )
+    rest = "" if everything else f"; norms and biases only, of {format_bytes(sum(sizes.values()))}"
+    return f"{counted(len(chosen), 'tensor')} read, all finite, largest {largest:.3g}{rest}"
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    numbers = 1
+    for size in shape:
+        numbers *= size
+    return numbers
+
+
+def opens_as_config(path: Path, config: Config) -> str:
+    """The class that transformers makes of config.json as it stands. Raises ModelError where it makes none."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(read_config(path))
+    except Exception as error:  # configs of others make transformers raise errors of any kind
+        text = str(error).strip().splitlines()[-1][:200].strip() if str(error).strip() else ""
+        raise ModelError(f"transformers cannot read config.json: {type(error).__name__}: {text}") from error
+    return f"reads config.json as {type(made).__name__}"
+
+
+def two_thetas(raw: Config) -> list[Finding]:
+    """RoPE's base said twice, or left to a default, in the spelling of transformers 5."""
+    rope, beside = raw.get("rope_parameters"), raw.get("rope_theta")
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        return []
+    inside = rope.get("rope_theta")
+    if inside is not None and beside is not None and inside != beside:
+        text = f"rope_theta is {beside} in config.json and {inside} in its rope_parameters"
+        text += ": transformers 5 reads the second, transformers 4 the first"
+        return [Finding("positions said", "warning", text, "give both one value")]
+    if inside is None and beside is None:
+        text = "rope_parameters has no rope_theta: the default of the class is taken"
+        return [Finding("positions said", "warning", text, "add the rope_theta that the model was trained with")]
+    return []
+
+
+def short_claim(config: Config) -> list[Finding]:
+    """A length that is less than the one which RoPE is scaled from."""
+    original, claimed = original_length(config), config["max_position_embeddings"]
+    if original is None or claimed >= original or rope_of(config).get("rope_type", "default") == "default":
+        return []
+    text = f"max_position_embeddings is {format_tokens(claimed)}, and RoPE is scaled from {format_tokens(original)}"
+    return [Finding("length", "warning", text, "correct max_position_embeddings or original_max_position_embeddings")]
+
+
+def chat_template(path: Path) -> list[Finding]:
+    """Whether the chat template compiles and takes one message of a user."""
+    from ctxext.model.load import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(path)
+    if not tokenizer.chat_template:
+        return [Finding("chat template", "ok", "none: a base model, or one whose template is not here")]
+    messages = [{"role": "user", "content": "Hello"}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of others
+        found = f"the template fails on one message of a user: {type(error).__name__}: {str(error)[:200]}"
+        return [Finding("chat template", "failure", found, "copy the template of the model these weights came from")]
+    if "Hello" not in text:
+        found = "the template leaves the text of a user's message out"
+        return [Finding("chat template", "failure", found, "copy the template of the model these weights came from")]
+    return [Finding("chat template", "ok", f"compiles; one message becomes {len(text):,} characters")]
+
+
+def stop_tokens(path: Path, config: Config) -> list[Finding]:
+    """The end-of-text token of the tokenizer against the ids at which generation stops."""
+    from ctxext.model.load import load_tokenizer
+
+    defaults = path / "generation_config.json"
+    stated = read_object(defaults).get("eos_token_id") if defaults.is_file() else None
+    stops = config.get("eos_token_id") if stated is None else stated
+    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    end = load_tokenizer(path).eos_token_id
+    if end is None or not stops or end in stops:
+        return []
+    text = f"the tokenizer's end-of-text token is {end}, and generation stops at {', '.join(map(str, stops))}"
+    return [Finding("stop tokens", "warning", text, "add it to eos_token_id in generation_config.json")]
