@@ -3,7 +3,7 @@
 Many pretrained models put much of each head's attention on the first token, an "attention sink" (StreamingLLM, arXiv
 2309.17453, section 3). Groups hide that token from all but the first group. Then training starts from a model that is
 much worse than the one that was loaded: 1.2 nats a token for SmolLM2-135M with groups of 256, of which one visible
-first token takes away 83% (docs/s2.md).
+first token takes away 83% (docs/features.md).
 """
 
 from __future__ import annotations
