@@ -6,6 +6,7 @@
 Batch 1, 8 heads of 64; forward alone without gradients, then forward and backward. Rows:
 
     S², ctxext                     G = T / 4, grouped views; and with G fixed, for how it grows in T
+    S² + first token, ctxext       the same, and every query sees the first token (attention.sinks=1)
     S², roll + masked SDPA         the same rolled, under a mask that undoes what the roll wraps around
     S², roll + eager (leaks)       LongLoRA's way without FlashAttention, written from its description: a plain triangle
                                    after the roll, so the first G / 2 tokens of half the heads see the last G / 2, a
@@ -122,6 +123,10 @@ def s2_pattern(T: int) -> Pattern:
     return Pattern(group_size=T // 4)
 
 
+def s2_sink_pattern(T: int) -> Pattern:
+    return Pattern(group_size=T // 4, sink_tokens=1)
+
+
 def fixed_pattern(T: int) -> Pattern:
     return Pattern(group_size=FIXED_GROUP)
 
@@ -168,6 +173,7 @@ def ways(device: str) -> dict[str, Way]:
     """The rows, those of one pattern together."""
     rows = {
         "S², ctxext": Way(partial(here, s2_pattern), "S²"),
+        "S² + first token, ctxext": Way(partial(here, s2_sink_pattern), "S²"),
         "S², roll + masked SDPA": Way(s2_masked_roll, "S²", roll_mask_bytes),
         "S², roll + eager (leaks)": Way(s2_eager_roll, "S²", eager_bytes),
         f"S², G = {FIXED_GROUP:,} (fixed), ctxext": Way(partial(here, fixed_pattern), "S² fixed"),

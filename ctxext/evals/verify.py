@@ -57,6 +57,7 @@ class Launch:
 
     T            of the measured row: a few windows and groups, at most ctx, and `LONGEST` unless a window is longer
     group_size   G as measured: where the row is too short for two of `planned_group`, in proportion to it
+    sink_tokens  first tokens of a document that S²-Attn's queries also see; None: `auto`, measured on the loaded model
     """
 
     source: ModelSource
@@ -65,6 +66,7 @@ class Launch:
     T: int
     group_size: int | None = None
     planned_group: int | None = None
+    sink_tokens: int | None = 0
     document_mask: bool = False
     memory: MemorySpec = MemorySpec()
     dtype: str = "float32"
@@ -73,7 +75,9 @@ class Launch:
     def pattern(self, layer: int) -> Pattern:
         """What this layer sees, by the model's config and the run's plan."""
         window = self.source.kinds[layer].sliding_window
-        return Pattern(window, self.group_size if window is None else None)
+        if window is not None or self.group_size is None:
+            return Pattern(window)
+        return Pattern(None, self.group_size, sink_tokens=self.sink_tokens or 0)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -118,7 +122,10 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
         return Launch(source, attention, ctx, T)
     scaled = G if G is None or ctx == T or 2 * G + 7 <= T else max(2, G * T // ctx)
     masked, memory = spec.data.document_mask, replace(spec.memory, quantize="none", tiles=None)
-    return Launch(source, attention, ctx, T, scaled, G, masked, memory, plan.dtype, spec.attention.backend)
+    # A finished run says how many sink tokens it trained with; runs from before there were any have none.
+    facts = source.manifest.facts if source.manifest else {}
+    sinks = facts.get("sink_tokens", 0) if "sink_tokens" in facts or untrained else plan.sink_tokens
+    return Launch(source, attention, ctx, T, scaled, G, sinks, masked, memory, plan.dtype, spec.attention.backend)
 
 
 def _find(model: str) -> tuple[ModelSource, FinetuneSpec | None, ModelSource | None]:
@@ -142,9 +149,13 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = la
     """Load the model and run every check; one that fails is in the certificate, and nothing is raised for it."""
     import torch
 
-    from ctxext.model.load import load_model
+    from ctxext.model.load import causal_lm, load_model
+    from ctxext.train.sinks import first_token_shares, measured_row, measured_sinks
 
     loaded = load_model(launch.source, dtype=launch.dtype, device=device)
+    if launch.sink_tokens is None:
+        shares = first_token_shares(causal_lm(loaded.model), measured_row(loaded.tokenizer, launch.ctx))
+        launch = replace(launch, sink_tokens=measured_sinks(shares))
     if launch.attention == "training":
         model = loaded.model.train()
         patterns = [launch.pattern(layer) for layer in range(len(launch.source.kinds))]
@@ -169,7 +180,7 @@ def write_certificate(certificate: Certificate, launch: Launch, out: Path, *, fo
     """certificate.json and ctxext.json, whether it passed or not."""
     spec = {
         name: getattr(launch, name)
-        for name in ("attention", "ctx", "T", "planned_group", "group_size", "dtype", "backend")
+        for name in ("attention", "ctx", "T", "planned_group", "group_size", "sink_tokens", "dtype", "backend")
     }
     parents = {"model": manifests.parent(launch.source.directory)}
     failed = [f"{check.name}, layer {check.layer}" for check in certificate.failed]
@@ -206,7 +217,7 @@ def _rows(loaded: Any, launch: Launch) -> list[_Row]:
     if launch.document_mask:  # cut off the groups' edges, or a restart would not show
         bounds.append((0, T // 3 + 1 + (G is not None and (T // 3 + 1) % G == 0), T))
     starts = [document_starts(b, T) if launch.document_mask else None for b in bounds]  # on the CPU, as in the loop
-    run = partial(hidden_states, model, ids, group_size=G, backend=launch.backend)
+    run = partial(hidden_states, model, ids, group_size=G, sink_tokens=launch.sink_tokens or 0, backend=launch.backend)
     return [_Row(model, ids, partial(run, document_starts=s), bound) for bound, s in zip(bounds, starts, strict=True)]
 
 
@@ -302,6 +313,8 @@ def _field(module: Any, arguments: dict[str, Any], layer: int, launch: Launch, r
 
     W, G = pattern.sliding_window, pattern.group_size
     good = "exactly all before" if G is None else f"exactly groups of {G}, half of the heads shifted by {G // 2}"
+    if pattern.sink_tokens:
+        good += f", and the first {counted(pattern.sink_tokens, 'token')}"
     good = good if W is None else f"exactly a window of {W}"
     edges = _edges(row, set() if W is None else {W}, G)
     return _judge("documents" if len(row.bounds) > 2 else "receptive field", layer, edges, faults, good)
@@ -315,7 +328,8 @@ def _sees(pattern: Pattern, j: int, T: int, row: _Row, H: int, K: int) -> Tensor
     sees = (j <= i) & (i < min(end, j + (pattern.sliding_window or T)))
     if (G := pattern.group_size) is not None:
         s = (torch.arange(H) >= first_shifted_head(H, K)) * (G // 2)
-        sees &= (i - start + s) // G == (j - start + s) // G
+        same_group = (i - start + s) // G == (j - start + s) // G
+        sees &= same_group | (j - start < pattern.sink_tokens)
     return sees
 
 
@@ -332,11 +346,13 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
 
     def comparing(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
         out, weights = served(module, q, k, v, mask, **named)
-        lo = lower_bounds(launch.pattern(module.layer_idx), launch.T, document_starts=starts, device=q.device)
+        pattern = launch.pattern(module.layer_idx)
+        lo = lower_bounds(pattern, launch.T, document_starts=starts, device=q.device)
+        how = {"scale": named.get("scaling"), "sink_tokens": pattern.sink_tokens, "document_starts": starts}
         (H, K), worst = (q.shape[1], k.shape[1]), 0.0
         for h, g in ((h, h * K // H) for h in range(H)):
             half = int(lo.shape[1] == 2 and h >= first_shifted_head(H, K))  # lo [1, 1 or 2, T]
-            truth = naive_attention(q[:, [h]], k[:, [g]], v[:, [g]], lo[:, [half]], scale=named.get("scaling"))
+            truth = naive_attention(q[:, [h]], k[:, [g]], v[:, [g]], lo[:, [half]], **how)
             worst = max(worst, relative(out[:, :, [h]].transpose(1, 2) - truth, v))
         checks.append(Check("backend", module.layer_idx, worst <= allowed, good, worst, allowed))
         return out, weights

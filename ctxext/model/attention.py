@@ -52,6 +52,7 @@ def attend(
     document_starts: Tensor | None = None,
     group_size: int | None = None,
     shift: int | None = None,
+    sink_tokens: int = 0,
     backend: str = "auto",
     watch: Callable[[nn.Module, Tensor, Tensor, Pattern, float | None], None] | None = None,
     s_aux: Tensor | None = None,
@@ -64,6 +65,7 @@ def attend(
     document_starts  [B, T], the index within the row at which each token's document starts
     group_size       S²-Attn's G in tokens, used on layers without a window; training only
     shift            tokens that the shifted heads' groups are moved by; None is G // 2
+    sink_tokens      first tokens of its document that a query sees beside its S²-Attn group; nothing without groups
     backend          ops/backends/choice.py
     watch            called as watch(module, query, key, pattern, scaling) before the layer attends: for measurements
     """
@@ -85,7 +87,9 @@ def attend(
         if document_starts is not None:
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])
-    pattern = Pattern(None, group_size, shift) if sliding_window is None else Pattern(sliding_window)
+    pattern = Pattern(sliding_window)
+    if sliding_window is None and group_size is not None:
+        pattern = Pattern(None, group_size, shift, sink_tokens)
     change: Intervention | None = getattr(module, "intervention", None)
     if change is not None and change.visible is not None:
         pattern = _narrowed(pattern, change.visible)

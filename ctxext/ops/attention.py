@@ -12,12 +12,21 @@ from ctxext.ops.masks import check_lower_bounds, first_shifted_head
 
 
 def naive_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lo: torch.Tensor, *, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor,
+    *,
+    scale: float | None = None,
+    sink_tokens: int = 0,
+    document_starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v over the keys lo <= k <= position: q [B,H,T,D], k and v [B,K,S,D] -> [B,H,T,D].
 
     lo [B or 1, 1 or 2, T] as from `masks.lower_bounds`: one row for all heads, or one for each half. Query i sits at
-    key index S - T + i. scale defaults to D ** -0.5. Computed in fp32 (fp64 inputs stay fp64), returned in q's dtype.
+    key index S - T + i. scale defaults to D ** -0.5. With `sink_tokens` N a query also sees the first N tokens of its
+    document, up to itself; `document_starts` [B,T] says where that starts, None is key 0.
+    Computed in fp32 (fp64 inputs stay fp64), returned in q's dtype.
     NaN propagates: a NaN key or value reaches every query that sees it, and a NaN value the others too (0 * NaN).
     Memory is O(B H T S), on purpose. Raises InputError for heads or lengths that do not fit together, and for a lo
     that is not interval-causal.
@@ -34,7 +43,12 @@ def naive_attention(
     kx, vx = (x.repeat_interleave(H // K, dim=1) for x in (kx, vx))  # [B,H,S,D]
     position = torch.arange(S - T, S, device=q.device)[:, None]  # [T,1]
     key = torch.arange(S, device=q.device)  # [S]
-    seen = (lo[..., None] <= key) & (key <= position)  # [B,H or 1,T,S]
+    interval = lo[..., None] <= key  # [B,H or 1,T,S]
+    if sink_tokens:
+        start = torch.zeros_like(position.T) if document_starts is None else document_starts.to(q.device)  # [B or 1,T]
+        start = start[:, None, :, None]
+        interval = interval | ((start <= key) & (key < start + sink_tokens))
+    seen = interval & (key <= position)
     scores = qx @ kx.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
     weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
     return (weights @ vx).to(q.dtype)

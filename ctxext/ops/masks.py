@@ -10,6 +10,10 @@ d is the key index at which q's document starts, 0 when a row is one document.
 An intersection of patterns is the maximum of their vectors. Because k <= q is part of the description and not of a
 kernel, no pattern can see the future; because lo is clamped at d, no pattern can see another document.
 
+S² attention may add N sink tokens: q also sees the keys d <= k < d + N with k <= q, the first N tokens of its own
+document. Pretrained models put much of their attention on the first token (StreamingLLM, arXiv 2309.17453), so that
+groups which hide it break them. `sinks_before` says which of these tokens an interval [lo, q] does not hold already.
+
 S² (shifted sparse attention; LongLoRA, arXiv 2309.12307, section 3.2) cuts the tokens into groups of G and attends
 causally inside each. Half of the heads use groups moved by G // 2, so that what one half cuts the other half joins,
 and information crosses the whole row layer by layer. T = 10, G = 4, hence s = 2:
@@ -55,13 +59,16 @@ class Pattern:
     """What a query may see, in tokens: `sliding_window` keys, itself included, and its own S² group of `group_size`.
 
     Both None is full causal attention; both set is the intersection. `shift` is the tokens by which the groups of the
-    shifted heads begin earlier, from 1 to G - 1; None is G // 2, as published. Raises InputError for a window under 1,
-    a group under 2 (a group of one token has no half to shift by), and a shift that is none of a group's.
+    shifted heads begin earlier, from 1 to G - 1; None is G // 2, as published. `sink_tokens` are the first tokens of
+    its document that a query sees beside its group; 0 is S² as published. Raises InputError for a window under 1,
+    a group under 2 (a group of one token has no half to shift by), a shift that is none of a group's, and sink tokens
+    without groups or with a window.
     """
 
     sliding_window: int | None = None
     group_size: int | None = None
     shift: int | None = None
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         _check_whole("sliding_window", self.sliding_window, smallest=1)
@@ -69,6 +76,12 @@ class Pattern:
         _check_whole("shift", self.shift, smallest=1)
         if self.shift is not None and (self.group_size is None or self.shift >= self.group_size):
             raise InputError(f"shift = {self.shift}: 1 to group_size - 1, and group_size is {self.group_size}")
+        _check_whole("sink_tokens", self.sink_tokens, smallest=0)
+        if self.sink_tokens and (self.group_size is None or self.sliding_window is not None):
+            raise InputError(
+                f"sink_tokens = {self.sink_tokens}: only S² attention without a window takes sink tokens",
+                hint="set group_size and no sliding_window, or leave sink_tokens at 0",
+            )
 
     @property
     def shifts(self) -> tuple[int, int]:
@@ -110,6 +123,20 @@ def lower_bounds(
     if pattern.sliding_window is not None:
         lo = torch.maximum(lo, q - pattern.sliding_window + 1)
     return lo if document_starts is None else lo.clamp_min(0)
+
+
+def sinks_before(sink_tokens: int, start: torch.Tensor, document_start: torch.Tensor) -> torch.Tensor:
+    """How many sink tokens lie before an interval: int64, of the shape of `start`.
+
+    `start` is the first key of the interval and `document_start` that of its document. The sink tokens of the result
+    are the keys from max(document_start, 0) on. They are never keys of the interval itself, so no key counts twice.
+    A document that began before the row (a negative start) has its sink tokens outside of the row: 0 of them are here,
+    or the last few.
+    """
+    import torch
+
+    stop = torch.minimum(document_start + sink_tokens, start)
+    return (stop - document_start.clamp_min(0)).clamp_min(0)
 
 
 def check_lower_bounds(lo: torch.Tensor, S: int) -> None:

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data, readings, training_device
 from ctxext.train.same_data import changes_of_data
+from ctxext.train.sinks import first_token_shares, measured_row, measured_sinks
 from ctxext.train.teacher import teacher_weights
 from ctxext.train.telemetry import telling
 from ctxext.train.validation import HeldOut, check_short
@@ -98,7 +99,7 @@ def run_finetune(
         engine: Any = None
         gc.collect()  # what the context before it held
         with naming_what_is_largest(stage):
-            engine, sequences, held_out = set_up(stage, events, zero)
+            engine, sequences, held_out, sink_tokens = set_up(stage, events, zero)
             progress = load_newest(run, engine, events.say) if resume or done else None
         if resume:
             events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
@@ -113,6 +114,7 @@ def run_finetune(
             continue
         if 0 < progress.done == stage.first or (progress.validation or {}).get("ctx", stage.spec.ctx) != stage.spec.ctx:
             progress = progress.at_next_ctx()
+        stage = replace(stage, sink_tokens=sink_tokens)
         with naming_what_is_largest(stage):
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
         done, resume = progress.done, False
@@ -121,13 +123,21 @@ def run_finetune(
         engine.close()
     count = None
     if done == plan.steps:
-        known = {"data": sequences.store.meta.source, "read": readings(sequences), "seconds": time.monotonic() - began}
+        known = {
+            "data": sequences.store.meta.source,
+            "read": readings(sequences),
+            "seconds": time.monotonic() - began,
+            "sink_tokens": sink_tokens,
+        }
         count = finish(plan, run, engine, progress, events, known)
     return report(plan, run, progress, count, time.monotonic() - began, readings(sequences))
 
 
-def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tuple[Engine, Sequences, HeldOut | None]:
-    """Everything the loop needs at one context: (the model in its engine, what trains, what is held out)."""
+def set_up(
+    plan: RunPlan, events: Events, zero: Mapping[str, Any] | None
+) -> tuple[Engine, Sequences, HeldOut | None, int]:
+    """Everything the loop needs at one context: (the model in its engine, what trains, what is held out, the number of
+    sink tokens of S²-Attn)."""
     torch.manual_seed(plan.spec.seed)
     device, dtype = training_device(plan)
     events.say(f"attention: {backends(plan, device, dtype)} ({device.type}, {str(dtype).removeprefix('torch.')})")
@@ -141,13 +151,24 @@ def set_up(plan: RunPlan, events: Events, zero: Mapping[str, Any] | None) -> tup
         message = f"validation.{given[0]}: there is nothing to validate"
         raise InputError(message, hint="give longer text, or leave it out")
     model = _model(plan, device, dtype)
+    sink_tokens = plan.sink_tokens
+    if sink_tokens is None:
+        # The adapter is fresh here, also in a run that resumes: the answer is that of the model before training.
+        row = measured_row(load_tokenizer(plan.source.directory), plan.spec.ctx)
+        shares = first_token_shares(model, row)
+        sink_tokens = measured_sinks(shares)
+        mean = sum(shares) / len(shares)
+        events.say(
+            f"attention.sinks: {sink_tokens}; {mean:.1%} of the attention is on the first token"
+            + (", so every query of S²-Attn sees it" if sink_tokens else "")
+        )
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
     teacher = _teacher(plan, model, dtype)
     engine = ZeroEngine(model, plan, ranks, teacher) if ranks else LocalEngine(model, plan.spec.optimizer, teacher)
     if device.type == "cuda":  # the peak of training, not of loading
         torch.cuda.reset_peak_memory_stats(device)
-    return engine, sequences, HeldOut(held, cases) if held is not None else None
+    return engine, sequences, HeldOut(held, cases) if held is not None else None, sink_tokens
 
 
 def finish(
@@ -180,6 +201,7 @@ def finish(
         "seconds": round(known["seconds"], 1),
         "peak_memory": max(line["memory"] for line in lines),
         "rollbacks": list(progress.rollbacks),
+        "sink_tokens": known["sink_tokens"],
         "validation": [progress.validation, validations[-1]] if progress.validation and validations else None,
         "data": {
             "source": plan.spec.data.described,

@@ -26,6 +26,7 @@ from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, mem
 from ctxext.train.optimizer import RelativeClip, rate_factor
 from ctxext.train.passkey import in_words
 from ctxext.train.plan import RunPlan
+from ctxext.train.sinks import untrained_cost
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
 LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # of the running mean that a spike is judged by
@@ -65,6 +66,8 @@ def train(
             held_out_log.append(first.as_dict())
             short = first.short if progress.short_first is None else progress.short_first
             progress = replace(progress, validation=first.as_dict(), best_loss=first.loss, short_first=short)
+        if progress.done == plan.first and (line := untrained_cost(engine, sequences.sequence(0), plan)):
+            events.say(line)
         while progress.done < plan.stop:
             began, step = time.monotonic(), progress.done
             start = step * plan.global_batch_size
@@ -122,6 +125,7 @@ def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: i
             labels.to(device),
             group_size=group_size,
             shift=shift,
+            sink_tokens=plan.sink_tokens or 0,
             document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
             backend=spec.attention.backend,
             objective=plan.objective_at(step),

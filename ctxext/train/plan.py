@@ -38,6 +38,7 @@ class RunPlan:
 
     config             the model's normalised config with its new positions
     group_size         G where full layers train with S²-Attn, None where they train dense
+    sink_tokens        first tokens of a document that S²-Attn always sees; None: measured when training starts
     step_flops         with what is computed again; `model_flops` without: MFU counts these
     first, stop        the steps at this ctx, from `first` (from 0) up to, not including, `stop`; `earlier` has the
                        plans of the shorter contexts before it, whose positions, groups and batches are their own
@@ -52,6 +53,7 @@ class RunPlan:
     positions: PositionPlan
     trainables: Trainables
     group_size: int | None
+    sink_tokens: int | None
     global_batch_size: int
     steps: int
     dtype: str
@@ -94,7 +96,8 @@ class RunPlan:
     def patterns(self) -> tuple[Pattern, ...]:
         """What each layer sees in training, before the schedule."""
         windows = [kind.sliding_window for kind in self.kinds]
-        return tuple(Pattern(None, self.group_size) if W is None else Pattern(W) for W in windows)
+        full = Pattern(None, self.group_size, sink_tokens=self.sink_tokens or 0)
+        return tuple(full if W is None else Pattern(W) for W in windows)
 
     def attention_at(self, step: int) -> Attention:
         """(group_size, shift) of the full layers at a step; None, None is dense."""
@@ -116,6 +119,7 @@ class RunPlan:
             | {"rope_parameters": rope_of(self.config)},
             "training_attention": "dense" if self.group_size is None else "s2",
             "group_size": self.group_size,
+            "sink_tokens": self.sink_tokens,
             "teacher": None if self.teacher is None else self.teacher.description,
             "trainable_parameters": self.trainables.parameters,
             "effective_scale": {group.name: group.scale for group in self.trainables.lora},
@@ -186,6 +190,9 @@ class RunPlan:
         if self.group_size is None:
             return f"dense, as they run ({costs})"
         spec, text = self.spec.attention, f"with S²-Attn, groups of {format_tokens(self.group_size)} tokens"
+        text += {None: " (first token visible where the model needs it)", 0: ""}.get(
+            self.sink_tokens, f" and the first {counted(self.sink_tokens or 0, 'token')} of a document"
+        )
         text += " that grow" * spec.grow + ", shifted by a draw each step" * (spec.shift == "random")
         text += f", the last {spec.dense_last:.0%} of the steps dense" if spec.dense_last else ""
         return f"{text}; they run dense ({costs})"
@@ -225,6 +232,7 @@ def plan_run(
     if trainables.parameters == 0:
         raise InputError("nothing would train", hint="let lora, embeddings or norms train")
     group_size = _group_size(source, spec)
+    sink_tokens = _sink_tokens(spec, group_size)
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
     earlier, flops = _earlier(source, spec, gpu), _mean_flops(source, spec, group_size)
     taught = teacher_flops(teacher, source, spec.ctx, mask=spec.data.document_mask) if teacher else 0
@@ -235,6 +243,7 @@ def plan_run(
         positions=positions,
         trainables=trainables,
         group_size=group_size,
+        sink_tokens=sink_tokens,
         global_batch_size=batch,
         steps=spec.steps,
         dtype=("bfloat16" if on_gpu(gpu) else "float32") if spec.dtype == "auto" else spec.dtype,
@@ -353,6 +362,7 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
     if wanted == "dense":
         default = AttentionSpec()
         given = [name for name in S2_ONLY if getattr(spec.attention, name) != getattr(default, name)]
+        given += ["sinks"] * (spec.attention.sinks not in ("auto", 0))
         if given:
             raise InputError(
                 f"{', '.join(f'attention.{name}' for name in given)}: given, but full layers train dense",
@@ -367,3 +377,19 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
     if not 2 <= group <= spec.ctx:
         raise InputError(f"attention.group_size {group}: allowed are 2 to ctx ({format_tokens(spec.ctx)})")
     return group
+
+
+def _sink_tokens(spec: FinetuneSpec, group_size: int | None) -> int | None:
+    """How many first tokens S²-Attn also sees; None where that is measured when training starts."""
+    asked = spec.attention.sinks
+    if group_size is None:
+        return 0
+    if spec.memory.tiles is not None:
+        # A tile of a row holds its own tokens and their groups, not the first token of a document far before it.
+        if asked not in ("auto", 0):
+            raise InputError(
+                f"attention.sinks: {asked} with memory.tiles: tiles do not hold the first tokens of a document",
+                hint="leave memory.tiles out, or set attention.sinks=0",
+            )
+        return 0
+    return None if asked == "auto" else asked

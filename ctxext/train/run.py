@@ -295,7 +295,10 @@ def plan_repeated(
 
 
 def _read(run: Path) -> Start:
-    start = build(Start, read_yaml(run / SPEC_FILE), source=str(run / SPEC_FILE))
+    fields = read_yaml(run / SPEC_FILE)
+    # Runs from before attention.sinks trained without sink tokens, and go on so.
+    fields["spec"].setdefault("attention", {}).setdefault("sinks", 0)
+    start = build(Start, fields, source=str(run / SPEC_FILE))
     if not Path(start.model).is_dir():
         raise ModelError(f"{run}: the model it started from, {start.model}, is not there any more")
     return start

@@ -27,6 +27,9 @@ class AttentionSpec:
     train       auto: s2 for models with full attention everywhere, dense for hybrids, whose few full layers can
                 afford it; s2: S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)
     group_size  tokens of an S²-Attn group; None: ctx / 4
+    sinks       first tokens of its document that a query of S²-Attn sees beside its group. auto: 1 for a model that
+                puts much of its attention on the first token, which is measured when training starts (train/sinks.py),
+                else 0, as published
     grow        groups double, in equal parts of the S²-Attn steps, up to half of ctx and more
     shift       half: the shifted heads' groups are moved by G // 2, as published; random: by a draw at each step
     dense_last  the last share of the steps trains dense
@@ -36,6 +39,7 @@ class AttentionSpec:
 
     train: Literal["auto", "s2", "dense"] = "auto"
     group_size: Tokens | None = None
+    sinks: Annotated[int, Field(ge=0, le=64)] | Literal["auto"] = "auto"
     grow: bool = False
     shift: Literal["half", "random"] = "half"
     dense_last: Annotated[float, Field(ge=0, le=1)] = 0.0

@@ -72,6 +72,8 @@ def run(
     keywords = call.keywords
     if keywords.get("attention_mask") is not None:
         raise ModelError("padding cannot be cut into tiles", hint="leave memory.tiles out, or pack whole sequences")
+    if keywords.get("sink_tokens"):
+        raise ModelError("tiles do not hold the first tokens of a document", hint="set attention.sinks=0")
     if pattern.sliding_window is None:  # model/attention.py groups layers without a window, by what this call is given
         pattern = Pattern(None, keywords.get("group_size"), keywords.get("shift"))
     tiles = tiles_of(pattern, x.shape[1], tokens, keywords.get("document_starts"))

@@ -12,7 +12,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the GPU paths were not run"),
 ]
-PATTERNS = [Pattern(), Pattern(sliding_window=33), Pattern(group_size=64), Pattern(group_size=51), Pattern(33, 64)]
+PATTERNS = [
+    Pattern(),
+    Pattern(sliding_window=33),
+    Pattern(group_size=64),
+    Pattern(group_size=51),
+    Pattern(33, 64),
+    Pattern(group_size=51, sink_tokens=1),
+    Pattern(group_size=64, sink_tokens=4),
+]
 BF16 = pytest.param(torch.bfloat16, 3e-2, id="bf16")
 DTYPES = [pytest.param(torch.float32, 2e-4, id="fp32"), BF16, pytest.param(torch.float16, 8e-3, id="fp16")]
 
@@ -39,7 +47,8 @@ def test_a_backend_equals_naive(backend, dtype, tolerance, pattern, packed, H_K)
     except EnvironmentFault as fault:
         pytest.skip(str(fault))
     results = []
-    for out in (ours, naive_attention(*inputs, lo)):
+    truth = naive_attention(*inputs, lo, sink_tokens=pattern.sink_tokens, document_starts=starts)
+    for out in (ours, truth):
         gradients = torch.autograd.grad((out.float() * weight).sum(), inputs)
         results.append([out, *gradients])
     for got, truth in zip(*results, strict=True):

@@ -19,17 +19,18 @@ def tensors(B, H, K, T, S, D, dtype=torch.float64):
 
 @pytest.mark.parametrize(("H", "K"), [(4, 2), (9, 3), (4, 1), (2, 2)])
 @pytest.mark.parametrize(("T", "S"), [(1, 1), (7, 7), (3, 8)])
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(3), Pattern(None, 3), Pattern(2, 4)])
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(3), Pattern(None, 3), Pattern(2, 4), Pattern(None, 2, None, 2)])
 def test_pair_by_pair(H, K, T, S, pattern):
     q, k, v = tensors(2, H, K, T, S, 4)
     lo = lower_bounds(pattern, T, S=S)
-    out = naive_attention(q, k, v, lo)
+    out = naive_attention(q, k, v, lo, sink_tokens=pattern.sink_tokens)
     for b in range(2):
         for h in range(H):
             half = int(pattern.group_size is not None and h >= first_shifted_head(H, K))
             g = h // (H // K)
             for i in range(T):
-                keys = range(int(lo[0, half, i]), S - T + i + 1)
+                position = S - T + i
+                keys = [j for j in range(position + 1) if j >= int(lo[0, half, i]) or j < pattern.sink_tokens]
                 scores = [math.exp(float(q[b, h, i] @ k[b, g, j]) / 2) for j in keys]  # sqrt(D) = 2
                 want = sum(w / sum(scores) * v[b, g, j] for w, j in zip(scores, keys, strict=True))
                 torch.testing.assert_close(out[b, h, i], want)

@@ -45,6 +45,28 @@ def test_lower_bounds_are_the_predicate(lengths, W, G, shift):
             assert all(sees(q, k, bounds, W, G, s) for k in range(want[q], q + 1)), f"half {half}, q {q}"
 
 
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    G=st.integers(2, 12),
+    N=st.integers(0, 5),
+    cut=st.integers(0, 8),
+)
+@settings(max_examples=200, deadline=None)
+def test_sink_tokens_and_the_interval_are_disjoint_and_complete(lengths, G, N, cut):
+    """The first N tokens of the document that a group hides, one pair at a time; the row lost `cut` tokens."""
+    T = sum(lengths)
+    cut = min(cut, T - 1)
+    bounds = [sum(lengths[:i]) for i in range(len(lengths))]
+    starts = document_starts(bounds, T)[:, cut:] - cut
+    lo = lower_bounds(Pattern(None, G, None, N), T - cut, document_starts=starts)
+    for half in range(2):
+        counts = masks.sinks_before(N, lo[:, half], starts)[0].tolist()
+        for q, count in enumerate(counts):
+            d, first = int(starts[0, q]), max(int(starts[0, q]), 0)
+            hidden = [k for k in range(int(lo[0, half, q])) if d <= k < d + N]
+            assert hidden == list(range(first, first + count)), f"half {half}, q {q}"
+
+
 def test_the_drawing_is_true():
     rows = re.findall(r"^    q (\d) +((?:[x.] ){10}) +(\d) +q \d +((?:[x.] ){10}) +(\d)", masks.__doc__, re.M)
     assert len(rows) == 10
@@ -92,6 +114,9 @@ def test_document_starts_takes_starts_or_cu_seqlens():
         (lambda: Pattern(group_size=4, shift=4), "shift = 4"),
         (lambda: Pattern(group_size=4, shift=0), "shift = 0"),
         (lambda: Pattern(shift=1), "shift = 1"),
+        (lambda: Pattern(sink_tokens=1), "sink_tokens = 1"),
+        (lambda: Pattern(None, 4, sink_tokens=-1), "sink_tokens = -1"),
+        (lambda: Pattern(3, 4, sink_tokens=1), "sink_tokens = 1"),
         (lambda: lower_bounds(Pattern(), 0), "T = 0"),
         (lambda: lower_bounds(Pattern(), 5, S=4), "S = 4"),
         (lambda: document_starts([], 4), "starts at 0"),

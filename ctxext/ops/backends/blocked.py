@@ -20,6 +20,10 @@ sliding window is cut once more, into blocks of L queries that see their own key
 
 All of them share one mask [L, back + L], whatever T is. Time and memory are O(T W), or O(T G) and O(T).
 
+Sink tokens stand before each block that does not begin its document: [sink tokens, block] attends causally, and the
+rows of the sink tokens are dropped. That is one softmax over both, by the same kernel without a mask; it costs a copy
+of the blocks of q, k and v, and N more tokens a block.
+
 Gradients are those of the SDPA calls; `views.py` hands out the views and collects what comes back.
 """
 
@@ -36,7 +40,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from ctxext.ops.backends.segments import Heads, check_shapes, flat, head_halves, segment_bounds
+from ctxext.ops.backends.runs import Run, join_short, runs_of, unpacked_runs
+from ctxext.ops.backends.segments import Heads, check_shapes, flat, head_halves, segment_sinks
 from ctxext.ops.backends.views import Blocks, cut, join
 from ctxext.ops.masks import Pattern, lower_bounds
 
@@ -101,8 +106,22 @@ def _in_blocks(
     k_views = [(heads, call.keys) for _, heads, call in calls]
     q, k, v = (x.transpose(1, 2).reshape(B * T, *x.shape[1::2]) for x in (q, k, v))  # [N,H,D], [N,K,D]
     views = zip(cut(q, q_views), cut(k, k_views), cut(v, k_views), calls, strict=True)
-    parts = [_sdpa(qi, ki, vi, call.mask, scale) for qi, ki, vi, (_, _, call) in views]  # [n,h,L,D] each
+    parts = []  # [n,h,L,D] each
+    for qi, ki, vi, (_, (g0, g1), call) in views:
+        if call.sinks is None:
+            parts.append(_sdpa(qi, ki, vi, call.mask, scale))
+        else:
+            first = [x[:, g0:g1][call.sinks].transpose(1, 2) for x in (k, v)]  # [n,g,N,D] each
+            parts.append(_after_sinks(qi, ki, vi, *first, scale))
     return join(parts, q_views, q.shape).view(B, T, H, -1).transpose(1, 2)
+
+
+def _after_sinks(q: Tensor, k: Tensor, v: Tensor, first_k: Tensor, first_v: Tensor, scale: float | None) -> Tensor:
+    """Causal attention of blocks over N sink tokens and themselves: q [n,h,L,D], k and v [n,g,L,D], first [n,g,N,D]."""
+    N = first_k.shape[2]
+    # Any queries do for the sink tokens: their rows are dropped. Zeros give finite scores.
+    q = torch.cat((q.new_zeros(*q.shape[:2], N, q.shape[3]), q), dim=2)
+    return _sdpa(q, torch.cat((first_k, k), dim=2), torch.cat((first_v, v), dim=2), None, scale)[:, :, N:]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
@@ -146,34 +165,46 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 class Call(NamedTuple):
-    """One SDPA call: which queries, over which keys; mask [L, back + L] is added to the scores, None = causal."""
+    """One SDPA call: which queries, over which keys; mask [L, back + L] is added to the scores, None = causal.
+
+    `sinks` [n, N] are the sink tokens put before each of the n blocks, as indices into all tokens; None where there are
+    none. Such a call is causal.
+    """
 
     queries: Blocks
     keys: Blocks
     mask: Tensor | None
+    sinks: Tensor | None = None
 
 
 def _calls(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, like: Tensor) -> Iterator[Call]:
     """What one half of the heads computes, in the order of the tokens; masks in the dtype and on the device of q."""
-    window, device, joined = pattern.sliding_window, like.device, set[Blocks]()
+    window, device, joined = pattern.sliding_window, like.device, set[Run]()
+    groups = replace(pattern, sliding_window=None)
     if document_starts is None:
-        runs: Sequence[Blocks] = _unpacked_runs(replace(pattern, sliding_window=None), half, B, T)
+        runs: Sequence[Run] = unpacked_runs(groups, half, B, T)
     else:
-        lo = lower_bounds(replace(pattern, sliding_window=None), T, document_starts=document_starts.cpu())
-        runs, joined = _join_short(_runs(lo, half, B, T), _JOINED_CPU if device.type == "cpu" else _JOINED)
+        document_starts = document_starts.cpu()
+        runs = runs_of(groups, half, B, T, document_starts)
+        runs, joined = join_short(runs, _JOINED_CPU if device.type == "cpu" else _JOINED)
     if joined:
         lo = flat(lower_bounds(pattern, T, document_starts=document_starts, device=device), half, B, T)
         token = torch.arange(B * T, device=device)
     band = None if window is None else _band(window, like)
     for run in runs:
+        blocks = run.blocks
         if run in joined:
-            q = token[run.start : run.start + run.length]
-            yield Call(run, run, _additive((lo[q, None] <= q) & (q <= q[:, None]), like))
-        elif band is None or run.length <= band.window:
-            yield Call(run, run, None)
+            q = token[blocks.start : blocks.start + blocks.length]
+            yield Call(blocks, blocks, _additive((lo[q, None] <= q) & (q <= q[:, None]), like))
+        elif run.sinks:
+            starts = torch.arange(blocks.start, blocks.start + blocks.tokens, blocks.length)
+            first, _ = segment_sinks(pattern, starts, T, document_starts)
+            yield Call(blocks, blocks, None, (first[:, None] + torch.arange(run.sinks)).to(device))
+        elif band is None or blocks.length <= band.window:
+            yield Call(blocks, blocks, None)
         else:
-            for start in range(run.start, run.start + run.tokens, run.length):
-                yield from _banded(start, run.length, band)
+            for start in range(blocks.start, blocks.start + blocks.tokens, blocks.length):
+                yield from _banded(start, blocks.length, band)
 
 
 class Band(NamedTuple):
@@ -217,36 +248,6 @@ def _additive(seen: Tensor, like: Tensor) -> Tensor:
     return like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
 
 
-@lru_cache(maxsize=64)
-def _unpacked_runs(groups: Pattern, half: int, B: int, T: int) -> tuple[Blocks, ...]:
-    return tuple(_runs(lower_bounds(groups, T), half, B, T))
-
-
-def _runs(lo: Tensor, half: int, B: int, T: int) -> list[Blocks]:
-    """The segments of one half of the heads, neighbours of equal length as one; lo [B or 1, 1 or 2, T], no window."""
-    lengths = torch.diff(segment_bounds(lo, half, B, T))
-    lengths, counts = torch.unique_consecutive(lengths, return_counts=True)
-    runs, start = [], 0
-    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-        runs.append(Blocks(start, count, length))
-        start += count * length
-    return runs
-
-
-def _join_short(runs: list[Blocks], limit: int) -> tuple[list[Blocks], set[Blocks]]:
-    """Join neighbouring runs while they have at most `limit` tokens together: all runs, and those now joined."""
-    kept: list[Blocks] = []
-    joined: set[Blocks] = set()
-    for run in runs:
-        if kept and kept[-1].tokens + run.tokens <= limit:
-            before = kept.pop()
-            joined.discard(before)
-            run = Blocks(before.start, 1, before.tokens + run.tokens)
-            joined.add(run)
-        kept.append(run)
-    return kept, joined
-
-
 def _cached(
     q: Tensor,
     k: Tensor,
@@ -259,6 +260,8 @@ def _cached(
     """T < S: a few queries at a time over the keys they can reach, so that no mask exceeds a fixed size."""
     T, S, window = q.shape[2], k.shape[2], pattern.sliding_window
     lo = lower_bounds(pattern, T, S=S, document_starts=document_starts, device=q.device)  # [B or 1, 1 or 2, T]
+    document = torch.zeros(1, T, dtype=torch.int64) if document_starts is None else document_starts
+    document = document.to(q.device)
     step = min(_MASK_ROWS, max(1, _MASK_ELEMENTS // (lo.shape[0] * S)))
     if window is not None:
         step = min(step, max(window, _SMALLEST_BLOCK))
@@ -271,7 +274,12 @@ def _cached(
         sees_all = end - first == 1 and document_starts is None and pattern.group_size is None
         parts = []
         for half, ((h0, h1), (g0, g1)) in enumerate(halves):
-            mask = None if sees_all else (lo[:, half, t0:t1, None] <= key) & (key <= position[:, None])  # [B or 1,t,s]
+            mask = None if sees_all else lo[:, half, t0:t1, None] <= key  # [B or 1,t,s]
+            if mask is not None and pattern.sink_tokens:
+                d = document[:, t0:t1, None]
+                mask = mask | ((d <= key) & (key < d + pattern.sink_tokens))
+            if mask is not None:
+                mask = mask & (key <= position[:, None])
             own, seen = (slice(None), slice(h0, h1), slice(t0, t1)), (slice(None), slice(g0, g1), slice(begin, end))
             parts.append(_sdpa(q[own], k[seen], v[seen], None if mask is None else mask[:, None], scale))
         rows.append(torch.cat(parts, dim=1))

@@ -54,7 +54,9 @@ def attention(
     if chosen == "naive":
         T, S = q.shape[2], k.shape[2]
         lo = lower_bounds(pattern, T, S=S, document_starts=document_starts, device=q.device)
-        return naive_attention(q, k, v, lo, scale=scale)
+        return naive_attention(
+            q, k, v, lo, scale=scale, sink_tokens=pattern.sink_tokens, document_starts=document_starts
+        )
     serve = {"blocked": blocked.attention, "varlen": varlen.attention, "flex": flex.attention}[chosen]
     return serve(q, k, v, pattern, document_starts=document_starts, scale=scale)
 

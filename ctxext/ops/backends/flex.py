@@ -11,6 +11,10 @@ the lo of its first and last query, row i of blocks has
 
 and 128 numbers say all of a row. The kernel asks `lo[q] <= k <= q` in the partial blocks only. S² is one call for each
 half of the heads, since their blocks differ.
+
+Sink tokens are one or two more partial blocks on the left. The queries of a block belong to the document of its first
+query or to one that starts within the block, whose sink tokens the diagonal holds; so the first query's document says
+which blocks these are.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from ctxext.errors import InputError
 from ctxext.ops.backends.segments import check_shapes, head_halves
 from ctxext.ops.masks import Pattern, lower_bounds
 
@@ -53,32 +58,48 @@ def attention(
             mask = _unpacked(pattern, half, T, q.device)
         else:
             lo = lower_bounds(pattern, T, document_starts=document_starts, device=q.device)
-            mask = block_mask(lo[:, min(half, lo.shape[1] - 1)])
+            mask = block_mask(lo[:, min(half, lo.shape[1] - 1)], pattern.sink_tokens, document_starts.to(q.device))
         own = q[:, h0:h1], k[:, g0:g1], v[:, g0:g1]
         parts.append(kernel(*own, block_mask=mask, scale=scale, enable_gqa=h1 - h0 != g1 - g0))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def block_mask(lo: Tensor) -> BlockMask:
+def block_mask(lo: Tensor, sink_tokens: int = 0, document_starts: Tensor | None = None) -> BlockMask:
     """The blocks of lo [B or 1, T], equal to those `create_block_mask` finds; lo must not descend along T.
 
-    As there, no block is full in a last row that T does not fill.
+    As there, no block is full in a last row that T does not fill. `document_starts` [B or 1, T] is for sink tokens,
+    None is one document; they are fewer than 128.
     """
+    if sink_tokens >= BLOCK:
+        raise InputError(
+            f"{sink_tokens} sink tokens: the flex backend takes fewer than {BLOCK}", hint="use another backend"
+        )
     T, n = lo.shape[1], -(-lo.shape[1] // BLOCK)
     row = torch.arange(n, device=lo.device)
-    first = lo[:, ::BLOCK] // BLOCK  # [B,n] the leftmost block that is not empty
+    first = lo[:, ::BLOCK] // BLOCK  # [B,n] the leftmost block of the intervals that is not empty
     last = lo[:, (row * BLOCK + BLOCK - 1).clamp_max(T - 1)]
     full = torch.minimum((last + BLOCK - 1) // BLOCK, row)  # [B,n] full from here up to the diagonal
     if T % BLOCK:
         full[:, -1] = n - 1
-    partial = full - first + 1  # blocks before the full ones, and the diagonal
+    document = torch.zeros_like(lo) if document_starts is None else document_starts  # [B or 1,T]
+    # The blocks of sink tokens that lie left of the intervals: `extra` of them, from `sink` on.
+    sink = document[:, ::BLOCK].clamp_min(0) // BLOCK  # [B,n]
+    past = (document[:, ::BLOCK] + sink_tokens - 1).clamp_min(-1) // BLOCK + 1  # the block after the last sink token
+    extra = (torch.minimum(past, first) - sink).clamp_min(0) if sink_tokens else torch.zeros_like(first)
+    partial = full - first + 1 + extra  # blocks before the full ones, the diagonal, and those of sink tokens
     at = torch.arange(n, device=lo.device)
-    left = torch.where(at == (partial - 1)[..., None], row[:, None], (first[..., None] + at).clamp_max(n - 1))
+    left = (first - extra)[..., None] + at
+    left = torch.where(at < extra[..., None], sink[..., None] + at, left)
+    left = torch.where(at == (partial - 1)[..., None], row[:, None], left.clamp_max(n - 1))
     inner = (full[..., None] + at).clamp_max(n - 1)
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         start = lo[b, q] if lo.shape[0] > 1 else lo[0, q]
-        return (start <= k) & (k <= q)
+        visible = start <= k
+        if sink_tokens:
+            d = document[b, q] if document.shape[0] > 1 else document[0, q]
+            visible = visible | ((d <= k) & (k < d + sink_tokens))
+        return visible & (k <= q)
 
     count, index, full_count, full_index = (x[:, None].to(torch.int32) for x in (partial, left, row - full, inner))
     return BlockMask.from_kv_blocks(
@@ -90,7 +111,7 @@ def block_mask(lo: Tensor) -> BlockMask:
 def _unpacked(pattern: Pattern, half: int, T: int, device: torch.device) -> BlockMask:
     with torch.inference_mode(False):  # what is kept may be wanted where gradients are
         lo = lower_bounds(pattern, T, device=device)
-        return block_mask(lo[:, min(half, lo.shape[1] - 1)])
+        return block_mask(lo[:, min(half, lo.shape[1] - 1)], pattern.sink_tokens)
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,9 @@ Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads,
 
 The rows of a batch, its documents and the S² groups are all segments of the same row of N tokens. A segment starts
 where lo[q] == q, whatever made it start; a window cuts nothing, it only shortens what is seen within a segment.
+
+Sink tokens are put before a segment: in the causal attention of [sink tokens, segment] the segment's queries see these
+tokens too. The rows of the sink tokens themselves are computed and dropped.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ctxext.errors import InputError
-from ctxext.ops.masks import Pattern, first_shifted_head
+from ctxext.ops.masks import Pattern, first_shifted_head, sinks_before
 
 Heads = tuple[int, int]  # first, end
 
@@ -48,3 +51,14 @@ def segment_bounds(lo: Tensor, half: int, B: int, T: int) -> Tensor:
     """Where the segments of one half start, and N at the end: [segments + 1], on the CPU. lo without a window."""
     starts = (flat(lo.cpu(), half, B, T) == torch.arange(B * T)).nonzero()[:, 0]
     return torch.cat([starts, torch.tensor([B * T])])
+
+
+def segment_sinks(pattern: Pattern, starts: Tensor, T: int, document_starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sink tokens put before each segment: (the first of them, how many), both int64 [segments], on the CPU.
+
+    `starts` has the first token of each segment and the result that of each document, as indices into all N tokens.
+    `document_starts` [B,T] are key indices of a row, on the CPU.
+    """
+    row = starts // T * T  # the first token of the row that a segment lies in
+    document = torch.zeros_like(starts) if document_starts is None else document_starts.reshape(-1)[starts]
+    return row + document.clamp_min(0), sinks_before(pattern.sink_tokens, starts - row, document)

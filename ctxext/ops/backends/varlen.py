@@ -7,6 +7,9 @@ Those are the cuts of `segments.py`, whatever made them: rows, documents or S² 
 
     unshifted  |q q q q|q q q q|q q|    cu_seqlens 0 4 8 10        shifted  |q q|q q q q|q q q q|    0 2 6 10
 
+With sink tokens the row is gathered anew, each segment after the sink tokens of its document, and what the kernel
+computes for these is dropped.
+
 A window is the kernel's own and works within each segment. It counts the keys before the query, so W keys, the query
 itself included, are (W - 1, 0); (-1, 0) is causal without one. Nothing is padded and nothing masked by a tensor.
 
@@ -26,16 +29,22 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ctxext.errors import EnvironmentFault
-from ctxext.ops.backends.segments import check_shapes, head_halves, segment_bounds
+from ctxext.ops.backends.segments import check_shapes, head_halves, segment_bounds, segment_sinks
 from ctxext.ops.masks import Pattern, lower_bounds
 
 
 class Arguments(NamedTuple):
-    """cu_seqlens int32 [segments + 1], the longest segment in tokens, keys seen before the query (-1: all)."""
+    """cu_seqlens int32 [segments + 1], the longest segment in tokens, keys seen before the query (-1: all).
+
+    With sink tokens `tokens` [M] are the tokens of the row that the kernel gets, as indices into all N, and `rows` [N]
+    says where each token stands in it. Both are None without.
+    """
 
     cu_seqlens: Tensor
     longest: int
     left: int
+    tokens: Tensor | None = None
+    rows: Tensor | None = None
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Arguments, float], Tensor]  # q [N,h,D], k and v [N,g,D] -> [N,h,D]
@@ -70,7 +79,10 @@ def attention(
             arguments = _unpacked(pattern, half, B, T, q.device)
         else:
             arguments = _packed(pattern, half, B, T, document_starts, q.device)
-        parts.append(kernel(qi, ki, vi, arguments, D**-0.5 if scale is None else scale))
+        if arguments.tokens is not None:
+            qi, ki, vi = (x[arguments.tokens] for x in (qi, ki, vi))
+        out = kernel(qi, ki, vi, arguments, D**-0.5 if scale is None else scale)
+        parts.append(out if arguments.rows is None else out[arguments.rows])
     out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return out.view(B, T, H, D).transpose(1, 2)
 
@@ -82,7 +94,17 @@ def arguments_of(
     lo = lower_bounds(replace(pattern, sliding_window=None), T, document_starts=document_starts)
     bounds = segment_bounds(lo, half, B, T)
     left = -1 if pattern.sliding_window is None else pattern.sliding_window - 1
-    return Arguments(bounds.to(device, torch.int32), int(torch.diff(bounds).max()), left)
+    if not pattern.sink_tokens:
+        return Arguments(bounds.to(device, torch.int32), int(torch.diff(bounds).max()), left)
+    first, counts = segment_sinks(pattern, bounds[:-1], T, document_starts)
+    lengths = torch.diff(bounds)
+    wider = torch.cat((bounds[:1], (lengths + counts).cumsum(0)))  # where the widened segments start
+    # Each token moves right by the sink tokens of its own segment and of those before it.
+    rows = torch.arange(B * T) + torch.repeat_interleave(counts.cumsum(0), lengths)
+    tokens = torch.repeat_interleave(first - wider[:-1], lengths + counts) + torch.arange(int(wider[-1]))
+    tokens[rows] = torch.arange(B * T)
+    longest = int(torch.diff(wider).max())
+    return Arguments(wider.to(device, torch.int32), longest, left, tokens.to(device), rows.to(device))
 
 
 @lru_cache(maxsize=32)
@@ -123,7 +145,7 @@ def installed_kernel() -> Kernel | None:
         return _flash_attn()
 
     def run(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, scale: float) -> Tensor:
-        cu, longest, left = arguments
+        cu, longest, left = arguments[:3]
         options: dict[str, Any] = {"scale": scale, "window_size": (left, 0)}
         if "enable_gqa" in known:  # 2.12
             options["enable_gqa"] = q.shape[1] != k.shape[1]
@@ -142,7 +164,7 @@ def _flash_attn() -> Kernel | None:
         return None
 
     def run(q: Tensor, k: Tensor, v: Tensor, arguments: Arguments, scale: float) -> Tensor:
-        cu, longest, left = arguments
+        cu, longest, left = arguments[:3]
         options: dict[str, Any] = {
             "softmax_scale": scale,
             "causal": True,

@@ -51,7 +51,7 @@ def assert_twins(q, k, v, pattern, starts=None, scale=None):
     if starts is not None:
         check_document_starts(starts, B=q.shape[0], T=q.shape[2], S=k.shape[2])
     lo = lower_bounds(pattern, q.shape[2], S=k.shape[2], document_starts=starts)
-    theirs = naive_attention(q, k, v, lo, scale=scale)
+    theirs = naive_attention(q, k, v, lo, scale=scale, sink_tokens=pattern.sink_tokens, document_starts=starts)
     ours = blocked.attention(q, k, v, pattern, document_starts=starts, scale=scale)
     upstream = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(q.dtype)
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
@@ -79,9 +79,20 @@ def test_twins(T, H_K):
             (None, T + 2),
             (9, 37),
             (None, 37, 5),
+            (None, 37, None, 1),
+            (None, 9, 8, 4),
+            (None, 2, None, 50),
         ]
     else:
-        patterns = [(None, None), (100, None), (None, 250), (None, 77), (65, 333), (None, 250, 249)]
+        patterns = [
+            (None, None),
+            (100, None),
+            (None, 250),
+            (None, 77),
+            (65, 333),
+            (None, 250, 249),
+            (None, 250, 249, 3),
+        ]
     for pattern in patterns:
         q, k, v = tensors(2 if T < 1000 else 1, *H_K, T, D=4)
         assert_twins(q, k, v, Pattern(*pattern))
@@ -95,7 +106,15 @@ def test_twins(T, H_K):
 )
 def test_twins_packed(T, lengths):
     starts = rows_of_documents(T, lengths)
-    for pattern in (Pattern(), Pattern(2), Pattern(90), Pattern(None, 2), Pattern(None, 101), Pattern(70, 90)):
+    for pattern in (
+        Pattern(),
+        Pattern(2),
+        Pattern(90),
+        Pattern(None, 2),
+        Pattern(None, 101),
+        Pattern(70, 90),
+        Pattern(None, 40, None, 2),
+    ):
         q, k, v = tensors(len(lengths), 2, 2, T, D=4)
         assert_twins(q, k, v, pattern, starts)
 
@@ -108,7 +127,7 @@ def test_window_cuts(W):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 37)], ids=str)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 37), Pattern(None, 37, None, 2)], ids=str)
 def test_other_dtypes(dtype, pattern):
     q, k, v = tensors(2, 4, 2, 333, dtype=dtype)
     assert_twins(q, k, v, pattern)
@@ -119,14 +138,37 @@ def test_other_dtypes(dtype, pattern):
     lengths=st.lists(st.integers(1, 120), min_size=1, max_size=6),
     W=st.none() | st.integers(1, 200),
     G=st.none() | st.integers(2, 200),
+    N=st.integers(0, 9),
     heads=st.sampled_from(HEADS),
     seed=st.integers(0, 9),
 )
 @settings(max_examples=40, deadline=None)
-def test_twins_of_anything(lengths, W, G, heads, seed):
+def test_twins_of_anything(lengths, W, G, N, heads, seed):
     T = sum(lengths)
     q, k, v = tensors(1, *heads, T, D=4, seed=seed)
     assert_twins(q, k, v, Pattern(W, G), rows_of_documents(T, [lengths]))
+    if G is not None:
+        assert_twins(q, k, v, Pattern(None, G, None, N), rows_of_documents(T, [lengths]))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=6),
+    G=st.integers(2, 90),
+    N=st.integers(0, 9),
+    share=st.floats(0, 0.99),
+)
+@settings(max_examples=20, deadline=None)
+def test_sink_tokens_outside_of_a_piece_of_a_row_are_not_seen(lengths, G, N, share):
+    """A document that began before the row keeps its groups; only the sink tokens that lie in the row are seen."""
+    T = sum(lengths)
+    cut = int(share * T)
+    starts = rows_of_documents(T, [lengths])[:, cut:] - cut
+    q, k, v = tensors(1, 4, 2, T - cut, D=4)
+    pattern = Pattern(None, G, None, N)
+    lo = lower_bounds(pattern, T - cut, document_starts=starts)
+    ours = blocked.attention(q, k, v, pattern, document_starts=starts)
+    theirs = naive_attention(q, k, v, lo, sink_tokens=N, document_starts=starts)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", ["heads first", "expanded gradient", "one tensor", "no gradient"])
@@ -152,7 +194,7 @@ def test_layouts(layout):
         assert_twins(q, k, v, pattern, starts)
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 64)], ids=str)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 64), Pattern(None, 64, None, 2)], ids=str)
 def test_checkpointed_gradients_are_the_same(pattern):
     q, k, v = tensors(1, 4, 2, 300)
     plain = torch.autograd.grad(blocked.attention(q, k, v, pattern).square().sum(), (q, k, v))
@@ -164,7 +206,9 @@ def test_checkpointed_gradients_are_the_same(pattern):
 # Cached keys
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(1), Pattern(5), Pattern(None, 7), Pattern(5, 12)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Pattern(), Pattern(1), Pattern(5), Pattern(None, 7), Pattern(5, 12), Pattern(None, 7, None, 2)], ids=str
+)
 @pytest.mark.parametrize("T", [1, 2, 40])
 @pytest.mark.parametrize("packed", [False, True])
 def test_twins_cached(pattern, T, packed):
@@ -174,7 +218,7 @@ def test_twins_cached(pattern, T, packed):
     assert_twins(q, k, v, pattern, starts)
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(8), Pattern(None, 10)], ids=str)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(8), Pattern(None, 10), Pattern(None, 10, None, 3)], ids=str)
 def test_decoding_step_by_step_equals_the_whole(pattern):
     T = 40
     q, k, v = (x.detach() for x in tensors(2, 4, 2, T))
@@ -222,12 +266,24 @@ def future_leaks(attend: Callable, T: int, H: int, K: int, at: list[int]) -> lis
 
 
 def naive(q, k, v, pattern, document_starts=None):
-    return naive_attention(q, k, v, lower_bounds(pattern, q.shape[2], document_starts=document_starts))
+    lo = lower_bounds(pattern, q.shape[2], document_starts=document_starts)
+    return naive_attention(q, k, v, lo, sink_tokens=pattern.sink_tokens, document_starts=document_starts)
 
 
 @pytest.mark.parametrize("attend", [naive, blocked.attention], ids=["naive", "blocked"])
 @pytest.mark.parametrize(
-    "pattern", [Pattern(), Pattern(1), Pattern(100), Pattern(None, 64), Pattern(None, 37), Pattern(30, 64)], ids=str
+    "pattern",
+    [
+        Pattern(),
+        Pattern(1),
+        Pattern(100),
+        Pattern(None, 64),
+        Pattern(None, 37),
+        Pattern(30, 64),
+        Pattern(None, 37, None, 1),
+        Pattern(None, 37, 5, 4),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_no_output_moves_before_what_changed(attend, pattern, packed):
@@ -239,7 +295,7 @@ def test_no_output_moves_before_what_changed(attend, pattern, packed):
 
 
 @pytest.mark.parametrize("attend", [naive, blocked.attention], ids=["naive", "blocked"])
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 64)], ids=str)
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 64), Pattern(None, 9, None, 2)], ids=str)
 def test_documents_do_not_see_each_other(attend, pattern):
     starts = rows_of_documents(300, [[150, 1, 20, 30]])
     q, k, v = (x.detach() for x in tensors(1, 4, 2, 300))
@@ -295,7 +351,9 @@ class LargestTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("pattern", [Pattern(128), Pattern(1000), Pattern(None, 1024), Pattern(2)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Pattern(128), Pattern(1000), Pattern(None, 1024), Pattern(2), Pattern(None, 1024, None, 2)], ids=str
+)
 def test_nothing_is_of_order_T_squared(pattern, packed):
     T, H, D = 32 * 1024, 2, 8
     q, k, v = tensors(1, H, H, T, D=D, dtype=torch.float32)
@@ -317,12 +375,12 @@ def test_the_memory_check_sees_a_T_by_T_mask():
 # Bad input
 
 
-@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 64)], ids=str)
-def test_nan_is_never_hidden(pattern):
+@pytest.mark.parametrize("pattern", [Pattern(), Pattern(100), Pattern(None, 64), Pattern(None, 64, None, 1)], ids=str)
+@pytest.mark.parametrize("at", [0, 130])
+def test_nan_is_never_hidden(pattern, at):
     q, k, v = (x.detach() for x in tensors(1, 4, 2, 300))
-    lo = lower_bounds(pattern, 300)
-    k[0, 0, 130, 0] = math.nan
-    must = naive_attention(q, k, v, lo).isnan()
+    k[0, 0, at, 0] = math.nan
+    must = naive(q, k, v, pattern).isnan()
     assert must.any() and blocked.attention(q, k, v, pattern).isnan()[must].all()
 
 

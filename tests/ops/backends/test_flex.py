@@ -14,6 +14,7 @@ from ctxext.ops.backends import flex
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
 
 PATTERNS = [Pattern(), Pattern(1), Pattern(100), Pattern(128), Pattern(None, 64), Pattern(None, 333), Pattern(50, 200)]
+SINKS = [Pattern(None, 64, None, 1), Pattern(None, 200, 199, 4), Pattern(None, 333, None, 100)]
 
 
 def two_rows(T):
@@ -27,12 +28,12 @@ def blocks(counts, indices):
 
 
 @pytest.mark.parametrize("T", [1, 127, 128, 129, 300, 1000, 1024])
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS + SINKS, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_closed_form_finds_the_blocks_that_a_search_finds(T, pattern, packed):
-    bounds = lower_bounds(pattern, T, document_starts=two_rows(T) if packed else None)
-    for lo in bounds.unbind(1):
-        ours = flex.block_mask(lo)
+    starts = two_rows(T) if packed else None
+    for lo in lower_bounds(pattern, T, document_starts=starts).unbind(1):
+        ours = flex.block_mask(lo, pattern.sink_tokens, starts)
         searched = create_block_mask(ours.mask_mod, lo.shape[0], None, T, T, device="cpu")
         for kind in ("kv", "full_kv", "q", "full_q"):
             names = f"{kind}_num_blocks", f"{kind}_indices"
@@ -41,20 +42,21 @@ def test_the_closed_form_finds_the_blocks_that_a_search_finds(T, pattern, packed
         assert ours.seq_lengths == searched.seq_lengths and ours.BLOCK_SIZE == searched.BLOCK_SIZE
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS + SINKS, ids=str)
 @pytest.mark.parametrize("packed", [False, True])
 def test_its_forward_is_naive(pattern, packed):
     T, starts = 300, two_rows(300) if packed else None
     q, k, v = (torch.randn(2, heads, T, 16) for heads in (4, 2, 2))
     ours = flex.attention(q, k, v, pattern, document_starts=starts, scale=0.3, kernel=flex_attention)
-    truth = naive_attention(q, k, v, lower_bounds(pattern, T, document_starts=starts), scale=0.3)
+    lo = lower_bounds(pattern, T, document_starts=starts)
+    truth = naive_attention(q, k, v, lo, scale=0.3, sink_tokens=pattern.sink_tokens, document_starts=starts)
     torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [Pattern(100), Pattern(None, 64)], ids=str)
+@pytest.mark.parametrize("pattern", [Pattern(100), Pattern(None, 64), Pattern(None, 64, None, 2)], ids=str)
 def test_its_compiled_forward_is_naive(pattern):
     """The compiled kernel is what skips blocks: a block forgotten by the closed form shows here."""
     q, k, v = (torch.randn(1, heads, 700, 16) for heads in (4, 2, 2))
-    truth = naive_attention(q, k, v, lower_bounds(pattern, 700))
+    truth = naive_attention(q, k, v, lower_bounds(pattern, 700), sink_tokens=pattern.sink_tokens)
     torch.testing.assert_close(flex.attention(q, k, v, pattern), truth, rtol=1e-4, atol=1e-5)

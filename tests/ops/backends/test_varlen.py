@@ -21,12 +21,15 @@ PATTERNS = [
     Pattern(None, 37),
     Pattern(30, 64),
     Pattern(None, 37, 5),
+    Pattern(None, 37, None, 1),
+    Pattern(None, 9, 8, 4),
+    Pattern(None, 2, None, 50),
 ]
 
 
 def simulated(q, k, v, arguments, scale):
     """What FlashAttention computes from cu_seqlens and window_size = (left, 0): q [N,h,D] -> [N,h,D]."""
-    cu, longest, left = arguments
+    cu, longest, left = arguments[:3]
     assert cu.dtype == torch.int32 and cu[0] == 0 and cu[-1] == q.shape[0] and (torch.diff(cu) > 0).all()
     assert longest == torch.diff(cu).max()
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -44,7 +47,8 @@ def simulated(q, k, v, arguments, scale):
 def assert_twins(pattern, B, H, K, T, starts=None, scale=None):
     q, k, v = (torch.randn(B, T, h, 8, dtype=torch.float64).transpose(1, 2).requires_grad_() for h in (H, K, K))
     ours = varlen.attention(q, k, v, pattern, document_starts=starts, scale=scale, kernel=simulated)
-    truth = naive_attention(q, k, v, lower_bounds(pattern, T, document_starts=starts), scale=scale)
+    lo = lower_bounds(pattern, T, document_starts=starts)
+    truth = naive_attention(q, k, v, lo, scale=scale, sink_tokens=pattern.sink_tokens, document_starts=starts)
     weight = torch.randn_like(truth)
     for got, want in zip(
         (ours, *torch.autograd.grad(ours, (q, k, v), weight)),
@@ -62,13 +66,15 @@ def test_its_arguments_say_what_naive_computes(T, H_K):
 
 
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), W=st.none() | st.integers(1, 80),
-       G=st.none() | st.integers(2, 80))  # fmt: skip
+       G=st.none() | st.integers(2, 80), N=st.integers(0, 5))  # fmt: skip
 @settings(max_examples=30, deadline=None)
-def test_documents_of_any_length(lengths, W, G):
+def test_documents_of_any_length(lengths, W, G, N):
     T = sum(lengths)
     bounds = [sum(lengths[:i]) for i in range(len(lengths))]
     starts = torch.cat([document_starts(bounds, T), document_starts([0], T)])
     assert_twins(Pattern(W, G), 2, 4, 2, T, starts)
+    if G is not None:
+        assert_twins(Pattern(None, G, None, N), 2, 4, 2, T, starts)
 
 
 def test_cu_seqlens_of_the_picture():

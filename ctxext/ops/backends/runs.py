@@ -1,0 +1,58 @@
+"""Segments as runs: neighbours of equal length are one strided view, which is one kernel call.
+
+Shapes: B batch, T tokens, N = B * T tokens in one long row (segments.py).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ctxext.ops.backends.segments import segment_bounds, segment_sinks
+from ctxext.ops.backends.views import Blocks
+from ctxext.ops.masks import Pattern, lower_bounds
+
+
+class Run(NamedTuple):
+    """Neighbouring segments of equal length, each with the same number of sink tokens before it."""
+
+    blocks: Blocks
+    sinks: int
+
+
+@lru_cache(maxsize=64)
+def unpacked_runs(groups: Pattern, half: int, B: int, T: int) -> tuple[Run, ...]:
+    return tuple(runs_of(groups, half, B, T, None))
+
+
+def runs_of(groups: Pattern, half: int, B: int, T: int, document_starts: Tensor | None) -> list[Run]:
+    """The segments of one half of the heads, equal neighbours as one; `groups` has no window, starts are on the CPU."""
+    bounds = segment_bounds(lower_bounds(groups, T, document_starts=document_starts), half, B, T)
+    lengths, starts = torch.diff(bounds), bounds[:-1]
+    sinks = segment_sinks(groups, starts, T, document_starts)[1] if groups.sink_tokens else torch.zeros_like(starts)
+    kinds, counts = torch.unique_consecutive(torch.stack((lengths, sinks), dim=1), dim=0, return_counts=True)
+    runs, start = [], 0
+    for (length, before), count in zip(kinds.tolist(), counts.tolist(), strict=True):
+        runs.append(Run(Blocks(start, count, length), before))
+        start += count * length
+    return runs
+
+
+def join_short(runs: list[Run], limit: int) -> tuple[list[Run], set[Run]]:
+    """Join neighbouring runs while they have at most `limit` tokens together: all runs, and those now joined.
+
+    Runs with sink tokens before their segments stay apart: the mask of joined ones has no place for them.
+    """
+    kept: list[Run] = []
+    joined: set[Run] = set()
+    for run in runs:
+        if kept and not kept[-1].sinks and not run.sinks and kept[-1].blocks.tokens + run.blocks.tokens <= limit:
+            before = kept.pop()
+            joined.discard(before)
+            run = Run(Blocks(before.blocks.start, 1, before.blocks.tokens + run.blocks.tokens), 0)
+            joined.add(run)
+        kept.append(run)
+    return kept, joined
