@@ -52,6 +52,8 @@ def page() -> str:
     lines = [HEAD, f"| model | type | {' | '.join(COLUMNS)} | remark |", "|---" * (len(COLUMNS) + 3) + "|"]
     for slug, row in ZOO.items():
         cells = [cell([records[slug][station] for station in stations]) for stations in COLUMNS.values()]
+        if cells[-1] == "no" and records[slug]["ids"] == "yes":  # there is no conversion whose ids could be wrong
+            cells[-1] = "yes"
         lines.append(f"| {row.name} | {row.model_type} | {' | '.join(cells)} | {remark(records[slug])} |")
     return "\n".join([*lines, SOURCES, *(f"- {row.name}: {row.source}." for row in ZOO.values())]) + "\n"
 
