@@ -74,9 +74,11 @@ def _show(found: Answer) -> None:
     console.pairs(found.rows())
     for name, choice in found.commands():
         took = choice.timed(found.rates)
+        time = "time not known"
+        if took is not None:
+            time = f"{format_duration(took.seconds)} a step, {took.tokens_per_second:,.0f} tokens/s"
         print(
-            f"\n{name}: ctx {format_tokens(choice.plan.spec.ctx)}, {format_duration(took.seconds)} a step, "
-            f"{took.tokens_per_second:,.0f} tokens/s, {format_bytes(choice.needed)}"
+            f"\n{name}: ctx {format_tokens(choice.plan.spec.ctx)}, {time}, {format_bytes(choice.needed)}"
             + (f", {format_bytes(choice.host)} on the host" if choice.host else "")
         )
         print("\n".join(f"  {line}" for line in choice.commands()))

@@ -22,6 +22,7 @@ from ctxext.train.spec import FinetuneSpec
 from ctxext.units import counted, format_bytes, format_duration, format_flops, format_tokens, parse_bytes, parse_tokens
 
 THIS = "this"
+UNKNOWN = "no rates are known for this machine"
 ONE_MACHINE = 16  # cards
 WORDS = {"linear": "matrices", "adapters": "adapters in fp32", "attention": "attention kernels",
          "stream": "memory bandwidth", "host": "the link to the host", "host_memory": "the host's memory",
@@ -31,10 +32,11 @@ WORDS = {"linear": "matrices", "adapters": "adapters in fp32", "attention": "att
 @dataclass(frozen=True)
 class Answer:
     """`listed`: the fastest that fits and the next; `longest`: at the longest context that fits; `leanest`: what
-    needs least at the ctx that was asked for."""
+    needs least at the ctx that was asked for. Without `rates` no time is known, and `listed` begins with what turns
+    the fewest knobs."""
 
     asked: Asked
-    rates: Rates
+    rates: Rates | None
     combinations: int
     fitting: int
     listed: list[Choice]
@@ -48,8 +50,9 @@ class Answer:
         return {
             "model": asked.source.name,
             "ctx": parse_tokens(asked.ctx),
-            "device": {"memory": asked.memory, "cards": asked.cards, "rates": self.rates.source,
-                       "measured": self.rates.measured},
+            "device": {"memory": asked.memory, "cards": asked.cards,
+                       "rates": None if self.rates is None else self.rates.source,
+                       "measured": None if self.rates is None else self.rates.measured},
             "combinations": self.combinations,
             "fitting": self.fitting,
             "fastest": self.listed[0].as_dict(self.rates) if self.listed else None,
@@ -81,7 +84,7 @@ class Answer:
         rows = [
             ("model", f"{asked.source.name} ({pattern_text(asked.source.kinds)})"),
             ("ctx", f"{format_tokens(parse_tokens(asked.ctx))} tokens"),
-            ("on", f"{where}; {self.rates.source}"),
+            ("on", f"{where}; {UNKNOWN if self.rates is None else self.rates.source}"),
             ("tried", f"{counted(self.combinations, 'combination')}, {self.fitting} fit"),
         ]  # fmt: skip
         if not self.listed:
@@ -91,6 +94,11 @@ class Answer:
         rows += [
             ("memory", format_bytes(best.needed) + (f", {format_bytes(best.host)} on the host" if best.host else "")),
             *((f"  {name}", format_bytes(size)) for name, size in best.plan.memory.items()),
+        ]
+        if took is None:
+            flops = f"{format_flops(best.plan.step_flops)}{' on all cards' if best.ranks > 1 else ''}"
+            return [*rows, ("a step", flops), ("time", f"not known; {measures(asked.model)}")]
+        rows += [
             ("a step", f"{format_duration(took.seconds)}, {took.tokens_per_second:,.0f} tokens/s, "
              f"{format_flops(took.flops)}{' on each card' if best.ranks > 1 else ''}"),
         ]  # fmt: skip
@@ -110,7 +118,7 @@ class Answer:
 
     def commands(self) -> list[tuple[str, Choice]]:
         """(what it is, the choice) for each configuration that is shown."""
-        names = ["fastest", "next", "next", "next"]
+        names = ["fastest", "next", "next", "next"] if self.rates is not None else ["fits", "or", "or", "or"]
         shown = list(zip(names, self.listed, strict=False))
         return [*shown, *([("longest", self.longest)] if self.longest else [])]
 
@@ -125,8 +133,9 @@ def ask(
     cards_: int = 1,
     preset: str,
     fixed: Mapping[str, Any],
-) -> tuple[Asked, Rates]:
-    """What is planned and the rates it is planned with. Raises InputError for what cannot be."""
+) -> tuple[Asked, Rates | None]:
+    """What is planned and the rates it is planned with, None where none are known for this machine. Raises InputError
+    for what cannot be planned."""
     if ctx is None:
         raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 100k")
     if parse_tokens(ctx) == 0:
@@ -150,11 +159,8 @@ def ask(
     packed, on_gpu = spec.data.document_mask, True
     if gpu == THIS or (gpu is None and given is None):
         rates, size, on_gpu = rates_here(spec.dtype, packed=packed)
-        if rates is None:
-            raise InputError(
-                "no rates are known for this machine",
-                hint=f"ctxext plan {model} --calibrate measures them; or name a card, such as --gpu h100",
-            )
+        if not (given or size):
+            raise InputError("the memory of this GPU is not known", hint="give --memory, such as 24G")
     else:
         name, card = cards.find_card(gpu or cards.REFERENCE)
         if spec.dtype == "float32":
@@ -185,7 +191,12 @@ def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | Non
     return f"{memory}, {format_duration(took.seconds)} a step ({rates.source})", took
 
 
-def answer(asked: Asked, rates: Rates) -> Answer:
+def measures(model: str) -> str:
+    """How the rates of a machine become known, in words."""
+    return f"`ctxext plan {model} --calibrate` measures this machine in about 20 s, or name a card, such as --gpu h100"
+
+
+def answer(asked: Asked, rates: Rates | None) -> Answer:
     """Plan every combination."""
     found = list(search.choices(asked))
     fit = search.fitting(found, rates)
@@ -197,5 +208,5 @@ def answer(asked: Asked, rates: Rates) -> Answer:
         listed=search.listed(fit),
         longest=search.longest(asked),
         leanest=min(found, key=lambda choice: choice.needed),
-        dominates=search.dominating(fit, rates) if fit else None,
+        dominates=search.dominating(fit, rates),
     )

@@ -110,8 +110,9 @@ class Choice:
             waiting += item * parameter_count(shape) / self.ranks
         return int(waiting)
 
-    def timed(self, rates: Rates) -> Estimate:
-        return estimate(self.plan, rates, self.partition)
+    def timed(self, rates: Rates | None) -> Estimate | None:
+        """None where no rates are known."""
+        return None if rates is None else estimate(self.plan, rates, self.partition)
 
     @property
     def knobs(self) -> frozenset[str]:
@@ -131,7 +132,8 @@ class Choice:
         words += ["--zero", self.zero, "--nproc", str(self.ranks)] if self.zero else []
         return [*lines, shlex.join(words)]
 
-    def as_dict(self, rates: Rates) -> dict[str, Any]:
+    def as_dict(self, rates: Rates | None) -> dict[str, Any]:
+        """Plain data for `--json`; what needs rates is None where none are known."""
         took = self.timed(rates)
         return {
             "commands": self.commands(),
@@ -141,11 +143,13 @@ class Choice:
             "processes": self.ranks,
             "global_batch_size": self.plan.global_batch_size,
             "step_flops": self.plan.step_flops,
-            "seconds_per_step": took.seconds,
-            "tokens_per_second": took.tokens_per_second,
+            "seconds_per_step": None if took is None else took.seconds,
+            "tokens_per_second": None if took is None else took.tokens_per_second,
             "memory": self.plan.memory | {"total": self.needed},
             "host_memory": self.host,
-            "parts": [
+            "parts": None
+            if took is None
+            else [
                 {"name": p.name, "rate": p.rate, "flops": p.flops, "bytes": p.moved, "seconds": p.seconds}
                 for p in took.parts
             ],
@@ -254,15 +258,20 @@ def _zero(stage: str) -> dict[str, Any]:
     return read_zero(stage)
 
 
-def fitting(found: list[Choice], rates: Rates) -> list[tuple[Choice, Estimate]]:
-    """Those that fit, the most tokens a second first; of equals the one that turns less."""
-    fit = [(choice, choice.timed(rates)) for choice in found if choice.needed <= choice.asked.memory]
+def fitting(found: list[Choice], rates: Rates | None) -> list[tuple[Choice, Estimate | None]]:
+    """Those that fit, the most tokens a second first; of equals, and of all without rates, the one that turns less."""
+
+    def order(pair: tuple[Choice, Estimate | None]) -> tuple[float, int, int]:
+        choice, took = pair
+        speed = 0.0 if took is None else float(f"{took.tokens_per_second:.4g}")
+        return -speed, len(choice.knobs), choice.needed
+
     return sorted(
-        fit, key=lambda pair: (-float(f"{pair[1].tokens_per_second:.4g}"), len(pair[0].knobs), pair[0].needed)
+        ((choice, choice.timed(rates)) for choice in found if choice.needed <= choice.asked.memory), key=order
     )
 
 
-def listed(fit: list[tuple[Choice, Estimate]], count: int = 4) -> list[Choice]:
+def listed(fit: list[tuple[Choice, Estimate | None]], count: int = 4) -> list[Choice]:
     """The first few, without those that turn what a faster one turns, and more, and gain nothing by it."""
     kept = list[Choice]()
     for choice, _ in fit:
@@ -315,13 +324,17 @@ def largest(choice: Choice) -> str:
     return "most of it " + ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked)
 
 
-def dominating(fit: list[tuple[Choice, Estimate]], rates: Rates) -> dict[str, Any]:
-    """The rate that most of the fastest one's time depends on, and what it would mean if it were a fifth slower."""
-    best, took = fit[0]
+def dominating(fit: list[tuple[Choice, Estimate | None]], rates: Rates | None) -> dict[str, Any] | None:
+    """The rate that most of the fastest one's time depends on, and what it would mean if it were a fifth slower; None
+    where nothing fits or no rates are known."""
+    if not fit or rates is None:
+        return None
+    best = fit[0][0]
+    took = estimate(best.plan, rates, best.partition)
     name, seconds = next(iter(took.by_rate().items()))
     slower = rates.times(name, 0.8)
     again = fitting([choice for choice, _ in fit], slower)[0][0]
-    change = best.timed(slower).seconds / took.seconds - 1
+    change = estimate(best.plan, slower, best.partition).seconds / took.seconds - 1
     return {
         "rate": name,
         "share": seconds / took.seconds,

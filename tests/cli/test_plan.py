@@ -81,7 +81,6 @@ def test_hybrids_side_by_side():
         (["--ctx", "8k", "--memory", "0"], "1M or more"),
         (["--ctx", "0", "--gpu", "h100"], "at least one token"),
         (["--gpu", "h100"], "--ctx is missing"),
-        (["--ctx", "8k"], "no rates are known for this machine"),
         (["--ctx", "8k", "--gpu", "h100", "--hybrid", "swa1"], "no hybrid preset"),
         (["--ctx", "8k", "--gpu", "h100", "--hybrid", ","], "names nothing"),
         (["--ctx", "8k", "--gpu", "h100", "--memory", "400G"], "h100 has 79.6 GiB"),
@@ -94,6 +93,23 @@ def test_refusals(arguments, said, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(InputError, match=said):
         run("llama2-7b", *arguments)
+
+
+def test_without_rates_the_memory_is_planned_and_the_time_is_not_known(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "card_here", lambda: None)
+    text = run("tiny", "--ctx", "8k")
+    for words in ("no rates are known for this machine", "time ", "not known; `ctxext plan tiny --calibrate`",
+                  "fits: ctx 8,192, time not known, ", "ctxext finetune tiny --ctx 8k", "checkpoints"):  # fmt: skip
+        assert words in text, words
+    assert "fastest" not in text and "tokens/s" not in text
+    found = json.loads(run("tiny", "--ctx", "8k", "--json"))
+    assert found["device"]["rates"] is found["device"]["measured"] is found["dominates"] is None
+    best = found["fastest"]
+    assert best["seconds_per_step"] is best["tokens_per_second"] is best["parts"] is None
+    assert best["memory"]["total"] <= found["device"]["memory"] and found["longest"]["ctx"] >= 8192
+    # What is listed first turns the fewest knobs.
+    assert all(len(best["changes"]) <= len(other["changes"]) for other in found["next"])
 
 
 def test_an_unknown_model_and_one_too_large():
