@@ -155,6 +155,8 @@ def ask(
                 "no rates are known for this machine",
                 hint=f"ctxext plan {model} --calibrate measures them; or name a card, such as --gpu h100",
             )
+        if not size and given is None:
+            raise InputError("nothing says how much memory this machine's GPU has", hint="give it: --memory 80G")
     else:
         name, card = cards.find_card(gpu or cards.REFERENCE)
         if spec.dtype == "float32":

@@ -9,7 +9,6 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
-from ctxext.config.output import check_free, hold, write_whole
+from ctxext.config.output import check_free, claim, disk_faults, locked, write_whole
 from ctxext.data.documents import EMBEDDED, SELF, fingerprint
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
@@ -72,12 +71,16 @@ def plan_asked(
 def start_run(plan: RunPlan, run: Path) -> None:
     """Make the run's directory with its spec.yaml, and what a resumed run must find unchanged.
 
-    Raises InputError when the directory exists, and for data that is not there.
+    Raises InputError when the directory exists, and for data that is not there; EnvironmentFault when the disk is full.
     """
     check_free(run)
     start = Start.of(plan)
-    run.mkdir(parents=True)
-    write_spec(run, start)
+    claim(run)
+    try:
+        write_spec(run, start)
+    except BaseException:
+        run.rmdir()
+        raise
 
 
 def write_spec(run: Path, start: Start) -> None:
@@ -199,21 +202,26 @@ def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
     """A resumed run trains within the block: what `plan_resumed` was told to change becomes the run's spec, unless it
     fails before anything was trained with it."""
     before, trained = (run / SPEC_FILE).read_bytes(), _metrics_size(run)
-    if not started_as(run, plan):
-        write_spec(run, Start.of(plan))
-    try:
-        yield
-    except BaseException:
-        if _metrics_size(run) <= trained:
-            (run / SPEC_FILE).write_bytes(before)
-        raise
+    with disk_faults(run, hint=way_out(run)):
+        if not started_as(run, plan):
+            write_spec(run, Start.of(plan))
+        try:
+            yield
+        except BaseException:
+            if _metrics_size(run) <= trained and (run / SPEC_FILE).read_bytes() != before:
+                write_whole(run / SPEC_FILE, before)
+            raise
+
+
+def way_out(run: Path) -> str:
+    """What to do about a full disk."""
+    return f"make room, then: ctxext finetune --resume --out {run}"
 
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
     """Keep others from training into `run` within the block. Raises InputError where one is at it."""
-    with _opened(run) as directory:
-        hold(directory, run, "training")
+    with locked(run, "training"):
         yield
 
 
@@ -223,15 +231,6 @@ def _in_use(run: Path) -> bool:
             return False
     except InputError:
         return True
-
-
-@contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _metrics_size(run: Path) -> int:
