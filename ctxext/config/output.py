@@ -294,7 +294,7 @@ def _clean_neighbours(target: Path) -> None:
             os.close(descriptor)
 
 
-def _put_in_place(partial: Path, target: Path, before: tuple[int, int] | None) -> None:
+def _put_in_place(partial: Path, target: Path, before: tuple[int, ...] | None) -> None:
     """Renames `partial` to `target` in place of what had the identity `before`, None for nothing.
 
     Raises InputError where another process put something there since.
@@ -322,13 +322,22 @@ def _overtaken(target: Path) -> InputError:
     )
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode of what lies at `path`, a link not followed; None where nothing does."""
-    try:
-        status = os.lstat(path)
-    except OSError:
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """What tells an output at `path` from another one that takes its place; None where there is none.
+
+    An inode is given again to the next directory: the inodes and times of the MARKS are compared, too.
+    """
+    if not os.path.lexists(path):
         return None
-    return status.st_dev, status.st_ino
+    found = list[int]()
+    for place in (path, *(path / mark for mark in MARKS)):
+        try:
+            status = os.lstat(place)
+        except OSError:
+            found += [0, 0]
+        else:
+            found += [status.st_ino, 0 if place == path else status.st_mtime_ns]
+    return tuple(found)
 
 
 def _beside(target: Path, kind: str) -> Path:

@@ -24,12 +24,12 @@ NVIDIA_HIDES = ("CUDA_VISIBLE_DEVICES",)
 AMD_HIDES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")  # HIP reads the last as well
 
 
-def visible_gpus(environ: Mapping[str, str] = os.environ, root: Path = ROOT) -> int:
+def visible_gpus(environ: Mapping[str, str] = os.environ, root: Path | None = None) -> int:
     """How many GPUs torch will see here. 0 for a torch without CUDA and ROCm, and where the variables hide all."""
     build = torch_build()
     if build is None:
         return 0
-    present = _amd(root) if build == "hip" else _nvidia(root)
+    present = _amd(root or ROOT) if build == "hip" else _nvidia(root or ROOT)
     for name in AMD_HIDES if build == "hip" else NVIDIA_HIDES:
         if name in environ:
             present = min(present, len(_listed(environ[name])))
