@@ -157,7 +157,7 @@ def test_a_full_disk_at_the_end_of_a_context_ends_the_run_and_not_in_a_loop(plan
 
     run = disk.path / "run"
     start_run(plan, run)
-    with pytest.raises(EnvironmentFault, match=r"after step 4 was not written, and the next context .* of step 2"):
+    with pytest.raises(EnvironmentFault, match=r"after step 4 was not written, and the next context .* of step 3"):
         run_finetune(plan, run, events=Events(on_step=on_step))
     assert seen == [1, 2, 3, 4]
     disk.make_room()
@@ -172,7 +172,7 @@ def test_a_rollback_to_where_a_context_began_forgets_the_losses_before(plan, tmp
     )
     seen, save = [], loop.save_checkpoint
     monkeypatch.setattr(loop, "save_checkpoint", lambda run, progress, *rest, **named: (
-        seen.append((progress.done, progress.loss_seen)), save(run, progress, *rest, **named)))  # fmt: skip
+        seen.append((progress.done, progress.loss_seen)), save(run, progress, *rest, **named))[1])  # fmt: skip
     start_run(plan, tmp_path / "run")
     assert run_finetune(plan, tmp_path / "run").rollbacks == 1
     assert seen == [(1, 1), (2, 2), (3, 1), (4, 2), (5, 1), (6, 2)]
