@@ -256,13 +256,13 @@ def carry_out(
     read = [Path(part.source) for part in plan.spec.data.parts]
     with replacing(run, force, keep=[plan.source.path, repeats, *(path for path in read if path.exists())]):
         start_run(plan, run)
-        try:
-            with alone(run):
+        with alone(run):
+            try:
                 return _train(plan, run, False, launch, say, on_step)
-        except BaseException:
-            if not (run / LOGS).exists():  # which have the traceback of a process that died
-                discard_unstarted(run)
-            raise
+            except BaseException:
+                if not (run / LOGS).exists():  # which have the traceback of a process that died
+                    discard_unstarted(run)
+                raise
 
 
 def _train(plan: RunPlan, run: Path, resume: bool, launch: Launch | None, say: Say, on_step: OnStep) -> FinetuneReport:

@@ -24,11 +24,11 @@ from typing import Any
 
 from ctxext.data.prompts import TAIL, continued_ids, prompt_ids
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
+from ctxext.machine.memory import is_out_of_memory
 from ctxext.model.convert import DTYPES
 from ctxext.model.families import rope_of
 from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.train.memory import is_out_of_memory
 from ctxext.units import format_bytes, format_tokens
 
 COLDEST = 1e-4  # a temperature below it is greedy, but for logits that overflow

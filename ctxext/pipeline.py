@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ctxext import __version__
 from ctxext.config import manifest as manifests
-from ctxext.config.output import check_free, hold, replacing
+from ctxext.config.output import check_free, claim, disk_faults, hold, replacing, write_whole
 from ctxext.data import fingerprints
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint, read_documents
 from ctxext.errors import InputError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ctxext.model.merge import MergeReport
 
 REQUEST = "request.json"  # of an evaluation: what was asked of which weights
+SAME_AGAIN = "make room, then give the same command again: what is measured already is not measured again"
 MERGE_LENGTH = 512  # tokens of a window; and at most so many windows of text
 MERGE_TOKENS = 8192
 MERGE_SHORTEST = 64  # tokens that a NoPE scale may be calibrated for
@@ -127,10 +128,10 @@ def eval_models(
     from ctxext.evals.suite import evaluate
 
     keep = [path for source in plan.sources for path in source.paths]
-    with nullcontext() if plan.resumes else replacing(plan.out, force, keep):
-        plan.out.mkdir(parents=True, exist_ok=True)
+    room = nullcontext() if plan.resumes else replacing(plan.out, force, keep)
+    with room, disk_faults(plan.out, hint=SAME_AGAIN):
         if not plan.resumes:
-            (plan.out / REQUEST).write_text(json.dumps(plan.request, indent=2) + "\n", "utf-8")
+            _begin(plan)
         with (plan.out / REQUEST).open() as held:
             hold(held, plan.out, "evaluation")
             try:
@@ -143,7 +144,7 @@ def eval_models(
                     shutil.rmtree(plan.out, ignore_errors=True)
                 raise
             results = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
-            (plan.out / "results.json").write_text(results, "utf-8")
+            write_whole(plan.out / "results.json", results)
             draw_depths(report, plan.out)
             parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
             rows = report.rows()  # `longest`: what train/measured.py tells of a model
@@ -152,6 +153,16 @@ def eval_models(
             facts = {"seconds": report.seconds, "numbers": len(rows), "longest": longest, "read": read}
             manifests.write(plan.out, manifests.new("eval", spec=plan.request["spec"], parents=parents, facts=facts))
     return report
+
+
+def _begin(plan: EvalPlan) -> None:
+    """Make `out` with its request. Raises InputError where another process made it first."""
+    claim(plan.out)
+    try:
+        write_whole(plan.out / REQUEST, json.dumps(plan.request, indent=2) + "\n")
+    except BaseException:
+        plan.out.rmdir()
+        raise
 
 
 def draw_depths(report: EvalReport, place: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,48 @@ def one_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("TOKENIZERS_PARALLELISM", "false")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # more than are free cost most
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A file system of its own at `path`, which a test fills up and makes room on."""
+
+    path: Path
+
+    def used(self) -> int:
+        """Bytes in use."""
+        status = os.statvfs(self.path)
+        return (status.f_blocks - status.f_bfree) * status.f_frsize
+
+    def fill(self, leave: int = 0) -> None:
+        """Leave this many bytes free, rounded down to whole pages."""
+        status = os.statvfs(self.path)
+        take = status.f_bfree - leave // status.f_frsize
+        assert take >= 0, f"{leave:,} bytes are not free"
+        (self.path / "filler").write_bytes(bytes(take * status.f_frsize))
+
+    def make_room(self) -> None:
+        """Take back what `fill` took."""
+        (self.path / "filler").unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., SmallDisk]]:
+    """make(bytes, inodes=None) -> a SmallDisk: a tmpfs, mounted until the test ends. It takes root; else tests skip."""
+    mounted = list[Path]()
+
+    def make(size: int, inodes: int | None = None) -> SmallDisk:
+        place = tmp_path_factory.mktemp("disk")
+        options = f"size={size}" + (f",nr_inodes={inodes}" if inodes else "")
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"a full disk is a small tmpfs, and it cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return SmallDisk(place)
+
+    yield make
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", place], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import ctxext
 from ctxext.config.loader import build, spec
 from ctxext.config.output import staged_output as staged_output
 from ctxext.config.output import write_whole
-from ctxext.errors import InputError, ModelError, SpecError
+from ctxext.errors import EnvironmentFault, InputError, ModelError, SpecError
 
 FILE_NAME = "ctxext.json"
 RUNS = Path("runs")
@@ -76,12 +76,13 @@ def new(
 
 def write(directory: Path, manifest: Manifest) -> Path:
     """Writes ctxext.json into a directory that exists; where weights lie in it, their hashes are among its facts.
-    What JSON cannot hold is a TypeError, a number that is not finite a ValueError."""
+    The file is there whole or not at all: a directory that has one is finished. What JSON cannot hold is a TypeError, a
+    number that is not finite a ValueError."""
     path = Path(directory) / FILE_NAME
     data, own = asdict(manifest), weight_hashes(directory)
     if own:
         data["facts"] = {"weights": own} | data["facts"]
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
     return path
 
 
@@ -232,5 +233,5 @@ def _write_cache(fresh: dict[str, list[Any]]) -> None:
     try:
         _cache_path().parent.mkdir(parents=True, exist_ok=True)
         write_whole(_cache_path(), json.dumps({"format": _CACHE_FORMAT, "files": files}, indent=1))
-    except OSError:
+    except (OSError, EnvironmentFault):
         return

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ctxext
-from ctxext.config.output import write_whole
+from ctxext.config.output import disk_faults, write_whole
 from ctxext.data.prompts import prompt_ids as prompt_ids  # for those who import it from here
 from ctxext.errors import DataError, InputError
 
@@ -70,7 +70,8 @@ def write_rows(path: Path, rows: Sequence[Any], facts: dict[str, Any]) -> dict[s
     """The same of any dataclass. The manifest comes last: rows without one are of a writer that was killed."""
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows).encode()
     manifest = {**facts, "ctxext": ctxext.__version__, "sha256": hashlib.sha256(lines).hexdigest()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, lines)
     write_whole(manifest_of(path), json.dumps(manifest, indent=2) + "\n")
     return manifest

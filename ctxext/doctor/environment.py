@@ -19,6 +19,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from ctxext.doctor.finding import Finding
+from ctxext.machine.memory import memory
 from ctxext.units import format_bytes, format_duration
 
 PATIENCE = 2.0  # seconds for the hub
@@ -145,8 +146,6 @@ def _builds() -> list[Finding]:
 
 
 def _room() -> list[Finding]:
-    import psutil  # type: ignore[import-untyped]
-
     hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     found = []
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -158,9 +157,9 @@ def _room() -> list[Finding]:
         found.append(Finding(name, "warning" if little else "ok", f"{format_bytes(free)} free ({there})", remedy))
         if not os.access(there, os.W_OK):
             found.append(Finding(name, "failure", f"{there} cannot be written", "give --out or HF_HOME elsewhere"))
-    memory = psutil.virtual_memory()
-    little = memory.available < LITTLE_MEMORY
-    text = f"{format_bytes(memory.available)} of {format_bytes(memory.total)} available"
+    here = memory()
+    little = here.available < LITTLE_MEMORY
+    text = f"{format_bytes(here.available)} of {format_bytes(here.total)} available"
     remedy = "close what holds it: a model is loaded here before it goes anywhere" if little else ""
     return [*found, Finding("memory", "warning" if little else "ok", text, remedy)]
 

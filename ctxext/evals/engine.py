@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -92,11 +93,11 @@ class Ledger:
         self.outcomes |= {outcome.id: outcome for outcome in fresh}
 
     def _read(self, path: Path) -> None:
-        """What is there; a last line that was cut off by a kill is dropped."""
+        """What is there; a last line that a kill or a full disk cut off is dropped."""
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data):
-            path.write_bytes(whole)
+            os.truncate(path, len(whole))
         for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
             try:
                 outcome = Outcome(**json.loads(line))

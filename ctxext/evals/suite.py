@@ -18,9 +18,9 @@ from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals.engine import STAR, Job, Ledger, Outcome, Progress, Row, run_job
 from ctxext.evals.spec import EvalSpec
 from ctxext.evals.suites import PREPARED, module_of
+from ctxext.machine.memory import is_out_of_memory
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.train.memory import is_out_of_memory
 from ctxext.units import format_tokens
 
 if TYPE_CHECKING:  # torch comes with these: it is imported when every argument has been found good

@@ -21,12 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ctxext.errors import CheckFailed
+from ctxext.machine.memory import memory
 from ctxext.model.families import Config, first_layers, hybrid_config, model_shape
 from ctxext.model.layout import LayerKind
 from ctxext.model.shards import tensor_reader
@@ -192,5 +192,5 @@ def _affordable_layers(config: Config) -> int:
     layers, shape = config["num_hidden_layers"], model_shape(config)
     whole = 4 * parameter_count(shape)
     outside = 4 * config["vocab_size"] * config["hidden_size"] * (1 if shape.tied else 2)
-    free = psutil.virtual_memory().available / 2
+    free = memory().available / 2
     return max(1, min(layers, int((free - outside) / max(1, (whole - outside) / layers))))

@@ -159,8 +159,8 @@ def ask(
     packed, on_gpu = spec.data.document_mask, True
     if gpu == THIS or (gpu is None and given is None):
         rates, size, on_gpu = rates_here(spec.dtype, packed=packed)
-        if not (given or size):
-            raise InputError("the memory of this GPU is not known", hint="give --memory, such as 24G")
+        if not size and given is None:
+            raise InputError("nothing says how much memory this machine's GPU has", hint="give it: --memory 80G")
     else:
         name, card = cards.find_card(gpu or cards.REFERENCE)
         if spec.dtype == "float32":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.config.output import write_whole
 from ctxext.errors import EnvironmentFault
+from ctxext.machine.memory import memory
 from ctxext.planning.cards import Rates, card_here, card_rates
 from ctxext.planning.time import computed_pairs, norm_bytes
 from ctxext.units import counted
@@ -87,7 +88,7 @@ def rates_here(plan_dtype: str, *, packed: bool) -> tuple[Rates | None, int, boo
     here = card_here()
     dtype = plan_dtype if plan_dtype != "auto" else "float32" if here is None else "bfloat16"
     known = stored(dtype, gpu=here is not None)
-    size = here[1] if here else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    size = here[1] if here else memory().total
     if known is not None:
         return known.as_rates(), size, here is not None
     named = here[0] if here and dtype != "float32" else None  # a card's own rates are those of bf16
@@ -133,9 +134,10 @@ def _store(found: list[Calibration]) -> None:
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
         write_whole(path(), json.dumps({"format": FORMAT, "machines": machines}, indent=1))
-    except OSError as error:
+    except (OSError, EnvironmentFault) as error:
         raise EnvironmentFault(
-            f"the calibration cannot be stored at {path()} ({error})", hint="set XDG_CACHE_HOME"
+            f"the calibration cannot be stored at {path()} ({error})",
+            hint="make room there, or set XDG_CACHE_HOME to another place",
         ) from None
 
 

@@ -14,12 +14,11 @@ Adapters compute in fp32, which torch keeps off the tensor cores: the share of m
 from __future__ import annotations
 
 import difflib
-import shutil
-import subprocess
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from ctxext.errors import InputError
+from ctxext.machine.gpu import first_gpu
 
 LINEAR, OWN_KERNELS, FLASH2 = 700 / 989, (620 / 989, 540 / 989), (370 / 989, 320 / 989)
 STREAM = 0.8  # of a card's memory bandwidth that an elementwise kernel reaches: an assumption
@@ -148,13 +147,9 @@ def card_rates(name: str, *, packed: bool) -> Rates:
 
 
 def card_here() -> tuple[str | None, int] | None:
-    """(card, bytes) of this machine's first GPU, the card None where it is not known; None without a GPU."""
-    if shutil.which("nvidia-smi") is None:
+    """(card, bytes) of the first GPU that torch will see: None and 0 for what is not known. None without a GPU."""
+    found = first_gpu()
+    if found is None:
         return None
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    if not lines or "," not in lines[0]:
-        return None
-    device, _, memory = lines[0].rpartition(",")
-    name = next((name for name, card in CARDS.items() if card.device in device), None)
-    return name, int(memory) * MIB if memory.strip().isdigit() else 0
+    device, memory = found
+    return next((name for name, card in CARDS.items() if card.device in device), None), memory * MIB

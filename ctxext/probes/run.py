@@ -17,6 +17,7 @@ from ctxext.config.output import staged_output
 from ctxext.data.files import distinct, recorded
 from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.evals.engine import Progress
+from ctxext.machine.memory import is_out_of_memory
 from ctxext.probes import (
     attention_distance,
     gradient_influence,
@@ -30,7 +31,6 @@ from ctxext.probes import (
 from ctxext.probes.finding import Finding, ProbeReport, ProbeResult
 from ctxext.probes.plan import ProbePlan
 from ctxext.probes.subject import Subject, Told
-from ctxext.train.memory import is_out_of_memory
 
 RESULTS = "probes.json"
 MEASURES: dict[str, Callable[[Subject, Any, Told], Finding]] = {

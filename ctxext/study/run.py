@@ -1,6 +1,6 @@
 """A pipeline carried out: jobs one after the other, what is done skipped, what was begun gone on with. No torch.
 
-<out>/pipeline.json     the pipeline as it was read, locked while it runs
+<out>/pipeline.json     the pipeline as it was read; <out> is locked while it runs
 <out>/<job>/            a step's output, as its command makes it
 <out>/state/<job>.json  what it was asked, what it read, what it reported
 <out>/results.json, results.md, ctxext.json   when all is done
@@ -17,7 +17,7 @@ from typing import Any
 
 from ctxext import api
 from ctxext.config import manifest as manifests
-from ctxext.config.output import hold
+from ctxext.config.output import disk_faults, locked, write_whole
 from ctxext.errors import CtxextError, InputError
 from ctxext.study import state, steps
 from ctxext.study.flow import filled
@@ -70,7 +70,8 @@ def plan_pipeline(
     out = out or manifests.RUNS / pipeline.name
     if begin is not None and begin not in pipeline.steps:
         raise InputError(f"--from {begin}: no step has this name; there are {', '.join(pipeline.steps)}")
-    if out.exists() and not (out / FILE).is_file():
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty and not (out / FILE).is_file():
         raise InputError(f"{out} exists and is no pipeline's output", hint="give another --out")
     check_inputs(pipeline, out, begin=begin, trusted=trusted)
     standings: dict[str, str] = {}
@@ -115,11 +116,11 @@ def run_pipeline(plan: Plan, *, say: api.Say = api._nobody, told: api.Told = api
 
     Errors are those of the commands, with the step's name before them; what was done stays done.
     """
-    plan.out.mkdir(parents=True, exist_ok=True)
     about = {"name": plan.pipeline.name, "values": plan.pipeline.values, "over": plan.pipeline.over}
-    with (plan.out / FILE).open("a+") as file:
-        hold(file, plan.out, "pipeline")
-        (plan.out / FILE).write_text(json.dumps(state.plain(about), indent=2) + "\n", "utf-8")
+    with disk_faults(plan.out, hint="make room, then give the same command again: what is done is not done again"):
+        plan.out.mkdir(parents=True, exist_ok=True)
+    with locked(plan.out, "pipeline"):
+        write_whole(plan.out / FILE, json.dumps(state.plain(about), indent=2) + "\n")
         outcomes: dict[str, str] = {}
         for number, job in enumerate(plan.pipeline.jobs, 1):
             say(f"[{number}/{len(plan.pipeline.jobs)}] {job.id}: {job.command}")
@@ -132,8 +133,8 @@ def run_pipeline(plan: Plan, *, say: api.Say = api._nobody, told: api.Told = api
             if outcomes[job.id] == "interrupted":
                 return None
         found = results(plan.pipeline, plan.out, outcomes)
-        (plan.out / "results.json").write_text(json.dumps(asdict(found), indent=2) + "\n", "utf-8")
-        (plan.out / "results.md").write_text(found.markdown(), "utf-8")
+        write_whole(plan.out / "results.json", json.dumps(asdict(found), indent=2) + "\n")
+        write_whole(plan.out / "results.md", found.markdown())
         facts = {"jobs": outcomes, "seconds": found.seconds}
         manifests.write(plan.out, manifests.new("pipeline", spec=state.plain(about), parents={}, facts=facts))
     return found

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from ctxext import __version__
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
-from ctxext.config.output import write_whole
+from ctxext.config.output import disk_faults, write_whole
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint
 from ctxext.errors import ModelError
 from ctxext.model.source import HUB_ID, resolve
@@ -106,7 +106,8 @@ def read(root: Path, job: Job) -> dict[str, Any] | None:
 def write(root: Path, job: Job, record: dict[str, Any]) -> None:
     """Whole or not at all."""
     path = root / FOLDER / f"{job.id}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with disk_faults(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=1) + "\n")
 
 

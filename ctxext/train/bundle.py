@@ -8,6 +8,8 @@ tuning full   an ordinary model directory
 from __future__ import annotations
 
 import json
+import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -32,18 +34,32 @@ from ctxext.train.plan import RunPlan
 from ctxext.train.teacher import teacher_weights
 from ctxext.units import format_tokens
 
+STAGING = ".bundle-"  # of a directory's name in a run: the result while it is written
+
 
 def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tensor], facts: dict[str, Any]) -> int:
-    """Write the run's result into its directory; returns how many trained tensors were found again on disk."""
-    if plan.spec.tuning == "full":
-        count = _save_whole(run, plan, masters)
-    else:
-        count = save_adapter(model, run, masters)
-    copy_companions(plan.source.directory, run, settle(plan.source.directory, plan.config).files)
-    _set_tokenizer_length(run, plan.config["max_position_embeddings"])
-    (run / "README.md").write_text(_card(plan, facts), "utf-8")
-    config = plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config
-    write_config(run, config)
+    """Write the run's result into its directory; returns how many trained tensors were found again on disk.
+
+    The files are written into a hidden directory in `run` and then renamed into `run`, so that a full disk leaves none
+    of them. ctxext.json comes last: a run without it is resumed.
+    """
+    # One process at a time trains a run (train/run.py, `alone`): what lies here is of a process that died.
+    for stale in run.glob(f"{STAGING}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    staging = run / f"{STAGING}{uuid.uuid4().hex}"
+    try:
+        staging.mkdir()
+        if plan.spec.tuning == "full":
+            count = _save_whole(staging, plan, masters)
+        else:
+            count = save_adapter(model, staging, masters)
+        copy_companions(plan.source.directory, staging, settle(plan.source.directory, plan.config).files)
+        _set_tokenizer_length(staging, plan.config["max_position_embeddings"])
+        (staging / "README.md").write_text(_card(plan, facts), "utf-8")
+        write_config(staging, plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config)
+        _move(staging, run)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     role = "source" if plan.spec.tuning == "full" else "base"
     teacher = teacher_weights(plan.teacher, plan.spec)
     manifest = manifests.new(
@@ -65,6 +81,15 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
     )
     manifests.write(run, manifest)
     return count
+
+
+def _move(staging: Path, run: Path) -> None:
+    """Rename every file below `staging` to its place below `run`, config.json last."""
+    files = [path for path in staging.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name == "config.json"):
+        place = run / path.relative_to(staging)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
 
 
 def run_name(plan: RunPlan) -> str:

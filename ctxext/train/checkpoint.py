@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ctxext.config.output import environment_fault
 from ctxext.errors import EnvironmentFault
 from ctxext.model.shards import open_shard
 from ctxext.train.engine import Engine
@@ -62,19 +63,30 @@ class Progress:
         return replace(self, loss_mean=0.0, loss_seen=0, validation=None, best_step=None, best_loss=None)
 
 
-def save_checkpoint(run: Path, progress: Progress, engine: Engine, *, keep: int, say: Callable[[str], None]) -> bool:
-    """Write a checkpoint, keep the newest `keep`; False, with a warning, when the disk is full.
+def save_checkpoint(
+    run: Path, progress: Progress, engine: Engine, *, keep: int, say: Callable[[str], None]
+) -> str | None:
+    """Write a checkpoint and keep the newest `keep`; None, or why it was not written, with a warning.
 
-    What was written before stays whole then. Every rank calls it, rank 0 writes.
+    Where the disk is full, the checkpoints before it stay whole. Every rank calls it, rank 0 writes, and all ranks
+    learn whether it did.
     """
     tensors = engine.tensors()
-    if engine.rank > 0:
-        return True
+    failed = _write(run, progress, engine, tensors, keep, say) if engine.rank == 0 else None
+    (failures,) = engine.total(float(failed is not None))
+    return failed or ("rank 0 could not write it" if failures else None)
+
+
+def _write(
+    run: Path, progress: Progress, engine: Engine, tensors: Mapping[str, Tensor], keep: int, say: Callable[[str], None]
+) -> str | None:
     root = run / "checkpoints"
     target = root / f"step-{progress.done:06d}"
     partial = root / f".{target.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        # One process at a time trains a run (train/run.py, `alone`): partial checkpoints are of processes that died.
+        for stale in root.glob(".step-*.partial"):
+            shutil.rmtree(stale, ignore_errors=True)
         partial.mkdir(parents=True)
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(whole | {RNG: torch.get_rng_state()}, partial / TENSORS)
@@ -85,14 +97,18 @@ def save_checkpoint(run: Path, progress: Progress, engine: Engine, *, keep: int,
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    except OSError as error:
+    except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        say(f"warning: the checkpoint after step {progress.done} was not written ({error}); the one before it stays")
-        return False
+        fault = environment_fault(error, run)
+        if fault is None and not isinstance(error, OSError):
+            raise
+        why = str(error) if fault is None else fault.message
+        say(f"warning: the checkpoint after step {progress.done} was not written ({why}); the one before it stays")
+        return why
     for old in _checkpoints(run)[:-keep]:
         if _step(old) != progress.best_step:
-            shutil.rmtree(old)
-    return True
+            shutil.rmtree(old, ignore_errors=True)
+    return None
 
 
 def load_newest(run: Path, engine: Engine, say: Callable[[str], None], *, step: int | None = None) -> Progress | None:

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 
+from ctxext.config.output import disk_faults, environment_fault
 from ctxext.data.mixture import Sequences
 from ctxext.data.store import tokenizer_hash
-from ctxext.errors import InputError
+from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.adapters import attach
 from ctxext.model.load import build_model, check_source, load_model, load_tokenizer
 from ctxext.model.relayout import relayout
@@ -38,12 +39,14 @@ from ctxext.train.memory import naming_what_is_largest
 from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data, readings, training_device
+from ctxext.train.run import way_out
 from ctxext.train.same_data import changes_of_data
-from ctxext.train.sinks import first_token_shares, measured_row, measured_sinks
+from ctxext.train.sinks import sinks_of
 from ctxext.train.teacher import teacher_weights
 from ctxext.train.telemetry import telling
 from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
+from ctxext.units import counted
 
 NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from its first step"
 
@@ -92,23 +95,46 @@ def run_finetune(
     With `zero`, DeepSpeed's configuration, this is one of the processes of a run (train/launch.py).
     """
     began = time.monotonic()
-    events = telling(events or Events(), plan, run) if zero is None or os.environ["RANK"] == "0" else Events()
+    talks = zero is None or os.environ["RANK"] == "0"
+    told = telling(events or Events(), plan, run) if talks else nullcontext(Events())
+    with disk_faults(run, hint=way_out(run)), told as events:
+        engine, sequences, progress, sink_tokens = _train_stages(plan, run, resume, events, zero)
+        count = None
+        if progress.done == plan.steps:
+            known = {
+                "data": sequences.store.meta.source,
+                "read": readings(sequences),
+                "seconds": time.monotonic() - began,
+                "sink_tokens": sink_tokens,
+            }
+            count = finish(plan, run, engine, progress, events, known)
+        return report(plan, run, progress, count, time.monotonic() - began, readings(sequences))
+
+
+def _train_stages(
+    plan: RunPlan, run: Path, resume: bool, events: Events, zero: Mapping[str, Any] | None
+) -> tuple[Engine, Sequences, Progress, int]:
+    """Train at each context in turn; the last engine, what it trained on, how far the run is, and its sink tokens."""
     done = newest_step(run) if resume else 0
     while True:
-        stage = plan.stage_of(done)  # of a context, and most runs have one
+        # A stage is one context; most runs have one.
+        stage = plan.stage_of(done)
         engine: Any = None
-        gc.collect()  # what the context before it held
+        # Free what the stage before this one held.
+        gc.collect()
         with naming_what_is_largest(stage):
             engine, sequences, held_out, sink_tokens = set_up(stage, events, zero)
             progress = load_newest(run, engine, events.say) if resume or done else None
         if resume:
             events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
         progress = progress or Progress()
-        if resume:  # of later steps are checkpoints that are damaged
-            engine.total()  # no rank is reading any longer
+        if resume:
+            # Checkpoints later than the one loaded are damaged. Delete them once no rank reads any longer.
+            engine.total()
             if engine.rank == 0:
                 discard_after(run, progress.done)
-        if plan.stage_of(progress.done) is not stage:  # the newest checkpoint was damaged
+        if plan.stage_of(progress.done) is not stage:
+            # The newest checkpoint is damaged, and the one before it belongs to an earlier stage.
             done = progress.done
             engine.close()
             continue
@@ -119,18 +145,8 @@ def run_finetune(
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
         done, resume = progress.done, False
         if stopped or done >= plan.steps:
-            break
+            return engine, sequences, progress, sink_tokens
         engine.close()
-    count = None
-    if done == plan.steps:
-        known = {
-            "data": sequences.store.meta.source,
-            "read": readings(sequences),
-            "seconds": time.monotonic() - began,
-            "sink_tokens": sink_tokens,
-        }
-        count = finish(plan, run, engine, progress, events, known)
-    return report(plan, run, progress, count, time.monotonic() - began, readings(sequences))
 
 
 def set_up(
@@ -151,17 +167,7 @@ def set_up(
         message = f"validation.{given[0]}: there is nothing to validate"
         raise InputError(message, hint="give longer text, or leave it out")
     model = _model(plan, device, dtype)
-    sink_tokens = plan.sink_tokens
-    if sink_tokens is None:
-        # The adapter is fresh here, also in a run that resumes: the answer is that of the model before training.
-        row = measured_row(load_tokenizer(plan.source.directory), plan.spec.ctx)
-        shares = first_token_shares(model, row)
-        sink_tokens = measured_sinks(shares)
-        mean = sum(shares) / len(shares)
-        events.say(
-            f"attention.sinks: {sink_tokens}; {mean:.1%} of the attention is on the first token"
-            + (", so every query of S²-Attn sees it" if sink_tokens else "")
-        )
+    sink_tokens = sinks_of(plan, model, events.say)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
     teacher = _teacher(plan, model, dtype)
@@ -192,6 +198,10 @@ def finish(
     if engine.rank > 0:  # another host may not see yet what rank 0 has written
         return None
     lines = metrics.read(run / metrics.STEPS)
+    if not lines:
+        raise EnvironmentFault(
+            f"{run / metrics.STEPS} has no step: the run's numbers are lost", hint="start a new run with another --out"
+        )
     facts = {
         "first_loss": _comparable(plan, lines)[0]["loss"],
         "final_loss": lines[-1]["loss"],
@@ -210,7 +220,18 @@ def finish(
             "changed": list(changes_of_data(run)),
         },
     }
-    count = save_bundle(run, plan, engine.model, masters, facts)
+    try:
+        count = save_bundle(run, plan, engine.model, masters, facts)
+    except Exception as error:
+        fault = environment_fault(error, run)
+        if fault is None:
+            raise
+        saved = newest_step(run)
+        kept = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
+        raise EnvironmentFault(
+            f"the result of {counted(progress.done, 'step')} was not written: {fault.message}; {kept}",
+            hint=way_out(run),
+        ) from error
     if not plan.spec.faults.keep_at_end:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return count

@@ -37,6 +37,7 @@ from typing import Any
 import psutil
 
 from ctxext.errors import CheckFailed, CtxextError, DataError, EnvironmentFault, InputError, ModelError
+from ctxext.machine.cgroups import cores
 from ctxext.train.parallel import Launch, plan_launch
 from ctxext.train.plan import RunPlan, divided
 
@@ -220,7 +221,7 @@ def start_ranks(run: Path, launch: Launch, node: int, address: str, port: int) -
 def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
     """This process's variables, with what the ranks need besides; those that are set already stay."""
     known = {
-        "OMP_NUM_THREADS": str(max(1, _cores() // slots)),
+        "OMP_NUM_THREADS": str(max(1, cores() // slots)),
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -229,11 +230,6 @@ def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
         known["MALLOC_MMAP_THRESHOLD_"] = str(1024**2)  # or glibc keeps the weights that other ranks were given
     path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"  # pip puts ninja beside python
     return known | os.environ | {"PATH": path}
-
-
-def _cores() -> int:
-    """Those that this process may use, where the system tells."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _free_port() -> int:

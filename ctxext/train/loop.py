@@ -18,14 +18,15 @@ import torch
 
 from ctxext.data.mixture import Sequences
 from ctxext.data.packing import Packed
-from ctxext.errors import CheckFailed, ModelError
+from ctxext.errors import CheckFailed, EnvironmentFault, ModelError
 from ctxext.ops.masks import check_document_starts
-from ctxext.train.checkpoint import Progress, discard_after, load_newest, save_checkpoint
+from ctxext.train.checkpoint import Progress, discard_after, load_newest, newest_step, save_checkpoint
 from ctxext.train.engine import Engine
 from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, memory_in_use, peak_flops
 from ctxext.train.optimizer import RelativeClip, rate_factor
 from ctxext.train.passkey import in_words
 from ctxext.train.plan import RunPlan
+from ctxext.train.run import way_out
 from ctxext.train.sinks import untrained_cost
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
@@ -52,18 +53,21 @@ def train(
 ) -> tuple[Progress, bool]:
     """Train from `progress` to the plan's `stop`, or to Ctrl-C or SIGTERM: (how far it came, whether it was stopped).
 
-    Either way a checkpoint of the last step done lies on the disk. A loss or gradient that is not finite and a spike
-    of the loss end in a rollback or in CheckFailed, as the spec says. `held_out` None is no validation.
+    Either way a checkpoint of the last step done lies on the disk. Where it cannot be written, an earlier one costs a
+    warning; the one that a later process or the next context starts from raises EnvironmentFault; the last one of the
+    run is left to the result, which is written next. A loss or gradient that is not finite and a spike of the loss end
+    in a rollback or in CheckFailed, as the spec says. `held_out` None is no validation.
     """
     spec, steps, saved_at, writes = plan.spec, plan.steps, time.monotonic(), engine.rank == 0
-    log = JsonLines(run / STEPS, progress.done, writes=writes)
-    held_out_log = JsonLines(run / VALIDATIONS, progress.done, writes=writes)
+    log = JsonLines(run / STEPS, progress.done, writes=writes, say=events.say)
+    held_out_log = JsonLines(run / VALIDATIONS, progress.done, writes=writes, say=events.say)
     peak = engine.world * peak_flops(engine.device, spec.dtype)
     engine.model.train()
     with _interruption() as interrupted, closing(log), closing(held_out_log):
         if held_out and progress.validation is None:
             first = validate(engine, held_out, plan, progress.done)
             held_out_log.append(first.as_dict())
+            events.on_validation(first)
             short = first.short if progress.short_first is None else progress.short_first
             progress = replace(progress, validation=first.as_dict(), best_loss=first.loss, short_first=short)
         if progress.done == plan.first and (line := untrained_cost(engine, sequences.sequence(0), plan)):
@@ -103,11 +107,22 @@ def train(
             stop, late = (flag > 0 for flag in engine.total(interrupted(), late))  # one rank's word is every rank's
             best = progress.best_step == progress.done
             if last or stop or late or best or step == 0 or progress.done % spec.faults.save_steps == 0:
-                save_checkpoint(run, progress, engine, keep=spec.faults.keep, say=events.say)
+                failed = save_checkpoint(run, progress, engine, keep=spec.faults.keep, say=events.say)
                 saved_at = time.monotonic()
+                if failed and (stop or last) and progress.done < steps:
+                    raise _not_saved(failed, progress, run, stopped=stop)
             if stop:
                 return progress, True
     return progress, False
+
+
+def _not_saved(why: str, progress: Progress, run: Path, *, stopped: bool) -> EnvironmentFault:
+    """A run cannot go on without the checkpoint that was to be written now."""
+    needed, newest = "the run was stopped" if stopped else "the next context starts from it", newest_step(run)
+    before = f"the newest one is of step {newest}" if newest else "there is none before it"
+    return EnvironmentFault(
+        f"the checkpoint after step {progress.done} was not written, and {needed}: {why}; {before}", hint=way_out(run)
+    )
 
 
 def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: int) -> float:

@@ -22,6 +22,7 @@ from ctxext.errors import InputError
 from ctxext.ops.cost import loss_chunk
 
 IGNORED = -100  # the label of a token that is not scored
+SCALED = 1 << 22  # entries of a gradient that are scaled in fp32 at a time: 16 MiB
 
 
 def linear_cross_entropy(
@@ -101,6 +102,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def handed_down(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The gradients that the forward pass left in `ctx`, times `grad`, in place: no second copy of them is ever held.
 
+    The product is computed in fp32 and rounded once. `grad` is about 1 / labels; in bf16 it alone would be off by up to
+    0.2%, and with it every gradient in the same direction.
+
     Raises RuntimeError when they were handed down before (a graph that was kept for a second backward pass).
     """
     if ctx.gradients is None:
@@ -108,7 +112,9 @@ def handed_down(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     (dhidden, dweight), ctx.gradients = ctx.gradients, None
     for gradient in (dhidden, dweight):
         if gradient is not None:
-            gradient.mul_(grad.to(gradient.dtype))
+            rows = max(1, SCALED // gradient.shape[1])
+            for part in gradient.split(rows):
+                part.copy_(part.float().mul_(grad))
     return dhidden, dweight
 
 

@@ -6,17 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ctxext.errors import EnvironmentFault
+from ctxext.machine.memory import is_out_of_memory
 from ctxext.train.plan import RunPlan
 from ctxext.units import format_bytes, format_tokens
 
-WORDS = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")  # a CPU's; a driver's and NCCL's; cuBLAS'
 TILE = 4096  # tokens; the suggestion for memory.tiles
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out: torch's own on a GPU, its allocator's or Python's on a CPU."""
-    named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or any(words in str(error) for words in WORDS)
 
 
 @contextmanager

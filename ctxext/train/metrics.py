@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch
+
+from ctxext.config.output import disk_faults, write_whole
+from ctxext.errors import EnvironmentFault
+from ctxext.units import counted
 
 STEPS, VALIDATIONS = "metrics.jsonl", "validation.jsonl"
 PEAK_FLOPS = {  # dense bf16, FLOP/s: NVIDIA's data sheets (of the 4090, the Ada whitepaper) by torch's device name
@@ -50,42 +56,78 @@ class StepMetrics:
 
 
 class JsonLines:
-    """A file of a run with lines of the first `done` steps: what a killed run wrote beyond is cut off."""
+    """A file of a run with lines of the first `done` steps: what a killed run wrote beyond is cut off.
 
-    def __init__(self, path: Path, done: int, *, writes: bool = True):
-        self.path, self.writes = path, writes
-        self.file: IO[str] | None = None
+    A full disk does not end the run: lines wait in memory, `say` gets one warning, and every later line tries again.
+    """
+
+    def __init__(self, path: Path, done: int, *, writes: bool = True, say: Callable[[str], None] = lambda line: None):
+        self.path, self.writes, self.say = path, writes, say
+        self._file: int | None = None
+        self._waiting, self._warned = b"", False
         self.cut_back(done)
 
     def append(self, line: dict[str, Any]) -> None:
         """Write a line, which has its `step`, at once; on ranks that do not write, nothing."""
-        if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+        if self._file is not None:
+            self._waiting += json.dumps(line).encode() + b"\n"
+            self._write()
 
     def cut_back(self, done: int) -> None:
         """Forget the steps after `done`: they are going to be done again."""
         if not self.writes:
             return
         self.close()
-        kept = [line for line in read(self.path) if line["step"] <= done]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), "utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
+        data = self.path.read_bytes() if self.path.exists() else b""
+        kept = b"".join(raw + b"\n" for raw, line in _lines(data) if line["step"] <= done)
+        if data.startswith(kept):
+            # A prefix is kept by cutting the file, which needs no room. A kill leaves it as it was, or cut.
+            if len(kept) < len(data):
+                os.truncate(self.path, len(kept))
+        else:
+            write_whole(self.path, kept)
+        with disk_faults(self.path):
+            self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        """Close the file. What a full disk keeps from being written is said to be lost."""
+        if self._file is None:
+            return
+        self._write()
+        if self._waiting:
+            lines = self._waiting.count(b"\n")
+            self.say(f"warning: {self.path} lacks the last {counted(lines, 'line')}: the disk is full")
+        os.close(self._file)
+        self._file, self._waiting = None, b""
+
+    def _write(self) -> None:
+        """Write what waits. The file stays a beginning of all lines, whatever part of them a full disk takes."""
+        assert self._file is not None
+        try:
+            with disk_faults(self.path):
+                while self._waiting:
+                    self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            self._warned = False
+        except EnvironmentFault as fault:
+            if not self._warned:
+                self.say(f"warning: {self.path.name} is not written for now: {fault.message}")
+            self._warned = True
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of such a file; one that a kill cut in half is left out."""
-    lines = list[dict[str, Any]]()
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    return [line for _, line in _lines(path.read_bytes())] if path.exists() else []
+
+
+def _lines(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a file as they are written and as they are read."""
+    found = list[tuple[bytes, dict[str, Any]]]()
+    for raw in data.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            found.append((raw, json.loads(raw)))
+        except ValueError:
             continue
-    return lines
+    return found
 
 
 def memory_in_use(device: torch.device) -> int:

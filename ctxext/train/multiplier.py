@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctxext.errors import CheckFailed, InputError
+from ctxext.errors import CheckFailed, EnvironmentFault, InputError
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.run import start_run
+from ctxext.train.run import start_run, way_out
 
 if TYPE_CHECKING:
     from ctxext.train.loop import Events
@@ -158,6 +158,10 @@ def run_trial(plan: RunPlan, run: Path, events: Events | None = None) -> Trial:
                 raise KeyboardInterrupt
         except CheckFailed as error:
             stopped = error.message
+        except EnvironmentFault as error:
+            # A trial by itself is not resumed, and is removed.
+            error.hint = "make room, then search again" if error.hint == way_out(run) else error.hint
+            raise
         training, held_out = (
             tuple((line["step"], line["loss"]) for line in metrics.read(run / name))
             for name in (metrics.STEPS, metrics.VALIDATIONS)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from os import environ
 from pathlib import Path
 from typing import Any
 
 from ctxext.config.presets import shipped
 from ctxext.data.documents import SELF
 from ctxext.errors import InputError, SpecError
+from ctxext.machine.gpu import visible_gpus
 from ctxext.ops.cost import Partition
 from ctxext.train.plan import RunPlan
 from ctxext.units import counted
@@ -140,7 +138,8 @@ def plan_launch(
         return launch
     if hostfile is None and zero is None and nproc in (None, 1):
         return None
-    hosts = read_hostfile(hostfile) if hostfile else (Host("localhost", gpus() or 1 if nproc is None else nproc),)
+    here = visible_gpus() or 1 if nproc is None else nproc
+    hosts = read_hostfile(hostfile) if hostfile else (Host("localhost", here),)
     launch = Launch(read_zero(zero or DEFAULT), hosts, resume)
     _check(plan, launch)
     return launch
@@ -150,8 +149,9 @@ def _check(plan: RunPlan, launch: Launch) -> None:
     """Refuse what this plan cannot do on several processes."""
     world, spec = launch.world, plan.spec
     here = launch.hosts[0].slots
-    if launch.hosts[0].local and 0 < gpus() < here:
-        raise InputError(f"{here} processes on a machine of {counted(gpus(), 'GPU')}: one GPU serves one process")
+    gpus = visible_gpus()
+    if launch.hosts[0].local and 0 < gpus < here:
+        raise InputError(f"{here} processes on a machine of {counted(gpus, 'GPU')}: one GPU serves one process")
     if len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
         far = [host.name for host in launch.hosts if not host.local]
         if far:
@@ -184,17 +184,6 @@ def _check_batch(batch: int, world: int) -> None:
             f"a step has {counted(batch, 'sequence')}, which {world} processes cannot share equally",
             hint=f"--set global_batch_size={above}; the nearest that would do: {nearest}",
         )
-
-
-def gpus() -> int:
-    """GPUs that processes started here can use; torch would know for certain, and is not imported here."""
-    listed = environ.get("CUDA_VISIBLE_DEVICES")
-    if shutil.which("nvidia-smi") is None:
-        return 0
-    if listed is not None:
-        return len([name for name in listed.split(",") if name.strip() not in ("", "-1")])
-    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ctxext.data.documents import EMBEDDED, SELF
 from ctxext.errors import InputError
+from ctxext.machine.gpu import visible_gpus
 from ctxext.model.adapter_plan import Trainables, plan_trainables
 from ctxext.model.families import Config, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
@@ -294,8 +294,8 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
 
 
 def on_gpu(given: bool | None) -> bool:
-    """What was given, or whether this machine has a GPU: torch would know for certain, and is not imported here."""
-    return shutil.which("nvidia-smi") is not None if given is None else given
+    """What was given, or whether this machine has a GPU for torch (machine/gpu.py; torch is not imported here)."""
+    return visible_gpus() > 0 if given is None else given
 
 
 def _rooted(spec: FinetuneSpec) -> FinetuneSpec:

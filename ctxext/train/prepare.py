@@ -21,12 +21,12 @@ from ctxext.data.mixture import Mixture, Sequences, apportion, slots_of
 from ctxext.data.packing import PackedSequences, attended_share
 from ctxext.data.samples import sample_documents
 from ctxext.data.store import FORMAT, TokenStore, tokenise, tokenizer_hash
-from ctxext.errors import InputError
+from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.ids import check_ids
 from ctxext.model.load import build_model, load_tokenizer
 from ctxext.model.source import original_config
 from ctxext.train.loop import Events
-from ctxext.train.plan import RunPlan
+from ctxext.train.plan import RunPlan, on_gpu
 from ctxext.train.spec import MixturePart
 from ctxext.units import counted
 
@@ -53,10 +53,23 @@ class _Source:
 
 
 def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
-    """Where a plan trains here, and in what."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return device, default if plan.spec.dtype == "auto" else getattr(torch, plan.spec.dtype)
+    """Where a plan trains here, and in what.
+
+    Raises EnvironmentFault where torch and the plan disagree about a GPU: its dtype and memory would be others.
+    """
+    planned, found = on_gpu(plan.gpu), torch.cuda.is_available()
+    if planned and not found:
+        raise EnvironmentFault(
+            f"the plan counts on a GPU, which this machine shows, and torch {torch.__version__} sees none",
+            hint="ctxext doctor looks at the driver; to train on the CPU, set CUDA_VISIBLE_DEVICES to nothing",
+        )
+    if found and not planned:
+        raise EnvironmentFault(
+            f"torch {torch.__version__} sees a GPU, and the plan was made without: neither the driver's files nor "
+            "nvidia-smi show one",
+            hint="put nvidia-smi on the PATH; to train on the CPU, set CUDA_VISIBLE_DEVICES to nothing",
+        )
+    return torch.device("cuda" if found else "cpu"), getattr(torch, plan.dtype)
 
 
 def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | None]:

@@ -17,16 +17,18 @@ from pydantic import Field
 
 from ctxext.config import manifest as manifests
 from ctxext.config.loader import Tokens, spec
-from ctxext.config.output import check_free, staged_output
-from ctxext.errors import InputError
+from ctxext.config.output import check_free, claim, disk_faults, locked, staged_output
+from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.card import model_card
 from ctxext.model.source import from_directory
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.run import start_run
+from ctxext.train.run import start_run, way_out
 from ctxext.train.spec import FinetuneSpec, Positive
 
 EOS = "<|end|>"
+# Files of the run, which are not of the model.
 OF_THE_RUN = ("spec.yaml", "data.json", "metrics.jsonl", "validation.jsonl", manifests.FILE_NAME, "README.md")
+START_ANEW = "make room, then give the command again with --force: a pretraining starts anew"
 TOKENIZER_CHARACTERS = 6_000_000  # of the embedded corpus, to learn the merges from
 
 
@@ -68,25 +70,46 @@ def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[R
     stages = out.with_name(f"{out.name}.stages")
     if not force:
         check_free(stages)
-    shutil.rmtree(stages, ignore_errors=True)
-    current = stages / "0-untrained"
-    current.mkdir(parents=True)
-    write_untrained(recipe, current)
-    for number, stage in enumerate(recipe.stages, start=1):
-        run = stages / f"{number}-ctx{stage.ctx}"
-        plan = plan_run(from_directory(current, name=out.name), stage)
-        start_run(plan, run)
-        if not train(plan, run).finished:
-            raise InputError(
-                f"interrupted in stage {number}: a pretraining starts anew", hint=f"{run} has what was done"
-            )
-        current = run
+    if stages.exists():
+        with locked(stages, "pretraining"):
+            shutil.rmtree(stages)
+    claim(stages)
+    with locked(stages, "pretraining"), disk_faults(out, hint=START_ANEW):
+        current = _train_stages(recipe, stages, out.name, train)
     with staged_output(out, force) as staging:
         for path in current.iterdir():
             if path.is_file() and path.name not in OF_THE_RUN:
                 shutil.copyfile(path, staging / path.name)
         describe(recipe, stages, staging, out.name)
     return out
+
+
+def _train_stages(recipe: PretrainSpec, stages: Path, name: str, train: Callable[[RunPlan, Path], Any]) -> Path:
+    """The untrained model, then every stage on the one before it; the directory of the last."""
+    current = stages / "0-untrained"
+    try:
+        current.mkdir()
+        write_untrained(recipe, current)
+    except BaseException:
+        # Nothing was trained: the same command can begin again.
+        shutil.rmtree(stages, ignore_errors=True)
+        raise
+    for number, stage in enumerate(recipe.stages, start=1):
+        run = stages / f"{number}-ctx{stage.ctx}"
+        plan = plan_run(from_directory(current, name=name), stage)
+        start_run(plan, run)
+        try:
+            finished = train(plan, run).finished
+        except EnvironmentFault as error:
+            # A stage by itself is not resumed.
+            error.hint = START_ANEW if error.hint == way_out(run) else error.hint
+            raise
+        if not finished:
+            raise InputError(
+                f"interrupted in stage {number}: a pretraining starts anew", hint=f"{run} has what was done"
+            )
+        current = run
+    return current
 
 
 def describe(recipe: PretrainSpec, stages: Path, directory: Path, name: str) -> None:

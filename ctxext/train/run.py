@@ -9,7 +9,6 @@ run/...             the bundle (train/bundle.py), written when the last step is 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
-from ctxext.config.output import check_free, hold, write_whole
+from ctxext.config.output import check_free, claim, disk_faults, locked, write_whole
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
 from ctxext.train.plan import RunPlan, plan_run
@@ -72,13 +71,17 @@ def plan_asked(
 def start_run(plan: RunPlan, run: Path) -> None:
     """Make the run's directory with its spec.yaml, and what a resumed run must find unchanged.
 
-    Raises InputError when the directory exists, and for data that is not there.
+    Raises InputError when the directory exists, and for data that is not there; EnvironmentFault when the disk is full.
     """
     check_free(run)
     start = Start.of(plan)
-    run.mkdir(parents=True)
-    write_spec(run, start)
-    write_record(run, plan.spec.data)
+    claim(run)
+    try:
+        write_spec(run, start)
+        write_record(run, plan.spec.data)
+    except BaseException:
+        shutil.rmtree(run)
+        raise
 
 
 def write_spec(run: Path, start: Start) -> None:
@@ -207,14 +210,21 @@ def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
     fails before anything was trained with it."""
     kept = {name: (run / name).read_bytes() for name in (SPEC_FILE, DATA_FILE) if (run / name).is_file()}
     trained = _metrics_size(run)
-    _record_changes(plan, run)
-    try:
-        yield
-    except BaseException:
-        if _metrics_size(run) <= trained:
-            for name, content in kept.items():
-                (run / name).write_bytes(content)
-        raise
+    with disk_faults(run, hint=way_out(run)):
+        _record_changes(plan, run)
+        try:
+            yield
+        except BaseException:
+            if _metrics_size(run) <= trained:
+                for name, content in kept.items():
+                    if (run / name).read_bytes() != content:
+                        write_whole(run / name, content)
+            raise
+
+
+def way_out(run: Path) -> str:
+    """What to do about a full disk."""
+    return f"make room, then: ctxext finetune --resume --out {run}"
 
 
 def _record_changes(plan: RunPlan, run: Path) -> None:
@@ -232,8 +242,7 @@ def _record_changes(plan: RunPlan, run: Path) -> None:
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
     """Keep others from training into `run` within the block. Raises InputError where one is at it."""
-    with _opened(run) as directory:
-        hold(directory, run, "training")
+    with locked(run, "training"):
         yield
 
 
@@ -243,15 +252,6 @@ def _in_use(run: Path) -> bool:
             return False
     except InputError:
         return True
-
-
-@contextmanager
-def _opened(directory: Path) -> Iterator[int]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _steps_done(run: Path) -> int:

@@ -8,7 +8,7 @@ first token takes away 83% (docs/features.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctxext.data.corpus import stdlib_documents
 from ctxext.data.packing import Packed
-from ctxext.model.load import hidden_states
+from ctxext.model.load import hidden_states, load_tokenizer
 from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
 from ctxext.train.engine import Engine
@@ -63,6 +63,22 @@ def first_token_shares(model: Any, ids: Tensor) -> list[float]:
 def measured_sinks(shares: Sequence[float]) -> int:
     """How many first tokens S²-Attn keeps visible for a model with these shares: 1, or 0 as published."""
     return SINK_TOKENS if shares and sum(shares) / len(shares) >= HANGS else 0
+
+
+def sinks_of(plan: RunPlan, model: Any, say: Callable[[str], None]) -> int:
+    """The number of first tokens that S²-Attn keeps visible in a run; `auto` is measured on the model, and said.
+
+    `model` is the base with a fresh adapter, also in a run that resumes: the answer is that of the model before
+    training, so that a run resumes with what it started with.
+    """
+    if plan.sink_tokens is not None:
+        return plan.sink_tokens
+    shares = first_token_shares(model, measured_row(load_tokenizer(plan.source.directory), plan.spec.ctx))
+    sinks = measured_sinks(shares)
+    share = sum(shares) / len(shares)
+    why = ", so every query of S²-Attn sees it" if sinks else ""
+    say(f"attention.sinks: {sinks}; {share:.1%} of the attention is on the first token{why}")
+    return sinks
 
 
 def untrained_cost(engine: Engine, row: Packed, plan: RunPlan) -> str | None:

@@ -1,14 +1,16 @@
 """Where else a run's numbers go: TensorBoard and Weights & Biases, when asked for and installed.
 
-metrics.jsonl and validation.jsonl are always written and are the truth; these are for watching.
+metrics.jsonl and validation.jsonl are always written and are the truth; these are for watching. A writer that fails
+costs a warning and is not used again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ctxext.errors import EnvironmentFault
 from ctxext.train.loop import Events
@@ -16,23 +18,40 @@ from ctxext.train.metrics import StepMetrics
 from ctxext.train.plan import RunPlan
 from ctxext.train.validation import Validation
 
-Writer = Callable[[int, dict[str, float]], None]  # (step, numbers by name)
+STEP = "step"  # the field of Weights & Biases that is the horizontal axis of all others
 
 
-def telling(events: Events, plan: RunPlan, run: Path) -> Events:
-    """`events` that also write to what the spec names. Raises EnvironmentFault for what is not installed."""
+class Writer(Protocol):
+    """One place that numbers go to."""
+
+    name: str
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Numbers by name. `step` may be one that was written before: a rollback does steps again."""
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def telling(events: Events, plan: RunPlan, run: Path) -> Iterator[Events]:
+    """`events` that also write to what the spec names; the writers are closed when the block ends or fails.
+
+    Raises EnvironmentFault for what is not installed.
+    """
     spec, writers = plan.spec.telemetry, list[Writer]()
-    if spec.tensorboard:
-        writers.append(_tensorboard(run))
-    if spec.wandb is not None:
-        writers.append(_wandb(spec.wandb, plan, run))
-    if not writers:
-        return events
+
+    def guarded(act: Callable[[Writer], None]) -> None:
+        for writer in list(writers):
+            try:
+                act(writer)
+            except Exception as error:  # of the network, the disk, or another library
+                writers.remove(writer)
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                events.say(f"warning: {writer.name} is written no longer ({reason}); metrics.jsonl has all numbers")
 
     def on_step(metrics: StepMetrics) -> None:
         numbers = {f"train/{name}": float(value) for name, value in metrics.as_dict().items() if name != "step"}
-        for write in writers:
-            write(metrics.step, numbers)
+        guarded(lambda writer: writer.write(metrics.step, numbers))
         events.on_step(metrics)
 
     def on_validation(now: Validation) -> None:
@@ -40,36 +59,65 @@ def telling(events: Events, plan: RunPlan, run: Path) -> Events:
         numbers |= {} if now.short is None else {"held-out/at the original length": now.short}
         if now.passkey is not None:
             numbers |= {f"passkey/{name}": now.passkey[name] for name in ("accuracy", "answer_nats")}
-        for write in writers:
-            write(now.step, numbers)
+        guarded(lambda writer: writer.write(now.step, numbers))
         events.on_validation(now)
 
-    return replace(events, on_step=on_step, on_validation=on_validation)
-
-
-def _tensorboard(run: Path) -> Writer:
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise _missing("telemetry.tensorboard", "tensorboard", error) from error
-    writer = SummaryWriter(str(run / "tensorboard"))
+        if spec.tensorboard:
+            writers.append(_TensorBoard(run))
+        if spec.wandb is not None:
+            writers.append(_WandB(spec.wandb, plan, run))
+        yield replace(events, on_step=on_step, on_validation=on_validation) if writers else events
+    finally:
+        guarded(lambda writer: writer.close())
 
-    def write(step: int, numbers: dict[str, float]) -> None:
+
+class _TensorBoard:
+    name = "telemetry.tensorboard"
+
+    def __init__(self, run: Path):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise _missing(self.name, "tensorboard", error) from error
+        self._make, self._last = SummaryWriter, dict[str, int]()
+        self._place = str(run / "tensorboard")
+        self._writer = SummaryWriter(self._place)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        if any(self._last.get(name, -1) >= step for name in numbers):
+            # After a rollback TensorBoard shows a step once only where a new file says that it replaces the old one.
+            self._writer.close()
+            self._writer = self._make(self._place, purge_step=step)
         for name, value in numbers.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+            self._writer.add_scalar(name, value, step)
+            self._last[name] = step
+        self._writer.flush()
 
-    return write
+    def close(self) -> None:
+        self._writer.close()
 
 
-def _wandb(project: str, plan: RunPlan, run: Path) -> Writer:
-    try:
-        import wandb
-    except ImportError as error:
-        raise _missing("telemetry.wandb", "wandb", error) from error
-    config: dict[str, Any] = asdict(plan.spec)
-    live = wandb.init(project=project, name=run.name, dir=str(run), config=config, resume="allow", id=run.name)
-    return lambda step, numbers: live.log(numbers, step=step)
+class _WandB:
+    name = "telemetry.wandb"
+
+    def __init__(self, project: str, plan: RunPlan, run: Path):
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing(self.name, "wandb", error) from error
+        config: dict[str, Any] = asdict(plan.spec)
+        self._run = wandb.init(project=project, name=run.name, dir=str(run), config=config, resume="allow", id=run.name)
+        # Its own step only grows, and it drops what is logged at an earlier one. Steps that a rollback or a resumed run
+        # does again are therefore logged under a field of their own.
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        self._run.log(numbers | {STEP: step})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def _missing(field: str, package: str, error: ImportError) -> EnvironmentFault:

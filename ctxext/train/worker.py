@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ctxext.config.output import write_whole
-from ctxext.errors import CtxextError, InputError, SpecError
+from ctxext.config.output import environment_fault, write_whole
+from ctxext.errors import CtxextError, EnvironmentFault, InputError, SpecError
 from ctxext.train.launch import (
     DIED,
     EVENTS,
@@ -86,11 +86,17 @@ def run_host(run: Path, node: int) -> int:
 
 
 def _teller(path: Path) -> Callable[..., None]:
-    file = path.open("a", encoding="utf-8")
-
     def tell(**event: Any) -> None:
-        file.write(json.dumps(event) + "\n")
-        file.flush()
+        # These lines are talk: where the disk is full they are lost, and the run goes on. The file has to end in a
+        # whole line, since the launcher reads each line as JSON.
+        line = json.dumps(event).encode() + b"\n"
+        try:
+            with path.open("ab", buffering=0) as file:
+                before = file.tell()
+                if file.write(line) < len(line):
+                    file.truncate(before)
+        except OSError:
+            return
 
     return tell
 
@@ -102,13 +108,13 @@ def _heed(flag: Path, parent: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _refusal(error: BaseException) -> CtxextError | None:
+def _refusal(error: BaseException, run: Path) -> CtxextError | None:
     """What an exception says to the user, if it says anything."""
     if isinstance(error, SpecError):
         return InputError(error.message, hint=error.hint)
     if "EADDRINUSE" in str(error):
         return port_in_use(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-    return error if isinstance(error, CtxextError) else None
+    return error if isinstance(error, CtxextError) else environment_fault(error, run)
 
 
 def main(arguments: list[str]) -> int:
@@ -118,11 +124,15 @@ def main(arguments: list[str]) -> int:
     try:
         run_rank(run)
     except Exception as error:
-        refusal = _refusal(error)
+        refusal = _refusal(error, run)
         if refusal is None:
             raise
         data = {"type": type(refusal).__name__, "message": refusal.message, "hint": refusal.hint}
-        write_whole(run / LOGS / f"error-{os.environ['RANK']}.json", json.dumps(data))
+        try:
+            write_whole(run / LOGS / f"error-{os.environ['RANK']}.json", json.dumps(data))
+        except EnvironmentFault:
+            # The last line of the rank's log is what the launcher tells where there is no such file.
+            sys.stderr.write(f"{refusal.message}\n")
         return refusal.exit_code
     return 0
 

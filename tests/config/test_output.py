@@ -1,9 +1,19 @@
 import errno
 import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 
-from ctxext.config.output import check_free, staged_output, write_whole
+from ctxext.config.output import check_free, claim, environment_fault, hold, replacing, staged_output, write_whole
 from ctxext.errors import EnvironmentFault, InputError
 
 
@@ -15,7 +25,7 @@ def test_an_output_appears_whole_when_the_block_ends(tmp_path):
     out = tmp_path / "runs" / "a"
     with staged_output(out) as partial:
         (partial / "config.json").write_text("{}")
-        assert partial.parent == out.parent and partial.name == f".a.partial-{os.getpid()}"
+        assert partial.parent == out.parent and partial.name.startswith(".a.partial-")
         assert not out.exists()
     assert listing(tmp_path) == ["runs", "runs/a", "runs/a/config.json"]
 
@@ -88,21 +98,57 @@ def test_force_never_replaces_the_ground_it_stands_on(tmp_path, monkeypatch):
             check_free(place, force=True)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        OSError(errno.EDQUOT, "Disk quota exceeded"),
-        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_a_full_disk_is_a_fault_of_the_environment(tmp_path, error):
-    out, told = tmp_path / "runs" / "a", r"the disk of .* is full \(.* free\)"
+BIG = 2 * 1024**2  # bytes; the disk has 1 MiB
+
+
+def write_tokenizer(place):
+    """Of tokenizers, whose error is a plain Exception."""
+    vocabulary = {f"{i:0100d}": i for i in range(20_000)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token=f"{0:0100d}")).save(str(place / "tokenizer.json"))
+
+
+def append(place):
+    with (place / "lines").open("a") as file:
+        file.write("x" * BIG)
+
+
+WRITERS = {
+    "bytes": lambda place: (place / "x").write_bytes(bytes(BIG)),
+    "text": lambda place: (place / "x").write_text("x" * BIG),
+    "append": append,
+    "copy": lambda place: shutil.copyfile(place.parents[2] / "big", place / "x"),
+    "safetensors": lambda place: save_file({"a": torch.zeros(BIG)}, place / "x.safetensors"),
+    "tokenizers": write_tokenizer,
+    "numpy": lambda place: np.save(place / "x.npy", np.zeros(BIG)),
+    "write_whole": lambda place: write_whole(place / "x", bytes(BIG)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_is_a_fault_of_the_environment(small_disk, name):
+    disk = small_disk(1024**2)
+    (disk.path.parent / "big").write_bytes(bytes(BIG))
+    out, told = disk.path / "runs" / "a", r"the disk of .* is full \(.* free\)"
     with pytest.raises(EnvironmentFault, match=told) as caught, staged_output(out) as partial:
-        (partial / "x").touch()
-        raise error
-    assert caught.value.exit_code == 3 and str(tmp_path) in caught.value.message and caught.value.hint
-    assert listing(tmp_path) == []
+        WRITERS[name](partial)
+    assert caught.value.exit_code == 3 and f"the disk of {disk.path}" in caught.value.message
+    assert ".partial" not in caught.value.message and caught.value.hint.startswith("make room")
+    assert listing(disk.path) == []
+
+
+def test_a_disk_without_inodes_is_full_though_bytes_are_free(small_disk):
+    disk = small_disk(1024**2, inodes=10)
+    with pytest.raises(EnvironmentFault, match="0 inodes free"), staged_output(disk.path / "a") as partial:
+        for i in range(20):
+            (partial / f"{i}").touch()
+    assert listing(disk.path) == []
+
+
+def test_a_quota_and_faults_that_are_named_already():
+    quota = environment_fault(OSError(errno.EDQUOT, "Disk quota exceeded"), Path("a"))
+    assert quota is not None and "quota" in quota.message
+    inner = EnvironmentFault("the disk of /cache is full: No space left on device")
+    assert environment_fault(inner, Path("a")) is None and environment_fault(ValueError("no"), Path("a")) is None
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
@@ -117,18 +163,135 @@ def test_a_parent_that_is_a_file_is_no_traceback(tmp_path):
         pytest.fail("entered")
 
 
-def test_a_file_is_replaced_whole_and_a_failure_leaves_the_old_one_alone(tmp_path, monkeypatch):
-    path = tmp_path / "spec.yaml"
+def test_a_file_is_replaced_whole_and_a_failure_leaves_the_old_one_alone(small_disk):
+    disk = small_disk(1024**2)
+    path = disk.path / "spec.yaml"
     write_whole(path, "größer\n")
     write_whole(path, b"new")
     assert path.read_bytes() == b"new"
+    with pytest.raises(EnvironmentFault, match="is full"):
+        write_whole(path, bytes(BIG))
+    assert listing(disk.path) == ["spec.yaml"] and path.read_bytes() == b"new"
 
-    def full(self, data):
-        with open(self, "wb") as file:
-            file.write(data[:1])
-        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(path, "newer")
-    assert listing(tmp_path) == ["spec.yaml"] and path.read_bytes() == b"new"
+# Two processes. Where the first one only has to hold a lock, this process stands for both.
+
+
+def test_a_second_process_is_refused_while_the_first_one_writes(tmp_path):
+    out = tmp_path / "runs" / "a"
+    with staged_output(out) as partial:
+        with pytest.raises(InputError, match="is being written by another process"), staged_output(out):
+            pytest.fail("entered")
+        (partial / "x").touch()
+    assert listing(tmp_path) == ["runs", "runs/a", "runs/a/x"]
+
+
+def test_the_one_that_ends_later_is_refused_and_the_first_result_stays(tmp_path):
+    """Both of them began before either could see the other."""
+    out = tmp_path / "a"
+    with pytest.raises(InputError, match="was written by another process meanwhile"), staged_output(out) as partial:
+        (partial / "second").touch()
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "first").touch()
+        (tmp_path / "other").rename(out)
+    assert listing(tmp_path) == ["a", "a/first"]
+
+
+def test_force_replaces_what_it_saw_and_nothing_newer(tmp_path):
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "ctxext.json").touch()
+    with pytest.raises(InputError, match="meanwhile"), staged_output(out, force=True) as partial:
+        (partial / "second").touch()
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / "newer").touch()
+    assert listing(tmp_path) == ["a", "a/newer"]
+
+
+@pytest.mark.parametrize("mark", [None, "request.json"])
+def test_force_does_not_replace_what_another_process_is_writing(tmp_path, mark):
+    out = tmp_path / "a"
+    out.mkdir()
+    (out / "request.json").touch()
+    with (out / mark).open() if mark else nullcontext(os.open(out, os.O_RDONLY)) as file:
+        hold(file, out, "evaluation")
+        for room in (staged_output, replacing):
+            with pytest.raises(InputError, match="is being written by another process"), room(out, force=True):
+                pytest.fail("entered")
+        if mark is None:
+            os.close(file)
+    check_free(out, force=True)
+
+
+def test_a_directory_that_another_process_made_is_refused_by_name(tmp_path):
+    claim(tmp_path / "runs" / "a")
+    with pytest.raises(InputError, match="is being written by another process"):
+        claim(tmp_path / "runs" / "a")
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from ctxext.config.output import staged_output
+with staged_output(Path(sys.argv[1])) as partial:
+    (partial / "x").touch()
+    print("writing", flush=True)
+    time.sleep(300)
+"""
+
+
+def test_a_killed_process_leaves_a_partial_directory_that_the_next_one_removes(tmp_path):
+    out = tmp_path / "a"
+    with subprocess.Popen([sys.executable, "-c", CHILD, str(out)], stdout=subprocess.PIPE) as victim:
+        assert victim.stdout.readline() == b"writing\n"
+        with pytest.raises(InputError, match="is being written by another process"), staged_output(out):
+            pytest.fail("entered")
+        victim.kill()
+    left = listing(tmp_path)
+    assert len(left) == 2 and ".a.partial-" in left[0]
+    other = tmp_path / ".a.partial-other_host-0123456789abcdef0123456789abcdef"
+    other.mkdir()
+    (tmp_path / ".ab.partial").mkdir()
+    with staged_output(out) as partial:
+        (partial / "y").touch()
+    # Another host's locks may not be seen here: what it left stays.
+    assert listing(tmp_path) == [other.name, ".ab.partial", "a", "a/y"]
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from ctxext.config.output import staged_output
+from ctxext.errors import InputError
+out, name, start = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+time.sleep(max(0.0, start - time.time()))
+try:
+    with staged_output(out, force=sys.argv[4] == "force") as partial:
+        for i in range(20):
+            (partial / f"{i}").write_text(name)
+except InputError as error:
+    print(error.message)
+    sys.exit(2)
+"""
+
+
+@pytest.mark.parametrize("force", ["new", "force"])
+def test_of_processes_that_write_one_output_at_once_one_wins_and_all_others_refuse(tmp_path, force):
+    for round_ in range(3):
+        out, start = tmp_path / f"{round_}" / "a", time.time() + 2
+        if force == "force":
+            out.mkdir(parents=True)
+            (out / "ctxext.json").touch()
+        words = [[sys.executable, "-c", RACER, str(out), name, str(start), force] for name in "abcd"]
+        racers = [subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for one in words]
+        said = [racer.communicate(timeout=300) for racer in racers]
+        codes = [racer.returncode for racer in racers]
+        assert set(codes) <= {0, 2} and 0 in codes, said
+        for code, (told, _) in zip(codes, said, strict=True):
+            assert code == 0 or "another process" in told or "exists" in told, said
+        # One that begins after the winner ended may replace it with --force.
+        assert codes.count(0) == 1 or force == "force"
+        assert [path.name for path in out.parent.iterdir()] == ["a"], "nothing hidden is left"
+        contents = {path.read_text() for path in out.iterdir()}
+        assert len(list(out.iterdir())) == 20 and len(contents) == 1 and contents <= set("abcd"), contents

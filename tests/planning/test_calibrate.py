@@ -11,7 +11,7 @@ from ctxext.cli.app import app
 from ctxext.config.loader import build
 from ctxext.model.source import resolve
 from ctxext.ops.cost import WHOLE
-from ctxext.planning import calibrate, cards
+from ctxext.planning import calibrate
 from ctxext.planning.answer import ask, prediction
 from ctxext.train.plan import plan_run
 from ctxext.train.spec import FinetuneSpec
@@ -22,7 +22,7 @@ SMALL = {"WIDTHS": {"cpu": (16, 32)}, "ROWS": {"cpu": 64}, "LENGTH": {"cpu": 512
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cards.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name, value in SMALL.items():
         monkeypatch.setattr(calibrate, name, value)
     return calibrate.calibrate()
@@ -74,7 +74,7 @@ def test_a_run_says_what_it_expects_and_then_what_it_took(model_dir, tmp_path, m
     text = tmp_path / "text.txt"
     text.write_text("some words to train on. " * 500)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cards.shutil, "which", lambda name: None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name, value in SMALL.items():
         monkeypatch.setattr(calibrate, name, value)
     known = ["finetune", str(model_dir("llama")), "--ctx", "64", "--preset", "smoke", "--data", str(text), "--out"]

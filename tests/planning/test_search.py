@@ -88,8 +88,8 @@ def test_an_optimizer_on_the_host_hangs_on_the_hosts_memory():
 def test_the_printed_commands_plan_what_was_printed(cards, gpu, monkeypatch, tmp_path):
     found = answer(*asked(gpu=gpu, cards_=cards))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planning.shutil, "which", lambda name: "/bin/nvidia-smi")
-    monkeypatch.setattr(parallel, "gpus", lambda: cards)
+    monkeypatch.setattr(planning, "visible_gpus", lambda: cards)
+    monkeypatch.setattr(parallel, "visible_gpus", lambda: cards)
     for _, choice in found.commands():
         (line,) = choice.commands()
         words = shlex.split(line)

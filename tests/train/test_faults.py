@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ctxext import api
 from ctxext.config.loader import build, set_value
-from ctxext.errors import CheckFailed, InputError, ModelError
+from ctxext.errors import CheckFailed, EnvironmentFault, InputError, ModelError
 from ctxext.model.source import resolve
 from ctxext.train import checkpoint, loop
 from ctxext.train.finetune import run_finetune
@@ -164,23 +164,77 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(plan, whole, tmp_pat
         assert_equal(run, whole)
 
 
-def test_a_full_disk_during_a_save_keeps_the_last_checkpoint_and_trains_on(plan, whole, tmp_path, monkeypatch):
-    real, calls, said = checkpoint.save_file, iter(range(1, 100)), list[str]()
+# A full disk
 
-    def full(tensors, path):
-        if next(calls) == 3:  # steps 1, 2, then 4
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    run = tmp_path / "run"
+LITTLE = 16 * 1024  # bytes left free: enough for lines of text, too little for a checkpoint or a result
+
+
+def at_steps(**acts) -> Events:
+    """Each act once its step is done, before the step is saved: at_steps(s4=disk.fill)."""
+
+    def on_step(metrics):
+        if act := acts.get(f"s{metrics.step}"):
+            act()
+
+    return Events(on_step=on_step)
+
+
+def stop():
+    signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_full_disk_during_a_save_keeps_the_last_checkpoint_and_trains_on(plan, whole, small_disk):
+    disk, said = small_disk(8 * 1024**2), list[str]()
+    run = disk.path / "run"
     start_run(plan, run)
-    report = run_finetune(plan, run, events=Events(said.append, stop_after(5).on_step))
-    assert any("step 4 was not written" in line and "No space" in line for line in said)
+    events = at_steps(s4=lambda: disk.fill(LITTLE), s5=lambda: (disk.make_room(), stop()))
+    report = run_finetune(plan, run, events=Events(said.append, events.on_step))
+    assert any("step 4 was not written" in line and f"the disk of {disk.path}" in line for line in said)
     assert report.steps_done == 5 and not list(run.glob("checkpoints/.*"))
     assert [path.name for path in sorted(run.glob("checkpoints/*"))] == ["step-000001", "step-000002", "step-000005"]
     resumed(run)
+    assert_equal(run, whole)
+
+
+def test_a_stop_whose_checkpoint_cannot_be_saved_says_so_and_the_one_before_is_resumed(plan, whole, small_disk):
+    disk = small_disk(8 * 1024**2)
+    run = disk.path / "run"
+    start_run(plan, run)
+    told = r"checkpoint after step 5 was not written, and the run was stopped: the disk .* newest one is of step 4"
+    with pytest.raises(EnvironmentFault, match=told) as fault:
+        run_finetune(plan, run, events=at_steps(s5=lambda: (disk.fill(LITTLE), stop())))
+    assert fault.value.exit_code == 3 and fault.value.hint == f"make room, then: ctxext finetune --resume --out {run}"
+    disk.make_room()
+    assert "resuming after step 4 of 8" in resumed(run)
+    assert_equal(run, whole)
+
+
+def test_a_result_that_finds_no_room_leaves_no_part_and_is_written_later(plan, whole, small_disk):
+    disk = small_disk(8 * 1024**2)
+    run = disk.path / "run"
+    start_run(plan, run)
+    told = r"the result of 8 steps was not written: the disk .* is full .*; the newest checkpoint is of step 6"
+    with pytest.raises(EnvironmentFault, match=told) as fault:
+        run_finetune(plan, run, events=at_steps(s8=lambda: disk.fill(LITTLE)))
+    assert "--resume" in fault.value.hint
+    assert {path.name for path in run.iterdir()} == {"spec.yaml", "metrics.jsonl", "validation.jsonl", "checkpoints"}
+    with pytest.raises(ModelError):
+        resolve(str(run))
+    disk.make_room()
+    resumed(run)
+    assert_equal(run, whole)
+
+
+def test_a_result_that_fits_is_enough_where_the_last_checkpoint_does_not(plan, whole, small_disk):
+    disk, said = small_disk(8 * 1024**2), list[str]()
+    run = disk.path / "run"
+    start_run(plan, run)
+    result = sum(path.stat().st_size for path in whole.iterdir() if path.is_file())
+    assert run_finetune(
+        plan, run, events=Events(said.append, at_steps(s8=lambda: disk.fill(result + 8 * LITTLE)).on_step)
+    ).finished
+    assert any("step 8 was not written" in line for line in said)
     assert_equal(run, whole)
 
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ctxext.errors import InputError
+from ctxext.train import loss as loss_module
 from ctxext.train.loss import IGNORED, linear_cross_entropy, token_losses, token_scores
 
 N, E, V = 37, 16, 53
@@ -125,6 +126,22 @@ def test_the_gradients_are_handed_down_not_kept_and_a_second_backward_is_refused
     assert all(torch.equal(twice, 2 * once) for twice, once in zip(first, again, strict=True))
     with pytest.raises(RuntimeError, match="gives its gradients once"):
         torch.autograd.grad(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("split", [1, 1 << 22])
+def test_the_factor_of_the_mean_is_not_rounded_to_the_gradients_dtype(split, monkeypatch):
+    """1 / 102,399 in bf16 is off by 0.1%, and so were all gradients, in one direction."""
+    monkeypatch.setattr(loss_module, "SCALED", split)
+    hidden, weight, labels = problem(torch.bfloat16)
+    once = torch.autograd.grad(linear_cross_entropy(hidden, weight, labels)[0], (hidden, weight))
+    factor = 1 / 102_399
+    mean = linear_cross_entropy(hidden, weight, labels)[0] * factor
+    for scaled, whole in zip(torch.autograd.grad(mean, (hidden, weight)), once, strict=True):
+        # The fp32 twin, rounded once.
+        assert torch.equal(scaled, (whole.float() * torch.tensor(factor)).bfloat16())
+        wide = whole.double() * factor
+        along = (scaled.double() * wide).sum() / (wide * wide).sum()
+        assert abs(along - 1) < 3e-4, f"the gradient is {along - 1:+.2e} too long"
 
 
 @pytest.mark.parametrize("chunk", [1, 7, None])

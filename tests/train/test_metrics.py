@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from ctxext.config.loader import build
 from ctxext.model.source import resolve
 from ctxext.train import loop
 from ctxext.train.finetune import run_finetune
-from ctxext.train.metrics import STEPS, peak_flops, read
+from ctxext.train.metrics import STEPS, JsonLines, peak_flops, read
 from ctxext.train.plan import plan_run
 from ctxext.train.run import start_run
 from ctxext.train.spec import FinetuneSpec
@@ -66,3 +69,56 @@ def test_a_step_has_its_utilisation_where_the_peak_is_known(peak, model_dir, tmp
             assert line["mfu"] == pytest.approx(plan.model_flops / line["seconds"] / peak)
         else:
             assert "mfu" not in line
+
+
+def line(step: int, size: int = 3000) -> dict:
+    return {"step": step, "text": "x" * size}
+
+
+def test_lines_that_a_full_disk_refuses_wait_in_memory(small_disk):
+    disk, said = small_disk(1024**2), list[str]()
+    log = JsonLines(disk.path / "metrics.jsonl", 0, say=said.append)
+    log.append(line(1))
+    disk.fill()
+    for step in (2, 3, 4):
+        log.append(line(step))
+    # The file ends within a line, and no reader takes that for a line.
+    assert [found["step"] for found in read(log.path)] == [1]
+    assert len(said) == 1 and "metrics.jsonl is not written for now: the disk of" in said[0]
+    disk.make_room()
+    log.append(line(5))
+    assert read(log.path) == [line(step) for step in range(1, 6)]
+    disk.fill()
+    log.append(line(6))
+    log.append(line(7))
+    log.close()
+    assert "lacks the last 2 lines" in said[-1] and [found["step"] for found in read(log.path)] == [1, 2, 3, 4, 5]
+
+
+def test_steps_are_forgotten_on_a_full_disk_too(small_disk):
+    disk = small_disk(1024**2)
+    path = disk.path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line(step)) + "\n" for step in range(1, 9)) + '{"step": 9')
+    disk.fill()
+    log = JsonLines(path, 6)
+    assert [found["step"] for found in read(path)] == [1, 2, 3, 4, 5, 6]
+    log.append(line(7, 100))
+    log.close()
+    assert read(path)[-1] == line(7, 100)
+
+
+def test_a_broken_line_in_the_middle_goes_and_a_kill_meanwhile_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"ste\n{"step": 2}\n{"step": 3}\n')
+    before = path.read_bytes()
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            JsonLines(path, 2)
+    assert path.read_bytes() == before and [found.name for found in tmp_path.iterdir()] == ["metrics.jsonl"]
+    JsonLines(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'

@@ -87,7 +87,6 @@ def test_tiny_and_stories_have_no_sink(stories):
 
 def test_auto_takes_the_first_token_where_the_model_hangs_on_it(hanging, text, tmp_path, monkeypatch):
     monkeypatch.setattr(sinks, "measured_row", lambda tokenizer, longest: row(FIRST))
-    monkeypatch.setattr("ctxext.train.finetune.measured_row", lambda tokenizer, longest: row(FIRST))
     seen: set[Any] = set()
     real = loop.forward_backward
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctxext.config.loader import build
-from ctxext.errors import SpecError
+from ctxext.errors import EnvironmentFault, SpecError
 from ctxext.model.source import resolve
 from ctxext.train import finetune, loop
 from ctxext.train.checkpoint import TENSORS
@@ -145,6 +145,26 @@ def test_damage_that_goes_back_into_an_earlier_stage(plan, whole, tmp_path):
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
 
 
+def test_a_full_disk_at_the_end_of_a_context_ends_the_run_and_not_in_a_loop(plan, whole, small_disk):
+    """The next context starts from this checkpoint: without it the context was trained again, for ever."""
+    disk, seen = small_disk(8 * 1024**2), list[int]()
+
+    def on_step(metrics):
+        seen.append(metrics.step)
+        assert len(seen) < 20, "it trains the same steps again and again"
+        if seen == [1, 2, 3, 4]:
+            disk.fill(leave=16 * 1024)
+
+    run = disk.path / "run"
+    start_run(plan, run)
+    with pytest.raises(EnvironmentFault, match=r"after step 4 was not written, and the next context .* of step 3"):
+        run_finetune(plan, run, events=Events(on_step=on_step))
+    assert seen == [1, 2, 3, 4]
+    disk.make_room()
+    assert run_finetune(plan_resumed(run), run, resume=True).finished
+    assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
+
+
 def test_a_rollback_to_where_a_context_began_forgets_the_losses_before(plan, tmp_path, monkeypatch):
     real, calls = loop.forward_backward, iter(range(1, 100))
     monkeypatch.setattr(
@@ -152,7 +172,7 @@ def test_a_rollback_to_where_a_context_began_forgets_the_losses_before(plan, tmp
     )
     seen, save = [], loop.save_checkpoint
     monkeypatch.setattr(loop, "save_checkpoint", lambda run, progress, *rest, **named: (
-        seen.append((progress.done, progress.loss_seen)), save(run, progress, *rest, **named)))  # fmt: skip
+        seen.append((progress.done, progress.loss_seen)), save(run, progress, *rest, **named))[1])  # fmt: skip
     start_run(plan, tmp_path / "run")
     assert run_finetune(plan, tmp_path / "run").rollbacks == 1
     assert seen == [(1, 1), (2, 2), (3, 1), (4, 2), (5, 1), (6, 2)]

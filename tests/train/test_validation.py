@@ -200,9 +200,15 @@ def test_telemetry_is_refused_where_its_package_is_missing(make_plan, tmp_path, 
 
 def test_telemetry_gets_the_numbers_of_the_files(make_plan, tmp_path, monkeypatch):
     written = {}
-    monkeypatch.setattr(
-        telemetry, "_tensorboard", lambda run: lambda step, numbers: written.setdefault(step, {}).update(numbers)
-    )
+
+    class Writer:
+        def __init__(self, run):
+            self.close = lambda: None
+
+        def write(self, step, numbers):
+            written.setdefault(step, {}).update(numbers)
+
+    monkeypatch.setattr(telemetry, "_TensorBoard", Writer)
     plan = make_plan(steps=2, telemetry={"tensorboard": True})
     start_run(plan, tmp_path / "run")
     run_finetune(plan, tmp_path / "run")

@@ -1,0 +1,1 @@
+"""What this machine and its container have: memory, cores, GPUs. No torch."""

@@ -1,0 +1,63 @@
+"""Memory that this process may use: the host's, or less where a container or a job scheduler set a limit (cgroups).
+
+Linux's documents: Documentation/admin-guide/cgroup-v2.rst (memory.max, memory.high, memory.current, memory.stat) and
+cgroup-v1/memory.rst (memory.limit_in_bytes, memory.usage_in_bytes, memory.stat). Swap is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+from ctxext.machine.cgroups import Level, levels, number, table
+
+ROOT = Path("/")
+FILE_CACHE = ("active_file", "inactive_file")  # what the kernel gives up before it refuses memory; tmpfs is not in it
+# What exceptions say: a CPU's allocator; a driver and NCCL; cuBLAS.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """In bytes. `total` is the host's memory or the lowest limit; `available` is what can still be taken."""
+
+    total: int
+    available: int
+
+
+def memory(root: Path = ROOT) -> Memory:
+    """What this process may use.
+
+    It is the least over the host and every cgroup above this process. Of a cgroup's usage the file cache counts as
+    free. `root` is the root of the file system in which proc and the cgroups are looked for.
+    """
+    host = psutil.virtual_memory()
+    total, available = int(host.total), int(host.available)
+    for level in levels("memory", root):
+        if (limit := _limit(level)) is not None:
+            total = min(total, limit)
+            available = min(available, max(0, limit - _used(level)))
+    return Memory(total, available)
+
+
+def _limit(level: Level) -> int | None:
+    """The limit of one cgroup in bytes, None for none."""
+    names = ("memory.max", "memory.high") if level.version == 2 else ("memory.limit_in_bytes",)
+    found = [limit for name in names if (limit := number(level.directory / name)) is not None]
+    return min(found, default=None)
+
+
+def _used(level: Level) -> int:
+    """Bytes in use that the kernel cannot take back from file cache."""
+    name, prefix = ("memory.current", "") if level.version == 2 else ("memory.usage_in_bytes", "total_")
+    statistics = table(level.directory / "memory.stat")
+    cache = sum(statistics.get(f"{prefix}{kind}", 0) for kind in FILE_CACHE)
+    return max(0, (number(level.directory / name) or 0) - cache)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out: torch's own on a GPU, its allocator's or Python's on a CPU."""
+    named = any(cls.__name__ == "OutOfMemoryError" for cls in type(error).__mro__)
+    return named or isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
