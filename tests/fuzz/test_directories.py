@@ -149,10 +149,7 @@ def stale(model: Path, name: str) -> None:
     """Weights of another training beside the true ones: one file, shards with their index, shards alone, pickles."""
     other = model.parent / "stale"
     if name == PICKLE:
-        tensors = {
-            name: tensor for path in other.glob("model-*.safetensors") for name, tensor in load_file(path).items()
-        }
-        torch.save(tensors, model / PICKLE)
+        torch.save(load_file(other / SINGLE), model / PICKLE)
         return
     for path in other.glob({"one": SINGLE, "shards": "model*", "shards alone": "model-*"}[name]):
         if name == "one" or path.name != SINGLE:
@@ -251,7 +248,7 @@ def changes() -> st.SearchStrategy[list[Change]]:
 
 
 def by_stock(model: Path) -> torch.Tensor | str:
-    """Logits of stock transformers, or why there are none: it opens nothing, or fills in weights that are not stored."""
+    """Logits of stock transformers, or why there are none: it opens nothing, or invents weights that are not stored."""
     try:
         stock, info = AutoModelForCausalLM.from_pretrained(
             model, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, trust_remote_code=False
