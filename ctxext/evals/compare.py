@@ -18,6 +18,7 @@ from ctxext.evals.engine import Outcome
 
 DRAWS = 10_000
 _BLOCK = 2_000_000  # numbers drawn at once
+LEVEL = 0.05  # of the sign-flip test
 SCALE = {"ruler": 100.0, "longbench": 100.0}  # their rows are in percent
 LOWER_IS_BETTER = {"perplexity": "nats per token", "longppl": "nats per key token"}
 
@@ -37,7 +38,7 @@ class Difference:
     high: float
     p: float
     unit: str
-    called: str  # better, worse, or no difference shown
+    called: str  # better, worse, no difference shown, or that so few pairs cannot show one
 
     COLUMNS = ("model", "suite", "length", "less that of", "difference", "from", "to", "unit", "p", "n", "called")
 
@@ -69,12 +70,26 @@ def differences(
             *figures, p = paired(strata, seed)
             value, low, high = (SCALE.get(suite, 1.0) * figure for figure in figures)
             better = value < 0 if suite in LOWER_IS_BETTER else value > 0
-            shown = p < 0.05 and (low > 0 or high < 0)
-            called = ("better" if better else "worse") if shown else "no difference shown"
-            unit = LOWER_IS_BETTER.get(suite, "percent" if suite in SCALE else "score from 0 to 1")
+            shown = p < LEVEL and (low > 0 or high < 0)
             n = sum(map(len, strata))
+            called = ("better" if better else "worse") if shown else _unshown(n)
+            unit = LOWER_IS_BETTER.get(suite, "percent" if suite in SCALE else "score from 0 to 1")
             found.append(Difference(suite, task, length, model, against, n, value, low, high, p, unit, called))
     return found
+
+
+def smallest_p(n: int) -> float:
+    """The least p that the sign-flip test of n pairs can give: all differences have one sign, which 2 of 2^n flips
+    give too."""
+    return 2.0 ** (1 - n)
+
+
+def _unshown(n: int) -> str:
+    """What to call a difference of n pairs that the test does not show."""
+    if smallest_p(n) < LEVEL:
+        return "no difference shown"
+    enough = next(count for count in range(n, 64) if smallest_p(count) < LEVEL)
+    return f"too few pairs: {n} give p = {smallest_p(n):.4g} at the least; {enough} or more can show a difference"
 
 
 def paired(strata: Sequence[Sequence[tuple[Outcome, Outcome]]], seed: int = 0) -> tuple[float, float, float, float]:

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ctxext.ops.logits import loss_chunk
 from ctxext.ops.masks import first_shifted_head
 
-LOGITS_BYTES = 64 * 1024**2  # of the fp32 logits that the chunked loss holds at a time
 MASTER_BYTES, GRADIENT_BYTES = 4, 4  # of a parameter that trains: both are fp32
 
 Layer = tuple[int | None, int | None]  # (sliding_window, group_size) in tokens; None, None = full causal
@@ -192,7 +192,7 @@ def training_memory(
     item_bytes    of a stored weight and of an activation
     checkpointing layers that share a checkpoint, all of which are live while they are computed again; 0: none
     quantized     bytes of an entry of the layers' matrices where these are quantised: about 0.52 for 4 bits, 1 for 8
-    chunk         tokens of logits held at a time (default: `loss_chunk`)
+    chunk         tokens of logits held at a time (default: `loss_chunk` of a CPU)
     runtime       an accelerator's context, libraries and allocator slack
     partition     what of it other processes hold; what waits on the host is not counted
     keep_attention, tiles (tokens), offload are the knobs of the training spec. Offloaded checkpoints are on the host,
@@ -286,11 +286,6 @@ def _layer_work(
     mlp -= i * E if i == 4 else 0  # its input is h
     tile = max(rows * (attention + states) + min(tiles, T) * mlp, rows * (attention + states + back))
     return batch * (T * E * i + tile)
-
-
-def loss_chunk(V: int) -> int:
-    """Tokens whose fp32 logits over V entries take about 64 MiB, at least 16."""
-    return max(16, LOGITS_BYTES // (4 * V))
 
 
 def _band(T: int, window: int | None) -> int:

@@ -34,9 +34,8 @@ from ctxext.model.layout import LayerKind
 from ctxext.model.shards import EMBEDDING
 from ctxext.model.weights import HEAD
 from ctxext.ops.attention import attention_rows
-from ctxext.ops.cost import loss_chunk
 from ctxext.ops.masks import Pattern
-from ctxext.train.loss import token_losses
+from ctxext.train.loss import chunk_of, token_losses
 
 Layout = tuple[LayerKind, ...]
 Weights = Callable[[str], Tensor | None]
@@ -301,7 +300,7 @@ def _apart(truth: Tensor, others: Sequence[Tensor], labels: Tensor, layers: Laye
     [len(others),2,N]: KL(truth || other), and how much less probable `other` thinks the label, in nats.
     """
     found, head = torch.empty(len(others), 2, len(truth)), layers.head
-    chunk = loss_chunk(len(head))
+    chunk = chunk_of(head)
     for start in range(0, len(truth), chunk):
         rows = slice(start, start + chunk)
         label = labels[rows, None].to(layers.device)  # [c,1]

@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.model.relayout import rotations
-from ctxext.ops.cost import loss_chunk
-from ctxext.train.loss import IGNORED, handed_down
+from ctxext.train.loss import IGNORED, chunk_of, handed_down
 from ctxext.train.spec import Objective
 
 
@@ -115,7 +114,7 @@ def distillation_loss(
     most probable tokens and one entry for all others, a lower bound of the whole. Gradients go to hidden and, where it
     trains, weight; they are taken in the forward pass, as those of train/loss.py.
     """
-    chunk = chunk or max(16, loss_chunk(weight.shape[0]) // 2)  # two vocabularies are held at a time
+    chunk = chunk or max(16, chunk_of(weight) // 2)  # two vocabularies are held at a time
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))

@@ -1,6 +1,6 @@
 """Cross entropy straight from the last hidden states, never holding the logits of the whole batch.
 
-Shapes: N tokens, E model width, V vocabulary, c tokens of one chunk (about 64 MiB of fp32 logits).
+Shapes: N tokens, E model width, V vocabulary, c tokens of one chunk (ops/logits.py).
 
 The gradient is taken in the forward pass, where a chunk's probabilities are at hand: softmax minus the label's one,
 times the weight. Nothing is recomputed, and the backward pass only scales what is stored and hands it down: the
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ctxext.errors import InputError
-from ctxext.ops.cost import loss_chunk
+from ctxext.ops.logits import loss_chunk
 
 IGNORED = -100  # the label of a token that is not scored
 SCALED = 1 << 22  # entries of a gradient that are scaled in fp32 at a time: 16 MiB
@@ -40,7 +40,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        loss = _LinearCrossEntropy.apply(hidden, weight, labels, chunk or loss_chunk(weight.shape[0]))
+        loss = _LinearCrossEntropy.apply(hidden, weight, labels, chunk or chunk_of(weight))
     return loss, (labels != IGNORED).sum()
 
 
@@ -56,11 +56,16 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | No
     _check(hidden, weight, labels)
     scores = torch.zeros(2, *labels.shape, dtype=torch.float32, device=hidden.device)
     matrix = weight.to(hidden.dtype)
-    for rows in _rows(hidden, chunk or loss_chunk(weight.shape[0])):
+    for rows in _rows(hidden, chunk or chunk_of(weight)):
         logits = (hidden[rows] @ matrix.t()).float()  # [c,V]
         scores[0, rows] = cross_entropy(logits, labels[rows], ignore_index=IGNORED, reduction="none")
         scores[1, rows] = (logits.argmax(-1) == labels[rows]).float()
     return scores
+
+
+def chunk_of(weight: Tensor) -> int:
+    """Tokens of a chunk for a head [V, E], by the device that it is on."""
+    return loss_chunk(weight.shape[0], gpu=weight.device.type != "cpu")
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -18,6 +18,7 @@ from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.positions import Auto, PositionPlan, plan_positions
 from ctxext.model.source import ModelSource
 from ctxext.ops import cost
+from ctxext.ops.logits import loss_chunk
 from ctxext.ops.masks import Pattern
 from ctxext.train.measured import measured_length
 from ctxext.train.refuse import refuse
@@ -285,6 +286,7 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
         tiles=spec.memory.tiles,
         offload=spec.memory.offload,
         runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
+        chunk=loss_chunk(plan.source.shape.vocab_size, gpu=gpu),
         checkpointing=int(spec.memory.checkpoint),
         partition=partition,
     )

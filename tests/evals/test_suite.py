@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ctxext.api import evaluate as evaluate_written
+from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
 from ctxext.evals import engine
@@ -372,3 +373,18 @@ def test_a_plan_knows_how_far_a_model_was_measured(model_dir, tmp_path):
         str(model), suite="perplexity", lengths=[16, 48], data=str(text), limit="200", out=tmp_path / "eval"
     )
     assert measured_length(resolve(str(model)), tmp_path) == 48
+
+
+def test_a_printed_plan_reads_no_weights(model_dir, tmp_path, monkeypatch):
+    """Weights that are not remembered are not hashed for it, with evals beside it or without."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = resolve(str(model_dir("llama")))
+    own = {"model": {"path": str(source.path), "weights": {"model.safetensors": "0" * 64}}}
+    (tmp_path / "runs" / "eval").mkdir(parents=True)
+    manifests.write(tmp_path / "runs" / "eval", manifests.new("eval", spec={}, parents=own, facts={"longest": 48}))
+    assert measured_length(source, tmp_path / "runs") is None
+    assert not (tmp_path / "cache").exists()  # where a hash that was computed would be kept
+    hashes = manifests.weight_hashes(source.directory)
+    measured = {"model": {"path": "elsewhere", "weights": hashes}}
+    manifests.write(tmp_path / "runs" / "eval", manifests.new("eval", spec={}, parents=measured, facts={"longest": 48}))
+    assert measured_length(source, tmp_path / "runs") == 48

@@ -136,3 +136,12 @@ def test_training_memory_moves_with_its_arguments():
 def test_loss_chunk():
     assert loss_chunk(32_000) * 32_000 * 4 <= 64 * 1024**2 < (loss_chunk(32_000) + 1) * 32_000 * 4
     assert loss_chunk(10**9) == 16
+
+
+@pytest.mark.parametrize(
+    ("V", "cpu", "gpu"),
+    [(512, 32_768, 32_768), (32_000, 524, 1024), (128_256, 130, 1024), (152_064, 110, 882), (262_144, 64, 512)],
+)
+def test_a_gpu_takes_larger_chunks_of_logits_within_512_mib(V, cpu, gpu):
+    assert (loss_chunk(V), loss_chunk(V, gpu=True)) == (cpu, gpu)
+    assert loss_chunk(V, gpu=True) >= cpu and 4 * V * gpu <= 512 * 2**20
