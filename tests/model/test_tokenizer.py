@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
+from ctxext.data.documents import read_documents
+from ctxext.doctor.model import model as examine
 from ctxext.errors import CheckFailed, ModelError
+from ctxext.evals.perplexity import encode, perplexity
 from ctxext.export.write import export, plan_export
+from ctxext.generation import Conversation, plan_generation
 from ctxext.model.convert import plan_conversion, run_conversion
+from ctxext.model.load import load_model
 from ctxext.model.tokenizer import PROBES, TALK, difference, load_tokenizer, probe_texts, settle
 
 PIECES = ("▁", *"abcdefghijklmnopqrstuvwxyzOTHAI.,'[]/0123456789")
@@ -259,3 +266,44 @@ def test_an_export_that_others_would_read_otherwise(foreign: Path, tmp_path: Pat
     run_conversion(plan_conversion(str(foreign), "full", out=tmp_path / "made"), gate=False)
     export(plan_export(str(tmp_path / "made"), "vllm", out=tmp_path / "vllm"))
     assert_ids_of(sentencepiece(), AutoTokenizer.from_pretrained(tmp_path / "vllm"), "exported")
+
+
+def made(shared_cases: Path, stories: Path, case: str, place: Path) -> Path:
+    """The model of a case, with the weights that its make.py gives it."""
+    shutil.copytree(shared_cases / case / "model", place / "model")
+    weights = load_file(stories / "model.safetensors")
+    config = json.loads((place / "model" / "config.json").read_text())
+    if config["model_type"] == "qwen2":
+        for i, name in itertools.product(range(config["num_hidden_layers"]), "qkv"):
+            rows = len(weights[f"model.layers.{i}.self_attn.{name}_proj.weight"])
+            weights[f"model.layers.{i}.self_attn.{name}_proj.bias"] = torch.zeros(rows)
+    save_file(weights, place / "model" / "model.safetensors", metadata={"format": "pt"})
+    return place / "model"
+
+
+def test_the_case_of_a_tokenizer_that_a_class_replaces(shared_cases: Path, stories: Path, tmp_path: Path) -> None:
+    """Perplexity 753.664 and text with U+2581 before; 2.487 is that of the llama it was made from."""
+    model = made(shared_cases, stories, "tokenizer-replaced-by-class", tmp_path)
+    loaded = load_model(model)
+    texts = encode(read_documents(str(shared_cases / "stories.txt")), loaded.tokenizer)
+    assert perplexity(loaded, texts, 256).perplexity == pytest.approx(2.487, abs=5e-4)
+    said = Conversation(plan_generation(str(model), max_new_tokens=12)).ask("Once upon a time, there was a little")
+    assert said.text.startswith(" girl named") and "\u2581" not in said.text
+    found = {finding.name: finding for finding in examine(str(model))}["token ids"]
+    assert found.status == "warning" and "Qwen2Tokenizer reads" in found.found and "PreTrained" in found.remedy
+
+
+def test_the_case_of_a_conversion_that_changes_tokens(shared_cases: Path, stories: Path, tmp_path: Path) -> None:
+    """With "legacy": true, false and absent. tokenizer_class is LlamaTokenizer, and for smollm3 that class is loaded."""
+    model = made(shared_cases, stories, "convert-changes-tokens", tmp_path)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    for number, legacy in enumerate((True, False, None)):
+        changed = {name: value for name, value in (settings | {"legacy": legacy}).items() if value is not None}
+        (model / "tokenizer_config.json").write_text(json.dumps(changed))
+        run_conversion(plan_conversion(str(model), "full", out=tmp_path / f"out{number}"), gate=False)
+        before, after = (AutoTokenizer.from_pretrained(place) for place in (model, tmp_path / f"out{number}"))
+        shown = before.apply_chat_template(list(TALK), tokenize=False)
+        assert after.apply_chat_template(list(TALK), tokenize=False) == shown
+        for text in ("  def f(x):\n    return x", "\nHello", shown):
+            assert after(text)["input_ids"] == before(text)["input_ids"]
+        assert_ids_of(Tokenizer.from_file(str(model / "tokenizer.json")), after, legacy)
