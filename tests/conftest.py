@@ -101,6 +101,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def shared_cases() -> Path:
+    """Small inputs that went wrong once, beside the checkout; not part of the project."""
+    path = Path(__file__).parents[2] / "shared" / "cases"
+    if not path.is_dir():
+        pytest.skip("../shared/cases is absent: inputs that went wrong once are not run")
+    return path
+
+
+@pytest.fixture(scope="session")
 def stories(shared_data: Path) -> Path:
     """stories260K, a Llama of 260,032 parameters trained by others."""
     return shared_data / "stories260K"

@@ -17,18 +17,18 @@ from ctxext.config.loader import build
 from ctxext.config.manifest import Manifest
 from ctxext.doctor.contents import chat_template, finite_values, opens_as_config, short_claim, stop_tokens, two_thetas
 from ctxext.doctor.finding import Finding, guarded, judged
+from ctxext.doctor.tokenizer import SPECIAL, tokenizer
 from ctxext.errors import InputError, ModelError
 from ctxext.export.card import first_model
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, plan_trainables
 from ctxext.model.families import Config, expected_tensors, normalise, rope_of
 from ctxext.model.gguf import dequantised, stored_as
-from ctxext.model.source import manifest_of, original_length, read_config, read_object, require_tokenizer, usable_length
+from ctxext.model.source import manifest_of, original_length, read_config, read_object, usable_length
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
 from ctxext.units import counted, format_tokens
 
 AGAIN = "copy or download the files again, or write the output again"
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def model(name: str) -> list[Finding]:
@@ -54,7 +54,7 @@ def model(name: str) -> list[Finding]:
     found += guarded("positions meant", lambda: _promises(manifest, config))
     found += guarded("positions said", lambda: two_thetas(read_config(path)) + short_claim(config))
     # the tokenizer
-    found += _tokenizer(path, config)
+    found += guarded("tokenizer", lambda: tokenizer(path, config))
     if all(finding.name != "tokenizer" or finding.status == "ok" for finding in found):
         found += guarded("chat template", lambda: chat_template(path))
         found += guarded("stop tokens", lambda: stop_tokens(path, config))
@@ -257,36 +257,6 @@ def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
         text = "RoPE is scaled and nothing says from which length"
         found.append(Finding("length", "warning", text, "give --original-length when you extend it"))
     return found
-
-
-def _tokenizer(path: Path, config: Config) -> list[Finding]:
-    size = config["vocab_size"]
-
-    def opens() -> str:
-        from ctxext.model.load import load_tokenizer
-
-        require_tokenizer(path)
-        known = load_tokenizer(path).get_vocab()
-        largest = max(known.values(), default=-1)
-        if largest >= size:
-            raise ModelError(f"its largest id is {largest:,}, the embedding has {size:,} rows")
-        return f"opens; {len(known):,} tokens for {size:,} rows of the embedding"
-
-    def in_range() -> str:
-        defaults = path / "generation_config.json"
-        also = read_object(defaults) if defaults.is_file() else {}
-        ids: dict[str, Any] = {}
-        for place, settings in (("config.json", read_config(path)), (defaults.name, also)):
-            for name in SPECIAL:
-                value = settings.get(name)
-                for one in value if isinstance(value, list) else [value]:
-                    if one is not None and not (isinstance(one, int) and 0 <= one < size):
-                        raise ModelError(f"{place}: {name} {one!r} is outside the {size:,} rows of the embedding")
-                    ids[name] = value if value is not None else ids.get(name)
-        return ", ".join(f"{name} {value}" for name, value in ids.items())
-
-    remedy = "copy the tokenizer's files of the model these weights came from"
-    return [judged("tokenizer", opens, remedy), judged("special tokens", in_range, "mend the id in that file")]
 
 
 def _export(target: str, config: Config, source: str) -> Finding:

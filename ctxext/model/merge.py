@@ -110,9 +110,8 @@ def merge(
     dtype = dtype or source.base.config.get("dtype") or source.base.config.get("torch_dtype") or "float32"
     live = load_model(source, dtype="float32")
     adjustment = adjust(live)
-    ids = torch.randint(source.config["vocab_size"], (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(live.device)
-    before, (perplexity_live, perplexity_of) = _logits(live.model, ids), measure(live)
+    ids = _probe(source.config["vocab_size"], live.device)
+    before, (perplexity_live, of) = _logits(live.model, ids), measure(live)
     merged = merge_adapter(live.model).eval()
     adjustment.fold(merged)
     after = _logits(merged, ids)
@@ -144,11 +143,11 @@ def merge(
             tied,
             perplexity_live,
             measure(LoadedModel(reloaded, live.tokenizer, source, live.device))[0],
-            perplexity_of,
+            of,
             round(time.monotonic() - began, 2),
             adjustment.facts,
             adjustment.rows,
-            None if tokenizer.problem is None else warning(tokenizer.problem, "PATH"),
+            tokenizer.problem and warning(tokenizer.problem, out.name),
         )
         adjustment.draw(staging)
         _describe(staging, source, config, report, asked or {})
@@ -160,6 +159,11 @@ def _tied_as_it_should_be(model: Any, config: Config) -> bool:
     if tied != bool(config["tie_word_embeddings"]):
         raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, the base is not")
     return tied
+
+
+def _probe(vocabulary: int, device: torch.device) -> Tensor:
+    """The ids [1, T] on which logits are compared, the same every time."""
+    return torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 @torch.no_grad()

@@ -34,9 +34,9 @@ from ctxext.model.weights import (
 from ctxext.ops.cost import ModelShape
 
 CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_TEXTS = ["*.json", "tokenizer.model", "*.jinja"]  # all that a plan reads
+HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]  # all that a plan reads
 HUB_FILES = ["*.safetensors", *HUB_TEXTS, CARD, *(f"{name}*" for name in LICENCES)]
 
 

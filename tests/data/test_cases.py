@@ -89,14 +89,6 @@ def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_has_no_end(stories_t
     ids = prompt_ids(stories_tokenizer, "Once upon a time")
     assert ids[0] == stories_tokenizer.bos_token_id and ids[-1] != stories_tokenizer.eos_token_id
 
-    class Ending:
-        eos_token_id = 9
-
-        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-            return {"input_ids": [1, 5, 9]}
-
-    assert prompt_ids(Ending(), "x") == [1, 5]
-
 
 @pytest.fixture(scope="module")
 def stories_tokenizer(stories: Path) -> Any:

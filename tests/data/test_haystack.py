@@ -16,6 +16,10 @@ class CharacterTokenizer:
     def __init__(self, bos_token_id: int | None = 0):
         self.bos_token_id = bos_token_id
 
+    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool = False) -> dict[str, list[int]]:
+        bos = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
+        return {"input_ids": bos + self.encode(text, add_special_tokens=False)}
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
         return [ord(character) for character in text]

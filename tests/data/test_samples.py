@@ -35,7 +35,7 @@ def test_documents_have_the_length_and_the_tokens_asked_for(loaded_small):
     documents = list(sample_documents(loaded_small.model, loaded_small.tokenizer, progress=told.append, **given))
     tokens = [len(document.ids) + 1 for document in documents]  # with the EOS that joins documents
     assert max(tokens) == 24 and sum(tokens) - 2 * len(tokens) == told[-1] >= 200 > told[-2]
-    assert {document.ids[0] for document in documents} == {loaded_small.tokenizer.bos_token_id}
+    assert {document.ids[0] for document in documents} == {loaded_small.tokenizer.eos_token_id}, "it adds no BOS"
     assert documents == list(sample_documents(loaded_small.model, loaded_small.tokenizer, **given))
 
 
