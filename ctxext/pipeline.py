@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ctxext import __version__
 from ctxext.config import manifest as manifests
-from ctxext.config.output import check_free, claim, disk_faults, hold, replacing, write_whole
+from ctxext.config.locks import hold
+from ctxext.config.output import check_free, claim, disk_faults, replacing, write_whole
 from ctxext.data import fingerprints
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint, read_documents
 from ctxext.errors import InputError

@@ -16,20 +16,18 @@ import os
 import re
 import shutil
 import socket
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
+from ctxext.config.locks import busy, hold, is_locked
 from ctxext.errors import CtxextError, EnvironmentFault, InputError
 from ctxext.units import format_bytes
 
 MARKS = ("ctxext.json", "spec.yaml", "request.json", "pipeline.json")  # one is in all that ctxext wrote or began
 _ELSEWHERE = "give another --out"
 _LONGEST_NAME = 120  # bytes of an output's name that a hidden neighbour repeats; a file name has at most 255
-_PATIENCE, _PAUSE = 0.2, 0.02  # seconds that `hold` waits for a process that only looks whether a lock is free
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.EBUSY, errno.ESTALE)
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename onto what another process put there
@@ -112,12 +110,19 @@ def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ())
     for kept in (Path.cwd(), Path.home(), *(path for path in keep if path is not None)):
         if kept.resolve().is_relative_to(real):
             raise InputError(f"{out} holds {kept}: even --force does not replace it", hint=_ELSEWHERE)
-    if out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
-        return
+    before = _identity(out.absolute())
+    try:
+        if out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
+            return
+    except FileNotFoundError:
+        raise busy(out, "process") from None
     if not any((out / mark).is_file() for mark in MARKS):
+        # Another process may be replacing the directory at this moment.
+        if _identity(out.absolute()) != before:
+            raise busy(out, "process")
         raise InputError(f"{out} is nothing that ctxext wrote: even --force does not replace it", hint=_ELSEWHERE)
-    if any(_is_locked(path) for path in (out, *(out / mark for mark in MARKS))):
-        raise _busy(out, "process")
+    if any(is_locked(path) for path in (out, *(out / mark for mark in MARKS))):
+        raise busy(out, "process")
 
 
 def claim(out: Path) -> None:
@@ -126,7 +131,7 @@ def claim(out: Path) -> None:
         try:
             out.mkdir(parents=True)
         except FileExistsError:
-            raise _busy(out, "process") from None
+            raise busy(out, "process") from None
 
 
 @contextmanager
@@ -194,57 +199,6 @@ def is_full_disk(error: BaseException) -> bool:
     return _FULL_TEXTS.search(str(error)) is not None
 
 
-def hold(file: IO[str] | int, out: Path, what: str) -> None:
-    """Locks `file` until it is closed, so that no other process goes on with `out` meanwhile.
-
-    Raises InputError where another process has the lock. A file system without locks is taken as it is.
-    """
-    until = time.monotonic() + _PATIENCE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            # A process that only asks whether the lock is free has it for less than a millisecond.
-            if time.monotonic() >= until:
-                raise _busy(out, what) from None
-            time.sleep(_PAUSE)
-        except OSError:
-            return
-
-
-@contextmanager
-def locked(directory: Path, what: str) -> Iterator[None]:
-    """Holds the lock of a directory that exists within the block. Raises InputError where another process has it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        hold(descriptor, directory, what)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _busy(out: Path, what: str) -> InputError:
-    return InputError(f"{out} is being written by another {what}", hint=_ELSEWHERE)
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file or directory; False where there is none, or no lock can be had."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False
-
-
 @contextmanager
 def _locked_directory(target: Path) -> Iterator[Path]:
     """A new, locked directory beside `target`; the lock says that its writer lives. The parents are made, too."""
@@ -286,7 +240,7 @@ def _clean_neighbours(target: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
-            raise _busy(target, "process") from None
+            raise busy(target, "process") from None
         except OSError:
             # Without locks nothing says whether the writer lives.
             continue
@@ -379,38 +333,3 @@ def _remove_if_empty(path: Path) -> None:
         path.rmdir()
     except OSError:
         return
-
-
-@contextmanager
-def alone_at(lock: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within the block no other process has the same lock file; one that comes later waits. The file is removed.
-
-    `waiting()` is called once, before this process waits.
-
-    A file system without locks is taken as it is: nothing is kept from anybody, and the caller looks again before it
-    replaces what is there. Raises OSError where the file cannot be made.
-    """
-    waited = False
-    while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waited else fcntl.LOCK_NB))
-        except BlockingIOError:
-            waited = True
-            waiting()
-            os.close(descriptor)
-            continue
-        except OSError:
-            break
-        # The process before may have removed the file while this one waited for it: then it locks nothing.
-        try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
-                break
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ctxext.config.output import alone_at
+from ctxext.config.locks import alone_at
 from ctxext.data.documents import Document, Documents
 from ctxext.data.encoding import PlainText
 from ctxext.data.files import Reading

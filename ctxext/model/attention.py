@@ -87,9 +87,8 @@ def attend(
         if document_starts is not None:
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])
-    pattern = Pattern(sliding_window)
-    if sliding_window is None and group_size is not None:
-        pattern = Pattern(None, group_size, shift, sink_tokens)
+    grouped = sliding_window is None and group_size is not None
+    pattern = Pattern(None, group_size, shift, sink_tokens) if grouped else Pattern(sliding_window)
     change: Intervention | None = getattr(module, "intervention", None)
     if change is not None and change.visible is not None:
         pattern = _narrowed(pattern, change.visible)

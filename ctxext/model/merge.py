@@ -124,9 +124,7 @@ def merge(
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
-        tokenizer = settle(source.directory, config)
-        copy_companions(source.directory, staging, tokenizer.files)
-        drop_generation_config(staging)
+        problem = _save_companions(source, staging, config)
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
@@ -147,11 +145,19 @@ def merge(
             round(time.monotonic() - began, 2),
             adjustment.facts,
             adjustment.rows,
-            tokenizer.problem and warning(tokenizer.problem, out.name),
+            problem and warning(problem, out.name),
         )
         adjustment.draw(staging)
         _describe(staging, source, config, report, asked or {})
     return report
+
+
+def _save_companions(source: ModelSource, staging: Path, config: Config) -> str | None:
+    """Write tokenizer, templates and licence; how AutoTokenizer would read other ids all the same, or None."""
+    tokenizer = settle(source.directory, config)
+    copy_companions(source.directory, staging, tokenizer.files)
+    drop_generation_config(staging)
+    return tokenizer.problem
 
 
 def _tied_as_it_should_be(model: Any, config: Config) -> bool:

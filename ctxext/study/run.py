@@ -17,7 +17,8 @@ from typing import Any
 
 from ctxext import api
 from ctxext.config import manifest as manifests
-from ctxext.config.output import disk_faults, locked, write_whole
+from ctxext.config.locks import locked
+from ctxext.config.output import disk_faults, write_whole
 from ctxext.errors import CtxextError, InputError
 from ctxext.study import state, steps
 from ctxext.study.flow import filled

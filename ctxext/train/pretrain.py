@@ -17,7 +17,8 @@ from pydantic import Field
 
 from ctxext.config import manifest as manifests
 from ctxext.config.loader import Tokens, spec
-from ctxext.config.output import check_free, claim, disk_faults, locked, staged_output
+from ctxext.config.locks import locked
+from ctxext.config.output import check_free, claim, disk_faults, staged_output
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.card import model_card
 from ctxext.model.source import from_directory

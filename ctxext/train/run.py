@@ -19,7 +19,8 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.loader import build, dump_yaml, read_yaml, set_value, spec
-from ctxext.config.output import check_free, claim, disk_faults, locked, write_whole
+from ctxext.config.locks import locked
+from ctxext.config.output import check_free, claim, disk_faults, write_whole
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
 from ctxext.train.plan import RunPlan, plan_run

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from ctxext.config.output import check_free, claim, environment_fault, hold, replacing, staged_output, write_whole
+from ctxext.config.locks import hold
+from ctxext.config.output import check_free, claim, environment_fault, replacing, staged_output, write_whole
 from ctxext.errors import EnvironmentFault, InputError
 
 

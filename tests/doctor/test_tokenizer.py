@@ -85,14 +85,10 @@ def test_ids_out_of_range(place: Path, name: str) -> None:
     assert f"{name}: eos_token_id 4000 is outside" in found(place)["special tokens"].found
 
 
-def test_an_eos_that_is_absent_or_another(place: Path) -> None:
+def test_an_eos_that_is_absent(place: Path) -> None:
     edit(place / "config.json", model_type="llama")
     edit(place / "generation_config.json", eos_token_id=[7, 0])
-    assert found(place) == {}, "a list that has the tokenizer's EOS is right"
-    edit(place / "generation_config.json", eos_token_id=[7, 8])
-    edit(place / "config.json", eos_token_id=7)
-    warning = found(place)["EOS"]
-    assert "EOS is 0 ('</s>')" in warning.found and "say 7, 8" in warning.found
+    assert found(place) == {}
     edit(place / "tokenizer_config.json", eos_token=None)
     assert "names no EOS" in found(place)["EOS"].found
 
@@ -108,13 +104,6 @@ def test_a_bos_that_is_asked_for_and_not_added(place: Path) -> None:
     assert found(place) == {}
     edit(place / "tokenizer_config.json", add_bos_token=False)
     assert "add_bos_token false, and the tokenizer adds one" in found(place)["BOS"].found
-
-
-def test_a_template_that_does_not_render(place: Path) -> None:
-    edit(place / "config.json", model_type="llama")
-    for template in ("{{ raise_exception('never') }}", "{% for m in %}"):
-        (place / "chat_template.jinja").write_text(template)
-        assert "does not render" in found(place)["chat template"].found
 
 
 def test_a_file_that_does_not_open(place: Path) -> None:
