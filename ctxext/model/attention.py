@@ -75,7 +75,7 @@ def attend(
         )
     if dropout:
         raise ModelError(
-            f"attention dropout {dropout} is not supported", hint="set attention_dropout to 0 in config.json"
+            f"attention dropout {dropout}: not supported", hint="set attention_dropout to 0 in config.json"
         )
     if attention_mask is not None:
         if attention_mask.ndim != 2:

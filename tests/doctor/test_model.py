@@ -149,18 +149,18 @@ def test_not_tied_by_the_config_and_without_a_head(write_model, tmp_path):
 
 
 def test_a_config_whose_rope_is_ignored(copy):
-    """Llama rotates whole heads by default, and the part that it is told under linear scaling alone."""
+    """SmolLM3 rotates whole heads by default, and only the part that partial_rotary_factor says under linear scaling."""
     path = copy("hybrid")
     rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0, "partial_rotary_factor": 0.5}
     edit(path, rope_parameters=rope)
-    found = ill(path)["positions"]
-    assert "frequencies" in found.found and found.remedy
+    found = ill(path)["config"]
+    assert "partial_rotary_factor" in found.found
 
 
 def test_a_conversion_that_lost_its_theta(copy):
     """transformers takes 2e6 for a SmolLM3 that says nothing, whatever the source had."""
     path = copy("hybrid")
-    edit(path, rope_parameters="gone")
+    edit(path, rope_parameters="gone", rope_theta="gone", rope_scaling="gone")
     found = ill(path)["positions meant"]
     assert "the conversion meant" in found.found and "2000000" in found.found and found.remedy
 

@@ -158,7 +158,8 @@ FAULTS = [
     Fault("no model_type", "source", fields(model_type=...), "config", "model_type None"),
     Fault("an unsupported model_type", "source", fields(model_type="gpt_neox"), "config",
           "'gpt_neox' is not supported"),
-    Fault("quantised weights", "source", fields(quantization_config={"quant_method": "awq"}), "config", "quantised"),
+    Fault("quantised weights", "source", fields(quantization_config={"quant_method": "awq"}), "config",
+          "quantization_config"),
     Fault("kv heads that do not divide", "source", fields(num_key_value_heads=3), "config", "do not divide"),
     Fault("a head of odd width", "source", fields(head_dim=7), "config", "a head of 7"),
     Fault("a hidden size that the heads do not divide", "source", fields(num_attention_heads=6, num_key_value_heads=6),
@@ -177,7 +178,8 @@ FAULTS = [
     # RoPE
     Fault("a scaling without its factor", "source", fields(rope_parameters=ROPE | {"rope_type": "linear"}), "config",
           "linear RoPE needs factor"),
-    Fault("both spellings of RoPE", "source", fields(rope_scaling={"type": "linear", "factor": 2.0}), "config", "both"),
+    Fault("both spellings of RoPE", "source", fields(rope_scaling={"type": "linear", "factor": 2.0}), "config",
+          "differ"),
     Fault("two thetas", "source", fields(rope_theta=5e5), "positions said", "transformers 4 the first", "warning"),
     Fault("no theta in the new spelling", "source", fields(rope_parameters={"rope_type": "default"}), "positions said",
           "no rope_theta", "warning"),
@@ -190,7 +192,8 @@ FAULTS = [
     Fault("fewer positions than RoPE is scaled from", "source",
           fields(rope_parameters=LLAMA3 | {"original_max_position_embeddings": 256}), "length", "scaled from 256",
           "warning"),
-    Fault("a conversion that lost its theta", "hybrid", fields(rope_parameters=...), "positions meant", "2000000"),
+    Fault("a conversion that lost its theta", "hybrid", fields(rope_parameters=..., rope_theta=..., rope_scaling=...),
+          "positions meant", "2000000"),
     Fault("positions that are not the run's", "run",
           fields(rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}), "positions meant", "the run meant"),
     # the tokenizer and its ids
@@ -202,7 +205,7 @@ FAULTS = [
           in_tokenizer(lambda one: one["added_tokens"].extend(
               one["added_tokens"][0] | {"id": 258 + i, "content": f"<new {i}>"} for i in range(3))),
           "tokenizer", "largest id is 260"),
-    Fault("a pad id out of range", "source", fields(pad_token_id=260), "special tokens", "pad_token_id 260"),
+    Fault("a pad id out of range", "source", fields(pad_token_id=260), "config", "pad_token_id 260"),
     Fault("a bos id out of range", "source", fields(bos_token_id=9999), "special tokens", "bos_token_id 9999"),
     Fault("one of several eos ids out of range", "source", fields(eos_token_id=[0, 260]), "special tokens", "260"),
     Fault("an eos id of generation out of range", "source", fields("generation_config.json", eos_token_id=[0, 300]),
@@ -251,7 +254,11 @@ def bases(chain: Path, write_model: Callable[..., Path], tmp_path_factory: pytes
 def test_the_healthy_model_has_no_failure_and_no_warning_of_its_own(base: str, bases: Path) -> None:
     """Warnings about exports are about programs, not about the model."""
     found = [finding for finding in examine(str(bases / base)) if not finding.name.startswith("export")]
-    assert {finding.name: finding.found for finding in found if finding.status != "ok"} == {}
+    wrong = {finding.name: finding.found for finding in found if finding.status != "ok"}
+    if base == "qwen2":
+        # The tokenizer of these tests normalises nothing, and AutoTokenizer takes one that does for every qwen2.
+        assert "ctxext uses tokenizer.json" in wrong.pop("token ids")
+    assert wrong == {}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what.replace(" ", "-"))
