@@ -69,14 +69,7 @@ def attend(
     backend          ops/backends/choice.py
     watch            called as watch(module, query, key, pattern, scaling) before the layer attends: for measurements
     """
-    if s_aux is not None or softcap is not None:
-        raise ModelError(
-            f"{type(module).__name__} uses attention sinks or soft-capping, which ctxext's attention has not"
-        )
-    if dropout:
-        raise ModelError(
-            f"attention dropout {dropout}: not supported", hint="set attention_dropout to 0 in config.json"
-        )
+    _refuse_unsupported(module, s_aux, softcap, dropout)
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             raise ModelError(
@@ -100,6 +93,17 @@ def attend(
     if change is not None and change.masked:
         out = out.index_fill(1, torch.tensor(change.masked, device=out.device), 0.0)  # [B, H, T, D]
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unsupported(module: nn.Module, s_aux: Tensor | None, softcap: float | None, dropout: float) -> None:
+    if s_aux is not None or softcap is not None:
+        raise ModelError(
+            f"{type(module).__name__} uses attention sinks or soft-capping, which ctxext's attention has not"
+        )
+    if dropout:
+        raise ModelError(
+            f"attention dropout {dropout} is not supported", hint="set attention_dropout to 0 in config.json"
+        )
 
 
 @contextmanager

@@ -149,7 +149,7 @@ def test_not_tied_by_the_config_and_without_a_head(write_model, tmp_path):
 
 
 def test_a_config_whose_rope_is_ignored(copy):
-    """SmolLM3 rotates whole heads by default, and only the part that partial_rotary_factor says under linear scaling."""
+    """SmolLM3 rotates whole heads by default, and the part that partial_rotary_factor says under linear scaling."""
     path = copy("hybrid")
     rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0, "partial_rotary_factor": 0.5}
     edit(path, rope_parameters=rope)
