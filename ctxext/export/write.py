@@ -21,6 +21,8 @@ from ctxext.errors import CheckFailed, InputError
 from ctxext.export.card import first_model, history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
 from ctxext.model.companions import companions
+from ctxext.model.families import Config
+from ctxext.model.rope_fields import ORIGINAL, written_for_both
 from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
@@ -86,7 +88,7 @@ def export(plan: ExportPlan) -> Exported:
     weights = sorted({info.file for info in tensors_of(source).values()})
     texts = {
         "README.md": write_card(source, plan.verdict, _commands(plan, ".") if plan.verdict.target != "hf" else ()),
-        "config.json": _without_place(directory / "config.json"),
+        "config.json": _without_place(directory / "config.json", _rope(source.config)),
     }
     if (directory / "tokenizer_config.json").is_file():
         texts["tokenizer_config.json"] = _without_place(directory / "tokenizer_config.json")
@@ -119,9 +121,15 @@ def _place(source: Path, out: Path) -> bool:
         return False
 
 
-def _without_place(path: Path) -> str:
-    """A JSON file less the place transformers says it was read from."""
-    settings = {name: value for name, value in read_object(path).items() if name not in NAMES}
+def _rope(config: Config) -> Config:
+    """The fields of RoPE as transformers 4 and 5 read them, whichever of the two the model's own file is for."""
+    both = written_for_both(config)
+    return {name: both[name] for name in ("rope_parameters", "rope_theta", "rope_scaling", ORIGINAL) if name in both}
+
+
+def _without_place(path: Path, more: Config | None = None) -> str:
+    """A JSON file less the place transformers says it was read from, with some fields replaced."""
+    settings = {name: value for name, value in read_object(path).items() if name not in NAMES} | (more or {})
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
 
 
