@@ -101,6 +101,8 @@ def change_fields(model: Path, name: str, value: Any) -> None:
 
 
 def remove(model: Path, name: str) -> None:
+    if (model / name).is_dir() and not (model / name).is_symlink():
+        (model / name).rmdir()
     (model / name).unlink(missing_ok=True)
 
 
@@ -150,10 +152,12 @@ def stale(model: Path, name: str) -> None:
     """Weights of another training beside the true ones: one file, shards with their index, shards alone, pickles."""
     other = model.parent / "stale"
     if name == PICKLE:
+        remove(model, PICKLE)
         torch.save(load_file(other / SINGLE), model / PICKLE)
         return
     for path in other.glob({"one": SINGLE, "shards": "model*", "shards alone": "model-*"}[name]):
         if name == "one" or path.name != SINGLE:
+            remove(model, path.name)
             shutil.copyfile(path, model / path.name)
 
 
@@ -162,6 +166,7 @@ def adapter(model: Path, content: str) -> None:
 
 
 def generation(model: Path, content: str) -> None:
+    remove(model, "generation_config.json")
     (model / "generation_config.json").write_text(content)
 
 
