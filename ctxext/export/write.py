@@ -21,6 +21,8 @@ from ctxext.errors import CheckFailed, InputError
 from ctxext.export.card import first_model, history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
 from ctxext.model.companions import companions
+from ctxext.model.families import Config
+from ctxext.model.rope_fields import ORIGINAL, written_for_both
 from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
@@ -89,7 +91,7 @@ def export(plan: ExportPlan) -> Exported:
         "README.md": write_card(
             source, plan.verdict, _commands(plan, ".") if plan.verdict.target != "hf" else (), tokenizer_problem=problem
         ),
-        "config.json": _without_place(directory / "config.json"),
+        "config.json": _plainly(read_object(directory / "config.json") | _rope(source.config)),
         **tokenizer,
     }
     if plan.verdict.target == "ollama":
@@ -145,12 +147,14 @@ def _place(source: Path, out: Path) -> bool:
         return False
 
 
-def _without_place(path: Path) -> str:
-    """A JSON file less the place transformers says it was read from."""
-    return _plainly(read_object(path))
+def _rope(config: Config) -> Config:
+    """The fields of RoPE as transformers 4 and 5 read them, whichever of the two the model's own file is for."""
+    both = written_for_both(config)
+    return {name: both[name] for name in ("rope_parameters", "rope_theta", "rope_scaling", ORIGINAL) if name in both}
 
 
 def _plainly(settings: Mapping[str, Any]) -> str:
+    """A JSON file less the place transformers says it was read from."""
     kept = {name: value for name, value in settings.items() if name not in NAMES}
     return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
 
