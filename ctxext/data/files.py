@@ -80,7 +80,7 @@ class Reading:
             rest = self.found - self.files - len(self.passed_over)
             files = counted(self.found, "file")
             counts.insert(0, f"{self.files:,} of {files}" if rest else counted(self.files, "file"))
-        verb = "tokenised by an earlier run:" if reused else "read"
+        verb = "found in the cache:" if reused else "read"
         over = self.passed_over_in_words()
         return f"{verb} {', '.join(counts)}" + (f"; passed over: {over}" if over else "")
 

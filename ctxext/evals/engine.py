@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 from ctxext.errors import DataError
-from ctxext.model.ids import check_ids
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 STAR = "* beyond what the model bears"  # what tables say under numbers of such lengths
@@ -128,12 +127,6 @@ def batches(items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
         same = list(group)
         count = max(1, tokens // max(1, size))
         yield from (same[i : i + count] for i in range(0, len(same), count))
-
-
-def check_rows(loaded: Any, texts: Iterable[Sequence[int]]) -> None:
-    """Refuses, before anything is run, ids that a loaded model has no rows for. Raises ModelError."""
-    largest = max((max(ids) for ids in texts if ids), default=-1)
-    check_ids([largest], loaded.source.config["vocab_size"], loaded.name)
 
 
 def mean(outcomes: Sequence[Outcome]) -> float | None:

@@ -31,8 +31,9 @@ from ctxext.data.documents import EMBEDDED, MOST_COMPARED, Document, fingerprint
 from ctxext.data.encoding import PlainText, Spans
 from ctxext.data.files import Reading, distinct, recorded
 from ctxext.errors import DataError, InputError, ModelError
-from ctxext.evals.engine import Job, Outcome, Progress, Row, check_rows, mean
+from ctxext.evals.engine import Job, Outcome, Progress, Row, mean
 from ctxext.evals.spec import LongPpl
+from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     if not texts:
         return
     evaluator: Any = load_model(source, dtype=dtype, device=device)
-    check_rows(evaluator, [ids for found, _ in texts.values() for _, ids, _ in found])
+    largest = max(max(ids) for found, _ in texts.values() for _, ids, _ in found)
+    check_ids([largest], source.config["vocab_size"], source.name)
     for length, (found, facts) in texts.items():
         tick = partial(progress, f"keys by {source.name} at {length:,}")
         write_rows(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), tick), facts)
@@ -157,7 +159,8 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
                 hint="evaluate one longppl suite at a time, or into a place of its own",
             )
         parts += [_part(loaded.tokenizer, length, number, key) for number, key in enumerate(keys)]
-    check_rows(loaded, [part.ids for part in parts])
+    largest = max((max(part.ids) for part in parts if part.ids), default=-1)
+    check_ids([largest], loaded.source.config["vocab_size"], loaded.name)
 
     def rows(outcomes: Sequence[Outcome]) -> list[Row]:
         return [_row([o for o in outcomes if o.length == length], length, facts[length]) for length in facts]

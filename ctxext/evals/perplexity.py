@@ -30,8 +30,9 @@ from ctxext.data.documents import EMBEDDED, Document, Documents, read_documents
 from ctxext.data.encoding import PlainText
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals import PROTOCOLS
-from ctxext.evals.engine import Job, Ledger, Outcome, Row, check_rows, run_job
+from ctxext.evals.engine import Job, Ledger, Outcome, Row, run_job
 from ctxext.evals.spec import Perplexity
+from ctxext.model.ids import check_ids
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.train.loss import token_losses
 from ctxext.units import counted, format_duration
@@ -146,7 +147,8 @@ def encode(
 
 def check_texts(loaded: LoadedModel, texts: Iterable[torch.Tensor]) -> None:
     """Refuses, before any window is run, ids that the model has no rows for. Raises ModelError."""
-    check_rows(loaded, [[int(ids.max())] for ids in texts if len(ids)])
+    largest = max((int(ids.max()) for ids in texts if len(ids)), default=-1)
+    check_ids([largest], output_weight(loaded.model).shape[0], loaded.name)
 
 
 def perplexity(

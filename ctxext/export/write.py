@@ -132,7 +132,7 @@ def _tokenizer_files(plan: ExportPlan) -> tuple[dict[str, str], str | None]:
     if SETTINGS in files:
         files[SETTINGS] = _plainly(json.loads(files[SETTINGS]))
     elif (directory / SETTINGS).is_file():
-        files[SETTINGS] = _without_place(directory / SETTINGS)
+        files[SETTINGS] = _plainly(read_object(directory / SETTINGS))
     return files, settled.problem
 
 

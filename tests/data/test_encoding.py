@@ -9,10 +9,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from ctxext.data.documents import Document
-from ctxext.data.encoding import PlainText, check_ids
+from ctxext.data.encoding import PlainText
 from ctxext.data.haystack import haystack_ids
 from ctxext.data.store import tokenise
-from ctxext.errors import InputError, ModelError
+from ctxext.errors import InputError
 
 CHAT = ["<|im_start|>", "<|im_end|>", "<unk>"]
 
@@ -123,10 +123,3 @@ def test_a_real_tokenizer_gives_back_the_page_and_its_ids_of_other_text(stories:
     assert not {1, 2} & set(ids) and plain.read_as_text == 2
     text = (stories.parents[1] / "cases" / "stories.txt").read_text()
     assert plain.encode([text])[0][0] == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def test_an_id_without_a_row_is_refused() -> None:
-    check_ids(511, 512, "m")
-    check_ids(-1, 512, "m")
-    with pytest.raises(ModelError, match="m: its tokenizer gives token 512, the model has 512"):
-        check_ids(512, 512, "m")

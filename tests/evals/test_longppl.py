@@ -194,7 +194,8 @@ def test_spans_carry_over_to_another_tokenizer(evaluator: Path, judge: LoadedMod
     tokenizers = {"bytes": judge.tokenizer, "merged": merging_tokenizer()}
     counts = {}
     for name, tokenizer in tokenizers.items():
-        model = SimpleNamespace(tokenizer=tokenizer, source=judge.source, name=name, usable_length=128, model=None)
+        source = replace(judge.source, config={**judge.source.config, "vocab_size": len(tokenizer)})
+        model = SimpleNamespace(tokenizer=tokenizer, source=source, name=name, usable_length=128, model=None)
         (part,) = longppl.job(model, spec, tmp_path).items
         ids, offsets = longppl.encode(tokenizer, text[:95])
         naive = [i for i, (start, end) in enumerate(offsets) if i and inside.intersection(range(start, end))]
