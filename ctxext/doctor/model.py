@@ -50,7 +50,7 @@ def model(name: str) -> list[Finding]:
         oldest = first_model(path)
     except ModelError:  # a manifest of the chain is broken; where it is this model's own, that is a finding
         oldest = "SOURCE"
-    return [*found, *(_export(target, config, oldest) for target in TARGETS)]
+    return [*found, *(_export(target, config, oldest, read_config(path)) for target in TARGETS)]
 
 
 def _place(name: str) -> Path:
@@ -269,8 +269,8 @@ def _tokenizer(path: Path, config: Config) -> list[Finding]:
     return [judged("tokenizer", opens, remedy), judged("special tokens", in_range, "mend the id in that file")]
 
 
-def _export(target: str, config: Config, source: str) -> Finding:
-    found = verdict(target, config, source)
+def _export(target: str, config: Config, source: str, raw: Config) -> Finding:
+    found = verdict(target, config, source, raw)
     name = f"export {target}"
     if found.honoured:
         return Finding(name, "ok", found.how)
