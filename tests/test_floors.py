@@ -68,6 +68,7 @@ LIGHT_FILES = {
     "planning/time.py",
     "train/measured.py",
     "export/matrix.py",
+    "export/spellings.py",
     "export/card.py",
     "export/write.py",
     "doctor/finding.py",

@@ -68,7 +68,7 @@ def _exports(path: Path, config: Config) -> list[Finding]:
         oldest = first_model(path)
     except ModelError:  # a manifest of the chain is broken; where it is this model's own, that is a finding
         oldest = "SOURCE"
-    return [_export(target, config, oldest) for target in TARGETS]
+    return [_export(target, config, oldest, read_config(path)) for target in TARGETS]
 
 
 def _place(name: str) -> Path:
@@ -259,8 +259,8 @@ def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
     return found
 
 
-def _export(target: str, config: Config, source: str) -> Finding:
-    found = verdict(target, config, source)
+def _export(target: str, config: Config, source: str, raw: Config) -> Finding:
+    found = verdict(target, config, source, raw)
     name = f"export {target}"
     if found.honoured:
         return Finding(name, "ok", found.how)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from ctxext.errors import InputError
+from ctxext.export import spellings
 from ctxext.model.families import Config, expected_tensors, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
 
@@ -70,9 +71,9 @@ class Verdict:
         return [*rows, *(("source", text) for text in self.sources), (f"checked {self.checked}", self.not_checked)]
 
 
-def verdict(target: str, config: Config, source: str = "SOURCE") -> Verdict:
+def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | None = None) -> Verdict:
     """Whether `target` honours a (normalised) config exactly. `source` is what is typed for the model that a conversion
-    would start from.
+    would start from; `raw` is the config.json as it stands, which is what the target reads.
 
     Raises InputError for a target there is not.
     """
@@ -81,6 +82,7 @@ def verdict(target: str, config: Config, source: str = "SOURCE") -> Verdict:
     kinds = family_of(config).kinds(config)
     fact = FACTS[target][config["model_type"]]
     found = [objection for rule in fact.rules for objection in rule(config, kinds)]
+    found += [] if raw is None else spellings.objections(raw, target)
     objections, nearest = (tuple(dict.fromkeys(column)) for column in zip(*found, strict=True)) if found else ((), ())
     if UNCONVERTED in nearest:  # then no layout of the converted class would be honoured
         nearest = tuple(text for text in nearest if text != FFFN)

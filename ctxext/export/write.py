@@ -23,7 +23,7 @@ from ctxext.export.matrix import TARGETS, Verdict, verdict
 from ctxext.model.companions import companions
 from ctxext.model.families import Config
 from ctxext.model.rope_fields import ORIGINAL, written_for_both
-from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve, tensors_of
+from ctxext.model.source import ModelSource, read_config, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
 SEARCHED = 2**20  # bytes of a copied file that is searched for local paths; a larger one is a vocabulary
@@ -67,7 +67,7 @@ def plan_export(model: str, target: str, out: Path | None = None, force: bool = 
     require_tokenizer(source.directory)
     out = out or manifests.default_out(f"export-{target}", source.name)
     check_free(out, force, keep=[source.path])
-    judged = verdict(target, source.config, first_model(source.directory))
+    judged = verdict(target, source.config, first_model(source.directory), read_config(source.directory))
     return ExportPlan(source, judged, out, force)
 
 

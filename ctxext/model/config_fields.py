@@ -205,6 +205,11 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     check_fields(rope, ROPE, "config.json, rope_parameters")
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelError("config.json: rope_parameters: high_freq_factor must be above low_freq_factor")
+    if rope["rope_type"] != "proportional" and (share := rope.get("partial_rotary_factor")) not in (None, 1):
+        raise ModelError(
+            f"config.json, rope_parameters: partial_rotary_factor {_shown(share)} is not supported: whole heads are "
+            "rotated"
+        )
     for name in ("mscale", "mscale_all_dim", "truncate") if rope["rope_type"] == "yarn" else ():
         if rope.get(name) is not None and (name, rope[name]) != ("truncate", True):
             raise ModelError(f"config.json, rope_parameters: yarn with {name} {_shown(rope[name])} is not supported")

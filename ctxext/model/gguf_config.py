@@ -43,8 +43,10 @@ READ = {
     *("attention.head_count_kv", "attention.key_length", "attention.value_length"),
     *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "vocab_size"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
     *("rope.scaling.finetuned", "tensor_data_layout"),  # notes that change nothing
 }
+NEUTRAL = {f"rope.scaling.{name}": 1.0 for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")}
 
 
 def config_of(header: Header) -> Config:
@@ -71,7 +73,11 @@ def config_of(header: Header) -> Config:
     if missing or "token_embd.weight" not in header.tensors:
         raise ModelError(f"{path}: {', '.join(missing) or 'token_embd.weight'} missing in its header")
     own = {key: value for key, value in metadata.items() if key.startswith(f"{architecture}.")}
-    unread = [f"{key} {value!r}"[:80] for key, value in own.items() if key.partition(".")[2] not in READ and value]
+    unread = [
+        f"{key} {value!r}"[:80]
+        for key, value in own.items()
+        if (name := key.partition(".")[2]) not in READ and value and NEUTRAL.get(name) != value
+    ]
     if unread:
         raise ModelError(
             f"{path}: {', '.join(unread)}: not read here, and it may change what the model computes",
@@ -149,6 +155,8 @@ def _rope(header: Header, fields: dict[str, Any], head_dim: int) -> Config:
         if not original:
             raise ModelError(f"{header.path}: yarn without rope.scaling.original_context_length")
         rope["original_max_position_embeddings"] = original
+        betas = {name: fields.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        rope |= {name: _shortest(value) for name, value in betas.items() if value}
     return rope
 
 

@@ -1,15 +1,19 @@
 """Every layout x family x target has a verdict with sources, and no pattern passes that the target would alter."""
 
+import json
 import re
 from dataclasses import replace
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from ctxext.config import presets
 from ctxext.config.loader import assignments, build
 from ctxext.errors import InputError, ModelError
 from ctxext.export.matrix import FACTS, TARGETS, verdict
+from ctxext.export.write import plan_export
 from ctxext.model.families import FAMILIES, hybrid_config, normalise
+from ctxext.model.frequencies import check_realised
 from ctxext.model.layout import find_hybrid, layer_kinds, pattern_text
 from ctxext.train.spec import FinetuneSpec
 
@@ -126,6 +130,60 @@ def test_llama3_of_another_original_length_needs_it_where_the_converter_looks():
     rope = ROPES["llama3"] | {"original_max_position_embeddings": 4096}
     assert not honoured("gguf", plain("llama", rope_parameters=rope))
     assert honoured("gguf", plain("llama", rope_parameters=rope, original_max_position_embeddings=4096))
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}
+SPELLINGS = {  # (fields of config.json, whether hf, vllm and gguf read them as transformers does)
+    "plain": ({"rope_parameters": YARN}, "yyy"),
+    "old": ({"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 1e5}, "yyy"),
+    "same theta": ({"rope_parameters": YARN, "rope_theta": 1e4}, "yyy"),
+    "two thetas": ({"rope_parameters": YARN, "rope_theta": 1e6}, "ynn"),
+    "two types": ({"rope_parameters": YARN | {"type": "linear"}}, "ynn"),
+    "same type": ({"rope_parameters": YARN | {"type": "yarn"}}, "yyy"),
+    "two lengths": ({"rope_parameters": YARN, "original_max_position_embeddings": 1024}, "ynn"),
+    "same length": ({"rope_parameters": YARN, "original_max_position_embeddings": 512}, "yyy"),
+    "a length at the top of linear": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+         "original_max_position_embeddings": 512}, "yyy"),
+    "null length": ({"rope_parameters": YARN, "original_max_position_embeddings": None}, "nnn"),
+    "no factor": ({"rope_parameters": YARN | {"factor": None}}, "ynn"),
+    "betas": ({"rope_parameters": YARN | {"beta_fast": 16}}, "yyn"),
+    "usual betas": ({"rope_parameters": YARN | {"beta_fast": 32.0, "beta_slow": 1.0}}, "yyy"),
+    "attn_factor": ({"rope_parameters": YARN | {"attn_factor": 2.0}}, "ynn"),
+    "extrapolation_factor": ({"rope_parameters": YARN | {"extrapolation_factor": 0.5}}, "ynn"),
+    "alpha": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0, "alpha": 1000}}, "ynn"),
+    "mrope": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}, "ynn"),
+    "low_freq_factor": ({"rope_parameters": YARN | {"low_freq_factor": 1.0}}, "ynn"),
+    "elsewhere": ({"rope_parameters": YARN, "rotary_emb_base": 5e5}, "ynn"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+def test_fields_that_programs_read_differently_make_export_say_no(case, write_model, tmp_path):
+    """And transformers computes from config.json as it stands what this package says that it does."""
+    fields, honoured_by = SPELLINGS[case]
+    directory = write_model(tmp_path / "model", max_position_embeddings=2048)
+    raw = json.loads((directory / "config.json").read_text())
+    raw = {name: value for name, value in raw.items() if name != "rope_parameters"} | fields
+    (directory / "config.json").write_text(json.dumps(raw))
+    for target, answer in zip(("hf", "vllm", "gguf"), honoured_by, strict=True):
+        found = plan_export(str(directory), target, tmp_path / "out").verdict
+        assert found.honoured == (answer == "y"), (target, found.objections)
+    config = normalise(raw)
+    if honoured_by[0] == "y":
+        stock = AutoModelForCausalLM.from_pretrained(directory)
+        assert check_realised(stock, config) < 1e-5
+    else:
+        with pytest.raises((TypeError, ValueError)):
+            AutoModelForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "yarn"])
+def test_a_share_of_the_head_that_is_rotated_is_refused_inside_too(kind, write_model, tmp_path):
+    rope = {"default": {"rope_type": "default"}, "linear": {"rope_type": "linear", "factor": 2.0}, "yarn": YARN}[kind]
+    config = json.loads((write_model(tmp_path / "model") / "config.json").read_text())
+    with pytest.raises(ModelError, match="partial_rotary_factor 0.5 is not supported"):
+        normalise(config | {"rope_parameters": rope | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}})
 
 
 def test_the_positions_that_ollama_is_said_to_honour_can_be_typed_and_are():

@@ -245,6 +245,9 @@ def test_scalings_are_read_or_refused(made: Any, tmp_path: Path) -> None:
     original = {"llama.rope.scaling.original_context_length": 32}
     yarn = rope("yarn", more=scaled | {"llama.rope.scaling.type": "yarn"} | original)
     assert yarn["rope_parameters"]["original_max_position_embeddings"] == 32 == yarn["original_max_position_embeddings"]
+    betas = {"llama.rope.scaling.yarn_beta_fast": 16.0, "llama.rope.scaling.yarn_ext_factor": 1.0}
+    fast = rope("fast", more=scaled | {"llama.rope.scaling.type": "yarn"} | original | betas)
+    assert fast["rope_parameters"]["beta_fast"] == 16
     refused = {
         "bands": ({"extra": factors(LLAMA3 | {"low_freq_factor": 2.0})}, "not those of Llama 3.1"),
         "longrope": ({"more": {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}}, "'longrope'"),
