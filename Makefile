@@ -62,7 +62,7 @@ clean:
 
 # torch comes first and alone, at its pin: a build of it that this machine prefers (such as the one for CPUs) is kept,
 # and nothing after it pulls in another. `.[test]` is what the tests need; `.[dev]` is larger by lm-eval, wandb and
-# tensorboard, which no test here imports.
+# tensorboard, which tests use where they are installed.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; make PYTHON=...")'
 	$(PYTHON) -m venv .venv

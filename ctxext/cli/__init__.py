@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
+
+TERMINATED = 128 + signal.SIGTERM  # the exit code by which a shell knows a process that SIGTERM ended
 
 
 def main() -> None:
@@ -13,6 +17,8 @@ def main() -> None:
     from ctxext.cli.app import app
     from ctxext.errors import CtxextError
 
+    # SIGTERM unwinds as Ctrl-C does, so that unfinished outputs are removed. Training has its own handler.
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="ctxext")
     except CtxextError as error:
@@ -31,3 +37,9 @@ def main() -> None:
             raise
         console.fail(fault)
         sys.exit(fault.exit_code)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(TERMINATED)
