@@ -158,8 +158,9 @@ def settle(source: Path, config: Config) -> Settled:
     """Compare `load_tokenizer(source)` with AutoTokenizer on the same tokenizer files beside another config.json.
 
     Three forms are tried: the files as they are; with tokenizer_class set to PreTrainedTokenizerFast; with
-    tokenizer.json written from the tokenizer in memory as well. The first that gives the same ids (`difference`) is
-    returned. The first form has to have the same pipeline, too. Raises ModelError where the source's does not open.
+    tokenizer.json written from the tokenizer in memory as well. The first with the same ids (`difference`) and the same
+    pipeline is returned; where there is none, the first with the same ids. Raises ModelError where the source's
+    tokenizer does not open.
     """
     mine: Any = load_tokenizer(source)
     backend = getattr(mine, "backend_tokenizer", None)
@@ -168,7 +169,7 @@ def settle(source: Path, config: Config) -> Settled:
         named = {SETTINGS: _settings(source, mine)}
         forms += [named] if (source / FILE).is_file() else []
         forms.append(named | {FILE: backend.to_str().encode()})
-    problem = ""
+    problem, alike = "", list[Settled]()
     for files in forms:
         with TemporaryDirectory() as place:
             copy_companions(source, Path(place), files)
@@ -178,11 +179,13 @@ def settle(source: Path, config: Config) -> Settled:
             except Exception as error:  # whatever transformers raises for files of others
                 problem = problem or f"AutoTokenizer does not open it ({error})"
                 continue
-            found = difference(mine, stock)
-            if found is None and (files or not isinstance(backend, Tokenizer) or same_pipeline(stock, backend)):
-                return Settled(files)
-            problem = found or problem
-    return Settled({}, problem)
+        found = difference(mine, stock)
+        if found is None and (not isinstance(backend, Tokenizer) or same_pipeline(stock, backend)):
+            return Settled(files)
+        if found is None:
+            alike.append(Settled(files))
+        problem = found or problem
+    return alike[0] if alike else Settled({}, problem)
 
 
 def _settings(source: Path, tokenizer: Any) -> bytes:

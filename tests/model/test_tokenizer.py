@@ -294,7 +294,7 @@ def test_the_case_of_a_tokenizer_that_a_class_replaces(shared_cases: Path, stori
 
 
 def test_the_case_of_a_conversion_that_changes_tokens(shared_cases: Path, stories: Path, tmp_path: Path) -> None:
-    """With "legacy" true, false and absent. tokenizer_class is LlamaTokenizer: for smollm3 that class is loaded."""
+    """With "legacy": true, false and absent. For smollm3, transformers loads the class that the settings name."""
     model = made(shared_cases, stories, "convert-changes-tokens", tmp_path)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     for number, legacy in enumerate((True, False, None)):
