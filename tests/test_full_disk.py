@@ -82,7 +82,7 @@ COMMANDS: dict[str, Callable[[dict[str, Path]], list[object]]] = {
     "pretrain": lambda x: ["pretrain", "--preset", x["pretrain.yaml"]],
     "pipeline": lambda x: ["run", x["pipeline.yaml"]],
 }  # fmt: skip
-GROWS = {"finetune": ["--resume"], "full": ["--resume"], "eval": [], "pipeline": []}  # what goes on with the rest
+GROWS = {"finetune": ["--resume"], "full": ["--resume"], "eval": [], "pipeline": []}  # options that resume the command
 
 
 CASES = [
@@ -109,7 +109,7 @@ def test_a_command_whose_output_does_not_fit(name, share, inputs, small_disk, ca
     early = name == "convert" and f"{out}: " in told and "are needed" in told and "hint: give --out on a larger" in told
     assert (full or early) and "Traceback" not in told, told
 
-    # Nothing is left, or what the same command goes on with. No file says that it is whole.
+    # Either nothing is left, or what is left lets the same command resume. No file says that the output is whole.
     left = [path for path in disk.path.rglob("*") if path.name != "filler"]
     assert not [path for path in left if ".partial-" in str(path) or ".bundle-" in str(path) or ".old-" in str(path)]
     if name not in GROWS and name != "pretrain":

@@ -20,7 +20,7 @@ _PATIENCE, _PAUSE = 0.2, 0.02  # seconds that `hold` waits for a process that on
 
 
 def hold(file: IO[str] | int, out: Path, what: str) -> None:
-    """Locks `file` until it is closed, so that no other process goes on with `out` meanwhile.
+    """Locks `file` until it is closed, so that no other process writes `out` at the same time.
 
     Raises InputError where another process has the lock. A file system without locks is taken as it is.
     """

@@ -59,7 +59,7 @@ class PlainText:
         return ids, places
 
     def notes(self) -> list[str]:
-        """What is to be said of control tokens, in lines; none where the text had none."""
+        """Lines about control tokens for the screen; none where the text had none."""
         said = []
         if self.read_as_text:
             what = counted(self.read_as_text, "control token")

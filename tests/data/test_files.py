@@ -1,4 +1,4 @@
-"""Which files of a directory are read, what is said of the others, and that damaged ones are named."""
+"""Which files of a directory are read, what a run says about the others, and that damaged files are named."""
 
 from __future__ import annotations
 
