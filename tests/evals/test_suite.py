@@ -248,8 +248,9 @@ def test_longlora_says_first_how_long_it_will_take(loaded: Any, data: str) -> No
     told: list[str] = []
     given = spec("perplexity", data, lengths=[128], protocol="longlora", limit=600)  # windows 256 apart
     evaluate([loaded], given, progress=lambda *_: told.append("ran"), notice=told.append)
-    assert "2 windows, 256 tokens to run" in told[0] and "256 tokens apart skip text at length 128" in told[1], told
-    assert "longlora runs a token" in told[2] and told[3] == "ran", told
+    assert "read 1 file, 1 document, 600 tokens" in told[0], told
+    assert "2 windows, 256 tokens to run" in told[1] and "256 tokens apart skip text at length 128" in told[2], told
+    assert "longlora runs a token" in told[3] and told[4] == "ran", told
 
 
 def test_depths_are_drawn_beside_the_numbers(model_dir: Callable[..., Path], tmp_path: Path) -> None:
