@@ -53,7 +53,7 @@ def test_every_command_takes_a_file(write_model: Any, tmp_path: Path) -> None:
     ctxext(tmp_path, "convert", model, "--hybrid", "SN", "--sliding-window", "16", "--out", "converted")
     asked = ("--suite", "perplexity", "--lengths", "64,128", "--limit", "512", *data)
     ctxext(tmp_path, "eval", model, "converted", "--against", model, *asked, "--out", "evaluated")
-    ctxext(tmp_path, "probe", model, "receptive-field", "--out", "probed", "--set", "length=64")
+    ctxext(tmp_path, "probe", model, "positions", "--out", "probed")
     steps = ("--set", "steps=1", "--set", "global_batch_size=1", *data)
     ctxext(tmp_path, "finetune", model, "--ctx", "512", "--plan", *steps)
     ctxext(tmp_path, "finetune", model, "--ctx", "512", "--out", "tuned", *steps)
