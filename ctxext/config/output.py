@@ -178,15 +178,19 @@ def environment_fault(
     """
     if isinstance(error, CtxextError):
         return None
-    named = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+    given = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+    named = Path(os.fsdecode(given)).absolute() if isinstance(given, str | bytes) else None
     if is_full_disk(error):
-        place = _existing(Path(os.fsdecode(named)) if isinstance(named, str | bytes) else Path(out))
+        place = _existing(named or Path(out))
         if isinstance(error, OSError) and error.errno == errno.EDQUOT:
             return EnvironmentFault(f"the disk quota of {place} is used up", hint=hint)
         room = f"{format_bytes(shutil.disk_usage(place).free)} free"
         room = "no file can be added: 0 inodes free" if _inodes_used_up(place) else room
         return EnvironmentFault(f"the disk of {place} is full ({room})", hint=hint)
     if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
+        if named is not None and not named.is_relative_to(Path(out).absolute().parent):
+            # Something else than the output, such as a file that is read.
+            return EnvironmentFault(f"{named}: {error.strerror}", hint="look at its permissions, and at its disk")
         where = f" ({named})" if named else ""
         return EnvironmentFault(f"cannot write {out}: {error.strerror}{where}", hint=_ELSEWHERE)
     return None
@@ -204,12 +208,12 @@ def _locked_directory(target: Path) -> Iterator[Path]:
     """A new, locked directory beside `target`; the lock says that its writer lives. The parents are made, too."""
     while True:
         partial = _beside(target, f"partial-{_host()}")
-        # Another process may remove a parent that it made and that is empty: make it again then.
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
             descriptor = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
+            # Another process removed a parent that it had made, or took the directory for a stale one.
             continue
         try:
             hold(descriptor, target, "process")

@@ -154,8 +154,14 @@ def test_a_quota_and_faults_that_are_named_already():
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
 def test_a_place_that_is_closed_is_a_fault_of_the_environment(tmp_path, number):
-    with pytest.raises(EnvironmentFault, match="cannot write"), staged_output(tmp_path / "a"):
-        raise OSError(number, os.strerror(number), "somewhere")
+    with pytest.raises(EnvironmentFault, match="cannot write") as caught, staged_output(tmp_path / "a") as partial:
+        raise OSError(number, os.strerror(number), str(partial / "x"))
+    assert caught.value.hint == "give another --out"
+
+
+def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp_path):
+    with pytest.raises(EnvironmentFault, match=r"^/etc/model: Permission denied$"), staged_output(tmp_path / "a"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/etc/model")
 
 
 def test_a_parent_that_is_a_file_is_no_traceback(tmp_path):
@@ -269,7 +275,7 @@ out, name, start = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 time.sleep(max(0.0, start - time.time()))
 try:
     with staged_output(out, force=sys.argv[4] == "force") as partial:
-        for i in range(20):
+        for i in [*range(19), "ctxext.json"]:
             (partial / f"{i}").write_text(name)
 except InputError as error:
     print(error.message)
