@@ -122,8 +122,7 @@ def merge(
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
-        tokenizer = settle(source.directory, config)
-        copy_companions(source.directory, staging, tokenizer.files)
+        problem = _copy_companions(source.directory, staging, config)
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
@@ -144,7 +143,7 @@ def merge(
             round(time.monotonic() - began, 2),
             adjustment.facts,
             adjustment.rows,
-            tokenizer.problem and warning(tokenizer.problem, out.name),
+            problem and warning(problem, out.name),
         )
         adjustment.draw(staging)
         _describe(staging, source, config, report, asked or {})
@@ -156,6 +155,13 @@ def _tied_as_it_should_be(model: Any, config: Config) -> bool:
     if tied != bool(config["tie_word_embeddings"]):
         raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, the base is not")
     return tied
+
+
+def _copy_companions(source: Path, staging: Path, config: Config) -> str | None:
+    """The tokenizer and what goes with it; returns how AutoTokenizer would read other ids than the source's, if so."""
+    settled = settle(source, config)
+    copy_companions(source, staging, settled.files)
+    return settled.problem
 
 
 def _probe(vocabulary: int, device: torch.device) -> Tensor:
