@@ -16,7 +16,9 @@ class CharacterTokenizer:
     def __init__(self, bos_token_id: int | None = 0):
         self.bos_token_id = bos_token_id
 
-    def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool = False) -> dict[str, list[int]]:
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool, **options: bool) -> dict[str, list]:
+        if isinstance(text, list):
+            return {"input_ids": [self(one, add_special_tokens=add_special_tokens)["input_ids"] for one in text]}
         bos = [] if self.bos_token_id is None or not add_special_tokens else [self.bos_token_id]
         return {"input_ids": bos + self.encode(text, add_special_tokens=False)}
 

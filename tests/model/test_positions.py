@@ -148,7 +148,7 @@ def test_what_transformers_prefers_or_fills_in():
     both = {"type": "linear", "rope_type": "dynamic", "factor": 4.0}
     assert config(rope_parameters=both)["rope_parameters"]["rope_type"] == "dynamic"
     bare = {k: v for k, v in BASE.items() if k != "rope_parameters"}
-    assert normalise(bare | {"model_type": "smollm3"})["rope_parameters"]["rope_theta"] == 2e6
+    assert normalise(bare | {"model_type": "smollm3", "pad_token_id": None})["rope_parameters"]["rope_theta"] == 2e6
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
     assert config(rope_parameters=yarn)["rope_parameters"]["original_max_position_embeddings"] == 512
     stated = config(
