@@ -27,7 +27,14 @@ def text(tmp_path) -> Path:
 
 
 def begin(*words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen([*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A process that a shell starts in the background ignores SIGINT, and so do its children: undo that.
+    return subprocess.Popen(
+        [*COMMAND, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -136,7 +143,7 @@ def test_a_process_that_ends_while_it_writes(command, number, text, tmp_path):
     words = {
         "convert": ["convert", "tiny", "--hybrid", "swa128-nope", "--no-gate"],
         "export": ["export", "tiny"],
-        "eval": ["eval", "tiny", "--suite", "perplexity", "--lengths", 256, "--data", text, "--limit", 16384],
+        "eval": ["eval", "tiny", "--suite", "perplexity", "--lengths", 256, "--data", text, "--limit", 8192],
     }[command]
     # Whatever it writes first beside or in its output: the signal comes while it writes.
     begun = (lambda: (out / "outcomes").is_dir()) if command == "eval" else (lambda: any(tmp_path.glob("runs/.out*")))

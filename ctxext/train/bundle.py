@@ -57,12 +57,17 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
         _set_tokenizer_length(staging, plan.config["max_position_embeddings"])
         (staging / "README.md").write_text(_card(plan, facts), "utf-8")
         write_config(staging, plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config)
+        manifests.write(staging, _manifest(plan, facts, count))
         _move(staging, run)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    return count
+
+
+def _manifest(plan: RunPlan, facts: dict[str, Any], count: int) -> manifests.Manifest:
     role = "source" if plan.spec.tuning == "full" else "base"
     teacher = teacher_weights(plan.teacher, plan.spec)
-    manifest = manifests.new(
+    return manifests.new(
         "model" if plan.spec.tuning == "full" else "finetune",
         spec=json.loads(json.dumps(asdict(plan.spec))),
         parents={role: manifests.parent(plan.source.directory)}
@@ -79,14 +84,13 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
             "trained_tensors": count,
         },
     )
-    manifests.write(run, manifest)
-    return count
 
 
 def _move(staging: Path, run: Path) -> None:
-    """Rename every file below `staging` to its place below `run`, config.json last."""
+    """Rename every file below `staging` to its place below `run`: config.json late, the manifest last."""
     files = [path for path in staging.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.name == "config.json"):
+    late = ("config.json", manifests.FILE_NAME)
+    for path in sorted(files, key=lambda path: late.index(path.name) if path.name in late else -1):
         place = run / path.relative_to(staging)
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)

@@ -64,21 +64,34 @@ class Progress:
 
 
 def save_checkpoint(
-    run: Path, progress: Progress, engine: Engine, *, keep: int, say: Callable[[str], None]
+    run: Path,
+    progress: Progress,
+    engine: Engine,
+    *,
+    keep: int,
+    say: Callable[[str], None],
+    before: Callable[[], None] = lambda: None,
 ) -> str | None:
     """Write a checkpoint and keep the newest `keep`; None, or why it was not written, with a warning.
 
-    Where the disk is full, the checkpoints before it stay whole. Every rank calls it, rank 0 writes, and all ranks
-    learn whether it did.
+    Where the disk is full, the checkpoints before it stay whole. `before` puts the lines of the steps so far on the
+    disk: a run that goes on from a checkpoint needs them. Every rank calls it, rank 0 writes, and all ranks learn
+    whether it did.
     """
     tensors = engine.tensors()
-    failed = _write(run, progress, engine, tensors, keep, say) if engine.rank == 0 else None
+    failed = _write(run, progress, engine, tensors, keep, say, before) if engine.rank == 0 else None
     (failures,) = engine.total(float(failed is not None))
     return failed or ("rank 0 could not write it" if failures else None)
 
 
 def _write(
-    run: Path, progress: Progress, engine: Engine, tensors: Mapping[str, Tensor], keep: int, say: Callable[[str], None]
+    run: Path,
+    progress: Progress,
+    engine: Engine,
+    tensors: Mapping[str, Tensor],
+    keep: int,
+    say: Callable[[str], None],
+    before: Callable[[], None],
 ) -> str | None:
     root = run / "checkpoints"
     target = root / f"step-{progress.done:06d}"
@@ -87,6 +100,7 @@ def _write(
         # One process at a time trains a run (train/run.py, `alone`): partial checkpoints are of processes that died.
         for stale in root.glob(".step-*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
+        before()
         partial.mkdir(parents=True)
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(whole | {RNG: torch.get_rng_state()}, partial / TENSORS)
@@ -99,7 +113,7 @@ def _write(
         partial.rename(target)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
-        fault = environment_fault(error, run)
+        fault = error if isinstance(error, EnvironmentFault) else environment_fault(error, run)
         if fault is None and not isinstance(error, OSError):
             raise
         why = str(error) if fault is None else fault.message

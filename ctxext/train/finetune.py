@@ -198,10 +198,8 @@ def finish(
     if engine.rank > 0:  # another host may not see yet what rank 0 has written
         return None
     lines = metrics.read(run / metrics.STEPS)
-    if not lines:
-        raise EnvironmentFault(
-            f"{run / metrics.STEPS} has no step: the run's numbers are lost", hint="start a new run with another --out"
-        )
+    if not lines or lines[-1]["step"] != progress.done:
+        raise _no_result(run, progress, f"{run / metrics.STEPS} lacks the last steps, which found no room")
     facts = {
         "first_loss": _comparable(plan, lines)[0]["loss"],
         "final_loss": lines[-1]["loss"],
@@ -223,18 +221,21 @@ def finish(
     try:
         count = save_bundle(run, plan, engine.model, masters, facts)
     except Exception as error:
-        fault = environment_fault(error, run)
+        fault = error if isinstance(error, EnvironmentFault) else environment_fault(error, run)
         if fault is None:
             raise
-        saved = newest_step(run)
-        kept = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
-        raise EnvironmentFault(
-            f"the result of {counted(progress.done, 'step')} was not written: {fault.message}; {kept}",
-            hint=way_out(run),
-        ) from error
+        raise _no_result(run, progress, fault.message) from error
     if not plan.spec.faults.keep_at_end:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return count
+
+
+def _no_result(run: Path, progress: Progress, why: str) -> EnvironmentFault:
+    saved = newest_step(run)
+    kept = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
+    return EnvironmentFault(
+        f"the result of {counted(progress.done, 'step')} was not written: {why}; {kept}", hint=way_out(run)
+    )
 
 
 def report(

@@ -61,6 +61,11 @@ def train(
     spec, steps, saved_at, writes = plan.spec, plan.steps, time.monotonic(), engine.rank == 0
     log = JsonLines(run / STEPS, progress.done, writes=writes, say=events.say)
     held_out_log = JsonLines(run / VALIDATIONS, progress.done, writes=writes, say=events.say)
+
+    def flush() -> None:
+        held_out_log.flush()
+        log.flush()
+
     peak = engine.world * peak_flops(engine.device, spec.dtype)
     engine.model.train()
     with _interruption() as interrupted, closing(log), closing(held_out_log):
@@ -107,7 +112,7 @@ def train(
             stop, late = (flag > 0 for flag in engine.total(interrupted(), late))  # one rank's word is every rank's
             best = progress.best_step == progress.done
             if last or stop or late or best or step == 0 or progress.done % spec.faults.save_steps == 0:
-                failed = save_checkpoint(run, progress, engine, keep=spec.faults.keep, say=events.say)
+                failed = save_checkpoint(run, progress, engine, keep=spec.faults.keep, say=events.say, before=flush)
                 saved_at = time.monotonic()
                 if failed and (stop or last) and progress.done < steps:
                     raise _not_saved(failed, progress, run, stopped=stop)

@@ -71,7 +71,7 @@ class JsonLines:
         """Write a line, which has its `step`, at once; on ranks that do not write, nothing."""
         if self._file is not None:
             self._waiting += json.dumps(line).encode() + b"\n"
-            self._write()
+            self._try()
 
     def cut_back(self, done: int) -> None:
         """Forget the steps after `done`: they are going to be done again."""
@@ -93,20 +93,28 @@ class JsonLines:
         """Close the file. What a full disk keeps from being written is said to be lost."""
         if self._file is None:
             return
-        self._write()
+        self._try()
         if self._waiting:
             lines = self._waiting.count(b"\n")
             self.say(f"warning: {self.path} lacks the last {counted(lines, 'line')}: the disk is full")
         os.close(self._file)
         self._file, self._waiting = None, b""
 
-    def _write(self) -> None:
-        """Write what waits. The file stays a beginning of all lines, whatever part of them a full disk takes."""
-        assert self._file is not None
+    def flush(self) -> None:
+        """Write what waits. Raises EnvironmentFault where the disk is full.
+
+        The file stays a beginning of all lines, whatever part of them a full disk takes.
+        """
+        if self._file is None:
+            return
+        with disk_faults(self.path):
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+
+    def _try(self) -> None:
+        """Write what waits, or warn once that it waits."""
         try:
-            with disk_faults(self.path):
-                while self._waiting:
-                    self._waiting = self._waiting[os.write(self._file, self._waiting) :]
+            self.flush()
             self._warned = False
         except EnvironmentFault as fault:
             if not self._warned:
