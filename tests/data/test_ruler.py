@@ -92,14 +92,14 @@ class PairTokenizer:
 
     eos_token_id = None
 
-    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": list(text.encode()[::2])}
 
 
 class WideTokenizer(PairTokenizer):
     """Three tokens a byte."""
 
-    def __call__(self, text: str, verbose: bool = True) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
         return {"input_ids": list(3 * text.encode())}
 
 
@@ -172,7 +172,7 @@ from ctxext.data.ruler_tasks import TASKS, Ask, Material
 class PairTokenizer:
     eos_token_id = None
 
-    def __call__(self, text, verbose=True):
+    def __call__(self, text, add_special_tokens=True, verbose=True):
         return {"input_ids": list(text.encode()[::2])}
 
 hay, words = json.load(sys.stdin)
