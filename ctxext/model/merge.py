@@ -122,8 +122,7 @@ def merge(
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
-        copy_companions(source.directory, staging)
-        drop_generation_config(staging)
+        _copy_small(source.directory, staging)
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
@@ -163,6 +162,12 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("the model gives NaN or infinite logits")
     return logits
+
+
+def _copy_small(source: Path, out: Path) -> None:
+    """Tokenizer, licence and sampling defaults; the last are left out where transformers opens no model with them."""
+    copy_companions(source, out)
+    drop_generation_config(out)
 
 
 def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
