@@ -20,6 +20,7 @@ Spans = list[tuple[int, int]]
 class PlainText:
     """Encodes plain text with one tokenizer; no BOS and no EOS is added.
 
+    control       the ids of the control tokens
     read_as_text  control tokens that the tokenizer would have made of the text, and that were read as text instead
     kept          those that it makes all the same: its vocabulary has no other token for these characters
     largest       the largest id so far; -1 before the first
@@ -31,12 +32,12 @@ class PlainText:
         self.largest = -1
         special = set(getattr(tokenizer, "all_special_ids", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
-        self._control = frozenset(special | {id for id, token in added.items() if token.special})
+        self.control = frozenset(special | {id for id, token in added.items() if token.special})
         # An unknown character gives the unknown token too: only its name in the text is a control token.
         self._unknown = getattr(tokenizer, "unk_token_id", None)
         named = added.get(self._unknown)
         self._unknown_name = named.content if named is not None and named.special else None
-        self._other = [token.content for id, token in added.items() if id not in self._control]
+        self._other = [token.content for id, token in added.items() if id not in self.control]
 
     def encode(self, texts: Sequence[str], *, spans: bool = False) -> tuple[list[list[int]], list[Spans] | None]:
         """(ids of each text, the characters of each id where `spans` asks for them).
@@ -87,9 +88,9 @@ class PlainText:
     def _controls(self, ids: Sequence[int], text: str) -> int:
         """How many control tokens there are in a text's ids."""
         count = text.count(self._unknown_name) if self._unknown_name else 0
-        if self._control.isdisjoint(ids):
+        if self.control.isdisjoint(ids):
             return count
-        return count + sum(id in self._control and id != self._unknown for id in ids)
+        return count + sum(id in self.control and id != self._unknown for id in ids)
 
     def _check_slow(self, texts: Sequence[str]) -> None:
         """A slow tokenizer that leaves control tokens out leaves all other added tokens out as well."""

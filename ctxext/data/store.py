@@ -160,8 +160,9 @@ def tokenise(
     fingerprint never matches. `progress(documents, tokens)` is called with the totals.
 
     Plain text has no control tokens (data/encoding.py). Where documents have `answers`, control tokens are meant; a
-    token is scored when its characters overlap an answer, and EOS when the token before it is. EOS is not repeated
-    where such a document ends with one: templates write it.
+    token is scored when its characters overlap an answer. EOS is scored when the token before it is, unless that is a
+    control token that ends the answer already. EOS is not repeated where such a document ends with one: templates
+    write it.
 
     The tokens are written beside `directory` and renamed when whole; `meta.json` is written last. Of several processes
     with one `directory`, one writes and the others wait for it (`waiting()` is called). On a file system without locks
@@ -264,8 +265,10 @@ def _write(
                 left_out += 1
                 continue
             if marks is None or ids[-1] != eos_id:
+                # An answer that ends with a token of its own for that is over: EOS behind it is not part of it.
+                ended = ids[-1] in plain.control
                 ids = [*ids, eos_id]
-                marks = marks if marks is None else np.append(marks, marks[-1])
+                marks = marks if marks is None else np.append(marks, marks[-1] and not ended)
             writer.add(ids, marks, size)
             if progress is not None:
                 progress(len(writer.bounds), writer.tokens)

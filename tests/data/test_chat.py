@@ -314,6 +314,16 @@ def test_marks_lie_beside_the_tokens_and_eos_is_not_doubled(tmp_path: Path, make
     assert again.read_scored(0, total).tolist() == marks
 
 
+def test_an_eos_behind_the_end_of_turn_is_not_scored(tmp_path: Path, make: Any) -> None:
+    """ChatML ends an answer with <|im_end|>, which is not this tokenizer's EOS."""
+    tokenizer = make()
+    path = write(tmp_path / "a.jsonl", {"messages": TALK[1:3]})
+    store = tokenise(read(path, tokenizer), tokenizer, tmp_path / "t", eos_id=EOS)
+    ids, marks = (list(take(0, store.meta.tokens)) for take in (store.read, store.read_scored))
+    assert ids[-2:] == [tokenizer.convert_tokens_to_ids("<|im_end|>"), EOS]
+    assert marks[-2:] == [True, False]
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_labels_are_the_answers_and_sequences_without_one_are_left_out(tmp_path: Path, make: Any, mask: bool) -> None:
     texts = [("q" * 3, "ab", ""), ("", "c", ""), ("u" * 60, "de", ""), ("u" * 9, "fgh", "")]
