@@ -171,7 +171,10 @@ def test_ids_of_byte_level_bpe_are_those_of_the_original(made: Any, tmp_path: Pa
 
 
 def test_the_splits_are_those_that_transformers_has_for_the_same_names(made: Any, tmp_path: Path) -> None:
-    splits = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping").GGUF_PRE_TOKENIZER_SPLITS
+    mapping = pytest.importorskip("transformers.integrations.gguf.gguf_tokenizer_mapping")
+    splits = getattr(mapping, "GGUF_PRE_TOKENIZER_SPLITS", None)
+    if splits is None:
+        pytest.skip("this transformers names no splits: the comparison is made with newer ones")
     from ctxext.model.gguf_tokenizer import SAME, SPLITS, WHOLE
 
     for pre in [*SPLITS, *SAME]:
