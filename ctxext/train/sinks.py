@@ -73,6 +73,10 @@ def sinks_of(plan: RunPlan, model: Any, say: Callable[[str], None]) -> int:
     """
     if plan.sink_tokens is not None:
         return plan.sink_tokens
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        # ZeRO 3 has divided the weights, and gathers them only once its engine runs the model.
+        say("warning: attention.sinks: auto is not measured under ZeRO 3, and is 0; set attention.sinks=1 to keep one")
+        return 0
     shares = first_token_shares(model, measured_row(load_tokenizer(plan.source.directory), plan.spec.ctx))
     sinks = measured_sinks(shares)
     share = sum(shares) / len(shares)

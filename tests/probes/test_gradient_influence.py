@@ -93,7 +93,7 @@ def test_the_model_keeps_no_gradients_and_no_hooks(place, ids):
     influence(model, ids, LAST)
     decoder = model.get_decoder()
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in decoder.modules()) and not model.training
+    assert not any(module._forward_pre_hooks for module in decoder.layers.modules()) and not model.training
     assert torch.equal(hidden_states(model, ids), before)
 
 

@@ -103,5 +103,5 @@ def test_numbers_that_are_not_finite_are_refused(write_model, tmp_path):
     for name in ("attention-distance", "layer-niah"):
         given = {"length": 512, "samples": 40} if name == "layer-niah" else {"length": 128, "samples": 1}
         plan = plan_probe(str(place), [name], given, out=tmp_path / "out")
-        with pytest.raises(ModelError, match="not finite"):
+        with pytest.raises(ModelError, match="NaN or infinite"):
             run.measure(plan)

@@ -218,7 +218,9 @@ def test_a_result_that_finds_no_room_leaves_no_part_and_is_written_later(plan, w
     with pytest.raises(EnvironmentFault, match=told) as fault:
         run_finetune(plan, run, events=at_steps(s8=lambda: disk.fill(LITTLE)))
     assert "--resume" in fault.value.hint
-    assert {path.name for path in run.iterdir()} == {"spec.yaml", "metrics.jsonl", "validation.jsonl", "checkpoints"}
+    assert {path.name for path in run.iterdir()} == {
+        *("spec.yaml", "data.json", "metrics.jsonl", "validation.jsonl", "checkpoints")
+    }
     with pytest.raises(ModelError):
         resolve(str(run))
     disk.make_room()

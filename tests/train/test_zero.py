@@ -308,7 +308,7 @@ def test_a_literal_of_the_spec_is_refused_in_the_configuration(data, words, tmp_
 
 
 def test_what_no_launch_can_do_is_refused(make_plan, tmp_path, monkeypatch):
-    monkeypatch.setattr("ctxext.train.parallel.gpus", lambda: 0)
+    monkeypatch.setattr("ctxext.train.parallel.visible_gpus", lambda: 0)
     plan = make_plan("lora-untied")
     assert plan_launch(plan, None, None, None) is None
     assert plan_launch(plan, None, 1, None) is None
