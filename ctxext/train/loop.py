@@ -63,6 +63,7 @@ def train(
     held_out_log = JsonLines(run / VALIDATIONS, progress.done, writes=writes, say=events.say)
 
     def flush() -> None:
+        # A checkpoint may not be ahead of the lines that tell of its steps.
         held_out_log.flush()
         log.flush()
 

@@ -29,7 +29,7 @@ class AttentionSpec:
     group_size  tokens of an S²-Attn group; None: ctx / 4
     sinks       first tokens of its document that a query of S²-Attn sees beside its group. auto: 1 for a model that
                 puts much of its attention on the first token, which is measured when training starts (train/sinks.py),
-                else 0, as published
+                else 0, as published. auto is 0 with memory.tiles and, with a warning, under ZeRO 3
     grow        groups double, in equal parts of the S²-Attn steps, up to half of ctx and more
     shift       half: the shifted heads' groups are moved by G // 2, as published; random: by a draw at each step
     dense_last  the last share of the steps trains dense
