@@ -75,7 +75,7 @@ COMMANDS: dict[str, Callable[[dict[str, Path]], list[object]]] = {
     "merge": lambda x: ["merge", x["run"]],
     "eval": lambda x: ["eval", x["model"], "--suite", "perplexity", "--lengths", "32", "--data", x["text"],
                        "--limit", "128"],
-    "probe": lambda x: ["probe", x["merged"], "all", "--preset", "smoke", "--length", "64", "--data", x["text"]],
+    "probe": lambda x: ["probe", x["merged"], "all", "--preset", "smoke", "--length", "128", "--data", x["text"]],
     "verify": lambda x: ["verify", x["model"], "--ctx", "48"],
     "report": lambda x: ["report", x["eval"], x["run"]],
     "export": lambda x: ["export", x["merged"]],
