@@ -20,7 +20,7 @@ from ctxext.errors import EnvironmentFault
 from ctxext.evals.engine import Ledger, Outcome
 
 SHARES = (0.5, 0.0, 0.1, 0.3, 0.7, 0.95)  # of the room that the output needs; the first one quick
-LONG = ("multiplier", "pretrain", "pipeline")
+LONG = ("multiplier", "pretrain", "pipeline", "probe")
 TRAINING = ["--ctx", "64", "--steps", "2", "--set", "global_batch_size=1", "--set", "data.min_tokens=null"]
 
 PRETRAIN = """
@@ -75,7 +75,8 @@ COMMANDS: dict[str, Callable[[dict[str, Path]], list[object]]] = {
     "merge": lambda x: ["merge", x["run"]],
     "eval": lambda x: ["eval", x["model"], "--suite", "perplexity", "--lengths", "32", "--data", x["text"],
                        "--limit", "128"],
-    "probe": lambda x: ["probe", x["merged"], "all", "--preset", "smoke", "--length", "128", "--data", x["text"]],
+    "probe": lambda x: ["probe", x["merged"], "all", "--preset", "smoke", "--length", "128", "--extrapolate",
+                        "--data", x["text"]],
     "verify": lambda x: ["verify", x["model"], "--ctx", "48"],
     "report": lambda x: ["report", x["eval"], x["run"]],
     "export": lambda x: ["export", x["merged"]],

@@ -159,7 +159,8 @@ def _conversation(
             hint="give a template that renders what assistants say",
         )
     _require_texts(whole, messages, dropped, place)
-    return Document(whole[: answers[-1][1]] if messages[-1]["role"] == ASSISTANT else whole, place, tuple(answers))
+    text = whole[: answers[-1][1]] if messages[-1]["role"] == ASSISTANT else whole
+    return Document(text, place, tuple(answers), rendered=True)
 
 
 def _controls(tokenizer: Any) -> re.Pattern[str] | None:

@@ -20,13 +20,15 @@ class Document:
 
     `answers` are the spans (start, stop) of characters that training scores, ascending, apart from each other; None:
     all of the text. `ids` are its tokens where these are known already, as those of text that a model sampled: another
-    division of the same letters would be text that it did not write.
+    division of the same letters would be text that it did not write. `rendered` says that a chat template wrote the
+    text: what it begins with is its own affair.
     """
 
     text: str
     name: str
     answers: tuple[tuple[int, int], ...] | None = None
     ids: tuple[int, ...] | None = None
+    rendered: bool = False
 
 
 @dataclass(frozen=True)

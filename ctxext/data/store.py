@@ -11,8 +11,8 @@ import re
 import shutil
 import uuid
 from array import array
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ctxext.data.tokens import encode_documents
 from ctxext.data.tokens import scored_tokens as scored_tokens
 from ctxext.errors import DataError, EnvironmentFault, InputError
 
-FORMAT = 3  # 3: control tokens of plain text are read as text
+FORMAT = 4  # 3: control tokens of plain text are read as text; 4: a document begins with BOS where `begin` says so
 _META, _BOUNDS = "meta.json", "bounds.npy"
 _OURS = re.compile(r"(tokens|scored)-\d{5,}\.bin|bounds\.npy|meta\.json")
 
@@ -38,6 +38,7 @@ class StoreMeta:
     scored                  tokens that training scores; None: all of them, and nothing is written beside them
     min_tokens, max_tokens  of the documents that were let in, and `left_out` how many were not
     max_id                  the largest id, EOS included: a model needs a row for it
+    begin                   ids that each document begins with, such as BOS
     reading                 what was read and what was passed over (files.Reading.as_dict)
     """
 
@@ -54,6 +55,7 @@ class StoreMeta:
     max_tokens: int | None = None
     left_out: int = 0
     max_id: int = -1
+    begin: list[int] = field(default_factory=list)
     reading: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -143,6 +145,7 @@ def tokenise(
     directory: Path,
     *,
     eos_id: int,
+    begin: Sequence[int] = (),
     source_fingerprint: str = "",
     min_tokens: int | None = None,
     max_tokens: int | None = None,
@@ -152,12 +155,15 @@ def tokenise(
 ) -> TokenStore:
     """Writes the tokens of `documents`, each followed by `eos_id`, to `directory`, and opens them.
 
-    No BOS is added. Documents that have no tokens are passed over, and those with fewer than `min_tokens` or more than
-    `max_tokens` (EOS not counted) are left out. Ids are uint16 where all ids of the vocabulary fit, else uint32.
-    `source_fingerprint` (documents.fingerprint) names what is read: where `directory` holds finished tokens of
-    the same fingerprint, tokenizer, EOS and lengths, nothing is read and the result has `reused` True; other tokens of
-    ours are replaced: give a directory that processes share a name made of all of these. An empty
-    fingerprint never matches. `progress(documents, tokens)` is called with the totals.
+    Each document begins with the ids `begin` (BOS of a tokenizer that adds one: `prompts.framing`) unless it has them
+    already or a chat template rendered it: templates write their own. Documents that have no tokens are passed over,
+    and those with fewer than `min_tokens` or more than `max_tokens` (without `begin` and EOS) are left out. Ids are
+    uint16 where all ids of the vocabulary fit, else uint32.
+
+    `source_fingerprint` (documents.fingerprint) names what is read: where `directory` holds finished tokens of the same
+    fingerprint, tokenizer, BOS, EOS and lengths, nothing is read and the result has `reused` True. Other tokens of ours
+    are replaced: give a directory that processes share a name made of all of these. An empty fingerprint never matches.
+    `progress(documents, tokens)` is called with the totals.
 
     Plain text has no control tokens (data/encoding.py). Where documents have `answers`, control tokens are meant; a
     token is scored when its characters overlap an answer. EOS is scored when the token before it is, unless that is a
@@ -179,18 +185,21 @@ def tokenise(
         )
     if shard_tokens < 1:
         raise InputError(f"shard_tokens is {shard_tokens}; it must be at least 1")
-    key = (tokenizer_hash(tokenizer), source_fingerprint, eos_id)
-    lengths = (min_tokens, max_tokens)
-    if _holds(directory, key, lengths):
+    wanted = _Wanted(tokenizer_hash(tokenizer), source_fingerprint, eos_id, list(begin), min_tokens, max_tokens)
+    if wanted.held_by(directory):
         return TokenStore.open(directory, reused=True)
     _refuse_foreign(directory)
+
+    def write(partial: Path) -> None:
+        _write(partial, documents, tokenizer, wanted, shard_tokens, progress)
+
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with alone_at(directory.with_name(f".{directory.name}.lock"), waiting):
             # The second look: another process may have written these tokens while this one waited.
-            if _holds(directory, key, lengths):
+            if wanted.held_by(directory):
                 return TokenStore.open(directory, reused=True)
-            return _written(directory, documents, tokenizer, key, lengths, shard_tokens, progress)
+            return _replaced(directory, write, wanted)
     except OSError as error:
         raise EnvironmentFault(
             f"the tokens cannot be written to {directory}: {error.strerror or error}",
@@ -198,21 +207,31 @@ def tokenise(
         ) from error
 
 
-def _written(
-    directory: Path,
-    documents: Iterable[Document],
-    tokenizer: Any,
-    key: tuple[str, str, int],
-    lengths: tuple[int | None, int | None],
-    shard_tokens: int,
-    progress: Callable[[int, int], None] | None,
-) -> TokenStore:
+@dataclass(frozen=True)
+class _Wanted:
+    """What decides the tokens; the names are those of StoreMeta."""
+
+    tokenizer: str
+    source: str
+    eos_id: int
+    begin: list[int]
+    min_tokens: int | None
+    max_tokens: int | None
+
+    def held_by(self, directory: Path) -> bool:
+        """Whether a directory has finished tokens of all of these. Never where the fingerprint `source` is empty."""
+        found = _read_meta(directory)
+        names = [part.name for part in fields(self)]
+        return bool(self.source and found) and all(getattr(found, name) == getattr(self, name) for name in names)
+
+
+def _replaced(directory: Path, write: Callable[[Path], None], wanted: _Wanted) -> TokenStore:
     """Tokens written under a name of their own, then renamed. What another process finished first stays."""
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir()
-        _write(partial, documents, tokenizer, key, lengths, shard_tokens, progress)
-        if _holds(directory, key, lengths):
+        write(partial)
+        if wanted.held_by(directory):
             return TokenStore.open(directory, reused=True)
         if directory.exists():
             old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.old")
@@ -222,23 +241,12 @@ def _written(
             partial.rename(directory)
         except OSError:
             # Without locks, another process may have been faster since the last look.
-            if _holds(directory, key, lengths):
+            if wanted.held_by(directory):
                 return TokenStore.open(directory, reused=True)
             raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return TokenStore.open(directory)
-
-
-def _holds(directory: Path, key: tuple[str, str, int], lengths: tuple[int | None, int | None]) -> bool:
-    """Whether a directory has finished tokens of this key and these lengths; `key` has no empty fingerprint then."""
-    found = _read_meta(directory)
-    return (
-        found is not None
-        and bool(found.source)
-        and (found.tokenizer, found.source, found.eos_id) == key
-        and (found.min_tokens, found.max_tokens) == lengths
-    )
 
 
 def _ids_of(tokenizer: Any) -> int:
@@ -250,24 +258,28 @@ def _write(
     directory: Path,
     documents: Iterable[Document],
     tokenizer: Any,
-    key: tuple[str, str, int],
-    lengths: tuple[int | None, int | None],
+    wanted: _Wanted,
     shard_tokens: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Fills an empty directory; `key` is (tokenizer hash, source fingerprint, EOS)."""
-    eos_id, (shortest, longest), left_out = key[2], lengths, 0
+    """Fills an empty directory."""
+    shortest, longest, left_out = wanted.min_tokens, wanted.max_tokens, 0
     dtype = "uint16" if _ids_of(tokenizer) <= 65_535 else "uint32"
     plain = PlainText(tokenizer)
     with _Writer(directory, dtype, shard_tokens) as writer:
-        for ids, marks, size in encode_documents(documents, plain):
-            if len(ids) < (shortest or 0) or (longest is not None and len(ids) > longest):
+        for ids, marks, size, rendered in encode_documents(documents, plain):
+            begun = rendered or ids[: len(wanted.begin)] == wanted.begin
+            length = len(ids) - (0 if rendered or not begun else len(wanted.begin))
+            if length < (shortest or 0) or (longest is not None and length > longest):
                 left_out += 1
                 continue
-            if marks is None or ids[-1] != eos_id:
+            if not begun:
+                ids = wanted.begin + ids
+                marks = marks if marks is None else np.append(np.zeros(len(wanted.begin), dtype=bool), marks)
+            if marks is None or ids[-1] != wanted.eos_id:
                 # An answer that ends with a token of its own for that is over: EOS behind it is not part of it.
                 ended = ids[-1] in plain.control
-                ids = [*ids, eos_id]
+                ids = [*ids, wanted.eos_id]
                 marks = marks if marks is None else np.append(marks, marks[-1] and not ended)
             writer.add(ids, marks, size)
             if progress is not None:
@@ -284,17 +296,16 @@ def _write(
     reading = documents.reading if isinstance(documents, Documents) else Reading("", documents=len(writer.bounds))
     reading = replace(reading, tokens=writer.tokens, notes=plain.notes())
     meta = StoreMeta(
-        *key,
-        dtype,
-        writer.tokens,
-        len(writer.bounds),
-        writer.text_bytes,
-        shard_tokens,
-        writer.scored,
-        *lengths,
-        left_out,
-        writer.max_id,
-        reading.as_dict(),
+        dtype=dtype,
+        tokens=writer.tokens,
+        documents=len(writer.bounds),
+        text_bytes=writer.text_bytes,
+        shard_tokens=shard_tokens,
+        scored=writer.scored,
+        left_out=left_out,
+        max_id=writer.max_id,
+        reading=reading.as_dict(),
+        **asdict(wanted),
     )
     (directory / _META).write_text(json.dumps(asdict(meta), indent=1) + "\n", encoding="utf-8")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,11 +12,20 @@ from ctxext.data.readers import Document
 from ctxext.errors import InputError
 
 _BATCH_CHARACTERS = 1 << 20  # documents handed to the tokenizer together, at least one
-Encoded = tuple[list[int], np.ndarray | None, int]
+
+
+class Encoded(NamedTuple):
+    """A document's ids, which of them are scored (None: all), the UTF-8 bytes of its text, and whether a chat template
+    rendered it."""
+
+    ids: list[int]
+    marks: np.ndarray | None
+    text_bytes: int
+    rendered: bool
 
 
 def encode_documents(documents: Iterable[Document], plain: PlainText) -> Iterator[Encoded]:
-    """(ids, which of them are scored, UTF-8 bytes of the text) of each document that has any token."""
+    """Each document that has any token."""
     for batch in _batches(documents):
         unread = [document.text for document in batch if document.answers is None and document.ids is None]
         rendered = [document.text for document in batch if document.answers is not None]
@@ -32,7 +41,7 @@ def encode_documents(documents: Iterable[Document], plain: PlainText) -> Iterato
                 ids, spans = next(of_answers)
                 marks = scored_tokens(spans, document.answers) if ids else None
             if ids:
-                yield ids, marks, len(document.text.encode())
+                yield Encoded(ids, marks, len(document.text.encode()), document.rendered)
 
 
 def _encode_rendered(texts: list[str], tokenizer: Any) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:

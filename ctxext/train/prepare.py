@@ -19,6 +19,7 @@ from ctxext.data.encoding import plain_ids
 from ctxext.data.files import Reading
 from ctxext.data.mixture import Mixture, Sequences, apportion, slots_of
 from ctxext.data.packing import PackedSequences, attended_share
+from ctxext.data.prompts import framing
 from ctxext.data.samples import sample_documents
 from ctxext.data.store import FORMAT, TokenStore, tokenise, tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
@@ -123,12 +124,14 @@ def _split(
 def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer: Any, events: Events) -> TokenStore:
     """The tokens of documents, made once for all that decides them. ModelError for an id without a row in the model."""
     data, eos_id = plan.spec.data, tokenizer.eos_token_id
-    what = f"{FORMAT} {print_} {tokenizer_hash(tokenizer)} {eos_id} {data.min_tokens} {data.max_tokens}"
+    begin = framing(tokenizer)[0] if data.bos else []
+    what = f"{FORMAT} {print_} {tokenizer_hash(tokenizer)} {begin} {eos_id} {data.min_tokens} {data.max_tokens}"
     store = tokenise(
         documents,
         tokenizer,
         _cache() / hashlib.sha256(what.encode()).hexdigest()[:24],
         eos_id=eos_id,
+        begin=begin,
         source_fingerprint=print_,
         min_tokens=data.min_tokens,
         max_tokens=data.max_tokens,

@@ -297,8 +297,9 @@ def plan_repeated(
 
 def _read(run: Path) -> Start:
     fields = read_yaml(run / SPEC_FILE)
-    # Runs from before attention.sinks trained without sink tokens, and go on so.
+    # Runs from before these settings trained without sink tokens and without BOS. They continue the same way.
     fields["spec"].setdefault("attention", {}).setdefault("sinks", 0)
+    fields["spec"].setdefault("data", {}).setdefault("bos", False)
     start = build(Start, fields, source=str(run / SPEC_FILE))
     if not Path(start.model).is_dir():
         raise ModelError(f"{run}: the model it started from, {start.model}, is not there any more")

@@ -96,6 +96,8 @@ class DataSpec:
     mixture             several sources in proportion to weights, instead of `source`, `format` and `text_field`
     min_tokens          of a document; shorter ones are left out
     max_tokens          of a document; longer ones are left out
+    bos                 True: a document begins with BOS where the tokenizer adds one to a text (of rows that a chat
+                        template renders: where the template writes one)
     document_mask       True: tokens do not see other documents packed into the same sequence
     synthetic_fraction  of the embedded corpus: the share of synthetic text
     synthetic_kinds     which synthetic texts (data/synthetic.py)
@@ -108,6 +110,7 @@ class DataSpec:
     mixture: tuple[MixturePart, ...] = ()
     min_tokens: Tokens | None = None
     max_tokens: Tokens | None = None
+    bos: bool = True
     document_mask: bool = True
     synthetic_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.5
     synthetic_kinds: Annotated[tuple[Literal["passkey", "key_value", "copy", "repeat"], ...], Field(min_length=1)] = (

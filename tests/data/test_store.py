@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ctxext.data import store as stores
-from ctxext.data.documents import read_documents
+from ctxext.data.documents import Document, read_documents
 from ctxext.data.files import Reading
 from ctxext.data.store import TokenStore, tokenise
 from ctxext.errors import EnvironmentFault
@@ -205,3 +205,32 @@ def test_tokens_of_an_older_format_are_made_again(tmp_path: Path) -> None:
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": stores.FORMAT - 1}))
     assert not made().reused
     assert made().reused
+
+
+def test_documents_begin_with_bos_unless_they_have_it_or_a_template_wrote_them(tmp_path: Path) -> None:
+    documents = [Document("w5 w6", "text"), Document("", "empty"), Document("w7", "sampled", ids=(3, 7))]
+    store = tokenise(documents, words(), tmp_path / "text", eos_id=0, begin=[3])
+    assert store.read(0, store.meta.tokens).tolist() == [3, 5, 6, 0, 3, 7, 0]
+    assert store.bounds.tolist() == [0, 4] and store.meta.begin == [3]
+
+    # Of rows with answers, BOS is not scored; a template's text stays as the template wrote it.
+    rows = [Document("w5 w6", "row", answers=((3, 5),)), Document("w8 w9", "chat", answers=((3, 5),), rendered=True)]
+    store = tokenise(rows, words(), tmp_path / "rows", eos_id=0, begin=[3])
+    assert store.read(0, store.meta.tokens).tolist() == [3, 5, 6, 0, 8, 9, 0]
+    assert store.read_scored(0, store.meta.tokens).tolist() == [False, False, True, True, False, True, True]
+
+
+def test_bos_is_not_counted_among_the_tokens_of_a_document(tmp_path: Path) -> None:
+    documents = [Document("w5 w6", "two"), Document("w5 w6 w7", "three"), Document("w7", "sampled", ids=(3, 7, 8, 9))]
+    store = tokenise(documents, words(), tmp_path / "key", eos_id=0, begin=[3], min_tokens=3, max_tokens=3)
+    assert store.read(0, store.meta.tokens).tolist() == [3, 5, 6, 7, 0, 3, 7, 8, 9, 0]
+    assert store.meta.left_out == 1
+
+
+def test_tokens_with_and_without_bos_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    def made(begin: list[int]) -> TokenStore:
+        documents = [Document("w5 w6", "text")]
+        return tokenise(documents, words(), tmp_path / "key", eos_id=0, begin=begin, source_fingerprint="f")
+
+    assert not made([]).reused and made([]).reused
+    assert not made([3]).reused and made([3]).reused

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from typer.testing import CliRunner
 
 from ctxext.cli import finetune as command
 from ctxext.config.loader import build
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import resolve
+from ctxext.model.tokenizer import load_tokenizer
 from ctxext.train.finetune import run_finetune
 from ctxext.train.launch import LAUNCH
+from ctxext.train.loop import Events
 from ctxext.train.parallel import Host, Launch, plan_launch, read_zero
 from ctxext.train.plan import plan_run
+from ctxext.train.prepare import prepare_data
 from ctxext.train.run import plan_repeated, start_run
 from ctxext.train.spec import FinetuneSpec
 
@@ -108,3 +112,30 @@ def test_the_memory_of_a_plan_is_that_of_one_process(first):
         for arguments in ((), ("--zero", "2", "--nproc", "2"))
     )
     assert part["trainable"] == whole["trainable"] // 2 and part["total"] < whole["total"]
+
+
+def test_a_run_from_before_a_setting_continues_as_it_began(first):
+    """Older versions had no sink tokens, and documents had no BOS: these are no defaults for their runs."""
+    path = first / "spec.yaml"
+    fields = yaml.safe_load(path.read_text())
+    assert fields["spec"]["attention"].pop("sinks") == "auto" and fields["spec"]["data"].pop("bos") is True
+    path.write_text(yaml.safe_dump(fields))
+    spec = plan_repeated(first)[0].spec
+    assert (spec.attention.sinks, spec.data.bos) == (0, False)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_documents_begin_with_bos_where_the_tokenizer_adds_one(first, write_model, tmp_path, bos):
+    """As `tokenizer(text)` gives it, at the start of every document; the model's own tokenizer is read, no field."""
+    model = tmp_path / "model"
+    state = json.loads((model / "tokenizer.json").read_text())
+    special, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    named = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    state["post_processor"] = {"type": "TemplateProcessing", "single": [special, text], "pair": [special, text, text],
+                               "special_tokens": named}  # fmt: skip
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    fields = {"ctx": 64, "steps": 1, "data": {"source": str(tmp_path / "text.txt"), "bos": bos}}
+    plan = plan_run(resolve(str(model)), build(FinetuneSpec, fields, source="test"))
+    assert load_tokenizer(plan.source.path)("a")["input_ids"][0] == 1
+    sequences, _ = prepare_data(plan, Events())
+    assert [int(sequences.store.read(start, start + 1)[0]) == 1 for start in sequences.store.bounds] == [bos]

@@ -111,8 +111,8 @@ def _in_blocks(
         if call.sinks is None:
             parts.append(_sdpa(qi, ki, vi, call.mask, scale))
         else:
-            first = [x[:, g0:g1][call.sinks].transpose(1, 2) for x in (k, v)]  # [n,g,N,D] each
-            parts.append(_after_sinks(qi, ki, vi, *first, scale))
+            first_k, first_v = (x[:, g0:g1][call.sinks].transpose(1, 2) for x in (k, v))  # [n,g,N,D] each
+            parts.append(_after_sinks(qi, ki, vi, first_k, first_v, scale))
     return join(parts, q_views, q.shape).view(B, T, H, -1).transpose(1, 2)
 
 
