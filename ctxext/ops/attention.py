@@ -20,12 +20,14 @@ def naive_attention(
     scale: float | None = None,
     sink_tokens: int = 0,
     document_starts: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(q kᵀ · scale) v over the keys lo <= k <= position: q [B,H,T,D], k and v [B,K,S,D] -> [B,H,T,D].
 
     lo [B or 1, 1 or 2, T] as from `masks.lower_bounds`: one row for all heads, or one for each half. Query i sits at
     key index S - T + i. scale defaults to D ** -0.5. With `sink_tokens` N a query also sees the first N tokens of its
-    document, up to itself; `document_starts` [B,T] says where that starts, None is key 0.
+    document, up to itself; `document_starts` [B,T] says where that starts, None is key 0. `sink_logits` [H] adds to
+    each head's softmax one more entry of that logit, whose value is zero: a learned sink.
     Computed in fp32 (fp64 inputs stay fp64), returned in q's dtype.
     NaN propagates: a NaN key or value reaches every query that sees it, and a NaN value the others too (0 * NaN).
     Memory is O(B H T S), on purpose. Raises InputError for heads or lengths that do not fit together, and for a lo
@@ -50,7 +52,12 @@ def naive_attention(
         interval = interval | ((start <= key) & (key < start + sink_tokens))
     seen = interval & (key <= position)
     scores = qx @ kx.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
-    weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sink_logits is not None:
+        logit = sink_logits.to(exact)[:, None, None].expand(*scores.shape[:3], 1)
+        weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)[..., :-1]
+    else:
+        weights = scores.softmax(dim=-1)
     return (weights @ vx).to(q.dtype)
 
 

@@ -30,17 +30,14 @@ Gradients are those of the SDPA calls; `views.py` hands out the views and collec
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from ctxext.ops.backends.runs import Run, join_short, runs_of, unpacked_runs
+from ctxext.ops.backends.sdpa import additive, sdpa
 from ctxext.ops.backends.segments import Heads, check_shapes, flat, head_halves, segment_sinks
 from ctxext.ops.backends.views import Blocks, cut, join
 from ctxext.ops.masks import Pattern, lower_bounds
@@ -49,10 +46,6 @@ _SMALLEST_BLOCK, _BLOCKS_PER_WINDOW = 64, 4  # smaller blocks compute less outsi
 _JOINED_CPU, _JOINED = 128, 1024  # tokens of short documents under one mask: a call costs more than their triangle
 _MASK_ELEMENTS = 2**24  # of the largest mask that cached attention makes
 _MASK_ROWS = 1024  # queries under one such mask: more compute more of the triangle that it hides (8k keys: 1.2x)
-_HALF = (torch.bfloat16, torch.float16)
-_ORDER = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_HOPPER_ORDER = [SDPBackend.CUDNN_ATTENTION, *_ORDER]  # cuDNN's kernels are written for it; not yet measured here
-_SOUND_CUDNN = 91_500  # newer ones are right at lengths that 128 does not divide (pytorch issue 169849)
 
 
 def attention(
@@ -63,6 +56,7 @@ def attention(
     *,
     document_starts: Tensor | None = None,
     scale: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kᵀ · scale) v over the pattern's keys: q [B,H,T,D], k and v [B,K,S,D] -> [B,H,T,D], always causal.
 
@@ -70,19 +64,20 @@ def attention(
     key index of each query's first visible document token, as `masks.document_starts` makes it; it must pass
     `masks.check_document_starts`, which is not called here. Kept on the CPU it costs no synchronisation.
     fp64, fp32, bf16 and fp16; views are free for tensors laid out [B,T,H,D] in memory (as q_proj(x) is), others with
-    B > 1 are copied once. scale defaults to D ** -0.5. NaN is never hidden, and may spread within its block.
+    B > 1 are copied once. scale defaults to D ** -0.5. `sink_logits` [H] adds to each head's softmax a sink of that
+    logit and no value (sink_logits.py). NaN is never hidden, and may spread within its block.
     Raises InputError for shapes that do not fit together and for S² on heads that cannot halve.
     """
     check_shapes(q, k, v, document_starts)
     (H, T), (K, S) = q.shape[1:3], k.shape[1:3]
     halves = head_halves(pattern, H, K)
     if T < S:
-        return _cached(q, k, v, pattern, halves, document_starts, scale)
+        return _cached(q, k, v, pattern, halves, document_starts, scale, sink_logits)
     window = pattern.sliding_window
     pattern = replace(pattern, sliding_window=None if window is None or window >= T else window)
     if pattern == Pattern() and document_starts is None:
-        return _sdpa(q, k, v, None, scale)
-    return _in_blocks(q, k, v, pattern, halves, document_starts, scale)
+        return sdpa(q, k, v, None, scale, sink_logits)
+    return _in_blocks(q, k, v, pattern, halves, document_starts, scale, sink_logits)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # views at offsets that depend on the data
@@ -94,6 +89,7 @@ def _in_blocks(
     halves: list[tuple[Heads, Heads]],
     document_starts: Tensor | None,
     scale: float | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """T = S: the calls of each half on views of its heads, gathered in one output."""
     B, H, T, _ = q.shape
@@ -107,61 +103,25 @@ def _in_blocks(
     q, k, v = (x.transpose(1, 2).reshape(B * T, *x.shape[1::2]) for x in (q, k, v))  # [N,H,D], [N,K,D]
     views = zip(cut(q, q_views), cut(k, k_views), cut(v, k_views), calls, strict=True)
     parts = []  # [n,h,L,D] each
-    for qi, ki, vi, (_, (g0, g1), call) in views:
+    for qi, ki, vi, ((h0, h1), (g0, g1), call) in views:
+        logits = None if sink_logits is None else sink_logits[h0:h1]
         if call.sinks is None:
-            parts.append(_sdpa(qi, ki, vi, call.mask, scale))
+            parts.append(sdpa(qi, ki, vi, call.mask, scale, logits))
         else:
             first_k, first_v = (x[:, g0:g1][call.sinks].transpose(1, 2) for x in (k, v))  # [n,g,N,D] each
-            parts.append(_after_sinks(qi, ki, vi, first_k, first_v, scale))
+            parts.append(_after_sinks(qi, ki, vi, first_k, first_v, scale, logits))
     return join(parts, q_views, q.shape).view(B, T, H, -1).transpose(1, 2)
 
 
-def _after_sinks(q: Tensor, k: Tensor, v: Tensor, first_k: Tensor, first_v: Tensor, scale: float | None) -> Tensor:
+def _after_sinks(
+    q: Tensor, k: Tensor, v: Tensor, first_k: Tensor, first_v: Tensor, scale: float | None, sink_logits: Tensor | None
+) -> Tensor:
     """Causal attention of blocks over N sink tokens and themselves: q [n,h,L,D], k and v [n,g,L,D], first [n,g,N,D]."""
     N = first_k.shape[2]
     # Any queries do for the sink tokens: their rows are dropped. Zeros give finite scores.
     q = torch.cat((q.new_zeros(*q.shape[:2], N, q.shape[3]), q), dim=2)
-    return _sdpa(q, torch.cat((first_k, k), dim=2), torch.cat((first_v, v), dim=2), None, scale)[:, :, N:]
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """torch's kernel; without a mask causal, and a single query sees every key it is given."""
-    causal, gqa, shape = False, q.shape[1] != k.shape[1], q.shape
-    if mask is None and q.shape[2] > 1:  # a plain bool: torch.compile would hand on a symbol
-        causal = True
-    if gqa and q.is_cuda and not (causal and q.dtype in _HALF):
-        q, k, v, mask = _without_sharing(q, k, v, mask, causal)
-        gqa = False
-    with _kernels(q, causal):
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa)
-    return out.reshape(shape)
-
-
-def _without_sharing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Any, ...]:
-    """(q, k, v, mask) of equal heads, for kernels that know no others: q [n,H,L,D], k and v [n,K,S,D].
-
-    Of torch's on a GPU FlashAttention alone shares keys between heads, and it takes neither masks nor fp32: the rest
-    would end in the formula that holds all scores. The heads that share keys become rows over them, H/K * L of them;
-    where causal, which knows one row a token, the keys are repeated.
-    """
-    (n, H, L, D), K = q.shape, k.shape[1]
-    if causal:
-        return q, *(x.repeat_interleave(H // K, dim=1) for x in (k, v)), mask
-    rows = None if mask is None else mask.repeat(*[1] * (mask.ndim - 2), H // K, 1)
-    return q.reshape(n, K, H // K * L, D), k, v, rows
-
-
-def _kernels(q: Tensor, causal: bool) -> AbstractContextManager[object]:
-    """On Hopper cuDNN's first, but not for a single query, whose plan it would make anew for every number of keys."""
-    if not (q.is_cuda and q.dtype in _HALF and _is_hopper(q.device)):
-        return nullcontext()
-    sound = (torch.backends.cudnn.version() or 0) > _SOUND_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
-    return sdpa_kernel(_HOPPER_ORDER if causal and sound else _ORDER, set_priority=True)
-
-
-@lru_cache(maxsize=8)
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) == (9, 0)
+    k, v = torch.cat((first_k, k), dim=2), torch.cat((first_v, v), dim=2)
+    return sdpa(q, k, v, None, scale, sink_logits)[:, :, N:]
 
 
 class Call(NamedTuple):
@@ -195,7 +155,7 @@ def _calls(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor 
         blocks = run.blocks
         if run in joined:
             q = token[blocks.start : blocks.start + blocks.length]
-            yield Call(blocks, blocks, _additive((lo[q, None] <= q) & (q <= q[:, None]), like))
+            yield Call(blocks, blocks, additive((lo[q, None] <= q) & (q <= q[:, None]), like))
         elif run.sinks:
             starts = torch.arange(blocks.start, blocks.start + blocks.tokens, blocks.length)
             first, _ = segment_sinks(pattern, starts, T, document_starts)
@@ -226,8 +186,8 @@ def _band(window: int, like: Tensor) -> Band:
     back = blocks * L  # >= W; windows of 64 and more: by at most 3
     keys = torch.arange(back + L, device=like.device)
     own, distance = keys[:back, None] - keys[:back], keys[:L, None] + back - keys  # [back,back], [L,back+L]
-    head = None if back <= window else _additive((own >= 0) & (own < window), like)
-    return Band(window, L, back, head, _additive((distance >= 0) & (distance < window), like))
+    head = None if back <= window else additive((own >= 0) & (own < window), like)
+    return Band(window, L, back, head, additive((distance >= 0) & (distance < window), like))
 
 
 def _banded(start: int, length: int, band: Band) -> Iterator[Call]:
@@ -243,11 +203,6 @@ def _banded(start: int, length: int, band: Band) -> Iterator[Call]:
         yield Call(Blocks(last, 1, rest), Blocks(last, 1, rest, back), band.mask[:rest, : back + rest])
 
 
-def _additive(seen: Tensor, like: Tensor) -> Tensor:
-    """0 where seen, else -inf. torch would make one of its own from each bool mask, and keep it for the backward."""
-    return like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-
-
 def _cached(
     q: Tensor,
     k: Tensor,
@@ -256,6 +211,7 @@ def _cached(
     halves: list[tuple[Heads, Heads]],
     document_starts: Tensor | None,
     scale: float | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """T < S: a few queries at a time over the keys they can reach, so that no mask exceeds a fixed size."""
     T, S, window = q.shape[2], k.shape[2], pattern.sliding_window
@@ -281,6 +237,8 @@ def _cached(
             if mask is not None:
                 mask = mask & (key <= position[:, None])
             own, seen = (slice(None), slice(h0, h1), slice(t0, t1)), (slice(None), slice(g0, g1), slice(begin, end))
-            parts.append(_sdpa(q[own], k[seen], v[seen], None if mask is None else mask[:, None], scale))
+            mask = None if mask is None else mask[:, None]
+            logits = None if sink_logits is None else sink_logits[h0:h1]
+            parts.append(sdpa(q[own], k[seen], v[seen], mask, scale, logits))
         rows.append(torch.cat(parts, dim=1))
     return torch.cat(rows, dim=2)

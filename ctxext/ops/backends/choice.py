@@ -4,6 +4,7 @@
     CPU      any          any                                   blocked
     GPU      fp32, fp64   any                                   blocked
     GPU      bf16, fp16   over cached keys (T < S)              blocked
+    GPU      bf16, fp16   learned sinks                         blocked
     GPU      bf16, fp16   full or S², one document a row        blocked: few large causal calls, SDPA's best kernels
     GPU      bf16, fp16   sliding, or documents                 varlen where its kernel serves, else blocked
 
@@ -28,7 +29,8 @@ Backend = Literal["auto", "naive", "blocked", "varlen", "flex"]
 
 @dataclass(frozen=True)
 class Call:
-    """What decides: q's device, dtype and head dim, the pattern, whether rows hold documents, whether T < S."""
+    """What decides: q's device, dtype and head dim, the pattern, whether rows hold documents, whether T < S, and
+    whether heads have learned sinks."""
 
     device: torch.device
     dtype: torch.dtype
@@ -36,6 +38,7 @@ class Call:
     pattern: Pattern = Pattern()
     packed: bool = False
     cached: bool = False
+    sink_logits: bool = False
 
 
 def attention(
@@ -46,18 +49,31 @@ def attention(
     *,
     document_starts: Tensor | None = None,
     scale: float | None = None,
+    sink_logits: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(q kᵀ · scale) v over the pattern's keys, by the chosen backend; arguments as in `blocked.attention`."""
     packed, cached = document_starts is not None, q.shape[2] < k.shape[2]
-    chosen = choose(Call(q.device, q.dtype, q.shape[3], pattern, packed, cached), backend)
+    call = Call(q.device, q.dtype, q.shape[3], pattern, packed, cached, sink_logits is not None)
+    chosen = choose(call, backend)
     if chosen == "naive":
         T, S = q.shape[2], k.shape[2]
         lo = lower_bounds(pattern, T, S=S, document_starts=document_starts, device=q.device)
         return naive_attention(
-            q, k, v, lo, scale=scale, sink_tokens=pattern.sink_tokens, document_starts=document_starts
+            q,
+            k,
+            v,
+            lo,
+            scale=scale,
+            sink_tokens=pattern.sink_tokens,
+            document_starts=document_starts,
+            sink_logits=sink_logits,
         )
-    serve = {"blocked": blocked.attention, "varlen": varlen.attention, "flex": flex.attention}[chosen]
+    if chosen == "blocked":
+        return blocked.attention(
+            q, k, v, pattern, document_starts=document_starts, scale=scale, sink_logits=sink_logits
+        )
+    serve = {"varlen": varlen.attention, "flex": flex.attention}[chosen]
     return serve(q, k, v, pattern, document_starts=document_starts, scale=scale)
 
 
@@ -81,6 +97,8 @@ def _unserved(backend: str, call: Call) -> str | None:
         return f"it needs a GPU, and the tensors are on the {call.device.type}"
     if call.cached:
         return "it has no attention over cached keys"
+    if call.sink_logits:
+        return "it has no learned sinks"
     if backend == "flex":
         return None
     if call.dtype not in (torch.bfloat16, torch.float16):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctxext.errors import InputError
 from ctxext.ops.attention import naive_attention
-from ctxext.ops.backends import blocked
+from ctxext.ops.backends import blocked, sdpa
 from ctxext.ops.masks import Pattern, check_document_starts, document_starts, lower_bounds
 
 HEADS = [(4, 2), (9, 3), (4, 1), (2, 2)]
@@ -419,7 +419,7 @@ def test_heads_that_share_keys_without_a_kernel_that_knows_of_it(H_K, masked):
         mask[..., 0] = True
     causal = mask is None
     truth = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
-    q2, k2, v2, mask2 = blocked._without_sharing(q, k, v, mask, causal)
+    q2, k2, v2, mask2 = sdpa._without_sharing(q, k, v, mask, causal)
     assert q2.shape[1] == k2.shape[1] == v2.shape[1]
     assert causal or (k2 is k and v2 is v)  # no copy of a cache
     ours = scaled_dot_product_attention(q2, k2, v2, attn_mask=mask2, is_causal=causal).reshape(truth.shape)
@@ -449,12 +449,12 @@ def test_what_a_gpu_is_given_of_shared_heads(dtype, masked, T, heads, monkeypatc
         seen.append((q.shape[1], k.shape[1], options["enable_gqa"]))
         return q
 
-    monkeypatch.setattr(blocked, "scaled_dot_product_attention", kernel)
-    monkeypatch.setattr(blocked, "_is_hopper", lambda device: False)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(sdpa, "_is_hopper", lambda device: False)
     with FakeTensorMode():
         q, k = (torch.empty(1, h, t, 8, dtype=dtype, device="cuda") for h, t in ((4, T), (2, 8)))
         mask = torch.ones(T, 8, dtype=torch.bool, device="cuda") if masked else None
-        assert blocked._sdpa(q, k, k, mask, None).shape == q.shape
+        assert sdpa.sdpa(q, k, k, mask, None).shape == q.shape
     assert seen == [(*heads, heads[0] != heads[1])]
 
 
@@ -463,9 +463,9 @@ def test_what_a_gpu_is_given_of_shared_heads(dtype, masked, T, heads, monkeypatc
 )
 def test_cudnn_comes_first_on_hopper_where_it_is_sound(causal, version, first, monkeypatch):
     given = []
-    monkeypatch.setattr(blocked, "sdpa_kernel", lambda order, set_priority: given.append(order))
-    monkeypatch.setattr(blocked, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(sdpa, "sdpa_kernel", lambda order, set_priority: given.append(order))
+    monkeypatch.setattr(sdpa, "_is_hopper", lambda device: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
     with FakeTensorMode():
-        blocked._kernels(torch.empty(1, 2, 8, 8, dtype=torch.bfloat16, device="cuda"), causal)
+        sdpa._kernels(torch.empty(1, 2, 8, 8, dtype=torch.bfloat16, device="cuda"), causal)
     assert (SDPBackend.CUDNN_ATTENTION in given[0]) == first
