@@ -40,6 +40,26 @@ SIZES: dict[str, Any] = {
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
+SLOW = [
+    line for line in (Path(__file__).parent / "slow.txt").read_text("utf-8").splitlines() if not line.startswith("#")
+]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the tests that slow.txt lists. A test that was renamed there or here is an error, where files are whole."""
+    listed, found = set(SLOW), {item.nodeid.partition("[")[0] for item in items}
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker("slow")
+    whole = (
+        {item.nodeid.partition("::")[0] for item in items} if not any("::" in name for name in config.args) else set()
+    )
+    lost = {name.partition("[")[0] for name in listed if name.partition("::")[0] in whole} - found
+    if lost:
+        raise pytest.UsageError(f"tests/slow.txt lists {min(lost)}, which there is not")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests neither read nor fill the user's cache of hashes and tokens."""
