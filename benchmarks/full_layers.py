@@ -24,7 +24,7 @@ from retrofit import STORIES, TEMPERATURE
 
 from ctxext.cli import console
 from ctxext.model.convert import plan_conversion
-from ctxext.model.families import hybrid_config
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import LoadedModel, load_model
 from ctxext.model.relayout import relayout

@@ -89,6 +89,8 @@ def convert(
     calibration_tokens: str | int | None = None,
     i_know: bool = False,
     sliding_window: int | None = None,
+    model_class: str = AUTO,
+    sinks: str = AUTO,
     dtype: str | None = None,
     gate: bool = True,
     allow_pickle: bool = False,
@@ -99,12 +101,13 @@ def convert(
     """Turn most layers into small sliding windows and leave a few full: a layout edit, the weights copied, a proof.
 
     `hybrid` is a preset, a YAML file or a pattern of S, N, F; `full_layers` layers from 0, "odd", "even", "last", or
-    "auto", which measures the ones to keep full.
+    "auto", which measures the ones to keep full. `model_class` is the output's model_type, such as "granite_swa";
+    `sinks` is "auto" (fitted where the class has them and the model needs them) or "none".
     """
     if full_layers is not None and not isinstance(full_layers, str):
         full_layers = ",".join(map(str, full_layers))
     plan = plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
-                        allow_pickle=allow_pickle, force=force)  # fmt: skip
+                        model_class=model_class, sinks=sinks, allow_pickle=allow_pickle, force=force)  # fmt: skip
     request = plan_layers(plan, full_layers, budget=budget, length=length,
                           calibration=None if calibration is None else str(calibration),
                           calibration_tokens=calibration_tokens, i_know=i_know or None)  # fmt: skip
@@ -124,29 +127,11 @@ def plan_convert(
 
 def plan_layers(plan: ConversionPlan, full_layers: str | None, **given: Any) -> Request | None:
     """What the planner is asked for, None where it is not; its options (None: not given) are refused without it."""
-    from ctxext.retrofit.layers import plan_request
+    from ctxext.retrofit.layers import request_of
 
+    source = plan.source
     asked = {name: value for name, value in given.items() if value is not None}
-    if full_layers != AUTO:
-        if asked:
-            option = next(iter(asked)).replace("_", "-")
-            raise InputError(f"--{option} is for the planner", hint="add --full-layers auto")
-        return None
-    length, tokens = (
-        None if name not in asked else parse_tokens(asked[name]) for name in ("length", "calibration_tokens")
-    )
-    budget = asked.get("budget")
-    return plan_request(
-        plan.source.shape,
-        plan.source.kinds,
-        plan.hybrid,
-        plan.source.usable_length,
-        budget=None if budget is None else str(budget),
-        length=length,
-        calibration=asked.get("calibration"),
-        tokens=tokens,
-        i_know=bool(asked.get("i_know")),
-    )
+    return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, full_layers == AUTO, asked)
 
 
 def layers_for(plan: ConversionPlan, request: Request | None, say: Say, told: Told) -> LayerPlan | None:
@@ -176,11 +161,18 @@ def write_conversion(
             "retrofit.json": (json.dumps(chosen.as_dict(), indent=2) + "\n").encode(),
             "pareto.png": pareto_png(chosen),
         }
+    sinks = None
+    if plan.sinks:
+        from ctxext.retrofit.sinks import fit_sinks
+
+        told("measuring the first token", 0, 1)
+        sinks = fit_sinks(plan, say=say)
     say(f"converting {plan.source.name} to {plan.out}")
     return run_conversion(
         plan,
         gate=gate,
         force=force,
+        sinks=sinks,
         attachments=attachments,
         facts=facts,
         progress=lambda done, total: told("proving" if done == total else "copying weights", done, total),

@@ -43,6 +43,7 @@ LIGHT_FILES = {
     "model/gguf_header.py",
     "model/layout.py",
     "model/families.py",
+    "model/hybrids.py",
     "model/frequencies.py",
     "model/positions.py",
     "model/adapter_plan.py",

@@ -57,6 +57,20 @@ def convert(
     explain: Annotated[bool, typer.Option("--explain", help="auto: show what each layer by itself costs")] = False,
     i_know: Annotated[bool, typer.Option("--i-know", help="auto: allow a budget of no full layer")] = False,
     sliding_window: Annotated[int | None, typer.Option(help="Window in tokens, instead of the preset's")] = None,
+    model_class: Annotated[
+        str,
+        typer.Option(
+            "--class",
+            help="Class of the output: smollm3 or granite_swa (llama, mistral, qwen2), mellum (qwen3), or auto",
+        ),
+    ] = "auto",
+    sinks: Annotated[
+        str,
+        typer.Option(
+            help="auto: in a class with learned sinks (granite_swa), sliding layers get some in place of the first "
+            "token, where the model puts much of its attention on it; none: no sinks"
+        ),
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: as stored]")] = None,
     gate: Annotated[bool, typer.Option(help="Prove that the conversion computes what it should")] = True,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Accept pytorch_model.bin weights")] = False,
@@ -67,7 +81,7 @@ def convert(
     from ctxext import api
 
     plan = api.plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
-                            allow_pickle=allow_pickle, force=force)  # fmt: skip
+                            model_class=model_class, sinks=sinks, allow_pickle=allow_pickle, force=force)  # fmt: skip
     asked = {"budget": budget, "length": length, "calibration": calibration, "calibration_tokens": calibration_tokens,
              "explain": explain or None, "i_know": i_know or None}  # fmt: skip
     request = api.plan_layers(plan, full_layers, **asked)

@@ -190,9 +190,16 @@ def tokenise(
         return TokenStore.open(directory, reused=True)
     _refuse_foreign(directory)
 
-    def write(partial: Path) -> None:
-        _write(partial, documents, tokenizer, wanted, shard_tokens, progress)
+    def write(place: Path) -> None:
+        _write(place, documents, tokenizer, wanted, shard_tokens, progress)
 
+    return _made_once(directory, write, wanted, waiting)
+
+
+def _made_once(
+    directory: Path, write: Callable[[Path], None], wanted: _Wanted, waiting: Callable[[], None]
+) -> TokenStore:
+    """One of several processes writes, the others wait for it. Raises EnvironmentFault for what the disk refuses."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with alone_at(directory.with_name(f".{directory.name}.lock"), waiting):

@@ -145,6 +145,13 @@ def _llama3(config: Config, kinds: Kinds) -> list[Objection]:
     return [(text, f"write original_max_position_embeddings {meant} at the top of config.json")]
 
 
+def _nope(config: Config, kinds: Kinds) -> list[Objection]:
+    """vLLM's GraniteSWA as of 0.29.0: one RoPE for all layers."""
+    without = [i for i, kind in enumerate(kinds) if not kind.use_rope]
+    instead = "`ctxext convert SOURCE --class smollm3` with the same layout, or F in place of N"
+    return [(f"{_layers(without)} would get RoPE: vLLM 0.29.0 reads no layer_rope_theta", instead)] if without else []
+
+
 def _never(config: Config, kinds: Kinds, *, why: str) -> list[Objection]:
     return [(why, UNCONVERTED)]
 
@@ -177,6 +184,7 @@ _GGUF = partial(_scaling, refused=_GGUF_LOST, instead=LINEAR_YARN)
 _GGUF_QWEN = partial(_scaling, refused=_GGUF_LOST | {"llama3": "written for Llama classes alone"}, instead=LINEAR_YARN)
 _GGUF_WINDOW = partial(_windows, why="the converter writes none and every layer is full", instead=FFFN)
 _GGUF_QWEN_WINDOW = partial(_windows, why="the converter writes none and every layer is full", instead=UNCONVERTED)
+_GGUF_SINKS = partial(_never, why="no GGUF file of this class was tried here, so nothing is said for it")
 _GGUF_MELLUM = partial(_never, why="llama.cpp's Mellum needs experts in every layer and has RoPE in every layer")
 _OLLAMA_ROPE = partial(
     _scaling,
@@ -204,6 +212,11 @@ _MELLUM = (
     "vllm-project/vllm, vllm/model_executor/models/mellum.py @ 055e47c: a RuntimeError where no layer has experts; "
     "rotary_embedding/__init__.py @ 07b12f1: an error for a partial_rotary_factor of 0. Both stop the start",
 )
+_GRANITE = (
+    "vllm-project/vllm, vllm/model_executor/models/granite_swa.py @ 0949f09: windows, sinks and biases are read; one "
+    "RoPE serves all layers; later versions move the class to granite.py with a RoPE for each layer (not read here)",
+)
+_LLAMA_GRANITE = ("ggml-org/llama.cpp, src/models/granite-swa.cpp @ 38d3906: windows, sinks, RoPE by layer",)
 _LLAMA_CPP = (
     "ggml-org/llama.cpp, conversion/llama.py @ 0274f0f and conversion/base.py @ 00bd27a: what a GGUF file is told "
     "(formerly convert_hf_to_gguf.py; Mistral becomes llama, no window is written)",
@@ -244,6 +257,7 @@ _VLLM: dict[str, Fact] = {
         (*_BACKEND, *_MELLUM),
         (_VLLM_RUNNING,),
     ),
+    "granite_swa": Fact(f"{NATIVE}, from 0.29.0 on", _GRANITE + _OWN_ROPE, (_nope, _VLLM_NATIVE)),
 }
 GGUF, OLLAMA = "convert_hf_to_gguf.py, then llama.cpp", "convert_hf_to_gguf.py, then `ollama create`"
 _LLAMA: dict[str, Fact] = {
@@ -253,6 +267,7 @@ _LLAMA: dict[str, Fact] = {
     "qwen3": Fact(GGUF, _LLAMA_QWEN, (_GGUF_QWEN_WINDOW, _GGUF_QWEN)),
     "smollm3": Fact(GGUF, _LLAMA_SMOLLM3, (_GGUF_WINDOW, _every_fourth, _GGUF, _llama3, _biases)),
     "mellum": Fact(GGUF, _LLAMA_MELLUM, (_GGUF_MELLUM,)),
+    "granite_swa": Fact(GGUF, _LLAMA_GRANITE, (_GGUF_SINKS,)),
 }
 FACTS: dict[str, dict[str, Fact]] = {
     "hf": dict.fromkeys(_VLLM, _HF),

@@ -8,7 +8,7 @@ For experiments a layer may be told to see less or to leave heads out (`interven
 
     model(input_ids, document_starts=starts, group_size=2048, backend="auto")
 
-Not done: static caches, attention sinks, soft-capping, dropout. Each is refused, none is dropped silently.
+Not done: static caches, soft-capping, dropout. Each is refused, none is dropped silently.
 """
 
 from __future__ import annotations
@@ -67,9 +67,10 @@ def attend(
     shift            tokens that the shifted heads' groups are moved by; None is G // 2
     sink_tokens      first tokens of its document that a query sees beside its S²-Attn group; nothing without groups
     backend          ops/backends/choice.py
+    s_aux            [H], the logit of each head's learned sink (transformers' name), or None
     watch            called as watch(module, query, key, pattern, scaling) before the layer attends: for measurements
     """
-    _refuse_unsupported(module, s_aux, softcap, dropout)
+    _refuse_unsupported(module, softcap, dropout)
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             raise ModelError(
@@ -89,17 +90,17 @@ def attend(
         query = _by_log_position(query, key.shape[2], document_starts, a)
     if watch is not None:
         watch(module, query, key, pattern, scaling)
-    out = choice.attention(query, key, value, pattern, document_starts=document_starts, scale=scaling, backend=backend)
+    out = choice.attention(
+        query, key, value, pattern, document_starts=document_starts, scale=scaling, sink_logits=s_aux, backend=backend
+    )
     if change is not None and change.masked:
         out = out.index_fill(1, torch.tensor(change.masked, device=out.device), 0.0)  # [B, H, T, D]
     return out.transpose(1, 2).contiguous(), None
 
 
-def _refuse_unsupported(module: nn.Module, s_aux: Tensor | None, softcap: float | None, dropout: float) -> None:
-    if s_aux is not None or softcap is not None:
-        raise ModelError(
-            f"{type(module).__name__} uses attention sinks or soft-capping, which ctxext's attention has not"
-        )
+def _refuse_unsupported(module: nn.Module, softcap: float | None, dropout: float) -> None:
+    if softcap is not None:
+        raise ModelError(f"{type(module).__name__} uses soft-capping, which ctxext's attention has not")
     if dropout:
         raise ModelError(
             f"attention dropout {dropout} is not supported", hint="set attention_dropout to 0 in config.json"

@@ -84,6 +84,11 @@ FIELDS: dict[str, Check] = {
     "norm_topk_prob": TRUTH,
     "output_router_logits": TRUTH,
     "router_aux_loss_coef": real(0, 1e6),
+    "layer_rope_theta": or_null(each(real(0, 1e30))),
+    "embedding_multiplier": real(0, 1e6),
+    "logits_scaling": real(0, 1e6),
+    "residual_multiplier": real(0, 1e6),
+    "attention_multiplier": real(0, 1e6),
 }
 LABELS: dict[str, Check] = {  # of classifiers; transformers makes as many as a config.json asks for
     "num_labels": or_null(whole(0, 10_000)),
@@ -105,12 +110,22 @@ KEPT = {
     "rope_scaling",
     "rope_theta",
 }  # no other reaches a class of transformers
+GRANITE = (
+    "layer_rope_theta",
+    "embedding_multiplier",
+    "logits_scaling",
+    "residual_multiplier",
+    "attention_multiplier",
+)  # that granite_swa alone has
 UNREAD: dict[str, tuple[str, ...]] = {  # model_type: those of them that its class does not read
-    "llama": ("sliding_window", "use_sliding_window", "max_window_layers"),  # a cache of transformers would read one
-    "mistral": ("attention_bias", "mlp_bias"),
-    "qwen2": ("attention_bias", "mlp_bias"),
-    "qwen3": ("mlp_bias",),
-    "mellum": ("mlp_bias",),
+    # a cache of transformers would read a window
+    "llama": ("sliding_window", "use_sliding_window", "max_window_layers", *GRANITE),
+    "mistral": ("attention_bias", "mlp_bias", *GRANITE),
+    "qwen2": ("attention_bias", "mlp_bias", *GRANITE),
+    "qwen3": ("mlp_bias", *GRANITE),
+    "smollm3": GRANITE,
+    "mellum": ("mlp_bias", *GRANITE),
+    "granite_swa": ("use_sliding_window", "max_window_layers", "no_rope_layers", "no_rope_layer_interval"),
 }
 EFFECTS: dict[str, tuple[tuple[Any, ...], str]] = {  # field: the values that change nothing, what to do about others
     "quantization_config": ((None, {}), "give the model that the quantised weights were made from"),
@@ -172,7 +187,7 @@ def check_padding(config: dict[str, Any]) -> None:
 def check_lengths(config: dict[str, Any]) -> None:
     """Lists with an entry a layer have as many as there are layers. Raises ModelError."""
     layers = config["num_hidden_layers"]
-    for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
+    for name in ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta"):
         if config.get(name) is not None and len(config[name]) != layers:
             raise ModelError(f"config.json: {name} has {len(config[name])} entries, the model has {layers} layers")
 

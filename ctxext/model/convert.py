@@ -22,8 +22,9 @@ from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import source as sources
 from ctxext.model.card import model_card, runtime_note
 from ctxext.model.companions import companions, copy_companions, stated_licence
-from ctxext.model.families import SOURCES, Config, expected_tensors, hybrid_config, new_tensors, normalise, rope_of
+from ctxext.model.families import SOURCES, Config, expected_tensors, initial_value, new_tensors, normalise, rope_of
 from ctxext.model.gguf import stored_as
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
 from ctxext.model.rope_fields import written_for_both
 from ctxext.model.source import ModelSource, require_tokenizer
@@ -46,6 +47,22 @@ class ConversionPlan:
     out: Path
     dtype: str | None
     allow_pickle: bool
+    target: str | None = None
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class FittedSinks:
+    """Learned sinks that stand for the first token where a window hides it (retrofit/sinks.py).
+
+    values  the tensors to write, by name, whole
+    facts   of the manifest and the report: which layers, and what it changed
+    rows    the same as lines for the screen
+    """
+
+    values: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    rows: Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,8 @@ class ConversionReport:
     gate: dict[str, Any] | None
     seconds: float
     warning: str | None = None
+    sinks: Mapping[str, Any] | None = None
+    sink_rows: Sequence[tuple[str, str]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -77,6 +96,7 @@ class ConversionReport:
             ("layout", self.layout),
             *([] if self.warning is None else [("warning", self.warning)]),
             ("parameters", format_count(self.parameters)),
+            *self.sink_rows,
             (
                 f"KV cache at {format_tokens(self.kv_cache_length)} tokens",
                 f"{format_bytes(self.kv_cache_bytes_source)} -> {format_bytes(self.kv_cache_bytes)}",
@@ -107,8 +127,17 @@ def plan_conversion(
     dtype: str | None = None,
     allow_pickle: bool = False,
     force: bool = False,
+    model_class: str = "auto",
+    sinks: str = "none",
 ) -> ConversionPlan:
-    """Decide and check a conversion without torch. Raises InputError or ModelError for whatever cannot be done."""
+    """Decide and check a conversion without torch. Raises InputError or ModelError for whatever cannot be done.
+
+    `model_class` is the model_type of the output; auto is the family's first. `sinks`: auto fits them where the class
+    has them and the model hangs on its first token (retrofit/sinks.py).
+    """
+    if sinks not in ("auto", "none"):
+        raise InputError(f"--sinks {sinks}: allowed are auto, none")
+    target = None if model_class == "auto" else model_class
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     layout = find_hybrid(hybrid, sliding_window)
@@ -124,17 +153,17 @@ def plan_conversion(
         )
     require_tokenizer(source.directory)
     kinds = layer_kinds(layout, source.config["num_hidden_layers"], full_layers)
-    config = hybrid_config(source.config, kinds)
+    config = hybrid_config(source.config, kinds, target)
     if dtype is not None:
         config["dtype"] = dtype
     out = out or manifests.default_out("convert", f"{source.name}-{hybrid}")
-    return ConversionPlan(source, layout, hybrid, kinds, config, out, dtype, allow_pickle)
+    return ConversionPlan(source, layout, hybrid, kinds, config, out, dtype, allow_pickle, target, sinks == "auto")
 
 
 def with_kinds(plan: ConversionPlan, kinds: Sequence[LayerKind]) -> ConversionPlan:
     """The same conversion to another layout. Raises ModelError when the target class cannot express it."""
     dtype = {} if plan.dtype is None else {"dtype": plan.dtype}
-    return replace(plan, kinds=tuple(kinds), config=hybrid_config(plan.source.config, kinds) | dtype)
+    return replace(plan, kinds=tuple(kinds), config=hybrid_config(plan.source.config, kinds, plan.target) | dtype)
 
 
 def run_conversion(
@@ -144,17 +173,19 @@ def run_conversion(
     force: bool = False,
     attachments: Mapping[str, bytes] | None = None,
     facts: Mapping[str, Any] | None = None,
+    sinks: FittedSinks | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ConversionReport:
     """Copy the weights, prove them, put the result in place. Raises CheckFailed when the proof fails.
 
+    With `sinks` the copy is proved first, then the sinks are written, then the layout is proved with them.
     `attachments` are more files of the output, by name; `facts` more of its manifest's: how the layout was chosen.
     """
     import torch
 
     from ctxext.model.gate import run_gate
     from ctxext.model.load import check_source
-    from ctxext.model.shards import copy_weights
+    from ctxext.model.shards import copy_weights, replace_tensors
     from ctxext.model.stock import drop_generation_config
 
     began = time.monotonic()
@@ -162,6 +193,10 @@ def run_conversion(
     dtype = getattr(torch, plan.dtype) if plan.dtype else None
     check_source(source)
     tokenizer = _tokenizer_files(plan)
+    if sinks is not None:
+        config = hybrid_config(source.config, plan.kinds, plan.target, biases=True)
+        plan = replace(plan, config=config | ({} if plan.dtype is None else {"dtype": plan.dtype}))
+    added = new_tensors(source.config, normalise(plan.config))
     with staged_output(plan.out, force) as staging:
         _check_room(staging, plan)
         copy_weights(
@@ -169,14 +204,26 @@ def run_conversion(
             staging,
             expected=expected_tensors(source.config),
             dtype=dtype,
-            added=new_tensors(source.config, normalise(plan.config)),
+            added={name: torch.full(shape, initial_value(name)) for name, shape in added.items()},
             allow_pickle=plan.allow_pickle,
             progress=progress,
         )
         copy_companions(directory, staging, tokenizer)
         dropped = drop_generation_config(staging)
-        numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype) if gate else None
+        numbers = None
+
+        def write_sinks() -> None:
+            if sinks is not None:
+                replace_tensors(staging, sinks.values)
+
+        if gate:
+            target = {"target": plan.target, "biases": sinks is not None, "between": write_sinks}
+            numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype, **target)
+        else:
+            write_sinks()
         report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began, dropped)
+        if sinks is not None:
+            report = replace(report, sinks=sinks.facts, sink_rows=sinks.rows)
         for name, data in (attachments or {}).items():
             (staging / name).write_bytes(data)
         _write_descriptions(staging, plan, report, facts or {})
@@ -261,8 +308,9 @@ def _warning(kinds: Sequence[LayerKind], length: int) -> str | None:
 
 def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionReport, more: Mapping[str, Any]) -> None:
     source = plan.source
+    weights = "its weights are unchanged" if report.sinks is None else "its weights are unchanged but for added sinks"
     text = [
-        f"{source.name}, converted by layer layout alone: its weights are unchanged (S: RoPE and a sliding window, "
+        f"{source.name}, converted by layer layout alone: {weights} (S: RoPE and a sliding window, "
         "N: full attention without positional encoding, F: RoPE and full attention). Layers that lost their window or "
         "their RoPE compute something the weights were not trained for, so expect damage until it is finetuned.",
         runtime_note(plan.config),
@@ -278,6 +326,7 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "sliding_window": plan.hybrid.sliding_window,
         "layout": pattern_text(plan.kinds),
         "dtype": plan.dtype,
+        "class": plan.config["model_type"],
     }
     facts = {
         "name": f"{source.name}-{Path(plan.hybrid_name).stem}",
@@ -286,6 +335,7 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "source_layout": layout_facts(source.kinds),
         "source_rope_parameters": rope_of(source.config),
         "gate": report.gate,
+        **({} if report.sinks is None else {"sinks": report.sinks}),
         **more,
     }
     manifests.write(

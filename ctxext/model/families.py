@@ -6,15 +6,18 @@
 | mistral | SmolLM3ForCausalLM          | the same; the source's own window on every layer is kept as its own  |
 | qwen2   | SmolLM3ForCausalLM          | the same; q, k, v have biases, o_proj gets a zero bias               |
 | qwen3   | MellumForCausalLM, all dense| RoPE per layer type: all full layers alike, all sliding layers alike |
+| llama, mistral, qwen2 | GraniteSWAForCausalLM, by name | as SmolLM3, and a learned sink for each head          |
 
-Both targets have defaults that would be silently wrong (SmolLM3 puts the window on the NoPE layers, ties embeddings,
+The targets have defaults that would be silently wrong (SmolLM3 puts the window on the NoPE layers, ties embeddings,
 and takes theta 2e6), so every field is written out. On disk SmolLM3's `no_rope_layers[i] == 1` means the layer USES
-RoPE; that inversion is known to this file alone.
+RoPE; that inversion is known to this file alone. GraniteSWA's `layer_rope_theta[i]` is 0 where a layer has no RoPE.
+A sink of logit NO_SINK has a share of exactly zero, so that GraniteSWA holds a Llama exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +34,7 @@ from ctxext.model.config_fields import (
     check_lengths,
     check_padding,
 )
-from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.layout import LayerKind
 from ctxext.model.rope_fields import NO_ROPE, read_rope
 from ctxext.ops.cost import ModelShape
 
@@ -40,12 +43,14 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type: how its config.json is read, and the model_type of the class its conversions use."""
+    """One model_type: how its config.json is read, and the model_types that its conversions may have, the first one by
+    default. `sinks`: each head has a learned sink."""
 
     name: str
-    target: str
+    targets: tuple[str, ...]
     kinds: Callable[[Config], tuple[LayerKind, ...]]
     qk_norm: bool = False
+    sinks: bool = False
 
 
 def _plain_kinds(config: Config) -> tuple[LayerKind, ...]:
@@ -91,13 +96,29 @@ def _mellum_kinds(config: Config) -> tuple[LayerKind, ...]:
     )
 
 
+def _granite_kinds(config: Config) -> tuple[LayerKind, ...]:
+    thetas = {theta for theta in config["layer_rope_theta"] if theta}
+    if thetas - {config["rope_parameters"]["rope_theta"]}:
+        raise ModelError(
+            f"config.json: layer_rope_theta has {sorted(thetas)}, rope_theta is "
+            f"{config['rope_parameters']['rope_theta']}: supported is one theta for all layers with RoPE"
+        )
+    return tuple(
+        LayerKind(theta != 0, config["sliding_window"] if kind == "sliding_attention" else None)
+        for theta, kind in zip(config["layer_rope_theta"], config["layer_types"], strict=True)
+    )
+
+
+NO_SINK = -1e4  # the logit of a sink that takes nothing: sigmoid(lse + 1e4) is 1 in every dtype
+HYBRIDS = ("smollm3", "granite_swa")
 FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", "smollm3", lambda config: (LayerKind(True, None),) * config["num_hidden_layers"]),
-    "mistral": Family("mistral", "smollm3", _plain_kinds),
-    "qwen2": Family("qwen2", "smollm3", _qwen_kinds),
-    "qwen3": Family("qwen3", "mellum", _qwen_kinds, qk_norm=True),
-    "smollm3": Family("smollm3", "smollm3", _smollm3_kinds),
-    "mellum": Family("mellum", "mellum", _mellum_kinds, qk_norm=True),
+    "llama": Family("llama", HYBRIDS, lambda config: (LayerKind(True, None),) * config["num_hidden_layers"]),
+    "mistral": Family("mistral", HYBRIDS, _plain_kinds),
+    "qwen2": Family("qwen2", HYBRIDS, _qwen_kinds),
+    "qwen3": Family("qwen3", ("mellum",), _qwen_kinds, qk_norm=True),
+    "smollm3": Family("smollm3", ("smollm3",), _smollm3_kinds),
+    "mellum": Family("mellum", ("mellum",), _mellum_kinds, qk_norm=True),
+    "granite_swa": Family("granite_swa", ("granite_swa",), _granite_kinds, sinks=True),
 }
 # what transformers takes for a field that config.json leaves out, where that is not what llama's absence means
 DEFAULTS: dict[str, Config] = {
@@ -113,6 +134,18 @@ DEFAULTS: dict[str, Config] = {
         "eos_token_id": 128_001,
     },
     "mellum": {"num_key_value_heads": 4, "head_dim": 128, "sliding_window": 1024},
+    "granite_swa": {
+        "num_key_value_heads": 4,
+        "sliding_window": 128,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 100_257,
+        "eos_token_id": 100_257,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+    },
 }
 SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 REQUIRED = (
@@ -164,12 +197,27 @@ def normalise(config: Config) -> Config:
     config.setdefault("rms_norm_eps", 1e-6)
     if config["model_type"] == "mellum" and not config.get("layer_types"):
         config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
+    if family_of(config).sinks and not config.get("layer_types"):
+        layers = range(config["num_hidden_layers"])
+        config["layer_types"] = ["sliding_attention" if i % 4 else "full_attention" for i in layers]
     check_layers(config)
     config["rope_parameters"] = read_rope(config)
+    if family_of(config).sinks:
+        _check_multipliers(config)
+        theta = config["rope_parameters"]["rope_theta"]
+        config["layer_rope_theta"] = config.get("layer_rope_theta") or [theta] * config["num_hidden_layers"]
     if config.get("original_max_position_embeddings") is None:
         config.pop("original_max_position_embeddings", None)
     family_of(config).kinds(config)  # raises where the layers are of a kind that is not supported
     return config
+
+
+def _check_multipliers(config: Config) -> None:
+    """Refuses the scales of a Granite that a Llama has not. Raises ModelError."""
+    meant = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
+    for name, value in (meant | {"attention_multiplier": config["head_dim"] ** -0.5}).items():
+        if not math.isclose(config[name], value, rel_tol=1e-12):
+            raise ModelError(f"config.json: {name} is {config[name]:g}, supported is {value:g}, as in a Llama")
 
 
 def model_shape(config: Config) -> ModelShape:
@@ -183,12 +231,14 @@ def model_shape(config: Config) -> ModelShape:
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         tied=bool(config["tie_word_embeddings"]),
-        attention_bias=_qkv_bias(config),
+        attention_bias=qkv_bias(config),
+        output_bias=_o_bias(config),
         qk_norm=family_of(config).qk_norm,
+        head_sinks=family_of(config).sinks,
     )
 
 
-def _qkv_bias(config: Config) -> bool:
+def qkv_bias(config: Config) -> bool:
     return config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
 
 
@@ -208,13 +258,15 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
         rows = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
         for name, size in rows.items():
             tensors[f"{attention}{name}.weight"] = (size, width)
-            if _qkv_bias(config):
+            if qkv_bias(config):
                 tensors[f"{attention}{name}.bias"] = (size,)
         tensors[f"{attention}o_proj.weight"] = (width, heads * dim)
         if _o_bias(config):
             tensors[f"{attention}o_proj.bias"] = (width,)
         if family_of(config).qk_norm:
             tensors |= {f"{attention}{name}.weight": (dim,) for name in ("q_norm", "k_norm")}
+        if family_of(config).sinks:
+            tensors[f"{attention}sinks"] = (heads,)
         for name, size in {"gate_proj": (mlp, width), "up_proj": (mlp, width), "down_proj": (width, mlp)}.items():
             tensors[f"{block}mlp.{name}.weight"] = size
             if config.get("mlp_bias"):
@@ -227,88 +279,14 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def new_tensors(source: Config, target: Config) -> dict[str, tuple[int, ...]]:
-    """Weights the target class has and the source lacks; all of them are biases, and zero."""
+    """Weights the target class has and the source lacks: biases and sinks (`initial_value`)."""
     before, after = expected_tensors(source), expected_tensors(target)
     return {name: shape for name, shape in after.items() if name not in before}
 
 
-def hybrid_config(source: Config, kinds: Sequence[LayerKind]) -> Config:
-    """The target class's config.json for a (normalised) source config and a layout, every field written.
-
-    Raises ModelError when the target class cannot express the layout.
-    """
-    family = family_of(source)
-    config = {
-        "vocab_size": source["vocab_size"],
-        "hidden_size": source["hidden_size"],
-        "intermediate_size": source["intermediate_size"],
-        "num_hidden_layers": source["num_hidden_layers"],
-        "num_attention_heads": source["num_attention_heads"],
-        "num_key_value_heads": source["num_key_value_heads"],
-        "head_dim": source["head_dim"],
-        "hidden_act": "silu",
-        "max_position_embeddings": source["max_position_embeddings"],
-        "initializer_range": source.get("initializer_range", 0.02),
-        "rms_norm_eps": source["rms_norm_eps"],
-        "use_cache": True,
-        "pad_token_id": source.get("pad_token_id"),
-        "bos_token_id": source.get("bos_token_id"),
-        "eos_token_id": source.get("eos_token_id"),
-        "tie_word_embeddings": bool(source["tie_word_embeddings"]),
-        "attention_bias": _qkv_bias(source),
-        "attention_dropout": source.get("attention_dropout", 0.0),
-    }
-    for field in ("original_max_position_embeddings", "original_rope_theta"):
-        if field in source:
-            config[field] = source[field]
-    if source.get("dtype") or source.get("torch_dtype"):
-        config["dtype"] = source.get("dtype") or source["torch_dtype"]
-    windows = {kind.sliding_window for kind in kinds} - {None}
-    if len(windows) > 1:
-        raise ModelError(f"{pattern_text(kinds)}: one model has one window, not {sorted(windows)}")
-    window = windows.pop() if windows else None
-    types = ["full_attention" if kind.sliding_window is None else "sliding_attention" for kind in kinds]
-    write = {"smollm3": _write_smollm3, "mellum": _write_mellum}[family.target]
-    return config | write(source, kinds, window, types)
-
-
-def _write_smollm3(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
-    return {
-        "architectures": ["SmolLM3ForCausalLM"],
-        "model_type": "smollm3",
-        "mlp_bias": bool(source.get("mlp_bias", False)),
-        "rope_parameters": dict(source["rope_parameters"]),
-        "use_sliding_window": window is not None,
-        "sliding_window": window,
-        "no_rope_layers": [int(kind.use_rope) for kind in kinds],
-        "no_rope_layer_interval": 0,
-        "layer_types": types,
-    }
-
-
-def _write_mellum(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
-    rope = source["rope_parameters"]
-    per_type: dict[str, Config] = {}
-    for kind, name in zip(kinds, types, strict=True):
-        parameters = dict(rope) if kind.use_rope else NO_ROPE | {"rope_theta": rope["rope_theta"]}
-        if per_type.setdefault(name, parameters) != parameters:
-            raise ModelError(
-                f"{pattern_text(kinds)}: qwen3 becomes a Mellum model, whose {name} layers all have RoPE or none has"
-            )
-    return {
-        "architectures": ["MellumForCausalLM"],
-        "model_type": "mellum",
-        "rope_parameters": per_type,
-        "sliding_window": window,
-        "layer_types": types,
-        "mlp_layer_types": ["dense"] * len(kinds),
-        "moe_intermediate_size": source["intermediate_size"],
-        "num_experts_per_tok": 1,
-        "num_experts": 1,
-        "norm_topk_prob": True,
-        "output_router_logits": False,
-        "router_aux_loss_coef": 0.0,
-    }
+def initial_value(name: str) -> float:
+    """What fills a weight of `new_tensors`: the model then computes what it did before. Sinks take nothing."""
+    return NO_SINK if name.endswith("sinks") else 0.0
 
 
 def rope_of(config: Config) -> Config:
@@ -325,7 +303,10 @@ def rope_of(config: Config) -> Config:
 def with_rope(config: Config, rope: Config) -> Config:
     """A copy of a normalised config whose RoPE layers use `rope`; NoPE layers stay NoPE."""
     if "rope_type" in config["rope_parameters"]:
-        return config | {"rope_parameters": dict(rope)}
+        changed = config | {"rope_parameters": dict(rope)}
+        if config.get("layer_rope_theta"):
+            changed["layer_rope_theta"] = [rope["rope_theta"] if theta else 0 for theta in config["layer_rope_theta"]]
+        return changed
     kinds = family_of(config).kinds(config)
     uses_rope = {name: kind.use_rope for kind, name in zip(kinds, config["layer_types"], strict=True)}
     nested = {name: dict(rope) if uses_rope.get(name) else old for name, old in config["rope_parameters"].items()}
@@ -334,7 +315,6 @@ def with_rope(config: Config, rope: Config) -> Config:
 
 def first_layers(config: Config, layers: int) -> Config:
     """The config of the same model cut after its first `layers` layers."""
-    lists = {
-        k: v[:layers] for k, v in config.items() if k in ("layer_types", "no_rope_layers", "mlp_layer_types") and v
-    }
+    by_layer = ("layer_types", "no_rope_layers", "mlp_layer_types", "layer_rope_theta")
+    lists = {k: v[:layers] for k, v in config.items() if k in by_layer and v}
     return config | lists | {"num_hidden_layers": layers}

@@ -8,6 +8,7 @@ be compared with what was meant. Sources: linear (position interpolation) arXiv 
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Any
 
 from ctxext.errors import CheckFailed, ModelError
@@ -79,8 +80,7 @@ def check_realised(model: Any, config: Config) -> float:
         return 0.0
     intended, scale = inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"])
     worst = 0.0
-    for prefix in _rope_prefixes(config):
-        rotary = model.get_decoder().rotary_emb
+    for prefix, rotary in product(_rope_prefixes(config), rotaries(model.get_decoder())):
         realised = getattr(rotary, f"{prefix}inv_freq").tolist()
         if len(realised) != len(intended):
             raise CheckFailed(f"the built model has {len(realised)} RoPE frequencies, {len(intended)} were meant")
@@ -112,7 +112,14 @@ def forget_lengths(model: Any, config: Config) -> None:
             setattr(rotary, f"{prefix}inv_freq", getattr(rotary, f"{prefix}original_inv_freq").to(positions.device))
             setattr(rotary, f"{prefix}max_seq_len_cached", rotary.original_max_seq_len)
 
-    model.get_decoder().rotary_emb.register_forward_pre_hook(begin, with_kwargs=True)
+    for rotary in rotaries(model.get_decoder()):
+        rotary.register_forward_pre_hook(begin, with_kwargs=True)
+
+
+def rotaries(decoder: Any) -> list[Any]:
+    """The modules that make the rotations of a decoder's layers: one, or none where no layer of a class that has one
+    for each theta uses RoPE."""
+    return list(decoder.rotary_embs) if hasattr(decoder, "rotary_embs") else [decoder.rotary_emb]
 
 
 def switch_length(config: Any) -> int | None:

@@ -16,7 +16,7 @@ is that of one of 4,096. So windows beyond LARGEST_WINDOW are compared at that, 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ctxext.errors import CheckFailed
 from ctxext.machine.memory import memory
-from ctxext.model.families import Config, first_layers, hybrid_config, model_shape
+from ctxext.model.families import FAMILIES, Config, first_layers, model_shape
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
 from ctxext.model.shards import tensor_reader
 from ctxext.model.stock import built_config, stock_config
@@ -73,8 +74,14 @@ def run_gate(
     source_kinds: Sequence[LayerKind],
     *,
     dtype: torch.dtype | None,
+    target: str | None = None,
+    biases: bool = False,
+    between: Callable[[], None] = lambda: None,
 ) -> GateReport:
     """Run both comparisons in fp32. Raises CheckFailed when one fails.
+
+    `target` and `biases` as in `hybrid_config`. `between` is called after the first comparison: it may change weights
+    of `out` on purpose, such as sinks, which the second comparison then has.
 
     Runs past every window by 67 tokens, a window beyond LARGEST_WINDOW counting as that. A model too large to hold in
     fp32 is cut to its first layers; the report says to how many. With `dtype` the source's weights are rounded to it
@@ -96,15 +103,16 @@ def run_gate(
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    truth = _logits(source, config, ids, dtype)
-    identity = first_layers(hybrid_config(source_config, tested_source), layers)
-    identity_diff = _difference(_logits(out, built_config(identity), ids, None), truth)
+    truth = _logits(source, config, ids, dtype, target)
+    identity = first_layers(hybrid_config(source_config, tested_source, target, biases=biases), layers)
+    identity_diff = _difference(_logits(out, built_config(identity), ids, None, target), truth)
+    between()
 
     if tested != tuple(kinds):
-        _check_number(hybrid_config(source_config, kinds), kinds)
-    target = first_layers(hybrid_config(source_config, tested), layers)
-    by_hand, tolerance = _truth_by_hand(out, target, tested[:layers], ids)
-    hybrid_diff = _difference(_logits(out, built_config(target), ids, None), by_hand)
+        _check_number(hybrid_config(source_config, kinds, target, biases=biases), kinds)
+    hybrid = first_layers(hybrid_config(source_config, tested, target, biases=biases), layers)
+    by_hand, tolerance = _truth_by_hand(out, hybrid, tested[:layers], ids)
+    hybrid_diff = _difference(_logits(out, built_config(hybrid), ids, None, target), by_hand)
     stand_in = LARGEST_WINDOW if (tested, tested_source) != (tuple(kinds), tuple(source_kinds)) else None
     every = source_config["num_hidden_layers"]
     report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, every, stand_in)
@@ -160,13 +168,19 @@ def _check_number(config: Config, kinds: Sequence[LayerKind]) -> None:
         raise CheckFailed(f"the converted config.json gives transformers a window of {read}, the layout has another")
 
 
-def _logits(directory: Path, config: Any, ids: Tensor, rounded_to: torch.dtype | None) -> Tensor:
-    """Logits [1, T, V] of a stock model in fp32; its weights optionally rounded to another dtype on the way."""
+def _logits(
+    directory: Path, config: Any, ids: Tensor, rounded_to: torch.dtype | None, target: str | None = None
+) -> Tensor:
+    """Logits [1, T, V] of a stock model in fp32; its weights optionally rounded to another dtype on the way.
+
+    Both models of a comparison use one implementation of attention: sdpa, but eager where the `target` class has sinks,
+    which transformers computes there alone.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
         dtype=torch.float32,
-        attn_implementation="sdpa",
+        attn_implementation="eager" if target is not None and FAMILIES[target].sinks else "sdpa",
         generation_config=GenerationConfig(),  # transformers would read config.json for one, and `out` has none yet
         local_files_only=True,
         trust_remote_code=False,

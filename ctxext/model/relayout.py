@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 from ctxext.errors import ModelError
 from ctxext.model import attention
 from ctxext.model.families import Config
-from ctxext.model.frequencies import check_realised, forget_lengths
+from ctxext.model.frequencies import check_realised, forget_lengths, rotaries
 from ctxext.model.load import causal_lm
 
 
@@ -46,8 +46,13 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
             raise ModelError(f"{name} of a {config['model_type']} layout is not among the model's modules") from error
         if list(own.parameters(recurse=False)) == []:
             raise ModelError(f"{name} holds no weight of its own in the model")
+        if list(module.children()):
+            # A part with weights of its own around others, such as attention with sinks: it keeps its layout.
+            for own_name, weight in own.named_parameters(recurse=False):
+                setattr(module, own_name, weight)
+            continue
         parent, _, child = name.rpartition(".")
-        setattr(other.get_submodule(parent), child, own)
+        setattr(other.get_submodule(parent), child, _without_bias(own, module, name))
     if config["tie_word_embeddings"]:
         _tie(other)
     left = [name for name, parameter in other.named_parameters() if parameter.is_meta]
@@ -61,6 +66,21 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
     forget_lengths(other, config)
     result: PreTrainedModel = other.eval()
     return result
+
+
+def _without_bias(own: Any, wanted: Any, name: str) -> Any:
+    """The model's module; where it has a bias that the layout has not, a linear layer of the same weight without."""
+    if getattr(own, "bias", None) is None or getattr(wanted, "bias", None) is not None:
+        return own
+    if type(own) is not nn.Linear:
+        raise ModelError(
+            f"{name} has a bias that the layout has not, and is a {type(own).__name__}",
+            hint="name the source as the teacher: --set distill.teacher=SOURCE",
+        )
+    with torch.device("meta"):
+        bare = nn.Linear(own.in_features, own.out_features, bias=False)
+    bare.weight = own.weight
+    return bare
 
 
 def frozen_module(module: Any) -> Any:
@@ -91,6 +111,6 @@ def rotations(decoder: Any, x: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]
     """
     positions = torch.arange(x.shape[1], device=x.device)[None]
     if "rope_type" in decoder.config.rope_parameters:
-        shared = decoder.rotary_emb(x, positions)
+        shared = (rotaries(decoder) or [decoder.rotary_emb])[0](x, positions)
         return lambda index: shared
     return lambda index: decoder.rotary_emb(x, positions, decoder.config.layer_types[index])

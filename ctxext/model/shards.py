@@ -85,12 +85,12 @@ def copy_weights(
     out: Path,
     *,
     expected: Mapping[str, tuple[int, ...]],
-    added: Mapping[str, tuple[int, ...]],
+    added: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     allow_pickle: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> None:
-    """Write `source`'s weights to `out`, cast to `dtype` if one is given, plus `added` tensors of zeros.
+    """Write `source`'s weights to `out`, cast to `dtype` if one is given, plus `added` tensors.
 
     A shard that needs no change is copied as a file; in others, tensors get the model's names. Raises ModelError for
     NaN or infinite values, for values that `dtype` does not hold, for a pickled checkpoint that disagrees with its
@@ -111,15 +111,33 @@ def copy_weights(
     if added:
         name = f"model-{shards:05d}-of-{shards:05d}.safetensors"
         like = dtype or stored_dtype(files)
-        save_file(
-            {n: torch.zeros(shape, dtype=like) for n, shape in added.items()}, out / name, metadata={"format": "pt"}
-        )
+        tensors = {n: cast(tensor, like, n).contiguous() for n, tensor in added.items()}
+        save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(added, name)
         progress(shards, shards)
     if shards > 1:
         size = sum((out / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def replace_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write other values for some tensors of a safetensors checkpoint, in the dtypes they are stored in.
+
+    Each shard that holds one is written again. Raises ModelError for a name that no shard has.
+    """
+    left = set(tensors)
+    for path in weight_files(directory):
+        with open_shard(path) as (names, get):
+            if left.isdisjoint(names):
+                continue
+            held = {name: get(name) for name in names}
+        changed = left & held.keys()
+        held |= {name: cast(tensors[name].reshape(held[name].shape), held[name].dtype, name) for name in changed}
+        save_file({name: tensor.contiguous() for name, tensor in held.items()}, path, metadata={"format": "pt"})
+        left -= changed
+    if left:
+        raise ModelError(f"{directory}: no shard has {min(left)}")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ from ctxext.config.manifest import Manifest
 from ctxext.errors import InputError, ModelError
 from ctxext.model.companions import CARD, LICENCES
 from ctxext.model.config_fields import FACTS, PARENT, check_fields
-from ctxext.model.families import Config, expected_tensors, family_of, hybrid_config, model_shape, normalise, rope_of
+from ctxext.model.families import Config, expected_tensors, family_of, model_shape, normalise, rope_of
 from ctxext.model.hub import download
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind, kinds_of
 from ctxext.model.weights import (
     ADAPTER_FILE,
@@ -200,7 +201,16 @@ def original_config(source: ModelSource) -> Config:
     facts = source.manifest.facts if source.manifest else {}
     try:
         rope, kinds = facts["source_rope_parameters"], kinds_of(facts["source_layout"])
-        return hybrid_config(source.config | {"rope_parameters": rope}, kinds)
+        config, sinks = source.config | {"rope_parameters": rope}, facts.get("sinks")
+        if sinks and sinks["source_biases"]:
+            raise InputError(
+                f"{source.name}: fitting sinks changed biases that its source had, so its weights are not its source's",
+                hint="name the source where a teacher is asked for: --set distill.teacher=SOURCE",
+            )
+        if sinks:
+            # The weights without what was fitted: those of a class that has neither sinks nor these biases.
+            config |= {"model_type": "llama", "attention_bias": False}
+        return hybrid_config(config, kinds)
     except (KeyError, TypeError):
         message = f"{source.name}: its ctxext.json does not say what its layout was"
         raise InputError(message, hint="convert it again") from None

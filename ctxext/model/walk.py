@@ -68,8 +68,10 @@ def _attention(
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     lo = lower_bounds(Pattern(sliding_window=kind.sliding_window, group_size=None), T)
     ratio = q.shape[1] // k.shape[1]
+    sinks = weights(f"{name}sinks")
+    logits = [None] * k.shape[1] if sinks is None else list(sinks.to(h.dtype).split(ratio))
     groups = [
-        naive_attention(q[:, g * ratio : (g + 1) * ratio], k[:, g : g + 1], v[:, g : g + 1], lo)
+        naive_attention(q[:, g * ratio : (g + 1) * ratio], k[:, g : g + 1], v[:, g : g + 1], lo, sink_logits=logits[g])
         for g in range(k.shape[1])
     ]  # one kv head at a time: T x T x ratio at most
     out = torch.cat(groups, dim=1)

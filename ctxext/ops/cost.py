@@ -34,7 +34,9 @@ class ModelShape:
 
     tied             input embedding and output head are one [V, E] weight
     attention_bias   q, k and v have biases (Qwen2)
+    output_bias      o has one
     qk_norm          an RMSNorm of D over each query and key head (Qwen3)
+    head_sinks       each query head has a learned sink (GraniteSWA)
     """
 
     hidden_size: int
@@ -46,7 +48,9 @@ class ModelShape:
     vocab_size: int
     tied: bool
     attention_bias: bool = False
+    output_bias: bool = False
     qk_norm: bool = False
+    head_sinks: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +88,12 @@ def parameter_count(shape: ModelShape, *, embeddings: bool = True) -> int:
     layer = layer_matrices(shape) + 2 * shape.hidden_size
     if shape.attention_bias:
         layer += shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
+    if shape.output_bias:
+        layer += shape.hidden_size
     if shape.qk_norm:
         layer += 2 * shape.head_dim
+    if shape.head_sinks:
+        layer += shape.num_heads
     vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
     return shape.num_layers * layer + shape.hidden_size + (vocabulary if embeddings else 0)
 

@@ -28,7 +28,8 @@ from ctxext.config.loader import build, flow, set_value
 from ctxext.data.documents import SELF
 from ctxext.errors import InputError
 from ctxext.model.adapter_plan import Trainables
-from ctxext.model.families import hybrid_config, normalise, rope_of
+from ctxext.model.families import normalise, rope_of
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds, layout_facts, pattern_text
 from ctxext.model.source import ModelSource
 from ctxext.ops.cost import WHOLE, Partition, parameter_count

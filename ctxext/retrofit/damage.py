@@ -13,9 +13,9 @@ Everything is computed in fp32. There is no training here, and no sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -28,8 +28,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ctxext.errors import ModelError
 from ctxext.model import attention
-from ctxext.model.families import Config, first_layers, hybrid_config, new_tensors, normalise
-from ctxext.model.frequencies import check_realised
+from ctxext.model.families import Config, first_layers, initial_value, new_tensors, normalise
+from ctxext.model.frequencies import check_realised, rotaries
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
 from ctxext.model.shards import EMBEDDING
 from ctxext.model.weights import HEAD
@@ -90,7 +91,8 @@ class Layers:
 
     decoders  a decoder of one layer for each kind, with its rotations and no norm at its end; weights on meta
     norm      the model's final norm, empty as well
-    added     parameters of a layer that the source has not: biases, zero
+    added     parameters of a layer that the source has not: biases 0, sinks that take nothing
+    values    other values for some weights, by their names in the checkpoint
     """
 
     config: Config
@@ -100,10 +102,12 @@ class Layers:
     added: frozenset[str]
     read: Weights
     device: torch.device
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
         """A weight of the checkpoint, fp32, on the device. Raises ModelError when there is none."""
-        found = self.read(name)
+        found = self.values.get(name)
+        found = self.read(name) if found is None else found
         if found is None:
             raise ModelError(f"the checkpoint has no {name}")
         return found.to(self.device, torch.float32)
@@ -114,17 +118,24 @@ class Layers:
 
 
 def open_layers(
-    config: Config, source: Layout, kinds: Sequence[LayerKind], read: Weights, device: torch.device
+    config: Config,
+    source: Layout,
+    kinds: Sequence[LayerKind],
+    read: Weights,
+    device: torch.device,
+    *,
+    target: str | None = None,
+    biases: bool = False,
 ) -> Layers:
     """The layers of the (normalised) source config as `source` and as any of `kinds`, in stock classes.
 
     `source` are the kinds its own layers have. `read` gives a tensor by its name in the checkpoint, when it is called:
-    model/shards.py's `tensor_reader` streams, a state dict's `get` holds everything. Raises ModelError for a kind that
-    the target class does not have.
+    model/shards.py's `tensor_reader` streams, a state dict's `get` holds everything. `target` and `biases` are those of
+    `hybrid_config`. Raises ModelError for a kind that the target class does not have.
     """
-    decoders, first = {}, first_layers(config, 1)
+    decoders, first, L = {}, first_layers(config, 1), config["num_hidden_layers"]
     for kind in dict.fromkeys([*source, *kinds]):
-        one = normalise(first_layers(hybrid_config(config, [kind] * config["num_hidden_layers"]), 1))
+        one = normalise(first_layers(hybrid_config(config, [kind] * L, target, biases=biases), 1))
         hf_config = CONFIG_MAPPING[one["model_type"]].from_dict(one)
         hf_config._attn_implementation = attention.register()
         with init_empty_weights(include_buffers=False):
@@ -132,7 +143,8 @@ def open_layers(
         check_realised(model, one)
         decoder = model.get_decoder().eval()
         norm, decoder.norm = decoder.norm, nn.Identity()
-        decoder.rotary_emb.to(device)
+        for rotary in rotaries(decoder):
+            rotary.to(device)
         decoders[kind] = decoder
     added = frozenset(name.removeprefix("model.layers.0.") for name in new_tensors(first, one))
     return Layers(config, source, decoders, norm, added, read, device)
@@ -146,16 +158,16 @@ def final_states(
     states: dict[Layout, Tensor] = {(): embedded}
     for index in range(layers.config["num_hidden_layers"]):
         after: dict[Layout, Tensor] = {}
-        with _weights_of_layer(layers, index):
+        with weights_of_layer(layers, index):
             for prefix, kinds in _branches(layouts, index).items():
                 before = states.pop(prefix)
                 for kind in kinds:
-                    after[(*prefix, kind)] = _apply(layers, kind, before)
+                    after[(*prefix, kind)] = apply_layer(layers, kind, before)
                     progress()
         states = after
     layers.norm.load_state_dict({"weight": layers.tensor("model.norm.weight")}, assign=True)
     for state in states.values():
-        for rows in _row_batches(state):
+        for rows in row_batches(state):
             state[rows] = layers.norm(state[rows].to(layers.device)).cpu()
     return states
 
@@ -222,8 +234,10 @@ def head_scores(layers: Layers, samples: Samples) -> Tensor | None:
     scores = []
     for index, kind in enumerate(layers.source):
         masses: list[Tensor] = []
-        with _weights_of_layer(layers, index):
-            states = _apply(layers, kind, states, lambda rows, m=masses: partial(_mass, m, last[rows], needles[rows]))
+        with weights_of_layer(layers, index):
+            states = apply_layer(
+                layers, kind, states, lambda rows, m=masses: partial(_mass, m, last[rows], needles[rows])
+            )
         scores.append(torch.cat(masses).mean(0))
     return torch.stack(scores)
 
@@ -245,15 +259,16 @@ def _mass(
 
 
 @contextmanager
-def _weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
+def weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
     """Layer `index`'s weights in the layers of every kind, the same tensors in all, and gone afterwards."""
     empty = next(iter(layers.decoders.values())).layers[0]
-    tensors = {
-        name: torch.zeros(parameter.shape, device=layers.device)
-        if name in layers.added
-        else layers.tensor(f"model.layers.{index}.{name}")
-        for name, parameter in empty.named_parameters()
-    }
+    tensors = {}
+    for name, parameter in empty.named_parameters():
+        full_name = f"model.layers.{index}.{name}"
+        if name in layers.added and full_name not in layers.values:
+            tensors[name] = torch.full(parameter.shape, initial_value(name), device=layers.device)
+        else:
+            tensors[name] = layers.tensor(full_name)
     for decoder in layers.decoders.values():
         decoder.layers[0].load_state_dict(tensors, assign=True)
     del tensors
@@ -264,19 +279,19 @@ def _weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
             decoder.layers[0].to("meta")
 
 
-def _apply(
+def apply_layer(
     layers: Layers, kind: LayerKind, before: Tensor, watch: Callable[[slice], Callable[..., None]] | None = None
 ) -> Tensor:
     """The layer that is loaded, as `kind`, over states [n,T,E]; `watch(rows)` watches its attention to those rows."""
     decoder, after = layers.decoders[kind], torch.empty_like(before)
-    for rows in _row_batches(before):
+    for rows in row_batches(before):
         watching = {} if watch is None else {"watch": watch(rows)}
         states = before[rows].to(layers.device)
         after[rows] = decoder(inputs_embeds=states, use_cache=False, **watching).last_hidden_state.cpu()
     return after
 
 
-def _row_batches(states: Tensor) -> Iterator[slice]:
+def row_batches(states: Tensor) -> Iterator[slice]:
     step = max(1, BATCH_TOKENS // states.shape[1])
     return (slice(start, start + step) for start in range(0, len(states), step))
 

@@ -13,16 +13,17 @@ patterns are among what is measured, so the choice is never worse than they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import comb
+from typing import Any
 
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.errors import InputError
 from ctxext.model.layout import HybridSpec, LayerKind
 from ctxext.ops.cost import ModelShape, kv_cache_bytes
-from ctxext.units import format_tokens
+from ctxext.units import format_tokens, parse_tokens
 
 Full = tuple[int, ...]
 Measure = Callable[[Sequence[Full]], list[float]]
@@ -60,6 +61,37 @@ class Search:
     best: Full
     measured: dict[Full, float]
     exhaustive: bool
+
+
+def request_of(
+    shape: ModelShape,
+    source: Sequence[LayerKind],
+    hybrid: HybridSpec,
+    usable_length: int,
+    automatic: bool,
+    asked: Mapping[str, Any],
+) -> Request | None:
+    """The planner's options as they were given, checked; None without the planner, whose options are then refused."""
+    if not automatic:
+        if asked:
+            option = next(iter(asked)).replace("_", "-")
+            raise InputError(f"--{option} is for the planner", hint="add --full-layers auto")
+        return None
+    length, tokens = (
+        None if name not in asked else parse_tokens(asked[name]) for name in ("length", "calibration_tokens")
+    )
+    budget = asked.get("budget")
+    return plan_request(
+        shape,
+        source,
+        hybrid,
+        usable_length,
+        budget=None if budget is None else str(budget),
+        length=length,
+        calibration=asked.get("calibration"),
+        tokens=tokens,
+        i_know=bool(asked.get("i_know")),
+    )
 
 
 def plan_request(

@@ -263,7 +263,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     """
     T, source = request.row_tokens, request.calibration
     documents = read_documents(source)
-    ids = _joined(documents, tokenizer, READ_AHEAD * request.tokens)
+    ids = joined(documents, tokenizer, READ_AHEAD * request.tokens)
     if len(ids) < min(2 * window, T):
         raise DataError(
             f"--calibration {source}: {format_tokens(len(ids))} tokens; a window of {format_tokens(window)} shows its "
@@ -284,7 +284,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     return Samples(torch.cat([text, rows]), count, answers, needles)
 
 
-def _joined(documents: Any, tokenizer: Any, most: int) -> Tensor:
+def joined(documents: Any, tokenizer: Any, most: int) -> Tensor:
     """The documents' tokens in one row, EOS between them where there is one, at most `most`."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts: list[Tensor] = []

@@ -140,7 +140,7 @@ def test_stories_passes(stories):
         assert certificate.failed == ()
 
 
-def rolled(q, k, v, pattern, *, document_starts=None, scale=None):
+def rolled(q, k, v, pattern, *, document_starts=None, scale=None, **_):
     """S² as a roll of half of the heads under a causal mask: the last tokens come before the first."""
     if pattern.group_size is None:
         return RIGHT(q, k, v, pattern, document_starts=document_starts, scale=scale)
@@ -180,16 +180,16 @@ def group(change: int):
     return attend
 
 
-def unshifted(q, k, v, pattern, *, document_starts=None, scale=None):
+def unshifted(q, k, v, pattern, *, document_starts=None, scale=None, **_):
     lo = lower_bounds(pattern, q.shape[2], document_starts=document_starts)[:, :1]
     return naive_attention(q, k, v, lo, scale=scale)
 
 
-def documents_ignored(q, k, v, pattern, *, document_starts=None, scale=None):
+def documents_ignored(q, k, v, pattern, *, document_starts=None, scale=None, **_):
     return RIGHT(q, k, v, pattern, scale=scale)
 
 
-def leaking(q, k, v, pattern, *, document_starts=None, scale=None):
+def leaking(q, k, v, pattern, *, document_starts=None, scale=None, **_):
     """Every query also sees the next token."""
     out = RIGHT(q, k, v, pattern, document_starts=document_starts, scale=scale)
     return out + 1e-3 * out.roll(-1, dims=2)

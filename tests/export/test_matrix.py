@@ -12,8 +12,9 @@ from ctxext.config.loader import assignments, build
 from ctxext.errors import InputError, ModelError
 from ctxext.export.matrix import FACTS, TARGETS, verdict
 from ctxext.export.write import plan_export
-from ctxext.model.families import FAMILIES, hybrid_config, normalise
+from ctxext.model.families import FAMILIES, normalise
 from ctxext.model.frequencies import check_realised
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds, pattern_text
 from ctxext.train.spec import FinetuneSpec
 

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from ctxext.config import manifest
 from ctxext.errors import CtxextError, ModelError
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.model.families import SOURCES, expected_tensors, hybrid_config, model_shape
+from ctxext.model.families import SOURCES, expected_tensors, model_shape
 from ctxext.model.frequencies import inverse_frequencies
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds
 from ctxext.model.load import load_model, load_tokenizer
 from ctxext.model.positions import Auto, Dynamic, Linear, Ntk, Yarn, plan_positions, rope_of

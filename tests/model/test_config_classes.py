@@ -11,7 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxext.errors import ModelError
 from ctxext.model.config_fields import EFFECTS, KEPT, UNREAD
-from ctxext.model.families import FAMILIES, hybrid_config, normalise
+from ctxext.model.families import FAMILIES, normalise
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds
 from ctxext.model.source import read_config
 from ctxext.model.stock import WITHOUT_EFFECT, built_config

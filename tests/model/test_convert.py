@@ -14,7 +14,7 @@ from ctxext.config import presets
 from ctxext.errors import CheckFailed, CtxextError, InputError, ModelError
 from ctxext.model import gate as gates
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.model.families import hybrid_config
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.source import resolve
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

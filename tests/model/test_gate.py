@@ -13,7 +13,7 @@ import torch
 
 from ctxext.model import gate as gates
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.model.families import hybrid_config
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind, find_hybrid, layer_kinds
 from ctxext.model.shards import tensor_reader
 from ctxext.model.source import resolve

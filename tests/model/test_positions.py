@@ -5,8 +5,9 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from ctxext.errors import CheckFailed, InputError, ModelError
-from ctxext.model.families import hybrid_config, normalise
+from ctxext.model.families import normalise
 from ctxext.model.frequencies import check_realised, forget_lengths, inverse_frequencies
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
 from ctxext.model.positions import Abf, Auto, Dynamic, Linear, Llama3, LongRope, NoScaling, Ntk, Yarn, plan_positions
 from ctxext.model.source import usable_length

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from ctxext.errors import ModelError
-from ctxext.model.families import hybrid_config
+from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import hidden_states, load_model
 from ctxext.model.relayout import relayout

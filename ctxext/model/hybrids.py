@@ -1,0 +1,125 @@
+"""The config.json of a conversion: the class that a source becomes, with every field written. Plain dicts; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ctxext.errors import InputError, ModelError
+from ctxext.model.families import Config, family_of, qkv_bias
+from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.rope_fields import NO_ROPE
+
+ANY_WINDOW = 128  # GraniteSWA makes the mask of a window also where no layer uses one
+
+
+def target_of(source: Config, target: str | None = None) -> str:
+    """The model_type of a source's conversions. Raises InputError for one that cannot hold it exactly."""
+    family = family_of(source)
+    if target is None:
+        return family.targets[0]
+    if target in family.targets:
+        return target
+    why = "it normalises queries and keys, which the class does not" if family.qk_norm else "it is none of its classes"
+    raise InputError(
+        f"--class {target}: {family.name} does not become one: {why}",
+        hint=f"allowed for {family.name}: auto, {', '.join(family.targets)}",
+    )
+
+
+def hybrid_config(
+    source: Config, kinds: Sequence[LayerKind], target: str | None = None, *, biases: bool = False
+) -> Config:
+    """The target class's config.json for a (normalised) source config and a layout, every field written.
+
+    `target` is a model_type of the source's family, by default the first. With `biases` all of q, k, v and o have one,
+    also where the source's have none. Raises ModelError when the target class cannot express the layout.
+    """
+    target = target_of(source, target)
+    config = {
+        "vocab_size": source["vocab_size"],
+        "hidden_size": source["hidden_size"],
+        "intermediate_size": source["intermediate_size"],
+        "num_hidden_layers": source["num_hidden_layers"],
+        "num_attention_heads": source["num_attention_heads"],
+        "num_key_value_heads": source["num_key_value_heads"],
+        "head_dim": source["head_dim"],
+        "hidden_act": "silu",
+        "max_position_embeddings": source["max_position_embeddings"],
+        "initializer_range": source.get("initializer_range", 0.02),
+        "rms_norm_eps": source["rms_norm_eps"],
+        "use_cache": True,
+        "pad_token_id": source.get("pad_token_id"),
+        "bos_token_id": source.get("bos_token_id"),
+        "eos_token_id": source.get("eos_token_id"),
+        "tie_word_embeddings": bool(source["tie_word_embeddings"]),
+        "attention_bias": qkv_bias(source) or biases,
+        "attention_dropout": source.get("attention_dropout", 0.0),
+    }
+    for field in ("original_max_position_embeddings", "original_rope_theta"):
+        if field in source:
+            config[field] = source[field]
+    if source.get("dtype") or source.get("torch_dtype"):
+        config["dtype"] = source.get("dtype") or source["torch_dtype"]
+    windows = {kind.sliding_window for kind in kinds} - {None}
+    if len(windows) > 1:
+        raise ModelError(f"{pattern_text(kinds)}: one model has one window, not {sorted(windows)}")
+    window = windows.pop() if windows else None
+    types = ["full_attention" if kind.sliding_window is None else "sliding_attention" for kind in kinds]
+    write = {"smollm3": _write_smollm3, "mellum": _write_mellum, "granite_swa": _write_granite_swa}[target]
+    return config | write(source, kinds, window, types)
+
+
+def _write_smollm3(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
+    return {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "mlp_bias": bool(source.get("mlp_bias", False)),
+        "rope_parameters": dict(source["rope_parameters"]),
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "no_rope_layers": [int(kind.use_rope) for kind in kinds],
+        "no_rope_layer_interval": 0,
+        "layer_types": types,
+    }
+
+
+def _write_mellum(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
+    rope = source["rope_parameters"]
+    per_type: dict[str, Config] = {}
+    for kind, name in zip(kinds, types, strict=True):
+        parameters = dict(rope) if kind.use_rope else NO_ROPE | {"rope_theta": rope["rope_theta"]}
+        if per_type.setdefault(name, parameters) != parameters:
+            raise ModelError(
+                f"{pattern_text(kinds)}: qwen3 becomes a Mellum model, whose {name} layers all have RoPE or none has"
+            )
+    return {
+        "architectures": ["MellumForCausalLM"],
+        "model_type": "mellum",
+        "rope_parameters": per_type,
+        "sliding_window": window,
+        "layer_types": types,
+        "mlp_layer_types": ["dense"] * len(kinds),
+        "moe_intermediate_size": source["intermediate_size"],
+        "num_experts_per_tok": 1,
+        "num_experts": 1,
+        "norm_topk_prob": True,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.0,
+    }
+
+
+def _write_granite_swa(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
+    rope = dict(source["rope_parameters"])
+    return {
+        "architectures": ["GraniteSWAForCausalLM"],
+        "model_type": "granite_swa",
+        "mlp_bias": bool(source.get("mlp_bias", False)),
+        "rope_parameters": rope,
+        "layer_rope_theta": [rope["rope_theta"] if kind.use_rope else 0 for kind in kinds],
+        "sliding_window": window or ANY_WINDOW,
+        "layer_types": types,
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": source["head_dim"] ** -0.5,
+    }

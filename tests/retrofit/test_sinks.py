@@ -1,0 +1,186 @@
+"""Learned sinks in place of the first token: the class that has them, the closed form, and what is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ctxext import api
+from ctxext.errors import InputError
+from ctxext.model.families import NO_SINK
+from ctxext.model.layout import LayerKind
+from ctxext.model.load import hidden_states, load_model
+from ctxext.model.relayout import relayout
+from ctxext.model.shards import tensor_reader
+from ctxext.model.source import original_config, resolve
+from ctxext.retrofit import sinks
+from ctxext.retrofit.damage import open_layers
+
+IDS = torch.arange(60)[None] * 7 % 250
+
+
+@pytest.fixture
+def hangs(monkeypatch):
+    """Every model counts as one that hangs on its first token."""
+    monkeypatch.setattr(sinks, "HANGS", 0.0)
+
+
+def convert(model: Path, out: Path, layout: str = "SSFN", **options) -> tuple[Path, list[str]]:
+    said: list[str] = []
+    given = {"sliding_window": 8, "model_class": "granite_swa"} | options
+    api.convert(model, layout, out=out, say=said.append, **given)
+    return out, said
+
+
+def stock(directory: Path):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True, "head_dim": 16}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": None}),
+        ("qwen2", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("fitted", [False, True], ids=["no-sinks", "fitted"])
+def test_the_class_holds_the_source_and_stock_transformers_reads_what_ctxext_reads(
+    family, changes, fitted, model_dir, tmp_path, monkeypatch
+):
+    """The gate has compared the source's own layout (difference 0) and the layout with sinks."""
+    monkeypatch.setattr(sinks, "HANGS", 0.0 if fitted else 1.0)
+    out, _ = convert(model_dir(family, **changes), tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "granite_swa" and config["layer_rope_theta"] == [10_000, 10_000, 10_000, 0]
+    assert bool(resolve(str(out)).manifest.facts.get("sinks")) == fitted
+    logits = tensor_reader(out)("model.layers.0.self_attn.sinks"), tensor_reader(out)("model.layers.2.self_attn.sinks")
+    assert (logits[0] != NO_SINK).all() == fitted and (logits[1] == NO_SINK).all()
+    with torch.no_grad():
+        theirs = stock(out)(IDS).logits
+        ours = load_model(out, device="cpu").model(IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_without_sinks_it_computes_what_the_other_class_does(model_dir, tmp_path):
+    """`--sinks none`, and auto where no sink is found: to the digit."""
+    model = model_dir("llama")
+    states = [
+        hidden_states(load_model(convert(model, tmp_path / name, **options)[0], device="cpu").model, IDS)
+        for name, options in (
+            ("none", {"sinks": "none"}),
+            ("auto", {}),
+            ("other", {"model_class": "smollm3", "sinks": "none"}),
+        )
+    ]
+    assert torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+def with_a_constant_first_logit(model: Path) -> None:
+    """The key of token 0 at the beginning becomes zero: its logit is 0 for every query, and its value is what it was.
+
+    A model of one layer, so that the key depends on that token alone.
+    """
+    loaded = stock(model)
+    layer = loaded.model.layers[0]
+    x = layer.input_layernorm(loaded.model.embed_tokens.weight[:1])[0].detach()
+    with torch.no_grad():
+        weight = layer.self_attn.k_proj.weight
+        weight -= torch.outer(weight @ x, x) / (x @ x)
+    loaded.save_pretrained(model)
+
+
+def test_a_constant_logit_moves_into_sink_and_biases_exactly(write_model, tmp_path, hangs):
+    """For every query beyond the window the conversion is the source in which the first token stays visible."""
+    model = write_model(tmp_path / "model", "llama", num_hidden_layers=1)
+    with_a_constant_first_logit(model)
+    W, T, source = 8, 60, resolve(str(model))
+    ids = torch.cat((torch.zeros(3, 1, dtype=torch.int64), torch.randint(2, 250, (3, T - 1))), dim=1)
+    kinds = (LayerKind(True, W),)
+    options = {"target": "granite_swa", "biases": True}
+    layers = open_layers(source.config, source.kinds, kinds, tensor_reader(model), torch.device("cpu"), **options)
+    first = sinks.first_token(layers, ids, W)
+    values = sinks.sink_values(layers, kinds, first)
+    assert first.logits[0].abs().max() < 1e-5
+
+    out, _ = convert(model, tmp_path / "out", "S", sinks="none")
+    converted = stock(out)
+    attention = converted.model.layers[0].self_attn
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        part = getattr(attention, name)
+        part.bias = nn.Parameter(values.get(f"model.layers.0.self_attn.{name}.bias", torch.zeros(part.out_features)))
+    attention.sinks.data.copy_(values["model.layers.0.self_attn.sinks"])
+
+    q, k = torch.arange(T)[:, None], torch.arange(T)
+    seen = (k <= q) & ((q - k < W) | (k == 0))
+    mask = torch.zeros(T, T).masked_fill(~seen, torch.finfo(torch.float32).min)[None, None].expand(3, -1, -1, -1)
+    with torch.no_grad():
+        visible, ours = stock(model)(ids, attention_mask=mask).logits, converted(ids).logits
+    torch.testing.assert_close(ours[:, W:], visible[:, W:], rtol=1e-4, atol=1e-5)
+    assert (ours[:, 0] - visible[:, 0]).abs().max() < 1e-5  # the first token's own output
+
+
+def test_a_fitted_conversion_is_its_own_teacher(model_dir, tmp_path, hangs):
+    """Without what was fitted its weights are the source's, to the bit."""
+    model = model_dir("llama")
+    out, _ = convert(model, tmp_path / "out")
+    loaded = load_model(out, device="cpu")
+    with torch.no_grad():
+        teacher = hidden_states(relayout(loaded.model, original_config(loaded.source)), IDS)
+        assert torch.equal(teacher, hidden_states(load_model(model, device="cpu").model, IDS))
+        assert not torch.equal(teacher, hidden_states(loaded.model, IDS))
+
+
+def test_biases_of_the_source_cannot_be_taken_off_again(model_dir, tmp_path, hangs):
+    out, _ = convert(model_dir("qwen2"), tmp_path / "out")
+    with pytest.raises(InputError, match="not its source's") as caught:
+        original_config(resolve(str(out)))
+    assert "distill.teacher=SOURCE" in caught.value.hint
+
+
+def test_what_is_said(model_dir, tmp_path, monkeypatch):
+    model = model_dir("llama")
+    _, said = convert(model, tmp_path / "none")
+    assert any("no sinks are needed" in line for line in said)
+    _, said = convert(model, tmp_path / "other", model_class="auto")
+    assert not any("first token" in line for line in said)
+    monkeypatch.setattr(sinks, "HANGS", 0.0)
+    _, said = convert(model, tmp_path / "warned", model_class="auto")
+    (line,) = [line for line in said if "first token" in line]
+    assert line.startswith("warning: ") and "--class granite_swa avoids it" in line
+    _, said = convert(model_dir("qwen3"), tmp_path / "qwen3", "SSSN", model_class="auto")
+    assert any("first token" in line and "--class" not in line for line in said)
+    # No window hides anything: nothing is measured.
+    _, said = convert(model, tmp_path / "wide", model_class="auto", sliding_window=64)
+    assert not any("first token" in line for line in said)
+
+
+def test_the_report_and_the_card_have_the_loss_without_and_with(model_dir, tmp_path, hangs):
+    out, _ = convert(model_dir("llama"), tmp_path / "out")
+    facts = resolve(str(out)).manifest.facts["sinks"]
+    assert facts["layers"] == [0, 1] and {"loss_without", "loss_with", "first_token_share"} <= facts.keys()
+    card = (out / "README.md").read_text()
+    assert f"{facts['loss_without']:+.3f} without sinks, {facts['loss_with']:+.3f} with them" in card
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "words"),
+    [
+        ("qwen3", {}, "qwen3 does not become one: it normalises queries and keys"),
+        ("qwen3", {"model_class": "smollm3"}, "allowed for qwen3: auto, mellum"),
+        ("llama", {"model_class": "mellum"}, "allowed for llama: auto, smollm3, granite_swa"),
+        ("llama", {"sinks": "4"}, "allowed are auto, none"),
+    ],
+)
+def test_refusals(family, options, words, model_dir, tmp_path):
+    with pytest.raises(InputError) as caught:
+        convert(model_dir(family), tmp_path / "out", **options)
+    assert words in f"{caught.value} {caught.value.hint}" and not (tmp_path / "out").exists()
