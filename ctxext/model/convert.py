@@ -183,9 +183,8 @@ def run_conversion(
     """
     import torch
 
-    from ctxext.model.gate import run_gate
     from ctxext.model.load import check_source
-    from ctxext.model.shards import copy_weights, replace_tensors
+    from ctxext.model.shards import copy_weights
     from ctxext.model.stock import drop_generation_config
 
     began = time.monotonic()
@@ -193,9 +192,7 @@ def run_conversion(
     dtype = getattr(torch, plan.dtype) if plan.dtype else None
     check_source(source)
     tokenizer = _tokenizer_files(plan)
-    if sinks is not None:
-        config = hybrid_config(source.config, plan.kinds, plan.target, biases=True)
-        plan = replace(plan, config=config | ({} if plan.dtype is None else {"dtype": plan.dtype}))
+    plan = plan if sinks is None else _with_biases(plan)
     added = new_tensors(source.config, normalise(plan.config))
     with staged_output(plan.out, force) as staging:
         _check_room(staging, plan)
@@ -210,24 +207,47 @@ def run_conversion(
         )
         copy_companions(directory, staging, tokenizer)
         dropped = drop_generation_config(staging)
-        numbers = None
-
-        def write_sinks() -> None:
-            if sinks is not None:
-                replace_tensors(staging, sinks.values)
-
-        if gate:
-            target = {"target": plan.target, "biases": sinks is not None, "between": write_sinks}
-            numbers = run_gate(directory, source.config, staging, plan.kinds, source.kinds, dtype=dtype, **target)
-        else:
-            write_sinks()
-        report = _report(plan, numbers.as_dict() if numbers else None, time.monotonic() - began, dropped)
+        numbers = _prove(staging, plan, sinks, gate, dtype)
+        report = _report(plan, numbers, time.monotonic() - began, dropped)
         if sinks is not None:
             report = replace(report, sinks=sinks.facts, sink_rows=sinks.rows)
         for name, data in (attachments or {}).items():
             (staging / name).write_bytes(data)
         _write_descriptions(staging, plan, report, facts or {})
     return report
+
+
+def _with_biases(plan: ConversionPlan) -> ConversionPlan:
+    config = hybrid_config(plan.source.config, plan.kinds, plan.target, biases=True)
+    return replace(plan, config=config | ({} if plan.dtype is None else {"dtype": plan.dtype}))
+
+
+def _prove(
+    staging: Path, plan: ConversionPlan, sinks: FittedSinks | None, gate: bool, dtype: Any
+) -> dict[str, Any] | None:
+    """The gate's numbers, None without one. Sinks are written once the copy is proved to be the source."""
+    from ctxext.model.gate import run_gate
+    from ctxext.model.shards import replace_tensors
+
+    def write_sinks() -> None:
+        if sinks is not None:
+            replace_tensors(staging, sinks.values)
+
+    if not gate:
+        write_sinks()
+        return None
+    source = plan.source
+    return run_gate(
+        source.directory,
+        source.config,
+        staging,
+        plan.kinds,
+        source.kinds,
+        dtype=dtype,
+        target=plan.target,
+        biases=sinks is not None,
+        between=write_sinks,
+    ).as_dict()
 
 
 def write_config(directory: Path, config: Config) -> None:

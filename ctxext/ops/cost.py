@@ -88,12 +88,8 @@ def parameter_count(shape: ModelShape, *, embeddings: bool = True) -> int:
     layer = layer_matrices(shape) + 2 * shape.hidden_size
     if shape.attention_bias:
         layer += shape.head_dim * (shape.num_heads + 2 * shape.num_kv_heads)
-    if shape.output_bias:
-        layer += shape.hidden_size
-    if shape.qk_norm:
-        layer += 2 * shape.head_dim
-    if shape.head_sinks:
-        layer += shape.num_heads
+    layer += shape.output_bias * shape.hidden_size + shape.head_sinks * shape.num_heads
+    layer += shape.qk_norm * 2 * shape.head_dim
     vocabulary = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
     return shape.num_layers * layer + shape.hidden_size + (vocabulary if embeddings else 0)
 

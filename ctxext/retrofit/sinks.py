@@ -77,11 +77,12 @@ def fit_sinks(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if window is None or window >= source.usable_length or only_pickles(source.directory):
         return None
-    ids = _rows(plan, min(source.usable_length, max(ROW_TOKENS, 2 * window)), calibration)
+    sinks = FAMILIES[plan.config["model_type"]].sinks
+    # Where there is nothing to fit, one row says what is to be said.
+    ids = _rows(plan, ROWS if sinks else 1, min(source.usable_length, max(ROW_TOKENS, 2 * window)), calibration)
     if ids.shape[1] <= window:
         say(f"sinks: the calibration text has {ids.shape[1]:,} tokens, a window {window:,}: nothing is hidden in it")
         return None
-    sinks = FAMILIES[plan.config["model_type"]].sinks
     if not sinks and int(ids.max()) >= source.config["vocab_size"]:
         return None
     check_ids([int(ids.max())], source.config["vocab_size"], source.name)
@@ -117,13 +118,16 @@ def fit_sinks(
     return FittedSinks(values, facts, rows)
 
 
-def _rows(plan: ConversionPlan, T: int, calibration: str) -> Tensor:
-    """Calibration text [n,T], each row beginning as the tokenizer begins a text; T is less where there is less text."""
+def _rows(plan: ConversionPlan, count: int, T: int, calibration: str) -> Tensor:
+    """At most `count` rows of calibration text [n,T], each beginning as the tokenizer begins a text.
+
+    T is less where there is less text.
+    """
     tokenizer = load_tokenizer(plan.source.directory)
     begin = torch.tensor(framing(tokenizer)[0], dtype=torch.int64)
-    ids = joined(read_documents(calibration), tokenizer, ROWS * T)
+    ids = joined(read_documents(calibration), tokenizer, count * T)
     own = min(T - len(begin), len(ids))
-    rows = ids[: len(ids) // own * own].view(-1, own)[:ROWS]
+    rows = ids[: len(ids) // own * own].view(-1, own)[:count]
     return torch.cat((begin.expand(len(rows), -1), rows), dim=1)
 
 

@@ -257,9 +257,9 @@ def test_pickles_are_refused(model_dir, prose, tmp_path):
         choose_layers(plan, Request(2, 256, prose, 512, 256))
 
 
-def test_documents_are_joined_by_eos(model_dir):
-    from ctxext.retrofit.planner import _joined
+def test_documents_arejoined_by_eos(model_dir):
+    from ctxext.retrofit.planner import joined
 
     tokenizer = load_tokenizer(model_dir("llama"))
-    ids = _joined([Document("abc", "1"), Document("de", "2")], tokenizer, 100)
+    ids = joined([Document("abc", "1"), Document("de", "2")], tokenizer, 100)
     assert tokenizer.decode(ids) == "abc</s>de"
