@@ -352,7 +352,8 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
         (H, K), worst = (q.shape[1], k.shape[1]), 0.0
         for h, g in ((h, h * K // H) for h in range(H)):
             half = int(lo.shape[1] == 2 and h >= first_shifted_head(H, K))  # lo [1, 1 or 2, T]
-            truth = naive_attention(q[:, [h]], k[:, [g]], v[:, [g]], lo[:, [half]], **how)
+            sink = None if (sinks := named.get("s_aux")) is None else sinks[h : h + 1]
+            truth = naive_attention(q[:, [h]], k[:, [g]], v[:, [g]], lo[:, [half]], sink_logits=sink, **how)
             worst = max(worst, relative(out[:, :, [h]].transpose(1, 2) - truth, v))
         checks.append(Check("backend", module.layer_idx, worst <= allowed, good, worst, allowed))
         return out, weights

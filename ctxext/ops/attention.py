@@ -62,12 +62,18 @@ def naive_attention(
 
 
 def attention_rows(
-    q: torch.Tensor, k: torch.Tensor, at: torch.Tensor, *, sliding_window: int | None = None, scale: float | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    at: torch.Tensor,
+    *,
+    sliding_window: int | None = None,
+    scale: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What chosen queries see, as weights: q [B,H,R,D] at key indices at [B,R], k [B,K,S,D] -> fp32 [B,H,R,S].
 
-    The rows sum to 1; computed in fp32. Memory is O(B H R S): a few rows of a long text, never all of them. Padding and
-    packed documents are not known here: rows of one length.
+    The rows sum to 1, or with `sink_logits` [H] to what the sinks leave; computed in fp32. Memory is O(B H R S): a few
+    rows of a long text, never all of them. Padding and packed documents are not known here: rows of one length.
     """
     B, H, R, D = q.shape
     K, S = k.shape[1:3]
@@ -78,4 +84,8 @@ def attention_rows(
     if sliding_window is not None:
         seen &= key > at[..., None] - sliding_window
     scores *= D**-0.5 if scale is None else scale
-    return scores.masked_fill_(~seen[:, None], float("-inf")).softmax(-1)
+    scores = scores.masked_fill_(~seen[:, None], float("-inf"))
+    if sink_logits is None:
+        return scores.softmax(-1)
+    logit = sink_logits.float()[:, None, None].expand(B, H, R, 1)
+    return torch.cat((scores, logit), dim=-1).softmax(-1)[..., :-1]

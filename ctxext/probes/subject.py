@@ -48,6 +48,11 @@ class Subject:
     def heads(self) -> int:
         return self.source.shape.num_heads
 
+    @property
+    def learned_sinks(self) -> bool:
+        """Whether the heads have learned sinks, which take a part of their attention."""
+        return self.source.shape.head_sinks
+
 
 @torch.no_grad()
 def watch_rows(model: Any, ids: Tensor, at: Tensor, take: Callable[[int, Tensor, slice], None]) -> Tensor:
@@ -64,7 +69,10 @@ def watch_rows(model: Any, ids: Tensor, at: Tensor, take: Callable[[int, Tensor,
             rows = slice(begin, begin + step)
             where = at[:, rows].to(query.device)  # [B,r]
             chosen = query.gather(2, where[:, None, :, None].expand(B, H, where.shape[1], D))  # [B,H,r,D]
-            weights = attention_rows(chosen, key, where, sliding_window=pattern.sliding_window, scale=scaling)
+            sinks = getattr(module, "sinks", None)  # learned ones: the rows then sum to what these leave
+            weights = attention_rows(
+                chosen, key, where, sliding_window=pattern.sliding_window, scale=scaling, sink_logits=sinks
+            )
             take(int(module.layer_idx), weights, rows)
 
     return hidden_states(model, ids, watch=watch)

@@ -50,7 +50,8 @@ def first_token_shares(model: Any, ids: Tensor) -> list[float]:
         if pattern.sliding_window is None:
             T = key.shape[2]
             at = torch.arange(T // 2, T, EVERY, device=query.device)  # [R]
-            weights = attention_rows(query[:, :, at], key, at[None], scale=scaling)  # [1,H,R,T]
+            learned = getattr(module, "sinks", None)
+            weights = attention_rows(query[:, :, at], key, at[None], scale=scaling, sink_logits=learned)  # [1,H,R,T]
             shares.append(weights[..., 0].mean().item())
 
     training = model.training

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ctxext import api
 from ctxext.errors import InputError
+from ctxext.evals.verify import plan_launch, verify
 from ctxext.model.families import NO_SINK
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import hidden_states, load_model
@@ -184,3 +185,30 @@ def test_refusals(family, options, words, model_dir, tmp_path):
     with pytest.raises(InputError) as caught:
         convert(model_dir(family), tmp_path / "out", **options)
     assert words in f"{caught.value} {caught.value.hint}" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scaling", ["auto", "yarn", "ntk"])
+def test_it_trains_merges_is_verified_and_exported(scaling, model_dir, tmp_path, hangs):
+    """Further than the source was trained, by each way that changes frequencies; a layer without RoPE stays so."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(400)))
+    out, _ = convert(model_dir("llama"), tmp_path / "out", "SSFN")
+    settings = {"data.source": str(text), "global_batch_size": 1, "steps": 2, "rope_scaling": scaling}
+    settings |= {"validation.every_steps": None, "attention.train": "s2", "attention.group_size": 32}
+    api.finetune(out, ctx=128, out=tmp_path / "run", settings=settings)
+    api.merge(tmp_path / "run", out=tmp_path / "merged")
+    for attention in ("training", "inference"):
+        assert verify(plan_launch(str(tmp_path / "run"), attention=attention, ctx=96), device="cpu").failed == ()
+    api.export_model(tmp_path / "merged", out=tmp_path / "exported")
+    loaded = load_model(tmp_path / "run", device="cpu").model
+    with torch.no_grad():
+        live, merged, exported = (
+            model(IDS).logits for model in (loaded, stock(tmp_path / "merged"), stock(tmp_path / "exported"))
+        )
+    torch.testing.assert_close(merged, live, rtol=1e-3, atol=1e-3)
+    assert torch.equal(merged, exported)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    theta = config["rope_parameters"]["rope_theta"]
+    assert config["layer_rope_theta"] == [theta, theta, theta, 0]
+    before, after = (tensor_reader(tmp_path / at)("model.layers.0.self_attn.sinks") for at in ("out", "merged"))
+    assert torch.equal(before, after)
