@@ -73,6 +73,8 @@ def sinks_of(plan: RunPlan, model: Any, say: Callable[[str], None]) -> int:
     training, so that a run resumes with what it started with.
     """
     if plan.sink_tokens is not None:
+        if plan.group_size and plan.spec.attention.sinks == "auto":
+            say("attention.sinks: 0 with memory.tiles, whose tiles do not hold the first token of a document")
         return plan.sink_tokens
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         # ZeRO 3 has divided the weights, and gathers them only once its engine runs the model.

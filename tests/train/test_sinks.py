@@ -181,5 +181,7 @@ def test_what_cannot_be_is_refused(fields, words, model_dir, text):
         make_plan(model_dir("llama"), text, **fields)
 
 
-def test_auto_with_tiles_is_none(model_dir, text):
-    assert make_plan(model_dir("llama"), text, memory={"tiles": 64}).sink_tokens == 0
+def test_auto_with_tiles_is_none_and_is_said(model_dir, text):
+    plan, said = make_plan(model_dir("llama"), text, memory={"tiles": 64}), list[str]()
+    assert plan.sink_tokens == 0 and sinks.sinks_of(plan, None, said.append) == 0
+    assert said == ["attention.sinks: 0 with memory.tiles, whose tiles do not hold the first token of a document"]
