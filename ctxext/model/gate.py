@@ -9,7 +9,7 @@ How much rounding is allowed is measured on the model itself, since it grows wit
 the walk is taken in fp32 as well, and what it differs by from fp64 is fp32's rounding in this model on these tokens.
 
 What is proved of a window is that its layer has it, and of how many keys it is: the code that applies one of 100,000
-is that of one of 4,096. So windows beyond LARGEST_WINDOW are compared at that, in both models of a comparison
+is that of one of 1,024. So windows beyond LARGEST_WINDOW are compared at that, in both models of a comparison
 (attention by hand takes T x T of memory), and their own number is read in the stock class's config.
 """
 
@@ -35,7 +35,7 @@ from ctxext.model.stock import built_config, stock_config
 from ctxext.model.walk import walk
 from ctxext.ops.cost import parameter_count
 
-LARGEST_WINDOW = 4096  # keys: the largest of the presets
+LARGEST_WINDOW = 1024  # keys; the walk takes time in the square of it, and in fp64
 # Times the walk's own fp32 rounding, since stock kernels add in another order. Measured (195 tokens, window 128): stock
 # was off by 0.8 and 1.1 times that (stories260K, SmolLM2-135M); a window off by one on one layer by 600 times and more.
 ALLOWANCE = 8
