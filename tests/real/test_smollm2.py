@@ -15,10 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ctxext.config.presets import shipped
+from ctxext.model.load import load_model
 
 pytestmark = pytest.mark.slow
 
-# Presets whose gate has to run beyond a window of more than 512 keys take minutes each; one of them is enough.
+# Presets of windows beyond 512 keys take longer in the gate; one of them is enough.
 PRESETS = ["full", "rnope-swa4096", "swa128", "swa128-nope", "swa512", "swa512-nope"]
 SMALL = ["--set", "global_batch_size=1", "--set", "steps=2", "--set", "validation.every_steps=null"]
 PROBES = ["positions", "attention-distance", "receptive-field", "retrieval-heads", "layer-niah"]
@@ -60,8 +61,6 @@ def perplexity(report: Any) -> float:
 
 
 def test_the_gguf_file_and_the_directory_are_one_model(gguf_file: Path, smollm2: Path) -> None:
-    from ctxext.model.load import load_model
-
     ids = torch.randint(49152, (1, 64), generator=torch.Generator().manual_seed(0))
     found = [load_model(str(path), dtype="bfloat16", device="cpu").model(ids).logits for path in (gguf_file, smollm2)]
     assert torch.equal(*found)
@@ -84,6 +83,20 @@ def test_convert(preset: str, made: dict[str, Path]) -> None:
     assert config["model_type"] == "smollm3" and config["num_hidden_layers"] == 30
     gate = json.loads((made[preset] / "ctxext.json").read_text())["facts"]["gate"]
     assert gate["passed"] and gate["identity_max_diff"] == 0.0
+
+
+def test_convert_with_sinks(ctxext: Any, smollm2: Path, workplace: Path) -> None:
+    """It hangs on its first token: sinks take away most of what windows cost, and nothing does without the class."""
+    out, arguments = workplace / "sinks", ("convert", smollm2, "--hybrid", "SSSF", "--sliding-window", "128")
+    assert "--class granite_swa avoids it" in ctxext(*arguments, "--no-gate", "--out", workplace / "no-sinks")
+    report = ctxext(*arguments, "--class", "granite_swa", "--out", out, "--json")
+    assert report["gate"]["passed"] and report["sinks"]["first_token_share"] > 0.2
+    assert report["sinks"]["loss_without"] > 0.7 and report["sinks"]["loss_with"] < 0.3
+    ids = torch.arange(300)[None] * 31 % 49152
+    stock = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        ours, theirs = load_model(out, device="cpu").model(ids).logits, stock(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-3)
 
 
 def test_convert_auto(ctxext: Any, smollm2: Path, books: dict[str, Path], workplace: Path) -> None:
