@@ -92,7 +92,7 @@ class Layers:
     decoders  a decoder of one layer for each kind, with its rotations and no norm at its end; weights on meta
     norm      the model's final norm, empty as well
     added     parameters of a layer that the source has not: biases 0, sinks that take nothing
-    values    other values for some weights, by their names in the checkpoint
+    values    other values for weights of sliding layers, by their names in the checkpoint: sinks and their biases
     """
 
     config: Config
@@ -106,8 +106,7 @@ class Layers:
 
     def tensor(self, name: str) -> Tensor:
         """A weight of the checkpoint, fp32, on the device. Raises ModelError when there is none."""
-        found = self.values.get(name)
-        found = self.read(name) if found is None else found
+        found = self.read(name)
         if found is None:
             raise ModelError(f"the checkpoint has no {name}")
         return found.to(self.device, torch.float32)
@@ -261,17 +260,18 @@ def _mass(
 @contextmanager
 def weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
     """Layer `index`'s weights in the layers of every kind, the same tensors in all, and gone afterwards."""
-    empty = next(iter(layers.decoders.values())).layers[0]
+    empty = dict(next(iter(layers.decoders.values())).layers[0].named_parameters())
     tensors = {}
-    for name, parameter in empty.named_parameters():
-        full_name = f"model.layers.{index}.{name}"
-        if name in layers.added and full_name not in layers.values:
+    for name, parameter in empty.items():
+        if name in layers.added:
             tensors[name] = torch.full(parameter.shape, initial_value(name), device=layers.device)
         else:
-            tensors[name] = layers.tensor(full_name)
-    for decoder in layers.decoders.values():
-        decoder.layers[0].load_state_dict(tensors, assign=True)
-    del tensors
+            tensors[name] = layers.tensor(f"model.layers.{index}.{name}")
+    fitted = {name: layers.values.get(f"model.layers.{index}.{name}") for name in empty}
+    sliding = tensors | {name: value.to(layers.device) for name, value in fitted.items() if value is not None}
+    for kind, decoder in layers.decoders.items():
+        decoder.layers[0].load_state_dict(tensors if kind.sliding_window is None else sliding, assign=True)
+    del tensors, sliding, fitted
     try:
         yield
     finally:

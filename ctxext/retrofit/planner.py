@@ -19,26 +19,16 @@ from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.files import distinct, recorded
 from ctxext.data.haystack import Case, key_places, passkey_case
 from ctxext.errors import DataError, InputError, ModelError
-from ctxext.evals.perplexity import encode
 from ctxext.model.convert import ConversionPlan
 from ctxext.model.ids import check_ids
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.load import load_tokenizer
-from ctxext.model.shards import tensor_reader
 from ctxext.model.weights import only_pickles
 from ctxext.ops.cost import forward_flops, kv_cache_bytes
-from ctxext.retrofit.damage import (
-    RETRIEVES,
-    Damage,
-    Layers,
-    Samples,
-    answer_loss,
-    head_scores,
-    measure,
-    open_layers,
-    source_states,
-)
+from ctxext.retrofit.calibration import joined
+from ctxext.retrofit.damage import RETRIEVES, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
 from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
+from ctxext.retrofit.sinks import open_conversion, sinks_of_windows
 from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
 ANSWER_SHARE = 0.05  # of a score: as if one token in twenty were retrieved. A convention, not a measurement
@@ -203,9 +193,12 @@ def choose_layers(
         say(f"calibration: {line}")
     check_ids([int(samples.ids.max())], source.config["vocab_size"], source.name)
     request = replace(request, row_tokens=samples.ids.shape[1])
-    layers = open_layers(source.config, source.kinds, [window, full], tensor_reader(source.directory), where)
+    layers = open_conversion(plan, [window, full], where)
     progress("the source itself", 0, 1)
     truth = source_states(layers, samples.ids)
+    if values := sinks_of_windows(plan, layers, window):
+        say("sliding layers are measured with fitted sinks")
+        layers = replace(layers, values=values)
     loss = answer_loss(layers, samples, truth)
     share = ANSWER_SHARE if loss is not None and loss <= ANSWERS_FROM else 0.0
     facts = layer_facts(layers, samples, truth, window, full, lambda *n: progress("each layer by itself", *n))
@@ -282,15 +275,6 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
         answers[row, asked - 1 : T - 1] = True
         needles[row, list(key_places(tokenizer, case))] = True
     return Samples(torch.cat([text, rows]), count, answers, needles)
-
-
-def joined(documents: Any, tokenizer: Any, most: int) -> Tensor:
-    """The documents' tokens in one row, EOS between them where there is one, at most `most`."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    parts: list[Tensor] = []
-    for text in encode(documents, tokenizer, max_tokens=most):
-        parts += [torch.tensor(end, dtype=torch.int64), text.ids] if parts else [text.ids]
-    return torch.cat(parts)[:most] if parts else torch.zeros(0, dtype=torch.int64)
 
 
 def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -> list[Case]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +38,8 @@ from ctxext.model.shards import EMBEDDING, tensor_reader
 from ctxext.model.weights import only_pickles
 from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
+from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import Layers, Samples, apply_layer, measure, open_layers, weights_of_layer
-from ctxext.retrofit.planner import joined
 from ctxext.train.sinks import EVERY, HANGS
 
 ROWS, ROW_TOKENS = 4, 1024  # of calibration text; rows are longer where a window is large
@@ -86,8 +85,7 @@ def fit_sinks(
     if not sinks and int(ids.max()) >= source.config["vocab_size"]:
         return None
     check_ids([int(ids.max())], source.config["vocab_size"], source.name)
-    options: dict[str, Any] = {"target": plan.config["model_type"]} | ({"biases": True} if sinks else {})
-    layers = open_layers(source.config, source.kinds, plan.kinds, tensor_reader(source.directory), where, **options)
+    layers = open_conversion(plan, plan.kinds, where)
     first = first_token(layers, ids, window)
     if first.share < HANGS:
         if sinks:
@@ -116,6 +114,29 @@ def fit_sinks(
         ("loss above the source", f"{before:+.3f} without sinks, {after:+.3f} with them (nats a token, untrained)"),
     ]
     return FittedSinks(values, facts, rows)
+
+
+def open_conversion(plan: ConversionPlan, kinds: Sequence[LayerKind], device: torch.device) -> Layers:
+    """The layers of a conversion's class, as the source and as any of `kinds`; with biases where sinks may be fitted."""
+    source, target = plan.source, str(plan.config["model_type"])
+    biases = FAMILIES[target].sinks and plan.sinks
+    reader = tensor_reader(source.directory)
+    return open_layers(source.config, source.kinds, kinds, reader, device, target=target, biases=biases)
+
+
+def sinks_of_windows(plan: ConversionPlan, layers: Layers, window: LayerKind) -> dict[str, Tensor]:
+    """`sink_values` of every layer, each as if it were `window`: what the planner measures sliding layers with.
+
+    Empty where the class has no sinks, where none are wanted or needed, and for a source that has windows of its own.
+    """
+    slides = any(kind.sliding_window is not None for kind in layers.source)
+    if not (plan.sinks and FAMILIES[str(plan.config["model_type"])].sinks) or slides or window.sliding_window is None:
+        return {}
+    ids = _rows(plan, ROWS, min(plan.source.usable_length, max(ROW_TOKENS, 2 * window.sliding_window)), EMBEDDED)
+    if ids.shape[1] <= window.sliding_window:
+        return {}
+    first = first_token(layers, ids, window.sliding_window)
+    return sink_values(layers, [window] * len(layers.source), first) if first.share >= HANGS else {}
 
 
 def _rows(plan: ConversionPlan, count: int, T: int, calibration: str) -> Tensor:

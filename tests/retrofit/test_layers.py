@@ -258,7 +258,7 @@ def test_pickles_are_refused(model_dir, prose, tmp_path):
 
 
 def test_documents_arejoined_by_eos(model_dir):
-    from ctxext.retrofit.planner import joined
+    from ctxext.retrofit.calibration import joined
 
     tokenizer = load_tokenizer(model_dir("llama"))
     ids = joined([Document("abc", "1"), Document("de", "2")], tokenizer, 100)

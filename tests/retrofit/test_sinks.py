@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from ctxext.model.relayout import relayout
 from ctxext.model.shards import tensor_reader
 from ctxext.model.source import original_config, resolve
 from ctxext.retrofit import sinks
-from ctxext.retrofit.damage import open_layers
+from ctxext.retrofit.damage import final_states, open_layers
 
 IDS = torch.arange(60)[None] * 7 % 250
 
@@ -212,3 +213,23 @@ def test_it_trains_merges_is_verified_and_exported(scaling, model_dir, tmp_path,
     assert config["layer_rope_theta"] == [theta, theta, theta, 0]
     before, after = (tensor_reader(tmp_path / at)("model.layers.0.self_attn.sinks") for at in ("out", "merged"))
     assert torch.equal(before, after)
+
+
+def test_the_planner_measures_windows_with_their_sinks(model_dir, tmp_path, hangs):
+    """What it says of its choice is what the fitted conversion loses, not what bare windows would."""
+    options = {"full_layers": "auto", "budget": 2, "calibration_tokens": 128}
+    found = {}
+    for name in ("auto", "none"):
+        _, said = convert(model_dir("llama"), tmp_path / name, "SF", sinks=name, **options)
+        assert ("sliding layers are measured with fitted sinks" in said) == (name == "auto")
+        found[name] = json.loads((tmp_path / name / "retrofit.json").read_text())
+    assert found["auto"]["chosen"]["damage"]["text"] != found["none"]["chosen"]["damage"]["text"]
+    plan = api.plan_convert(model_dir("llama"), "SF", out=None, full_layers="auto", sliding_window=8,
+                            model_class="granite_swa", sinks="auto")  # fmt: skip
+    window, source = LayerKind(True, 8), LayerKind(True, None)
+    layers = sinks.open_conversion(plan, [window], torch.device("cpu"))
+    with_sinks = replace(layers, values=sinks.sinks_of_windows(plan, layers, window))
+    before = final_states(layers, IDS, [(source,) * 4])[(source,) * 4]
+    # Full layers are the source's, whatever was fitted.
+    assert torch.equal(before, final_states(with_sinks, IDS, [(source,) * 4])[(source,) * 4])
+    assert not torch.equal(*(final_states(x, IDS, [(window,) * 4])[(window,) * 4] for x in (layers, with_sinks)))
