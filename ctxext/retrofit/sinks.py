@@ -117,7 +117,7 @@ def fit_sinks(
 
 
 def open_conversion(plan: ConversionPlan, kinds: Sequence[LayerKind], device: torch.device) -> Layers:
-    """The layers of a conversion's class, as the source and as any of `kinds`; with biases where sinks may be fitted."""
+    """A conversion's layers, as the source has them and as any of `kinds`; with biases where sinks may be fitted."""
     source, target = plan.source, str(plan.config["model_type"])
     biases = FAMILIES[target].sinks and plan.sinks
     reader = tensor_reader(source.directory)
