@@ -42,7 +42,7 @@ from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import Layers, Samples, apply_layer, measure, open_layers, weights_of_layer
 from ctxext.train.sinks import EVERY, HANGS
 
-ROWS, ROW_TOKENS = 4, 1024  # of calibration text; rows are longer where a window is large
+TOKENS, ROW_TOKENS = 4096, 1024  # of calibration text in all and of a row; rows are longer where a window is large
 Say = Callable[[str], None]
 
 
@@ -67,39 +67,31 @@ def fit_sinks(
     """Sinks and biases for the sliding layers of a conversion; None where the model does not hang on its first token,
     or where no window hides it from any query of the calibration rows.
 
-    The loss of the text above the source's is measured before and after. Where the class has no sinks, `say` gets a
-    warning with that loss and the class that has, and the result is None. Weights that are pickles alone are not read:
-    None. Raises ModelError for weights that are not there and for a token without a row.
+    The loss of the text above the source's is measured before and after. Where the class has no sinks the result is
+    None, and `say` gets a warning with the class that has them; for windows up to half of a row, with the loss too.
+    Weights that are pickles alone are not read: None. Raises ModelError for weights that are not there and for a token
+    without a row.
     """
     source, windows = plan.source, {kind.sliding_window for kind in plan.kinds} - {None}
     window = min(windows, default=None)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if window is None or window >= source.usable_length or only_pickles(source.directory):
         return None
-    sinks = FAMILIES[plan.config["model_type"]].sinks
-    # Where there is nothing to fit, one row says what is to be said.
-    ids = _rows(plan, ROWS if sinks else 1, min(source.usable_length, max(ROW_TOKENS, 2 * window)), calibration)
+    if not FAMILIES[plan.config["model_type"]].sinks:
+        _warn(plan, window, say, where)
+        return None
+    ids = _rows(plan, window, calibration)
     if ids.shape[1] <= window:
         say(f"sinks: the calibration text has {ids.shape[1]:,} tokens, a window {window:,}: nothing is hidden in it")
-        return None
-    if not sinks and int(ids.max()) >= source.config["vocab_size"]:
         return None
     check_ids([int(ids.max())], source.config["vocab_size"], source.name)
     layers = open_conversion(plan, plan.kinds, where)
     first = first_token(layers, ids, window)
     if first.share < HANGS:
-        if sinks:
-            say(f"{first.share:.1%} of the attention is on the first token: no sinks are needed")
-        return None
-    samples = Samples(ids, len(ids), torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool))
-    before = measure(layers, samples, [plan.kinds], first.states)[0].loss
-    lost = f"{first.share:.0%} of the attention is on the first token, which windows of {window:,} hide: {before:+.3f}"
-    if not sinks:
-        has_class = "granite_swa" in FAMILIES[source.config["model_type"]].targets
-        say(f"warning: {lost} nats a token before training" + "; --class granite_swa avoids it" * has_class)
+        say(f"{first.share:.1%} of the attention is on the first token: no sinks are needed")
         return None
     values = sink_values(layers, plan.kinds, first)
-    after = measure(replace(layers, values=values), samples, [plan.kinds], first.states)[0].loss
+    before, after = (_loss(fitted, ids, plan, first) for fitted in (layers, replace(layers, values=values)))
     facts = {
         "first_token_share": first.share,
         "layers": [i for i, kind in enumerate(plan.kinds) if kind.sliding_window is not None],
@@ -114,6 +106,27 @@ def fit_sinks(
         ("loss above the source", f"{before:+.3f} without sinks, {after:+.3f} with them (nats a token, untrained)"),
     ]
     return FittedSinks(values, facts, rows)
+
+
+def _warn(plan: ConversionPlan, window: int, say: Say, device: torch.device) -> None:
+    """Say what windows cost a model that hangs on its first token, where the class has no sinks. One row is read."""
+    source, ids = plan.source, _rows(plan, ROW_TOKENS // 2, EMBEDDED)[:1]
+    if int(ids.max()) >= source.config["vocab_size"] or ids.shape[1] < 8:
+        return
+    layers = open_conversion(plan, plan.kinds, device)
+    first = first_token(layers, ids, min(window, ids.shape[1] // 2))
+    if first.share < HANGS:
+        return
+    line = f"warning: {first.share:.0%} of the attention is on the first token, which windows of {window:,} hide"
+    if 2 * window <= ids.shape[1]:
+        line += f": {_loss(layers, ids, plan, first):+.3f} nats a token before training"
+    say(line + "; --class granite_swa avoids it" * ("granite_swa" in FAMILIES[source.config["model_type"]].targets))
+
+
+def _loss(layers: Layers, ids: Tensor, plan: ConversionPlan, first: FirstToken) -> float:
+    """The loss of rows ids [n,T] under the plan's layout, above the source's, nats a token."""
+    none = torch.zeros_like(ids, dtype=torch.bool)
+    return measure(layers, Samples(ids, len(ids), none, none), [plan.kinds], first.states)[0].loss
 
 
 def open_conversion(plan: ConversionPlan, kinds: Sequence[LayerKind], device: torch.device) -> Layers:
@@ -132,20 +145,22 @@ def sinks_of_windows(plan: ConversionPlan, layers: Layers, window: LayerKind) ->
     slides = any(kind.sliding_window is not None for kind in layers.source)
     if not (plan.sinks and FAMILIES[str(plan.config["model_type"])].sinks) or slides or window.sliding_window is None:
         return {}
-    ids = _rows(plan, ROWS, min(plan.source.usable_length, max(ROW_TOKENS, 2 * window.sliding_window)), EMBEDDED)
+    ids = _rows(plan, window.sliding_window, EMBEDDED)
     if ids.shape[1] <= window.sliding_window:
         return {}
     first = first_token(layers, ids, window.sliding_window)
     return sink_values(layers, [window] * len(layers.source), first) if first.share >= HANGS else {}
 
 
-def _rows(plan: ConversionPlan, count: int, T: int, calibration: str) -> Tensor:
-    """At most `count` rows of calibration text [n,T], each beginning as the tokenizer begins a text.
+def _rows(plan: ConversionPlan, window: int, calibration: str) -> Tensor:
+    """Calibration text [n,T], each row beginning as the tokenizer begins a text, with queries beyond the window.
 
     T is less where there is less text.
     """
     tokenizer = load_tokenizer(plan.source.directory)
     begin = torch.tensor(framing(tokenizer)[0], dtype=torch.int64)
+    T = min(plan.source.usable_length, max(ROW_TOKENS, window + ROW_TOKENS // 2))
+    count = max(1, TOKENS // T)
     ids = joined(read_documents(calibration), tokenizer, count * T)
     own = min(T - len(begin), len(ids))
     rows = ids[: len(ids) // own * own].view(-1, own)[:count]
