@@ -34,11 +34,13 @@ Rule = Callable[[Config, Kinds], list[Objection]]
 
 @dataclass(frozen=True)
 class Fact:
-    """How a target runs a class, what it does not honour of one (`rules`), and the sources of both."""
+    """How a target runs a class, what it does not honour of one (`rules`), and the sources of both. `run`: whether the
+    target ran models of the class here, or it was read alone."""
 
     how: str
     sources: tuple[str, ...]
     rules: tuple[Rule, ...] = ()
+    run: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,15 @@ def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | N
     nearest = tuple(text.replace("SOURCE", source) for text in nearest)
     layout = pattern_text(kinds)
     return Verdict(
-        target, config["model_type"], layout, objections, nearest, fact.how, fact.sources, WHEN, CHECKED[target]
+        target,
+        config["model_type"],
+        layout,
+        objections,
+        nearest,
+        fact.how,
+        fact.sources,
+        WHEN,
+        CHECKED[target] if fact.run else CHECKED["ollama"],
     )
 
 
@@ -257,7 +267,7 @@ _VLLM: dict[str, Fact] = {
         (*_BACKEND, *_MELLUM),
         (_VLLM_RUNNING,),
     ),
-    "granite_swa": Fact(f"{NATIVE}, from 0.29.0 on", _GRANITE + _OWN_ROPE, (_nope, _VLLM_NATIVE)),
+    "granite_swa": Fact(f"{NATIVE}, from 0.29.0 on", _GRANITE + _OWN_ROPE, (_nope, _VLLM_NATIVE), run=False),
 }
 GGUF, OLLAMA = "convert_hf_to_gguf.py, then llama.cpp", "convert_hf_to_gguf.py, then `ollama create`"
 _LLAMA: dict[str, Fact] = {
@@ -267,7 +277,7 @@ _LLAMA: dict[str, Fact] = {
     "qwen3": Fact(GGUF, _LLAMA_QWEN, (_GGUF_QWEN_WINDOW, _GGUF_QWEN)),
     "smollm3": Fact(GGUF, _LLAMA_SMOLLM3, (_GGUF_WINDOW, _every_fourth, _GGUF, _llama3, _biases)),
     "mellum": Fact(GGUF, _LLAMA_MELLUM, (_GGUF_MELLUM,)),
-    "granite_swa": Fact(GGUF, _LLAMA_GRANITE, (_GGUF_SINKS,)),
+    "granite_swa": Fact(GGUF, _LLAMA_GRANITE, (_GGUF_SINKS,), run=False),
 }
 FACTS: dict[str, dict[str, Fact]] = {
     "hf": dict.fromkeys(_VLLM, _HF),

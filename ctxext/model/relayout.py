@@ -104,13 +104,16 @@ def _tie(model: Any) -> None:
     model.set_output_embeddings(tied)
 
 
-def rotations(decoder: Any, x: Tensor) -> Callable[[int], tuple[Tensor, Tensor]]:
+def rotations(decoder: Any, x: Tensor) -> Callable[[int], tuple[Tensor, Tensor] | None]:
     """RoPE's cos and sin [1,T,D] for rows x [B,T,E] as the decoder gives them to a layer, by the layer's index.
 
-    A layer without RoPE is given some as well, and does not use them.
+    A layer without RoPE is given some as well and does not use them, or None where its class rotates whatever it gets.
     """
     positions = torch.arange(x.shape[1], device=x.device)[None]
+    if (thetas := getattr(decoder.config, "layer_rope_theta", None)) is not None:
+        made = {rotary.config.rope_parameters["rope_theta"]: rotary(x, positions) for rotary in rotaries(decoder)}
+        return lambda index: made[thetas[index]] if thetas[index] else None
     if "rope_type" in decoder.config.rope_parameters:
-        shared = (rotaries(decoder) or [decoder.rotary_emb])[0](x, positions)
+        shared = decoder.rotary_emb(x, positions)
         return lambda index: shared
     return lambda index: decoder.rotary_emb(x, positions, decoder.config.layer_types[index])

@@ -17,7 +17,7 @@ from ctxext.evals.verify import plan_launch, verify
 from ctxext.model.families import NO_SINK
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import hidden_states, load_model
-from ctxext.model.relayout import relayout
+from ctxext.model.relayout import relayout, rotations
 from ctxext.model.shards import tensor_reader
 from ctxext.model.source import original_config, resolve
 from ctxext.retrofit import sinks
@@ -233,3 +233,33 @@ def test_the_planner_measures_windows_with_their_sinks(model_dir, tmp_path, hang
     # Full layers are the source's, whatever was fitted.
     assert torch.equal(before, final_states(with_sinks, IDS, [(source,) * 4])[(source,) * 4])
     assert not torch.equal(*(final_states(x, IDS, [(window,) * 4])[(window,) * 4] for x in (layers, with_sinks)))
+
+
+def test_a_layer_called_by_itself_is_rotated_as_its_decoder_does(model_dir, tmp_path):
+    """Healing calls layers one by one. This class rotates by whatever it gets: a layer without RoPE gets nothing."""
+    out, _ = convert(model_dir("llama"), tmp_path / "out", "SFNS")
+    decoder, given = load_model(out, device="cpu").model.get_decoder(), []
+    for layer in decoder.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, _, named: given.append(named["position_embeddings"]), with_kwargs=True
+        )
+    with torch.no_grad():
+        x = decoder.embed_tokens(IDS)
+        decoder(input_ids=IDS, use_cache=False)
+        ours = [rotations(decoder, x)(index) for index in range(4)]
+    assert given[2] is None and ours[2] is None
+    for index in (0, 1, 3):
+        assert all(torch.equal(a, b) for a, b in zip(ours[index], given[index], strict=True))
+
+
+def test_a_fitted_conversion_heals_from_itself(model_dir, tmp_path, hangs):
+    """Every objective, with the teacher that has neither sinks nor biases."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(400)))
+    out, _ = convert(model_dir("llama"), tmp_path / "out", "SFNS")
+    settings = {"data.source": str(text), "global_batch_size": 2, "steps": 3, "validation.every_steps": None}
+    settings |= {"distill.objectives": [{"kl": 1.0, "hidden": 0.5, "attention": 0.5}], "optimizer.learning_rate": 1e-3}
+    report = api.finetune(out, ctx=64, preset="heal", out=tmp_path / "run", settings=settings)
+    assert report.finished
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)

@@ -16,7 +16,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteSWAConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from ctxext.errors import InputError, ModelError
 from ctxext.model import attention
@@ -47,9 +55,15 @@ CONFIGS = {
     "mistral": (MistralConfig, {"sliding_window": W}),
     "qwen2": (Qwen2Config, HYBRID),
     "qwen3": (Qwen3Config, HYBRID | {"head_dim": 8}),
-}
+    "granite_swa": (
+        GraniteSWAConfig,
+        {"sliding_window": W, "layer_types": HYBRID["layer_types"], "layer_rope_theta": [10000.0, 0, 10000.0],
+         "attention_multiplier": 8**-0.5, "attention_bias": True},
+    ),
+}  # fmt: skip
 KINDS = {"llama, S²": ("llama", 24), "llama, odd S²": ("llama", 15), "hybrid": ("smollm3", None)}
 KINDS |= {"hybrid, S²": ("smollm3", 24), "LoRA, hybrid": ("smollm3", None), "LoRA, S²": ("llama", 24)}
+KINDS |= {"sinks, S²": ("granite_swa", 24)}
 MEMORIES = {
     "plain": {},
     "keep": {"keep": "attention"},
