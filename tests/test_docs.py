@@ -58,6 +58,7 @@ NOT_HERE = {
     r"ctxext run": "hours at their own sizes (tests/study/test_run.py runs every pipeline, and getting-started one)",
     r"finetune .*--(zero|nproc|hostfile)": "starts processes (tests/train/test_zero.py does)",
     r"finetune .*--resume": "needs a run that was interrupted (tests/train/test_faults.py has them)",
+    r"probe .* all .*--length": "minutes (docs/commands/probe.md has the same at a smaller length)",
     r"\.gguf": "needs the file (tests/model/test_gguf.py writes some)",
     r"--suite (ruler|short|longbench)|--suite retrieval|,ruler": "RULER needs more than 512 tokens, the others data",
     r"--preset paper": "days",
