@@ -87,14 +87,18 @@ def fit_sinks(
     check_ids([int(ids.max())], source.config["vocab_size"], source.name)
     layers = open_conversion(plan, plan.kinds, where)
     first = first_token(layers, ids, window)
-    if first.share < HANGS:
+    if not first.share >= HANGS:  # NaN included
         say(f"{first.share:.1%} of the attention is on the first token: no sinks are needed")
         return None
     values = sink_values(layers, plan.kinds, first)
+    if not values:
+        return None
     before, after = (_loss(fitted, ids, plan, first) for fitted in (layers, replace(layers, values=values)))
     facts = {
         "first_token_share": first.share,
-        "layers": [i for i, kind in enumerate(plan.kinds) if kind.sliding_window is not None],
+        "layers": [
+            i for i, (kind, own) in enumerate(zip(plan.kinds, source.kinds, strict=True)) if _narrows(kind, own)
+        ],
         "loss_without": before,
         "loss_with": after,
         "calibration": calibration,
@@ -115,7 +119,7 @@ def _warn(plan: ConversionPlan, window: int, say: Say, device: torch.device) -> 
         return
     layers = open_conversion(plan, plan.kinds, device)
     first = first_token(layers, ids, min(window, ids.shape[1] // 2))
-    if first.share < HANGS:
+    if not first.share >= HANGS:  # NaN included
         return
     line = f"warning: {first.share:.0%} of the attention is on the first token, which windows of {window:,} hide"
     if 2 * window <= ids.shape[1]:
@@ -201,17 +205,24 @@ def _watch(
     (H, _, D), K = query.shape[1:], key.shape[1]
     scale = D**-0.5 if scaling is None else scaling
     to_first = key[:, :, :1].repeat_interleave(H // K, dim=1)  # [n,H,1,D]
-    row = (query[:, :, window:seen] * to_first).sum(-1).mean(-1) * scale
+    row = (query[:, :, min(window, seen - 1) : seen] * to_first).sum(-1).mean(-1) * scale
     at = torch.arange(seen // 2, seen, EVERY, device=query.device).expand(len(query), -1)
     weights = attention_rows(query[:, :, at[0]], key, at, sliding_window=pattern.sliding_window, scale=scale)
     found.append((weights[..., 0].mean().item(), row.cpu()))
 
 
+def _narrows(kind: LayerKind, source: LayerKind) -> bool:
+    """Whether a layer's window hides tokens that the source's own layer sees."""
+    window = kind.sliding_window
+    return window is not None and (source.sliding_window is None or source.sliding_window > window)
+
+
 def sink_values(layers: Layers, kinds: Sequence[LayerKind], first: FirstToken) -> dict[str, Tensor]:
-    """The tensors of the sliding layers among `kinds`: sinks [H], v_proj.bias [K D], o_proj.bias [E], fp32."""
+    """Tensors of the layers among `kinds` whose window is narrower than the source's, if that has one: sinks [H],
+    v_proj.bias [K D], o_proj.bias [E], fp32."""
     values: dict[str, Tensor] = {}
-    for index, kind in enumerate(kinds):
-        if kind.sliding_window is None:
+    for index, (kind, source) in enumerate(zip(kinds, layers.source, strict=True)):
+        if not _narrows(kind, source):
             continue
         name = f"model.layers.{index}.self_attn."
         v0, logits = first.values[index], first.logits[index]

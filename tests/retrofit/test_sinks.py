@@ -263,3 +263,11 @@ def test_a_fitted_conversion_heals_from_itself(model_dir, tmp_path, hangs):
     assert report.finished
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+
+
+@pytest.mark.parametrize(("own", "window", "fitted"), [(16, 8, True), (8, 8, False), (8, 16, False)])
+def test_a_source_with_windows_of_its_own(own, window, fitted, model_dir, tmp_path, hangs):
+    """Where the source's layers do not see the first token either, nothing stands for it."""
+    out, _ = convert(model_dir("mistral", sliding_window=own), tmp_path / "out", "S", sliding_window=window)
+    logits = tensor_reader(out)("model.layers.0.self_attn.sinks")
+    assert logits.isfinite().all() and bool((logits != NO_SINK).all()) == fitted
