@@ -115,7 +115,7 @@ def unlike_transformers_4(config: Config) -> str | None:
     """Why transformers 4 does not compute what transformers 5 does from a config of `written_for_both`; None where it
     does, as far as its formulas go (4.57.3's were read)."""
     rope = config["rope_parameters"]
-    if config["model_type"] in ("mellum", "granite_swa"):
+    if config.get("model_type") in ("mellum", "granite_swa"):
         return f"it has no {config['model_type']} class"
     if rope["rope_type"] == "longrope" and rope.get("factor") and not rope.get("attention_factor"):
         ratio = config["max_position_embeddings"] / rope[ORIGINAL]

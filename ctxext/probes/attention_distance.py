@@ -66,10 +66,9 @@ def _one(subject: Subject, ids: Tensor, spec: AttentionDistance) -> Tensor:
         keys = torch.arange(weights.shape[-1], device=weights.device)
         back = (where[..., None] - keys).clamp(min=0).float()  # [1,r,T]; where a key is later its weight is 0
         total[0, layer] += (weights * back[:, None]).sum((0, 2, 3)).double().cpu()
-        on_sinks = weights[..., : spec.sinks].sum(-1) + (1 - weights.sum(-1)).clamp(
-            min=0
-        )  # learned sinks have the rest
-        total[1, layer] += on_sinks.sum((0, 2)).double().cpu()
+        total[1, layer] += weights[..., : spec.sinks].sum((0, 2, 3)).double().cpu()
+        if subject.learned_sinks:  # they have what is left of each row
+            total[1, layer] += (1 - weights.sum(-1)).sum((0, 2)).double().cpu()
         total[2, layer] += torch.special.entr(weights).sum((0, 2, 3)).double().cpu()
 
     watch_rows(subject.loaded.model, ids.to(subject.loaded.device), at, take)

@@ -23,6 +23,7 @@ from ctxext.model.convert import ConversionPlan
 from ctxext.model.ids import check_ids
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.load import load_tokenizer
+from ctxext.model.source import ModelSource
 from ctxext.model.weights import only_pickles
 from ctxext.ops.cost import forward_flops, kv_cache_bytes
 from ctxext.retrofit.calibration import joined
@@ -180,11 +181,7 @@ def choose_layers(
     began = time.monotonic()
     source, window = plan.source, LayerKind(True, plan.hybrid.sliding_window)
     full = LayerKind(plan.hybrid.full_letter == "F", None)
-    if only_pickles(source.directory):
-        raise ModelError(
-            f"{source.name}: the planner reads safetensors, one layer at a time, and there are only pickles",
-            hint="convert it with named --full-layers, or store it as safetensors first",
-        )
+    _refuse_pickles(source)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with recorded() as began_reading:
         samples = calibration_samples(load_tokenizer(source.directory), request, window.sliding_window or 0)
@@ -228,6 +225,14 @@ def choose_layers(
         seconds=round(time.monotonic() - began, 2),
         read=tuple(one.as_dict() for one in read),
     )
+
+
+def _refuse_pickles(source: ModelSource) -> None:
+    if only_pickles(source.directory):
+        raise ModelError(
+            f"{source.name}: the planner reads safetensors, one layer at a time, and there are only pickles",
+            hint="convert it with named --full-layers, or store it as safetensors first",
+        )
 
 
 def layer_facts(

@@ -44,6 +44,8 @@ class Convert:
     calibration_tokens: Length | None = None
     i_know: bool = False
     sliding_window: int | None = None
+    model_class: str = "auto"
+    sinks: str = "auto"
     dtype: str | None = None
     gate: bool = True
 

@@ -12,7 +12,7 @@ from ctxext.cli import console
 
 COMMANDS = {
     "convert": "--hybrid --out --full-layers --sliding-window --dtype --gate --no-gate --allow-pickle --force --json "
-    "--budget --length --calibration --calibration-tokens --explain --i-know",
+    "--budget --length --calibration --calibration-tokens --explain --i-know --class --sinks",
     "finetune": "--ctx --preset --data --out --steps --original-length --set --zero --nproc --hostfile --plan --resume "
     "--repeat --force --json --find-multiplier",
     "eval": "--suite --lengths --against --data --text-field --protocol --evaluator --limit --seed --dtype "

@@ -108,7 +108,7 @@ def test_perturbing_a_token_moves_nothing_before_it(directory, ids):
     assert torch.equal(a[:, :30], b[:, :30]) and not torch.equal(a[:, 30], b[:, 30])
 
 
-@pytest.mark.parametrize("given", [{"s_aux": torch.zeros(4)}, {"softcap": 30.0}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("given", [{"softcap": 30.0}, {"dropout": 0.1}], ids=str)
 def test_what_it_has_not_is_refused(given):
     q = torch.zeros(1, 4, 8, 8)
     with pytest.raises(ModelError):

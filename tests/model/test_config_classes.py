@@ -25,6 +25,7 @@ SOURCE = {
     "qwen3": "qwen3",
     "smollm3": "llama",
     "mellum": "qwen3",
+    "granite_swa": "llama",
 }
 OTHER: dict[str, Any] = {  # another value for a field that is said to change nothing
     "architectures": ["Nothing"],
@@ -64,12 +65,12 @@ FIXED = {  # with a test elsewhere, or no other value that a decoder of dense la
 
 
 def normal(family: str, model_dir: Any) -> dict[str, Any]:
-    """A normalised config of a family; conversions for the two that are no sources."""
+    """A normalised config of a family; conversions for those that are no sources."""
     config = normalise(read_config(model_dir(SOURCE[family])))
     if FAMILIES[SOURCE[family]].name == family:
         return config
     kinds = layer_kinds(find_hybrid("SN", 8), config["num_hidden_layers"])
-    return normalise(hybrid_config(config, kinds))
+    return normalise(hybrid_config(config, kinds, family))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -70,8 +70,8 @@ def test_real_weights_pass_the_gate_under_every_preset(preset, stories, tmp_path
     ids=str,
 )
 def test_the_gate_catches_a_config_that_says_something_else(wrong, model_dir, tmp_path, monkeypatch):
-    def planted(config, kinds):
-        built = hybrid_config(config, kinds)
+    def planted(config, kinds, *target, **options):
+        built = hybrid_config(config, kinds, *target, **options)
         return built | wrong if any(kind.sliding_window for kind in kinds) else built
 
     monkeypatch.setattr(gates, "hybrid_config", planted)
@@ -113,8 +113,8 @@ def test_a_window_too_large_to_walk_is_proved_at_a_smaller_one(family, model_dir
 def test_a_large_window_that_is_another_or_elsewhere_is_caught(wrong, said, model_dir, tmp_path, monkeypatch):
     """Its number by reading it, its place by what the stand-in computes."""
 
-    def planted(config, kinds):
-        built = hybrid_config(config, kinds)
+    def planted(config, kinds, *target, **options):
+        built = hybrid_config(config, kinds, *target, **options)
         large = any((kind.sliding_window or 0) > 16 for kind in kinds)
         place = {} if "sliding_window" in wrong and not large else wrong
         return built | place if any(kind.sliding_window for kind in kinds) else built
