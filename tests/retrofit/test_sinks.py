@@ -150,18 +150,18 @@ def test_biases_of_the_source_cannot_be_taken_off_again(model_dir, tmp_path, han
 
 def test_what_is_said(model_dir, tmp_path, monkeypatch):
     model = model_dir("llama")
-    _, said = convert(model, tmp_path / "none")
+    _, said = convert(model, tmp_path / "none", gate=False)
     assert any("no sinks are needed" in line for line in said)
-    _, said = convert(model, tmp_path / "other", model_class="auto")
+    _, said = convert(model, tmp_path / "other", model_class="auto", gate=False)
     assert not any("first token" in line for line in said)
     monkeypatch.setattr(sinks, "HANGS", 0.0)
-    _, said = convert(model, tmp_path / "warned", model_class="auto")
+    _, said = convert(model, tmp_path / "warned", model_class="auto", gate=False)
     (line,) = [line for line in said if "first token" in line]
     assert line.startswith("warning: ") and "--class granite_swa avoids it" in line
-    _, said = convert(model_dir("qwen3"), tmp_path / "qwen3", "SSSN", model_class="auto")
+    _, said = convert(model_dir("qwen3"), tmp_path / "qwen3", "SSSN", model_class="auto", gate=False)
     assert any("first token" in line and "--class" not in line for line in said)
     # No window hides anything: nothing is measured.
-    _, said = convert(model, tmp_path / "wide", model_class="auto", sliding_window=64)
+    _, said = convert(model, tmp_path / "wide", model_class="auto", sliding_window=64, gate=False)
     assert not any("first token" in line for line in said)
 
 
