@@ -68,7 +68,8 @@ class FittedSinks:
 @dataclass(frozen=True)
 class ConversionReport:
     """What `convert` did. `gate` is None when it was switched off; sizes in bytes, lengths in tokens. `warning` tells
-    of a layout that is allowed and does not do what layouts are for, and of a file that was left out."""
+    of a layout that is allowed and does not do what layouts are for, and of a file that was left out. `sinks` and
+    `sink_rows` are the facts and rows of FittedSinks."""
 
     source: str
     out: str
@@ -86,7 +87,7 @@ class ConversionReport:
     sink_rows: Sequence[tuple[str, str]] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "sink_rows"}
 
     def rows(self) -> list[tuple[str, str]]:
         """The report as (name, value) lines for a screen or a model card."""

@@ -260,6 +260,7 @@ def _mass(
 @contextmanager
 def weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
     """Layer `index`'s weights in the layers of every kind, the same tensors in all, and gone afterwards."""
+    # The checkpoint's weights, and what the class has besides.
     empty = dict(next(iter(layers.decoders.values())).layers[0].named_parameters())
     tensors = {}
     for name, parameter in empty.items():
@@ -267,6 +268,7 @@ def weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
             tensors[name] = torch.full(parameter.shape, initial_value(name), device=layers.device)
         else:
             tensors[name] = layers.tensor(f"model.layers.{index}.{name}")
+    # Sliding layers have fitted values in place of some of them.
     fitted = {name: layers.values.get(f"model.layers.{index}.{name}") for name in empty}
     sliding = tensors | {name: value.to(layers.device) for name, value in fitted.items() if value is not None}
     for kind, decoder in layers.decoders.items():

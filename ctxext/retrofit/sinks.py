@@ -80,6 +80,7 @@ def fit_sinks(
     if not FAMILIES[plan.config["model_type"]].sinks:
         _warn(plan, window, say, where)
         return None
+    # Does the model hang on its first token? One pass over the source says.
     ids = _rows(plan, window, calibration)
     if ids.shape[1] <= window:
         say(f"sinks: the calibration text has {ids.shape[1]:,} tokens, a window {window:,}: nothing is hidden in it")
@@ -93,6 +94,7 @@ def fit_sinks(
     values = sink_values(layers, plan.kinds, first)
     if not values:
         return None
+    # The loss under the layout without and with them, on the text that they were fitted to.
     before, after = (_loss(fitted, ids, plan, first) for fitted in (layers, replace(layers, values=values)))
     facts = {
         "first_token_share": first.share,

@@ -73,6 +73,7 @@ def with_one_more_key(
     (n, h, L, D), g = q.shape, k.shape[1]
     if g != h:  # a key that heads share cannot have a logit for each of them
         k, v = (x.repeat_interleave(h // g, dim=1) for x in (k, v))
+    # One more dim, in which queries have 1, the sink its logit, and all other keys 0. The rest is filled up with zeros.
     logit = (sinks / scale).to(q.dtype)[None, :, None].expand(n, h, 1)
     q = torch.cat((q, q.new_ones(n, h, L, 1), q.new_zeros(n, h, L, _MORE_DIMS - 1)), dim=-1)
     first = torch.cat((k.new_zeros(n, h, 1, D), logit[..., None], k.new_zeros(n, h, 1, _MORE_DIMS - 1)), dim=-1)
