@@ -72,6 +72,11 @@ def format_duration(seconds: float) -> str:
     return f"{whole} s"
 
 
+def first_of(number: int, noun: str) -> str:
+    """the first token, the first 4 tokens"""
+    return f"the first {noun}" if number == 1 else f"the first {counted(number, noun)}"
+
+
 def counted(count: int, one: str, many: str | None = None) -> str:
     """A number of things: "1 sequence", "2,000 sequences", "3 processes" (where -s alone is wrong, `many`)."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"

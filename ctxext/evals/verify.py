@@ -40,7 +40,7 @@ from ctxext.train import recompute
 from ctxext.train.plan import plan_run
 from ctxext.train.run import SPEC_FILE, plan_resumed
 from ctxext.train.spec import FinetuneSpec, MemorySpec, ValidationSpec
-from ctxext.units import counted, format_tokens
+from ctxext.units import counted, first_of, format_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -314,7 +314,7 @@ def _field(module: Any, arguments: dict[str, Any], layer: int, launch: Launch, r
     W, G = pattern.sliding_window, pattern.group_size
     good = "exactly all before" if G is None else f"exactly groups of {G}, half of the heads shifted by {G // 2}"
     if pattern.sink_tokens:
-        good += f", and the first {counted(pattern.sink_tokens, 'token')}"
+        good += f", and {first_of(pattern.sink_tokens, 'token')}"
     good = good if W is None else f"exactly a window of {W}"
     edges = _edges(row, set() if W is None else {W}, G)
     return _judge("documents" if len(row.bounds) > 2 else "receptive field", layer, edges, faults, good)

@@ -25,7 +25,7 @@ from ctxext.train.refuse import refuse
 from ctxext.train.schedule import Attention, attention_at, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
 from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
-from ctxext.units import counted, format_bytes, format_count, format_flops, format_tokens
+from ctxext.units import counted, first_of, format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
 QUANTIZED = {"none": None, "nf4": 0.52, "int8": 1.0}  # bytes of a weight, scales included
@@ -192,7 +192,7 @@ class RunPlan:
             return f"dense, as they run ({costs})"
         spec, text = self.spec.attention, f"with S²-Attn, groups of {format_tokens(self.group_size)} tokens"
         text += {None: " (first token visible where the model needs it)", 0: ""}.get(
-            self.sink_tokens, f" and the first {counted(self.sink_tokens or 0, 'token')} of a document"
+            self.sink_tokens, f" and {first_of(self.sink_tokens or 0, 'token')} of a document"
         )
         text += " that grow" * spec.grow + ", shifted by a draw each step" * (spec.shift == "random")
         text += f", the last {spec.dense_last:.0%} of the steps dense" if spec.dense_last else ""

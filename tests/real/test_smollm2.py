@@ -56,7 +56,7 @@ def merged(ctxext: Any, extended: Path, books: dict[str, Path], workplace: Path)
 
 
 def perplexity(report: Any) -> float:
-    (row,) = (row for row in report["rows"] if row["metric"] == "perplexity")
+    (row,) = (row for row in report["models"][0]["suites"][0]["rows"] if row["metric"] == "perplexity")
     return float(row["value"])
 
 
@@ -153,7 +153,7 @@ def test_eval_agrees_with_stock_transformers(ctxext: Any, smollm2: Path, books: 
 def test_eval_of_generated_answers(ctxext: Any, smollm2: Path, made: dict[str, Path]) -> None:
     models = (smollm2, made["swa128"])
     report = ctxext("eval", *models, "--suite", "passkey,niah,ruler", "--preset", "smoke", "--lengths", "1k", "--json")
-    assert report["rows"]
+    assert [len(model["suites"]) for model in report["models"]] == [3, 3]
 
 
 def test_heal(ctxext: Any, made: dict[str, Path], books: dict[str, Path], workplace: Path) -> None:
