@@ -329,7 +329,9 @@ def _warning(kinds: Sequence[LayerKind], length: int) -> str | None:
 
 def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionReport, more: Mapping[str, Any]) -> None:
     source = plan.source
-    weights = "its weights are unchanged" if report.sinks is None else "its weights are unchanged but for added sinks"
+    weights = (
+        "its weights are unchanged" if report.sinks is None else "its weights are unchanged but for sinks and biases"
+    )
     text = [
         f"{source.name}, converted by layer layout alone: {weights} (S: RoPE and a sliding window, "
         "N: full attention without positional encoding, F: RoPE and full attention). Layers that lost their window or "

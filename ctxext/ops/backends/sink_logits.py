@@ -74,7 +74,8 @@ def with_one_more_key(
     if g != h:  # a key that heads share cannot have a logit for each of them
         k, v = (x.repeat_interleave(h // g, dim=1) for x in (k, v))
     # One more dim, in which queries have 1, the sink its logit, and all other keys 0. The rest is filled up with zeros.
-    logit = (sinks / scale).to(q.dtype)[None, :, None].expand(n, h, 1)
+    # An infinite logit would give NaN in the row that is dropped, and then in gradients: fp16 ends at 65,504.
+    logit = (sinks / scale).clamp(min=torch.finfo(q.dtype).min / 2).to(q.dtype)[None, :, None].expand(n, h, 1)
     q = torch.cat((q, q.new_ones(n, h, L, 1), q.new_zeros(n, h, L, _MORE_DIMS - 1)), dim=-1)
     first = torch.cat((k.new_zeros(n, h, 1, D), logit[..., None], k.new_zeros(n, h, 1, _MORE_DIMS - 1)), dim=-1)
     k = torch.cat((first, pad(k, (0, _MORE_DIMS))), dim=2)

@@ -122,3 +122,13 @@ def test_backends_without_learned_sinks_refuse_them():
     for backend in ("varlen", "flex"):
         with pytest.raises(EnvironmentFault, match="no learned sinks"):
             choose(call, backend)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["causal", "mask"])
+def test_one_more_key_has_finite_gradients_where_a_sink_takes_nothing_in_fp16(masked):
+    q, k, v, _ = tensors(1, 4, 2, 7, torch.float16)
+    mask = torch.zeros(7, 7, dtype=torch.float16).masked_fill(~torch.ones(7, 7).tril().bool(), float("-inf"))
+    logits = torch.full((4,), -1e4, dtype=torch.float16)
+    out = with_one_more_key(q, k, v, logits, mask=mask if masked else None, causal=not masked, scale=0.125)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.float().sum(), (q, k, v)))
+    torch.testing.assert_close(out, choice.attention(q, k, v, Pattern(), scale=0.125), rtol=1e-2, atol=1e-2)
