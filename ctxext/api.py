@@ -102,7 +102,8 @@ def convert(
 
     `hybrid` is a preset, a YAML file or a pattern of S, N, F; `full_layers` layers from 0, "odd", "even", "last", or
     "auto", which measures the ones to keep full. `model_class` is the output's model_type, such as "granite_swa";
-    `sinks` is "auto" (fitted where the class has them and the model needs them) or "none".
+    `sinks` is "auto" (fitted where the class has them and the model needs them) or "none". `calibration` is text for
+    both, such as a file; without it the embedded corpus.
     """
     if full_layers is not None and not isinstance(full_layers, str):
         full_layers = ",".join(map(str, full_layers))
@@ -111,7 +112,8 @@ def convert(
     request = plan_layers(plan, full_layers, budget=budget, length=length,
                           calibration=None if calibration is None else str(calibration),
                           calibration_tokens=calibration_tokens, i_know=i_know or None)  # fmt: skip
-    return write_conversion(plan, layers_for(plan, request, say, told), gate=gate, force=force, say=say, told=told)
+    return write_conversion(plan, layers_for(plan, request, say, told), calibration=calibration, gate=gate,
+                            force=force, say=say, told=told)  # fmt: skip
 
 
 def plan_convert(
@@ -127,10 +129,13 @@ def plan_convert(
 
 def plan_layers(plan: ConversionPlan, full_layers: str | None, **given: Any) -> Request | None:
     """What the planner is asked for, None where it is not; its options (None: not given) are refused without it."""
+    from ctxext.model.convert import may_fit_sinks
     from ctxext.retrofit.layers import request_of
 
     source = plan.source
     asked = {name: value for name, value in given.items() if value is not None}
+    if full_layers != AUTO and may_fit_sinks(plan):
+        asked.pop("calibration", None)  # it is the text that sinks are fitted on
     return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, full_layers == AUTO, asked)
 
 
@@ -145,9 +150,16 @@ def layers_for(plan: ConversionPlan, request: Request | None, say: Say, told: To
 
 
 def write_conversion(
-    plan: ConversionPlan, chosen: LayerPlan | None, *, gate: bool, force: bool, say: Say, told: Told
+    plan: ConversionPlan,
+    chosen: LayerPlan | None,
+    *,
+    calibration: Where | None = None,
+    gate: bool,
+    force: bool,
+    say: Say,
+    told: Told,
 ) -> ConversionReport:
-    """The conversion on disk, with what the planner found beside it."""
+    """The conversion on disk, with what the planner found beside it. `calibration`: text that sinks are fitted on."""
     from ctxext.model.convert import run_conversion, with_kinds
 
     attachments: dict[str, bytes] = {}
@@ -166,7 +178,7 @@ def write_conversion(
         from ctxext.retrofit.sinks import fit_sinks
 
         told("measuring the first token", 0, 1)
-        sinks = fit_sinks(plan, say=say)
+        sinks = fit_sinks(plan, say=say, **({} if calibration is None else {"calibration": str(calibration)}))
     say(f"converting {plan.source.name} to {plan.out}")
     return run_conversion(
         plan,

@@ -51,7 +51,10 @@ def convert(
         str | None, typer.Option(help="auto: tokens at which KV cache and FLOPs are counted [default: usable length]")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="auto: text to measure on [default: the embedded corpus's training part]")
+        str | None,
+        typer.Option(
+            help="auto, and sinks: text to measure on and to fit them on [default: the embedded corpus's training part]"
+        ),
     ] = None,
     calibration_tokens: Annotated[str | None, typer.Option(help="auto: how much of it [default: 8k]")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="auto: show what each layer by itself costs")] = False,
@@ -88,7 +91,8 @@ def convert(
     console.quiet_libraries()
     with console.told("starting") as told:
         chosen = api.layers_for(plan, request, console.say, told)
-        report = api.write_conversion(plan, chosen, gate=gate, force=force, say=console.say, told=told)
+        report = api.write_conversion(plan, chosen, calibration=calibration, gate=gate, force=force,
+                                      say=console.say, told=told)  # fmt: skip
     if as_json:
         console.emit(report.as_dict() | ({} if chosen is None else {"planner": chosen.as_dict()}))
         return

@@ -21,7 +21,7 @@ from ctxext.doctor.tokenizer import SPECIAL, tokenizer
 from ctxext.errors import InputError, ModelError
 from ctxext.export.card import first_model
 from ctxext.export.matrix import TARGETS, verdict
-from ctxext.model.adapter_plan import LoraSpec, plan_trainables
+from ctxext.model.adapter_plan import LoraSpec, in_adapted, plan_trainables
 from ctxext.model.families import Config, expected_tensors, normalise, rope_of
 from ctxext.model.gguf import dequantised, stored_as
 from ctxext.model.source import manifest_of, original_length, read_config, read_object, usable_length
@@ -155,11 +155,13 @@ def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Find
         stored = set(read_header(path / ADAPTER_FILE))
         settings = read_object(path / "adapter_config.json")
         whole, targets = set(settings.get("modules_to_save") or ()), set(settings.get("target_modules") or ())
+        direct: tuple[str, ...] = ()
         if manifest is not None and "lora" in manifest.spec:
             lora = build(LoraSpec, manifest.spec["lora"], source=f"{path / manifests.FILE_NAME}: spec.lora")
-            plan = plan_trainables(config, "lora", lora)
+            plan = plan_trainables(config, "lora", lora, manifest.facts.get("trained_sinks") or ())
             whole, targets = whole | set(plan.whole), targets | {group.name for group in plan.lora}
-        wanted = {f"base_model.model.{name}.weight" for name in whole}
+            direct = plan.direct
+        wanted = {f"base_model.model.{name}.weight" for name in whole} | {in_adapted(name, targets) for name in direct}
         for name in (name.removesuffix(".weight") for name in expected_tensors(config)):
             if name.rpartition(".")[2] in targets and not name.endswith(".bias"):
                 kind = "lora_embedding_{}" if name.endswith("embed_tokens") else "lora_{}.weight"

@@ -8,6 +8,7 @@ such as `norm` against everything that ends in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from ctxext.ops.low_rank import alpha
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = "model.embed_tokens"
+FITTED = ("sinks", "v_proj.bias", "o_proj.bias")  # of a layer's self_attn: what a conversion fits
 
 
 @spec
@@ -30,6 +32,9 @@ class LoraSpec:
     alpha       sqrt: 256 sqrt(rank), second-hand from arXiv 2606.12883; curvature: sqrt(3 fan_in rank), ours; a number
     multiplier  a factor on alpha, whichever rule gave it
     embeddings  full (trained whole; with tied embeddings the head moves with them), lora, or frozen
+    norms       full or frozen
+    sinks       of a conversion with fitted sinks (retrofit/sinks.py): full (they and the biases beside them train, at
+                optimizer.sinks_learning_rate) or frozen. Sinks that a model brings itself stay frozen
     """
 
     rank: Annotated[int, Field(ge=1)] = 8
@@ -38,6 +43,7 @@ class LoraSpec:
     target_modules: tuple[str, ...] = ATTENTION
     embeddings: Literal["full", "lora", "frozen"] = "full"
     norms: Literal["full", "frozen"] = "full"
+    sinks: Literal["full", "frozen"] = "full"
 
     def __post_init__(self) -> None:
         wrong = sorted(set(self.target_modules) - {*ATTENTION, *MLP})
@@ -60,7 +66,8 @@ class LoraModules:
 
 @dataclass(frozen=True)
 class Trainables:
-    """The trainable set of a run; `whole` are full module names, parameters are counts of scalars."""
+    """The trainable set of a run. `whole` are full module names, `direct` names of tensors of the base that train in
+    their place; parameters are counts of scalars."""
 
     tuning: str
     lora: tuple[LoraModules, ...]
@@ -69,14 +76,20 @@ class Trainables:
     embedding_parameters: int
     norm_parameters: int
     other_parameters: int
+    direct: tuple[str, ...] = ()
+    sink_parameters: int = 0
 
     @property
     def parameters(self) -> int:
-        return self.lora_parameters + self.embedding_parameters + self.norm_parameters + self.other_parameters
+        adapter = self.lora_parameters + self.embedding_parameters + self.norm_parameters
+        return adapter + self.sink_parameters + self.other_parameters
 
 
-def plan_trainables(config: Config, tuning: str, lora: LoraSpec) -> Trainables:
-    """Decide what trains for a normalised config. Raises InputError for a combination PEFT would get wrong."""
+def plan_trainables(config: Config, tuning: str, lora: LoraSpec, fitted_layers: Sequence[int] = ()) -> Trainables:
+    """Decide what trains for a normalised config. Raises InputError for a combination PEFT would get wrong.
+
+    `fitted_layers` are those in which a conversion has fitted sinks and biases.
+    """
     tensors = expected_tensors(config)
     sizes = {name: math.prod(shape) for name, shape in tensors.items()}
     norms = {name: size for name, size in sizes.items() if name.endswith("norm.weight")}
@@ -96,6 +109,8 @@ def plan_trainables(config: Config, tuning: str, lora: LoraSpec) -> Trainables:
     whole = [EMBEDDINGS] if lora.embeddings == "full" else []
     if lora.norms == "full":
         whole += [name.removesuffix(".weight") for name in norms]
+    layers = fitted_layers if lora.sinks == "full" else ()
+    direct = tuple(f"model.layers.{index}.self_attn.{name}" for index in layers for name in FITTED)
     return Trainables(
         tuning="lora",
         lora=groups,
@@ -104,7 +119,21 @@ def plan_trainables(config: Config, tuning: str, lora: LoraSpec) -> Trainables:
         embedding_parameters=embedding if lora.embeddings == "full" else 0,
         norm_parameters=sum(norms.values()) if lora.norms == "full" else 0,
         other_parameters=0,
+        direct=direct,
+        sink_parameters=sum(sizes[name] for name in direct),
     )
+
+
+def in_adapted(name: str, targets: Container[str]) -> str:
+    """The name under PEFT of a tensor of the base: that of a layer with LoRA lies in the layer that LoRA wraps."""
+    module, _, own = name.rpartition(".")
+    wrapped = ".base_layer" if module.rpartition(".")[2] in targets else ""
+    return f"base_model.model.{module}{wrapped}.{own}"
+
+
+def is_fitted(name: str) -> bool:
+    """Whether a tensor under PEFT, by its name, is a sink or a bias that a conversion fits."""
+    return name.replace(".base_layer", "").endswith(FITTED)
 
 
 def _lora_modules(config: Config, name: str, lora: LoraSpec) -> LoraModules:

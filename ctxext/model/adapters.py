@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ctxext.errors import CheckFailed, ModelError
-from ctxext.model.adapter_plan import EMBEDDINGS, Trainables
+from ctxext.model.adapter_plan import EMBEDDINGS, Trainables, in_adapted, is_fitted
 from ctxext.model.weights import ADAPTER_FILE
 
 
@@ -40,9 +40,13 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
     )
     adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
     adapted.peft_config["default"].base_model_name_or_path = base  # PEFT takes the model's own, maybe relative, path
+    # Tensors of the base that train in their place: PEFT has frozen them with everything else.
+    direct = [in_adapted(name, alphas) for name in plan.direct]
+    for name in direct:
+        adapted.get_parameter(name).requires_grad_(True)
     found = trainable(adapted)
     whole = {f"base_model.model.{module}.modules_to_save.default.weight" for module in plan.whole}
-    strangers = {name for name in found if ".lora_" not in name} ^ whole
+    strangers = {name for name in found if ".lora_" not in name} ^ (whole | set(direct))
     count = sum(full_shape(parameter).numel() for parameter in found.values())
     if strangers or count != plan.parameters:
         raise CheckFailed(
@@ -74,6 +78,7 @@ def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor
     aliases = model.named_parameters(remove_duplicate=False)  # a tied head is the embedding under a second name
     state = dict(model.state_dict()) | {n: master_of[id(p)] for n, p in aliases if id(p) in master_of}
     saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    saved |= {name: masters[name] for name in masters if _is_direct(name)}
     saved = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in saved.items()}
     save_file(saved, directory / ADAPTER_FILE, metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(directory))
@@ -88,11 +93,18 @@ def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor
     return len(reopened)
 
 
+def _is_direct(name: str) -> bool:
+    """Whether a trained tensor is one of the base's own. PEFT loads it by this name, and does not save it."""
+    return ".lora_" not in name and ".modules_to_save." not in name
+
+
 def open_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     """Put a saved adapter on its base, for inference. Raises ModelError when a stored tensor finds no place."""
     adapted: PeftModel = PeftModel.from_pretrained(model, str(directory), local_files_only=True)
     stored = load_file(directory / ADAPTER_FILE)
     placed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    own = dict(adapted.named_parameters())
+    placed |= {name: own[name] for name in stored if is_fitted(name) and name in own}
     lost = sorted(stored.keys() ^ placed.keys())
     if lost:
         raise ModelError(f"{directory}: {len(lost)} trained tensors have no place, or are missing, first {lost[0]}")

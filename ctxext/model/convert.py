@@ -22,7 +22,16 @@ from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import source as sources
 from ctxext.model.card import model_card, runtime_note
 from ctxext.model.companions import companions, copy_companions, stated_licence
-from ctxext.model.families import SOURCES, Config, expected_tensors, initial_value, new_tensors, normalise, rope_of
+from ctxext.model.families import (
+    FAMILIES,
+    SOURCES,
+    Config,
+    expected_tensors,
+    initial_value,
+    new_tensors,
+    normalise,
+    rope_of,
+)
 from ctxext.model.gguf import stored_as
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
@@ -159,6 +168,11 @@ def plan_conversion(
         config["dtype"] = dtype
     out = out or manifests.default_out("convert", f"{source.name}-{hybrid}")
     return ConversionPlan(source, layout, hybrid, kinds, config, out, dtype, allow_pickle, target, sinks == "auto")
+
+
+def may_fit_sinks(plan: ConversionPlan) -> bool:
+    """Whether the class of the output has learned sinks and they are wanted."""
+    return plan.sinks and FAMILIES[plan.config["model_type"]].sinks
 
 
 def with_kinds(plan: ConversionPlan, kinds: Sequence[LayerKind]) -> ConversionPlan:

@@ -76,6 +76,12 @@ class ModelSource:
         return model_shape(self.config)
 
     @property
+    def fitted_layers(self) -> tuple[int, ...]:
+        """The layers in which a conversion has fitted sinks and biases (retrofit/sinks.py)."""
+        facts = self.manifest.facts if self.kind == "conversion" and self.manifest else {}
+        return tuple((facts.get("sinks") or {}).get("layers", ()))
+
+    @property
     def directory(self) -> Path:
         """The directory, where there must be one."""
         if self.path is None:

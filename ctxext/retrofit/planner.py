@@ -193,7 +193,7 @@ def choose_layers(
     layers = open_conversion(plan, [window, full], where)
     progress("the source itself", 0, 1)
     truth = source_states(layers, samples.ids)
-    if values := sinks_of_windows(plan, layers, window):
+    if values := sinks_of_windows(plan, layers, window, request.calibration):
         say("sliding layers are measured with fitted sinks")
         layers = replace(layers, values=values)
     loss = answer_loss(layers, samples, truth)

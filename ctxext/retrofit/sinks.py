@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.prompts import framing
-from ctxext.model.convert import ConversionPlan, FittedSinks
+from ctxext.errors import InputError
+from ctxext.model.convert import ConversionPlan, FittedSinks, may_fit_sinks
 from ctxext.model.families import FAMILIES
 from ctxext.model.ids import check_ids
 from ctxext.model.layout import LayerKind
@@ -70,7 +71,7 @@ def fit_sinks(
     The loss of the text above the source's is measured before and after. Where the class has no sinks the result is
     None, and `say` gets a warning with the class that has them; for windows up to half of a row, with the loss too.
     Weights that are pickles alone are not read: None. Raises ModelError for weights that are not there and for a token
-    without a row.
+    without a row, InputError for a `calibration` that cannot be read or has less than two windows.
     """
     source, windows = plan.source, {kind.sliding_window for kind in plan.kinds} - {None}
     window = min(windows, default=None)
@@ -82,6 +83,13 @@ def fit_sinks(
         return None
     # Does the model hang on its first token? One pass over the source says.
     ids = _rows(plan, window, calibration)
+    least = min(2 * window, _row_tokens(plan, window))
+    if calibration != EMBEDDED and ids.shape[1] < least:
+        raise InputError(
+            f"--calibration {calibration}: {ids.shape[1]:,} tokens; to fit sinks for windows of {window:,} it has to "
+            f"have {least:,}",
+            hint="give more text, leave --calibration out, or add --sinks none",
+        )
     if ids.shape[1] <= window:
         say(f"sinks: the calibration text has {ids.shape[1]:,} tokens, a window {window:,}: nothing is hidden in it")
         return None
@@ -138,20 +146,22 @@ def _loss(layers: Layers, ids: Tensor, plan: ConversionPlan, first: FirstToken) 
 def open_conversion(plan: ConversionPlan, kinds: Sequence[LayerKind], device: torch.device) -> Layers:
     """A conversion's layers, as the source has them and as any of `kinds`; with biases where sinks may be fitted."""
     source, target = plan.source, str(plan.config["model_type"])
-    biases = FAMILIES[target].sinks and plan.sinks
+    biases = may_fit_sinks(plan)
     reader = tensor_reader(source.directory)
     return open_layers(source.config, source.kinds, kinds, reader, device, target=target, biases=biases)
 
 
-def sinks_of_windows(plan: ConversionPlan, layers: Layers, window: LayerKind) -> dict[str, Tensor]:
+def sinks_of_windows(
+    plan: ConversionPlan, layers: Layers, window: LayerKind, calibration: str = EMBEDDED
+) -> dict[str, Tensor]:
     """`sink_values` of every layer, each as if it were `window`: what the planner measures sliding layers with.
 
     Empty where the class has no sinks, where none are wanted or needed, and for a source that has windows of its own.
     """
     slides = any(kind.sliding_window is not None for kind in layers.source)
-    if not (plan.sinks and FAMILIES[str(plan.config["model_type"])].sinks) or slides or window.sliding_window is None:
+    if not may_fit_sinks(plan) or slides or window.sliding_window is None:
         return {}
-    ids = _rows(plan, window.sliding_window, EMBEDDED)
+    ids = _rows(plan, window.sliding_window, calibration)
     if ids.shape[1] <= window.sliding_window:
         return {}
     first = first_token(layers, ids, window.sliding_window)
@@ -165,12 +175,17 @@ def _rows(plan: ConversionPlan, window: int, calibration: str) -> Tensor:
     """
     tokenizer = load_tokenizer(plan.source.directory)
     begin = torch.tensor(framing(tokenizer)[0], dtype=torch.int64)
-    T = min(plan.source.usable_length, max(ROW_TOKENS, window + ROW_TOKENS // 2))
+    T = _row_tokens(plan, window)
     count = max(1, TOKENS // T)
     ids = joined(read_documents(calibration), tokenizer, count * T)
     own = min(T - len(begin), len(ids))
     rows = ids[: len(ids) // own * own].view(-1, own)[:count]
     return torch.cat((begin.expand(len(rows), -1), rows), dim=1)
+
+
+def _row_tokens(plan: ConversionPlan, window: int) -> int:
+    """How long rows of calibration text are, where there is enough text."""
+    return min(plan.source.usable_length, max(ROW_TOKENS, window + ROW_TOKENS // 2))
 
 
 @torch.no_grad()

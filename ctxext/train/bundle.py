@@ -82,6 +82,7 @@ def _manifest(plan: RunPlan, facts: dict[str, Any], count: int) -> manifests.Man
             "layout": pattern_text(plan.kinds),
             "teacher": None if plan.teacher is None else plan.teacher.description,
             "trained_tensors": count,
+            **({"trained_sinks": plan.source.fitted_layers} if plan.trainables.direct else {}),
         },
     )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ctxext.errors import EnvironmentFault, ModelError
+from ctxext.model.adapter_plan import is_fitted
 from ctxext.model.adapters import full_shape
 from ctxext.train.spec import OptimizerSpec
 
@@ -26,7 +27,7 @@ class MasterAdamW:
     """AdamW (decoupled weight decay) over the masters of `trainable`, a mapping name -> parameter.
 
     LoRA matrices, and everything under full tuning, step at `learning_rate`; modules trained whole beside an adapter
-    at `whole_learning_rate`.
+    at `whole_learning_rate`, fitted sinks and biases beside one at `sinks_learning_rate`.
     """
 
     def __init__(self, trainable: Mapping[str, Tensor], spec: OptimizerSpec):
@@ -111,7 +112,9 @@ def parameter_groups(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> list
     whole_rate = spec.whole_learning_rate or spec.learning_rate
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
-        rate = whole_rate if adapter and LORA_MARK not in name else spec.learning_rate
+        rate = spec.learning_rate
+        if adapter and LORA_MARK not in name:
+            rate = spec.sinks_learning_rate if is_fitted(name) else whole_rate
         decay = spec.weight_decay if len(full_shape(tensor)) > 1 else 0.0  # norms and biases are not decayed
         groups.setdefault((rate, decay), []).append(tensor)
     return [

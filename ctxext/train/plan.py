@@ -208,6 +208,7 @@ class RunPlan:
         return (
             f"{share}: LoRA {format_count(parts.lora_parameters)}, embeddings "
             f"{format_count(parts.embedding_parameters)}{tied}, norms {format_count(parts.norm_parameters)}"
+            + (f", sinks and biases {format_count(parts.sink_parameters)}" if parts.sink_parameters else "")
         )
 
 
@@ -229,7 +230,7 @@ def plan_run(
         original_length=source.original_length,
         usable_length=source.usable_length,
     )
-    trainables = trainables or plan_trainables(source.config, spec.tuning, spec.lora)
+    trainables = trainables or plan_trainables(source.config, spec.tuning, spec.lora, source.fitted_layers)
     if trainables.parameters == 0:
         raise InputError("nothing would train", hint="let lora, embeddings or norms train")
     group_size = _group_size(source, spec)

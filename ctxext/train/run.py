@@ -297,9 +297,11 @@ def plan_repeated(
 
 def _read(run: Path) -> Start:
     fields = read_yaml(run / SPEC_FILE)
-    # Runs from before these settings trained without sink tokens and without BOS. They continue the same way.
+    # Runs from before these settings trained without sink tokens, without BOS and with fitted sinks frozen. They
+    # continue the same way.
     fields["spec"].setdefault("attention", {}).setdefault("sinks", 0)
     fields["spec"].setdefault("data", {}).setdefault("bos", False)
+    fields["spec"].setdefault("lora", {}).setdefault("sinks", "frozen")
     start = build(Start, fields, source=str(run / SPEC_FILE))
     if not Path(start.model).is_dir():
         raise ModelError(f"{run}: the model it started from, {start.model}, is not there any more")

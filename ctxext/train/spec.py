@@ -207,6 +207,8 @@ class OptimizerSpec:
                            the GPU is full; on a CPU the same as adamw8bit)
     learning_rate          of the LoRA matrices, or of everything under `tuning: full`
     whole_learning_rate    of embeddings and norms; None: learning_rate
+    sinks_learning_rate    of sinks and biases that a conversion has fitted and an adapter trains (lora.sinks): logits
+                           and values of another size than matrices
     warmup_steps           optimizer steps of linear warm-up
     schedule               after warm-up: constant, cosine down to a tenth, or wsd (the last fifth linear to zero)
     clip                   the gradient norm may be this many times its running mean; larger ones are scaled down
@@ -215,6 +217,7 @@ class OptimizerSpec:
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     learning_rate: Rate = 2e-5
     whole_learning_rate: Rate | None = None
+    sinks_learning_rate: Rate = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999

@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ctxext import api
+from ctxext.doctor import model as doctor
 from ctxext.errors import InputError
 from ctxext.evals.verify import plan_launch, verify
+from ctxext.model.adapter_plan import FITTED
 from ctxext.model.families import NO_SINK
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import hidden_states, load_model
@@ -22,6 +26,7 @@ from ctxext.model.shards import tensor_reader
 from ctxext.model.source import original_config, resolve
 from ctxext.retrofit import sinks
 from ctxext.retrofit.damage import final_states, open_layers
+from ctxext.train.run import plan_asked
 
 IDS = torch.arange(60)[None] * 7 % 250
 
@@ -212,7 +217,7 @@ def test_it_trains_merges_is_verified_and_exported(scaling, model_dir, tmp_path,
     theta = config["rope_parameters"]["rope_theta"]
     assert config["layer_rope_theta"] == [theta, theta, theta, 0]
     before, after = (tensor_reader(tmp_path / at)("model.layers.0.self_attn.sinks") for at in ("out", "merged"))
-    assert torch.equal(before, after)
+    assert not torch.equal(before, after)
 
 
 def test_the_planner_measures_windows_with_their_sinks(model_dir, tmp_path, hangs):
@@ -263,6 +268,85 @@ def test_a_fitted_conversion_heals_from_itself(model_dir, tmp_path, hangs):
     assert report.finished
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
+
+
+def test_they_are_fitted_on_text_that_is_given(model_dir, tmp_path, hangs):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(400)))
+    out, _ = convert(model_dir("llama"), tmp_path / "out", calibration=text)
+    other, _ = convert(model_dir("llama"), tmp_path / "other")
+    assert resolve(str(out)).manifest.facts["sinks"]["calibration"] == str(text)
+    assert not torch.equal(*(tensor_reader(at)(name_of(0, "sinks")) for at in (out, other)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "it has to have 16"),
+        ({"model_class": "smollm3"}, "is for the planner"),
+        ({"sinks": "none"}, "is for the planner"),
+    ],
+    ids=str,
+)
+def test_text_that_cannot_be_fitted_on_is_refused(options, words, model_dir, tmp_path, hangs):
+    text = tmp_path / "text.txt"
+    text.write_text("Short.")
+    with pytest.raises(InputError) as caught:
+        convert(model_dir("llama"), tmp_path / "out", calibration=text, **options)
+    assert words in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def name_of(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.self_attn.{name}"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj"]], ids=len)
+def test_sinks_and_biases_train_at_their_own_rate(targets, model_dir, tmp_path, hangs):
+    """They are counted, saved, found again by ctxext and by PEFT, and merged; those of full layers stay as they are."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(400)))
+    out, _ = convert(model_dir("llama"), tmp_path / "out", "SFNS")
+    settings = {"data.source": str(text), "global_batch_size": 2, "steps": 2, "validation.every_steps": None}
+    settings |= {"lora.target_modules": targets, "optimizer.learning_rate": 1e-9, "optimizer.warmup_steps": 0}
+    settings |= {"optimizer.sinks_learning_rate": 0.01, "faults.keep_at_end": True}
+    api.finetune(out, ctx=64, preset="heal", out=tmp_path / "run", settings=settings)
+    api.merge(tmp_path / "run", out=tmp_path / "merged")
+    # H = 8 sinks, K D = 4 x 8 and E = 64 biases in each of two layers.
+    plan = plan_asked(str(out), "heal", settings | {"ctx": 64}, needs_weights=True)
+    sizes = {name: tensor_reader(out)(name_of(0, name)).numel() for name in FITTED}
+    assert plan.trainables.sink_parameters == 2 * sum(sizes.values())
+    before, after = tensor_reader(out), tensor_reader(tmp_path / "merged")
+    for layer, slides in enumerate((True, False, False, True)):
+        for name in FITTED:
+            moved = (before(name_of(layer, name)) - after(name_of(layer, name))).abs().max().item()
+            assert 1e-3 < moved < 0.03 if slides else moved == 0.0, (layer, name, moved)
+    loaded = load_model(tmp_path / "run", device="cpu").model
+    foreign = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), tmp_path / "run"
+    )
+    with torch.no_grad():
+        live, peft, merged = (model(IDS).logits for model in (loaded, foreign.eval(), stock(tmp_path / "merged")))
+    torch.testing.assert_close(peft, live, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(merged, live, rtol=1e-3, atol=1e-3)
+    # The doctor misses one that is not there.
+    assert [finding for finding in doctor.model(str(tmp_path / "run")) if finding.status == "failure"] == []
+    adapter = tmp_path / "run" / "adapter_model.safetensors"
+    held = load_file(adapter)
+    del held[next(name for name in held if name.endswith(".sinks"))]
+    save_file(held, adapter, metadata={"format": "pt"})
+    failed = [finding.found for finding in doctor.model(str(tmp_path / "run")) if finding.status == "failure"]
+    assert any("1 trained tensors are not in" in found for found in failed), failed
+
+
+def test_frozen_sinks_stay(model_dir, tmp_path, hangs):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(400)))
+    out, _ = convert(model_dir("llama"), tmp_path / "out", "SFNS")
+    settings = {"data.source": str(text), "global_batch_size": 1, "steps": 2, "lora.sinks": "frozen"}
+    api.finetune(out, ctx=64, out=tmp_path / "run", settings=settings | {"validation.every_steps": None})
+    api.merge(tmp_path / "run", out=tmp_path / "merged")
+    for name in FITTED:
+        assert torch.equal(*(tensor_reader(tmp_path / at)(name_of(0, name)) for at in ("out", "merged")))
 
 
 @pytest.mark.parametrize(("own", "window", "fitted"), [(16, 8, True), (8, 8, False), (8, 16, False)])

@@ -119,6 +119,7 @@ def test_a_run_from_before_a_setting_continues_as_it_began(first):
     path = first / "spec.yaml"
     fields = yaml.safe_load(path.read_text())
     assert fields["spec"]["attention"].pop("sinks") == "auto" and fields["spec"]["data"].pop("bos") is True
+    assert fields["spec"]["lora"].pop("sinks") == "full"
     path.write_text(yaml.safe_dump(fields))
     spec = plan_repeated(first)[0].spec
     assert (spec.attention.sinks, spec.data.bos) == (0, False)
