@@ -115,14 +115,14 @@ def test_the_memory_of_a_plan_is_that_of_one_process(first):
 
 
 def test_a_run_from_before_a_setting_continues_as_it_began(first):
-    """Older versions had no sink tokens, and documents had no BOS: these are no defaults for their runs."""
+    """Older versions had no sink tokens, no BOS in documents, and kept fitted sinks frozen: these are no defaults for their runs."""
     path = first / "spec.yaml"
     fields = yaml.safe_load(path.read_text())
     assert fields["spec"]["attention"].pop("sinks") == "auto" and fields["spec"]["data"].pop("bos") is True
     assert fields["spec"]["lora"].pop("sinks") == "full"
     path.write_text(yaml.safe_dump(fields))
     spec = plan_repeated(first)[0].spec
-    assert (spec.attention.sinks, spec.data.bos) == (0, False)
+    assert (spec.attention.sinks, spec.data.bos, spec.lora.sinks) == (0, False, "frozen")
 
 
 @pytest.mark.parametrize("bos", [True, False])
