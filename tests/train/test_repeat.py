@@ -115,7 +115,7 @@ def test_the_memory_of_a_plan_is_that_of_one_process(first):
 
 
 def test_a_run_from_before_a_setting_continues_as_it_began(first):
-    """Older versions had no sink tokens, no BOS in documents, and kept fitted sinks frozen: these are no defaults for their runs."""
+    """Older versions had no sink tokens, no BOS in documents, frozen sinks: no defaults for their runs."""
     path = first / "spec.yaml"
     fields = yaml.safe_load(path.read_text())
     assert fields["spec"]["attention"].pop("sinks") == "auto" and fields["spec"]["data"].pop("bos") is True
