@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
 from ctxext.errors import InputError
+from ctxext.progress import Progress, ignore
 from ctxext.units import parse_tokens
 
 if TYPE_CHECKING:
@@ -34,15 +35,10 @@ if TYPE_CHECKING:
     from ctxext.train.plan import RunPlan
 
 Say = Callable[[str], None]
-Told = Callable[[str, int, int], None]
 OnStep = Callable[["StepMetrics"], None]
 Where = str | Path
 AUTO = "auto"
 PLAN = "plan.json"
-
-
-def _nobody(*_: Any) -> None:
-    """Whom nobody listens to."""
 
 
 def plan(
@@ -95,8 +91,8 @@ def convert(
     gate: bool = True,
     allow_pickle: bool = False,
     force: bool = False,
-    say: Say = _nobody,
-    told: Told = _nobody,
+    say: Say = ignore,
+    progress: Progress = ignore,
 ) -> ConversionReport:
     """Turn most layers into small sliding windows and leave a few full: a layout edit, the weights copied, a proof.
 
@@ -112,8 +108,8 @@ def convert(
     request = plan_layers(plan, full_layers, budget=budget, length=length,
                           calibration=None if calibration is None else str(calibration),
                           calibration_tokens=calibration_tokens, i_know=i_know or None)  # fmt: skip
-    return write_conversion(plan, layers_for(plan, request, say, told), calibration=calibration, gate=gate,
-                            force=force, say=say, told=told)  # fmt: skip
+    return write_conversion(plan, layers_for(plan, request, say, progress), calibration=calibration, gate=gate,
+                            force=force, say=say, progress=progress)  # fmt: skip
 
 
 def plan_convert(
@@ -139,14 +135,14 @@ def plan_layers(plan: ConversionPlan, full_layers: str | None, **given: Any) -> 
     return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, full_layers == AUTO, asked)
 
 
-def layers_for(plan: ConversionPlan, request: Request | None, say: Say, told: Told) -> LayerPlan | None:
+def layers_for(plan: ConversionPlan, request: Request | None, say: Say, progress: Progress) -> LayerPlan | None:
     """The planner's choice, measured."""
     if request is None:
         return None
     from ctxext.retrofit.planner import choose_layers
 
     say(f"measuring which layers of {plan.source.name} to keep full")
-    return choose_layers(plan, request, say=say, progress=lambda what, *counts: told(f"measuring {what}", *counts))
+    return choose_layers(plan, request, say=say, progress=lambda what, *counts: progress(f"measuring {what}", *counts))
 
 
 def write_conversion(
@@ -157,7 +153,7 @@ def write_conversion(
     gate: bool,
     force: bool,
     say: Say,
-    told: Told,
+    progress: Progress,
 ) -> ConversionReport:
     """The conversion on disk, with what the planner found beside it. `calibration`: text that sinks are fitted on."""
     from ctxext.model.convert import run_conversion, with_kinds
@@ -177,7 +173,7 @@ def write_conversion(
     if plan.sinks:
         from ctxext.retrofit.sinks import fit_sinks
 
-        told("measuring the first token", 0, 1)
+        progress("measuring the first token", 0, 1)
         sinks = fit_sinks(plan, say=say, **({} if calibration is None else {"calibration": str(calibration)}))
     say(f"converting {plan.source.name} to {plan.out}")
     return run_conversion(
@@ -187,7 +183,7 @@ def write_conversion(
         sinks=sinks,
         attachments=attachments,
         facts=facts,
-        progress=lambda done, total: told("proving" if done == total else "copying weights", done, total),
+        progress=lambda done, total: progress("proving" if done == total else "copying weights", done, total),
     )
 
 
@@ -206,8 +202,8 @@ def finetune(
     out: Where | None = None,
     resume: bool = False,
     force: bool = False,
-    say: Say = _nobody,
-    on_step: OnStep = _nobody,
+    say: Say = ignore,
+    on_step: OnStep = ignore,
 ) -> FinetuneReport:
     """Train at a longer context. `ctx` may be stages, "8k,32k"; `settings` are fields of the spec by dotted path.
 
@@ -301,8 +297,8 @@ def evaluate(
     settings: Mapping[str, Any] | None = None,
     out: Where | None = None,
     force: bool = False,
-    say: Say = _nobody,
-    told: Told = _nobody,
+    say: Say = ignore,
+    progress: Progress = ignore,
 ) -> EvalReport:
     """Measure models side by side. `suite` is a name, several joined by commas, or an eval preset; `settings` are
     fields as of `--set`, such as {"passkey.cases": 4}. An unfinished evaluation of the same request is gone on with."""
@@ -319,7 +315,7 @@ def evaluate(
     )
     if plan.resumes:
         say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
-    return eval_models(plan, force=force, progress=told, notice=say)
+    return eval_models(plan, force=force, progress=progress, notice=say)
 
 
 def probe(
@@ -338,8 +334,8 @@ def probe(
     settings: Mapping[str, Any] | None = None,
     out: Where | None = None,
     force: bool = False,
-    say: Say = _nobody,
-    told: Told = _nobody,
+    say: Say = ignore,
+    progress: Progress = ignore,
 ) -> ProbeReport:
     """Look inside a model, and beside it at the one it is compared with: probes.json, pictures and a manifest."""
     from ctxext.evals.spec import said
@@ -353,7 +349,7 @@ def probe(
     plan = plan_probe(str(model), asked, fields, preset=preset, compare=before, out=_path(out), force=force)
     from ctxext.probes import run
 
-    report = run.measure(plan, told, say)
+    report = run.measure(plan, progress, say)
     run.write(plan, report)
     return report
 
@@ -368,7 +364,7 @@ def merge(
     length: str | int | None = None,
     data: str | None = None,
     force: bool = False,
-    say: Say = _nobody,
+    say: Say = ignore,
 ) -> MergeReport:
     """Merge an adapter, in fp32, into an ordinary Hugging Face directory, and prove that nothing was lost."""
     from ctxext.pipeline import merge_run, plan_merge

@@ -29,6 +29,7 @@ from ctxext.model.convert import DTYPES
 from ctxext.model.families import rope_of
 from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.progress import Progress, ignore
 from ctxext.units import format_bytes, format_tokens
 
 COLDEST = 1e-4  # a temperature below it is greedy, but for logits that overflow
@@ -235,7 +236,7 @@ class Conversation:
         text: str,
         *,
         write: Callable[[str], None] = lambda piece: None,
-        told: Callable[[str, int, int], None] = lambda what, done, total: None,
+        progress: Progress = ignore,
         warn: Callable[[str], None] = lambda line: None,
     ) -> Answer:
         """Add a turn and answer it: `write` gets the answer piece by piece, `told` hears how far the reading is.
@@ -254,7 +255,7 @@ class Conversation:
         clock, pieces = [time.perf_counter()], list[str]()
 
         def prefilled(done: int, total: int) -> None:
-            told("reading", done, total)
+            progress("reading", done, total)
             if done == total:
                 _finish(self.loaded.device)
                 clock.append(time.perf_counter())
@@ -264,11 +265,11 @@ class Conversation:
                 pieces.append(piece)
                 write(piece)
 
-        told("reading", 0, len(unread))
+        progress("reading", 0, len(unread))
         how: dict[str, Any] = {"stop": self.stop, "choose": self.choose, "cache": self.cache, "seen": [self.ids[:kept]]}
         with _in_memory(self.plan):
             most = self.plan.max_new_tokens
-            [answer] = generate(self.loaded.model, [unread], most, prefilled=prefilled, told=say, **how)
+            [answer] = generate(self.loaded.model, [unread], most, prefilled=prefilled, on_token=say, **how)
         clock.append(time.perf_counter())
         pieces.append(stream.rest())
         write(pieces[-1])

@@ -25,6 +25,7 @@ from ctxext.evals.suites import check_suites, inputs, model_stamp
 from ctxext.model.convert import DTYPES
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.progress import Progress, ignore
 from ctxext.units import format_tokens, parse_tokens
 
 if TYPE_CHECKING:
@@ -119,11 +120,7 @@ def _unfinished(place: Path, plan: EvalPlan) -> bool:
 
 
 def eval_models(
-    plan: EvalPlan,
-    *,
-    force: bool = False,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
-    notice: Callable[[str], None] = lambda _: None,
+    plan: EvalPlan, *, force: bool = False, progress: Progress = ignore, notice: Callable[[str], None] = lambda _: None
 ) -> EvalReport:
     """Run the suites. `out` grows as items are done (request.json first); results.json and ctxext.json come last."""
     from ctxext.evals.suite import evaluate

@@ -95,7 +95,7 @@ def measure(models: list[str], suite: str, given: dict[str, Any], shown: str) ->
     """For each model, the suite's figure at each length, as text."""
     asked = {**given, "lengths": LENGTHS, "extrapolate": True}
     plan = plan_eval(models, suite, asked, out=RUNS / f"eval-{suite}")
-    with console.progress() as display:
+    with console.progress_display() as display:
         task = display.add_task("", total=None, note="")
         report = eval_models(plan, progress=lambda what, done, total: display.update(
             task, description=what, completed=done, total=total))  # fmt: skip

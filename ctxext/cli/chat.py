@@ -43,7 +43,7 @@ def chat(
         device=device,
     )
     console.quiet_libraries()
-    with console.told("loading"):
+    with console.progress("loading"):
         talk = generation.Conversation(plan)
     how = "by its chat template" if talk.templated else "plainly (no chat template): it goes on with what you write"
     console.say(f"{plan.source.name}, {how}; /reset forgets, /exit ends")

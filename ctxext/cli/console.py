@@ -67,7 +67,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Progress]:
+def progress_display() -> Iterator[Progress]:
     """A progress display on stderr, gone when done; silent under --quiet and where stderr is no terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -94,21 +94,21 @@ def progress() -> Iterator[Progress]:
 
 
 @contextmanager
-def told(first: str) -> Iterator[Callable[[str, int | None, int | None], None]]:
-    """`progress` for one task: what is yielded is told what is done, how far, of how much.
+def progress(first: str) -> Iterator[Callable[[str, int | None, int | None], None]]:
+    """A progress display for one task. It yields a progress callback (what is being done, items done, items in all).
 
-    Where stderr is no terminal a line says so now and then, so that a log of hours is not silent.
+    Where stderr is no terminal, a line is printed every few minutes, so that a log of hours is not silent.
     """
-    said = time.monotonic()
+    last_line = time.monotonic()
 
     def tell(what: str, done: int | None, total: int | None) -> None:
-        nonlocal said
+        nonlocal last_line
         display.update(task, description=what, completed=done, total=total)
-        if display.disable and time.monotonic() - said > SILENCE:
-            said = time.monotonic()
+        if display.disable and time.monotonic() - last_line > SILENCE:
+            last_line = time.monotonic()
             say(what if done is None or total is None else f"{what}: {done:,} of {total:,}")
 
-    with progress() as display:
+    with progress_display() as display:
         task = display.add_task(first, total=None, note="")
         yield tell
 

@@ -29,6 +29,9 @@ FullLayersOption = Annotated[
         "planner measures and chooses"
     ),
 ]
+CalibrationOption = Annotated[
+    str | None, typer.Option(help="Text that auto measures on and sinks are fitted on [default: the embedded corpus]")
+]
 EXAMPLES = """Examples:\n
   ctxext convert llama2-7b --hybrid swa128-nope\n
   ctxext convert ./my-model --hybrid swa128-nope --full-layers 3,7,11\n
@@ -50,12 +53,7 @@ def convert(
     length: Annotated[
         str | None, typer.Option(help="auto: tokens at which KV cache and FLOPs are counted [default: usable length]")
     ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, and sinks: text to measure on and to fit them on [default: the embedded corpus's training part]"
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
     calibration_tokens: Annotated[str | None, typer.Option(help="auto: how much of it [default: 8k]")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="auto: show what each layer by itself costs")] = False,
     i_know: Annotated[bool, typer.Option("--i-know", help="auto: allow a budget of no full layer")] = False,
@@ -89,10 +87,10 @@ def convert(
              "explain": explain or None, "i_know": i_know or None}  # fmt: skip
     request = api.plan_layers(plan, full_layers, **asked)
     console.quiet_libraries()
-    with console.told("starting") as told:
-        chosen = api.layers_for(plan, request, console.say, told)
+    with console.progress("starting") as progress:
+        chosen = api.layers_for(plan, request, console.say, progress)
         report = api.write_conversion(plan, chosen, calibration=calibration, gate=gate, force=force,
-                                      say=console.say, told=told)  # fmt: skip
+                                      say=console.say, progress=progress)  # fmt: skip
     if as_json:
         console.emit(report.as_dict() | ({} if chosen is None else {"planner": chosen.as_dict()}))
         return

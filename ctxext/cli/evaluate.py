@@ -91,8 +91,8 @@ def _run(
     if plan.resumes:
         console.say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
     console.quiet_libraries()
-    with console.told("loading") as told:
-        report = eval_models(plan, force=force, progress=told, notice=console.say)
+    with console.progress("loading") as progress:
+        report = eval_models(plan, force=force, progress=progress, notice=console.say)
     if as_json:
         console.emit(report.to_dict())
     else:

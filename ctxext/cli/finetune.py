@@ -157,9 +157,9 @@ def _predicted(plan: RunPlan, launch: Launch | None) -> tuple[str, Estimate | No
 
 
 def _show_plan(plan: RunPlan, launch: Launch | None, as_json: bool) -> None:
-    from ctxext.train.parallel import ALONE
+    from ctxext.train.parallel import SINGLE_PROCESS
 
-    where = launch.as_dict() if launch else ALONE
+    where = launch.as_dict() if launch else SINGLE_PROCESS
     console.emit(plan.as_dict() | {"launch": where}) if as_json else console.pairs(_rows(plan, launch))
 
 
@@ -262,7 +262,7 @@ def training_progress(plan: RunPlan) -> Iterator[Callable[[StepMetrics], None]]:
     """What a run's steps are told to: a progress bar; a line every tenth of the way where stderr is no terminal."""
     from ctxext.units import format_bytes
 
-    with console.progress() as display:
+    with console.progress_display() as display:
         task = display.add_task("preparing", total=plan.steps, note="")
 
         def on_step(metrics: StepMetrics) -> None:

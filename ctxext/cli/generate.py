@@ -54,7 +54,7 @@ def generate(
         model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat, dtype=dtype, device=device
     )
     console.quiet_libraries()
-    with console.told("loading"):
+    with console.progress("loading"):
         talk = generation.Conversation(plan)
     answer = stream(talk, text, silent=as_json)
     if as_json:
@@ -66,7 +66,7 @@ def generate(
 def stream(talk: Conversation, text: str, *, silent: bool) -> Answer:
     """The answer, printed as it comes unless `silent`; a bar on stderr while the model reads."""
     with ExitStack() as bar:
-        told = bar.enter_context(console.told("reading"))
+        progress = bar.enter_context(console.progress("reading"))
 
         def write(piece: str) -> None:
             bar.close()
@@ -74,7 +74,7 @@ def stream(talk: Conversation, text: str, *, silent: bool) -> Answer:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
 
-        answer = talk.ask(text, write=write, told=told, warn=console.say)
+        answer = talk.ask(text, write=write, progress=progress, warn=console.say)
     if not silent:
         print(flush=True)
     return answer

@@ -57,7 +57,7 @@ def _train(trials: list[RunPlan], scratch: Path, given: float) -> Search:
     from ctxext.train.loop import Events
     from ctxext.train.multiplier import find_multiplier
 
-    with console.progress() as display:
+    with console.progress_display() as display:
         task = display.add_task("preparing", total=sum(plan.steps for plan in trials), note="")
 
         def on_step(metrics: StepMetrics) -> None:

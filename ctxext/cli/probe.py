@@ -65,8 +65,8 @@ def probe(
     console.quiet_libraries()
     from ctxext.probes import run
 
-    with console.told("loading") as told:
-        report = run.measure(plan, told, console.say)
+    with console.progress("loading") as progress:
+        report = run.measure(plan, progress, console.say)
     pictures = run.write(plan, report)
     if as_json:
         console.emit(asdict(report))

@@ -55,8 +55,8 @@ def run(
         _show_plan(plan, as_json)
         return
     console.quiet_libraries()
-    with console.told("starting") as told:
-        found = run_pipeline(plan, say=console.say, told=told)
+    with console.progress("starting") as progress:
+        found = run_pipeline(plan, say=console.say, progress=progress)
     if found is None:
         console.say("stopped; the same command goes on")
         raise typer.Exit(130)

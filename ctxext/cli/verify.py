@@ -36,7 +36,7 @@ def verify(
     out = out or default_out("verify", launch.source.name)
     check_free(out, force, keep=launch.source.paths)
     console.quiet_libraries()
-    with console.progress() as display:
+    with console.progress_display() as display:
         task = display.add_task("loading", total=None, note="")
         found = checks.verify(
             launch,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ctxext.errors import DataError
+from ctxext.progress import CountProgress
 
-Progress = Callable[[str, int, int], None]  # (what, done, in all)
 STAR = "* beyond what the model bears"  # what tables say under numbers of such lengths
 
 
@@ -107,7 +107,7 @@ class Ledger:
             self.outcomes[outcome.id] = outcome
 
 
-def run_job(job: Job, ledger: Ledger, tokens_per_batch: int, progress: Callable[[int, int], None]) -> list[Row]:
+def run_job(job: Job, ledger: Ledger, tokens_per_batch: int, progress: CountProgress) -> list[Row]:
     """Runs what the ledger has not yet, batch by batch, and makes the rows."""
     known = sum(item.id in ledger.outcomes for item in job.items)
     progress(known, len(job.items))

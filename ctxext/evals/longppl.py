@@ -21,7 +21,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +30,11 @@ from ctxext.data.documents import EMBEDDED, MOST_COMPARED, Document, fingerprint
 from ctxext.data.encoding import PlainText, Spans
 from ctxext.data.files import Reading, distinct, recorded
 from ctxext.errors import DataError, InputError, ModelError
-from ctxext.evals.engine import Job, Outcome, Progress, Row, mean
+from ctxext.evals.engine import Job, Outcome, Row, mean
 from ctxext.evals.spec import LongPpl
 from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.progress import CountProgress, Progress
 
 if TYPE_CHECKING:
     from ctxext.model.load import LoadedModel
@@ -135,8 +135,8 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     largest = max(max(ids) for found, _ in texts.values() for _, ids, _ in found)
     check_ids([largest], source.config["vocab_size"], source.name)
     for length, (found, facts) in texts.items():
-        tick = partial(progress, f"keys by {source.name} at {length:,}")
-        write_rows(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), tick), facts)
+        count = partial(progress, f"keys by {source.name} at {length:,}")
+        write_rows(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), count), facts)
     del evaluator
     gc.collect()
 
@@ -289,14 +289,14 @@ def meeting(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 
 
 def _key_texts(
-    model: Any, found: Sequence[tuple[Document, list[int], Spans]], short: int, step: int, tick: Callable[..., None]
+    model: Any, found: Sequence[tuple[Document, list[int], Spans]], short: int, step: int, count: CountProgress
 ) -> list[KeyText]:
     runs = sum(len(range(short + step, len(ids), step)) for _, ids, _ in found)
     done = count(1)
-    tick(0, runs)
+    count(0, runs)
     texts = []
     for document, ids, offsets in found:
-        keys = find_keys(model, ids, short, step, lambda: tick(next(done), runs))
+        keys = find_keys(model, ids, short, step, lambda: count(next(done), runs))
         texts.append(KeyText(document.name, document.text, tuple(merged([offsets[i] for i in keys]))))
     return texts
 

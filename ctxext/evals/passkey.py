@@ -5,7 +5,7 @@ B batch, T tokens of a case, A answer tokens of a batch together, E model width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from ctxext.evals.haystacks import haystack
 from ctxext.evals.spec import Passkey
 from ctxext.model.decode import generate
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
+from ctxext.progress import CountProgress, ignore
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,7 @@ def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
 
 
 def passkey(
-    loaded: LoadedModel,
-    spec: Passkey,
-    *,
-    tokens_per_batch: int = 16_384,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    loaded: LoadedModel, spec: Passkey, *, tokens_per_batch: int = 16_384, progress: CountProgress = ignore
 ) -> list[Row]:
     """The rows of one spec on one model, nothing written: a row a length."""
     return run_job(job(loaded, spec, Path()), Ledger(), tokens_per_batch, progress)

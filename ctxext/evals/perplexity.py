@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby
@@ -34,6 +34,7 @@ from ctxext.evals.engine import Job, Ledger, Outcome, Row, run_job
 from ctxext.evals.spec import Perplexity
 from ctxext.model.ids import check_ids
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
+from ctxext.progress import CountProgress, ignore
 from ctxext.train.loss import token_losses
 from ctxext.units import counted, format_duration
 
@@ -160,7 +161,7 @@ def perplexity(
     stride: int | None = None,
     alone_from: int | None = None,
     tokens_per_batch: int = 16_384,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: CountProgress = ignore,
 ) -> PerplexityResult:
     """Perplexity of `texts` (see `encode`) when the model sees at most `length` tokens.
 

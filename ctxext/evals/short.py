@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.evals.engine import Job, Outcome, Progress, Row
+from ctxext.evals.engine import Job, Outcome, Row
 from ctxext.evals.spec import Short
+from ctxext.progress import Progress
 from ctxext.units import counted
 
 if TYPE_CHECKING:

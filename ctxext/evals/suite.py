@@ -15,21 +15,18 @@ from typing import TYPE_CHECKING, Any
 from ctxext.data.files import distinct, recorded
 from ctxext.data.store import tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.evals.engine import STAR, Job, Ledger, Outcome, Progress, Row, run_job
+from ctxext.evals.engine import STAR, Job, Ledger, Outcome, Row, run_job
 from ctxext.evals.spec import EvalSpec
 from ctxext.evals.suites import PREPARED, module_of
 from ctxext.machine.memory import is_out_of_memory
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.progress import Progress, ignore
 from ctxext.units import format_tokens
 
 if TYPE_CHECKING:  # torch comes with these: it is imported when every argument has been found good
     from ctxext.evals.compare import Difference
     from ctxext.model.load import LoadedModel
-
-
-def _silent(what: str, done: int, total: int) -> None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def evaluate(
     against: int | None = None,
     place: Path | None = None,
     device: str | None = None,
-    progress: Progress = _silent,
+    progress: Progress = ignore,
     notice: Callable[[str], None] = lambda _: None,
 ) -> EvalReport:
     """Runs the suites of `spec` on each model, one in memory at a time.

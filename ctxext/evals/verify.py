@@ -32,10 +32,10 @@ from ctxext.config.loader import build
 from ctxext.errors import InputError
 from ctxext.evals.cached_decoding import as_decoded, of_stock_generate, relative
 from ctxext.evals.certificate import Certificate, Check
-from ctxext.evals.suite import Progress
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.ops.masks import Pattern, document_starts, first_shifted_head, lower_bounds
+from ctxext.progress import Progress, ignore
 from ctxext.train import recompute
 from ctxext.train.plan import plan_run
 from ctxext.train.run import SPEC_FILE, plan_resumed
@@ -145,7 +145,7 @@ def _windows(kinds: Sequence[LayerKind]) -> set[int]:
     return {kind.sliding_window for kind in kinds if kind.sliding_window is not None}
 
 
-def verify(launch: Launch, *, device: str | None = None, progress: Progress = lambda *_: None) -> Certificate:
+def verify(launch: Launch, *, device: str | None = None, progress: Progress = ignore) -> Certificate:
     """Load the model and run every check; one that fails is in the certificate, and nothing is raised for it."""
     import torch
 

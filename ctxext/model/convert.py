@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from ctxext.model.rope_fields import written_for_both
 from ctxext.model.source import ModelSource, require_tokenizer
 from ctxext.model.weights import weight_files
 from ctxext.ops.cost import kv_cache_bytes, parameter_count
+from ctxext.progress import CountProgress, ignore
 from ctxext.units import format_bytes, format_count, format_tokens
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -189,7 +190,7 @@ def run_conversion(
     attachments: Mapping[str, bytes] | None = None,
     facts: Mapping[str, Any] | None = None,
     sinks: FittedSinks | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: CountProgress = ignore,
 ) -> ConversionReport:
     """Copy the weights, prove them, put the result in place. Raises CheckFailed when the proof fails.
 

@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from ctxext.errors import InputError
 from ctxext.model.frequencies import same_frequencies_from, switch_length
 from ctxext.model.load import causal_lm, output_weight
+from ctxext.progress import CountProgress, ignore
 
 CHUNK = 16_384  # tokens of a row prefilled at once: activations are bounded by it, not by the prompt; a chunk after the
 # first costs a quarter more than its share, because attention over cached keys takes masks
@@ -75,7 +76,7 @@ class Reader:
         positions: Tensor | None = None,
         *,
         chunk: int = CHUNK,
-        prefilled: Callable[[int, int], None] = lambda done, total: None,
+        prefilled: CountProgress = ignore,
     ) -> Tensor:
         """The last hidden states [B, t, E] of the last piece of `ids` [B, T], read after what the cache holds.
 
@@ -138,8 +139,8 @@ def generate(
     choose: Callable[[Tensor], Tensor] = greedy,
     cache: DynamicCache | None = None,
     seen: Sequence[Sequence[int]] | None = None,
-    prefilled: Callable[[int, int], None] = lambda done, total: None,
-    told: Callable[[int, int], None] = lambda row, token: None,
+    prefilled: CountProgress = ignore,
+    on_token: Callable[[int, int], None] = lambda row, token: None,
     **attention_arguments: Any,
 ) -> list[list[int]]:
     """The continuation of each prompt: at most `max_new_tokens` ids, ending before the first of `stop`.
@@ -167,7 +168,7 @@ def generate(
     if padded and same_frequencies_from(reader.decoder.config, T + max_new_tokens) > 1:
         how = {"stop": stop, "chunk": chunk, "choose": choose, "prefilled": prefilled} | attention_arguments
         one = partial(generate, model, max_new_tokens=max_new_tokens, **how)
-        return [one([prompt], told=partial(_of_row, told, row))[0] for row, prompt in enumerate(prompts)]
+        return [one([prompt], on_token=partial(_of_row, on_token, row))[0] for row, prompt in enumerate(prompts)]
     positions = (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
     reserve(reader.cache, reader.cache.get_seq_length() + T + max_new_tokens)
     padding = (mask, positions) if padded else ()
@@ -179,7 +180,7 @@ def generate(
             going[row] = going[row] and token not in stop
             if going[row]:
                 answers[row].append(token)
-                told(row, token)
+                on_token(row, token)
         if not any(going) or step + 1 == max_new_tokens:
             break
         mask, positions = torch.cat((mask, mask.new_ones(len(prompts), 1)), 1), positions[:, -1:] + 1
@@ -188,9 +189,9 @@ def generate(
     return answers
 
 
-def _of_row(told: Callable[[int, int], None], row: int, _: int, token: int) -> None:
+def _of_row(on_token: Callable[[int, int], None], row: int, _: int, token: int) -> None:
     """Report a token of a row that runs alone under its number in the batch."""
-    told(row, token)
+    on_token(row, token)
 
 
 class ReservedLayer(DynamicLayer):

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ctxext.errors import ModelError
 from ctxext.model.weights import EMBEDDING, HEAD, INDEX, SINGLE, TensorInfo, check_tensors, model_names, weight_files
-
-Progress = Callable[[int, int], None]  # shards done, shards in all
+from ctxext.progress import CountProgress, ignore
 
 
 @contextmanager
@@ -88,7 +87,7 @@ def copy_weights(
     added: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     allow_pickle: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: CountProgress = ignore,
 ) -> None:
     """Write `source`'s weights to `out`, cast to `dtype` if one is given, plus `added` tensors.
 

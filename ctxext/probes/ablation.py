@@ -93,5 +93,5 @@ def _asked(loaded: LoadedModel, spec: RetrievalHeads) -> Job:
 def _measured(loaded: LoadedModel, spec: RetrievalHeads, asked: Job, texts: Sequence[EncodedText]) -> dict[str, Any]:
     assert spec.length is not None
     row = run_job(asked, Ledger(), BATCH_TOKENS, lambda *_: None)[0]
-    told = perplexity(loaded, texts, spec.length, protocol=PROTOCOL, tokens_per_batch=BATCH_TOKENS)
-    return {"accuracy": row.value, "answer_nats": row.details["answer_nats"], "loss": told.nats_per_token}
+    result = perplexity(loaded, texts, spec.length, protocol=PROTOCOL, tokens_per_batch=BATCH_TOKENS)
+    return {"accuracy": row.value, "answer_nats": row.details["answer_nats"], "loss": result.nats_per_token}

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from ctxext.probes.finding import Curve, Curves, Finding, Grid, Table
 from ctxext.probes.spec import SHORTEST, AttentionDistance
-from ctxext.probes.subject import Subject, Told, watch_rows
+from ctxext.probes.subject import Subject, watch_rows
 from ctxext.probes.texts import text_rows
+from ctxext.progress import CountProgress
 from ctxext.units import counted
 
 MEASURED = ("distance", "sink", "entropy")
 
 
-def measure(subject: Subject, spec: AttentionDistance, told: Told) -> Finding:
+def measure(subject: Subject, spec: AttentionDistance, progress: CountProgress) -> Finding:
     """Grids of layers x heads at the length, and the growth of each full layer over `lengths`, means over heads."""
     assert spec.length is not None
     lengths = sorted(set(spec.lengths or [n for i in range(4) if (n := spec.length >> i) >= SHORTEST]) | {spec.length})
@@ -34,7 +35,7 @@ def measure(subject: Subject, spec: AttentionDistance, told: Told) -> Finding:
         total = torch.zeros(3, len(subject.kinds), subject.heads, dtype=torch.float64)
         for sample, row in enumerate(texts[:, :length]):
             total += _one(subject, row[None], spec)
-            told(number * spec.samples + sample + 1, len(lengths) * spec.samples)
+            progress(number * spec.samples + sample + 1, len(lengths) * spec.samples)
         found[length] = total / spec.samples
     at, letters = found[spec.length], subject.letters
     full = [layer for layer, kind in enumerate(subject.kinds) if kind.sliding_window is None]

@@ -24,14 +24,15 @@ from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.probes.finding import Curve, Curves, Finding, Table
 from ctxext.probes.spec import GradientInfluence
-from ctxext.probes.subject import Subject, Told
+from ctxext.probes.subject import Subject
 from ctxext.probes.texts import text_rows
+from ctxext.progress import CountProgress
 from ctxext.units import counted
 
 PER_DOUBLING = 4  # buckets of distance
 
 
-def measure(subject: Subject, spec: GradientInfluence, told: Told) -> Finding:
+def measure(subject: Subject, spec: GradientInfluence, progress: CountProgress) -> Finding:
     """G by distance, in buckets that grow, and the share of its sum that comes from beyond each distance."""
     assert spec.length is not None
     rows = text_rows(subject.loaded.tokenizer, spec.data, spec.length, spec.samples, spec.seed)
@@ -39,7 +40,7 @@ def measure(subject: Subject, spec: GradientInfluence, told: Told) -> Finding:
     total = torch.zeros(spec.length, dtype=torch.float64)
     for number, row in enumerate(rows):
         total += influence(model, row[None].to(subject.loaded.device), spec.last)[0].cpu()
-        told(number + 1, spec.samples)
+        progress(number + 1, spec.samples)
     g = (total / spec.samples).flip(0)  # [T] by distance
     if not bool(g.isfinite().all()):
         raise ModelError("a gradient is not finite", hint="probe the model in float32")

@@ -28,14 +28,15 @@ from ctxext.evals.haystacks import haystack
 from ctxext.model.load import causal_lm, hidden_states
 from ctxext.probes.finding import Bars, Finding, Table
 from ctxext.probes.spec import LayerNiah
-from ctxext.probes.subject import Subject, Told
+from ctxext.probes.subject import Subject
+from ctxext.progress import CountProgress
 from ctxext.units import counted
 
 BATCH_TOKENS = 16_384
 TOKEN = {"parting": "the last token before the answers part ways", "question": "the question's last token"}
 
 
-def measure(subject: Subject, spec: LayerNiah, told: Told) -> Finding:
+def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Finding:
     """Accuracy of the residual after each layer and of each layer's change, on the questions kept apart."""
     assert spec.length is not None
     where, text = haystack(spec.data)
@@ -50,7 +51,7 @@ def measure(subject: Subject, spec: LayerNiah, told: Told) -> Finding:
     )
     layers = len(subject.kinds)
     steps = spec.samples + 2 * layers + 1
-    states = _states(subject, cases, lambda done: told(done, steps))
+    states = _states(subject, cases, lambda done: progress(done, steps))
     labels = torch.tensor([case.label for case in cases])
     if not bool(states.isfinite().all()):
         raise ModelError("a residual is not finite", hint="probe the model in float32")
@@ -64,7 +65,7 @@ def measure(subject: Subject, spec: LayerNiah, told: Told) -> Finding:
             hits, n = readable(of, labels, spec)
             low, high = wilson(hits, n)
             found[name].append({"accuracy": hits / n, "hits": hits, "low": low, "high": high})
-            told(done := done + 1, steps)
+            progress(done := done + 1, steps)
     embedding, *found["residual"] = found["residual"]
     facts = {
         "length": spec.length,
@@ -99,7 +100,7 @@ def readable(features: Tensor, labels: Tensor, spec: LayerNiah) -> tuple[int, in
 
 
 @torch.no_grad()
-def _states(subject: Subject, cases: list[NearCase], told: Any) -> Tensor:
+def _states(subject: Subject, cases: list[NearCase], progress: Any) -> Tensor:
     """The residual stream [L+1,N,E] at the last token of each case, before the first layer and after each."""
     ids = torch.tensor([case.prompt_ids for case in cases])  # [N,T]
     step, parts = max(1, BATCH_TOKENS // ids.shape[1]), list[Tensor]()
@@ -107,7 +108,7 @@ def _states(subject: Subject, cases: list[NearCase], told: Any) -> Tensor:
         with _last_tokens(subject.loaded.model) as kept:
             hidden_states(subject.loaded.model, ids[begin : begin + step].to(subject.loaded.device))
         parts.append(torch.stack(kept))
-        told(min(begin + step, len(ids)))
+        progress(min(begin + step, len(ids)))
     return torch.cat(parts, 1)
 
 

@@ -27,7 +27,8 @@ from ctxext.model.positions import original_theta
 from ctxext.model.source import ModelSource, from_directory, read_config
 from ctxext.probes.finding import Curve, Curves, Finding, Table
 from ctxext.probes.spec import Positions
-from ctxext.probes.subject import Subject, Told
+from ctxext.probes.subject import Subject
+from ctxext.progress import CountProgress
 
 TOKENS = 256  # of the text; places far from the start tell slow rotations from none
 BY_LENGTH = ("dynamic", "longrope")  # rotations that change where a text is longer than the original length
@@ -36,7 +37,7 @@ SURE = math.pi / 2  # radians: a place is used for a frequency that is meant to 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative, of a frequency
 
 
-def measure(subject: Subject, spec: Positions, told: Told) -> Finding:
+def measure(subject: Subject, spec: Positions, progress: CountProgress) -> Finding:
     """A table of layers, one of the model's past, and the frequencies as a picture."""
     source = subject.source
     rope, config = rope_of(source.config), source.config
@@ -47,7 +48,7 @@ def measure(subject: Subject, spec: Positions, told: Told) -> Finding:
         inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], tokens) if rope else ([], 1.0)
     )
     realised = _realised(subject, meant or [1.0] * half, tokens)
-    told(1, 1)
+    progress(1, 1)
     layers = [_layer(source, index, realised[index], meant, plain) for index in range(len(source.kinds))]
     steps = history(source)
     notes = _notes(source, layers, subject.dtype)

@@ -16,12 +16,13 @@ from torch import Tensor
 from ctxext.probes.checkpoints import history, projection
 from ctxext.probes.finding import Curve, Curves, Finding, Grid, Table
 from ctxext.probes.spec import QkDistance
-from ctxext.probes.subject import Subject, Told
+from ctxext.probes.subject import Subject
+from ctxext.progress import CountProgress
 
 KINDS = ("absolute", "relative")
 
 
-def measure(subject: Subject, spec: QkDistance, told: Told) -> Finding:
+def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> Finding:
     """Grids of the distance between the run's start and its result, by head; curves of every step's to `spec.to`."""
     notes: list[str] = []
     source = subject.source
@@ -41,7 +42,7 @@ def measure(subject: Subject, spec: QkDistance, told: Told) -> Finding:
                 apart = _norms(projection(run, state, source, name) - target, count)
                 found[of][0, i, layer] = apart
                 found[of][1, i, layer] = apart / size.clamp(min=torch.finfo(torch.float32).tiny)
-        told(layer + 1, L)
+        progress(layer + 1, L)
     steps = [state.step for state in run.states]
     means = {of: x.mean((2, 3)) for of, x in found.items()}  # [2,S]
     means["q + k"] = means["q"] + means["k"]

@@ -26,7 +26,8 @@ from ctxext.model.attention import Intervention, intervening
 from ctxext.model.load import causal_lm
 from ctxext.probes.finding import Bars, Curve, Curves, Finding, Number, Picture, Table
 from ctxext.probes.spec import ReceptiveField
-from ctxext.probes.subject import Subject, Told
+from ctxext.probes.subject import Subject
+from ctxext.progress import CountProgress
 
 PROTOCOL: Final = "truncate"
 TOKENS_PER_BATCH = 16_384
@@ -50,7 +51,7 @@ class Restriction:
     layers: tuple[int, ...]
 
 
-def measure(subject: Subject, spec: ReceptiveField, told: Told) -> Finding:
+def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> Finding:
     """Loss, passkeys and LongPPL unrestricted and under each restriction.
 
     Raises what these evaluations raise, and InputError or ModelError for an evaluator that cannot do it.
@@ -62,7 +63,7 @@ def measure(subject: Subject, spec: ReceptiveField, told: Told) -> Finding:
     total = (len(asked) + 1) * each
 
     def scores(number: int, restriction: Restriction | None) -> Scores:
-        return _scores(subject, jobs, restriction, lambda done: told(number * each + done, total))
+        return _scores(subject, jobs, restriction, lambda done: progress(number * each + done, total))
 
     whole = scores(0, None)
     found = [(one, scores(number, one)) for number, one in enumerate(asked, start=1)]
@@ -128,7 +129,7 @@ def _jobs(subject: Subject, spec: ReceptiveField) -> list[Job]:
 
 
 def _scores(
-    subject: Subject, jobs: Sequence[Job], restriction: Restriction | None, told: Callable[[int], None]
+    subject: Subject, jobs: Sequence[Job], restriction: Restriction | None, progress: Callable[[int], None]
 ) -> Scores:
     """The jobs' numbers, by the names of MEASURED, with the layers restricted while they run."""
     changes = {i: Intervention(visible=restriction.visible) for i in restriction.layers} if restriction else {}
@@ -136,10 +137,10 @@ def _scores(
     with intervening(causal_lm(subject.loaded.model).get_decoder(), changes):
         for job in jobs:
 
-            def tick(done: int, _: int, before: int = before) -> None:
-                told(before + done)
+            def count(done: int, _: int, before: int = before) -> None:
+                progress(before + done)
 
-            rows += run_job(job, Ledger(), TOKENS_PER_BATCH, tick)
+            rows += run_job(job, Ledger(), TOKENS_PER_BATCH, count)
             before += len(job.items)
     text, keys, *long = rows
     scores: Scores = {

@@ -40,7 +40,8 @@ from ctxext.ops.masks import Pattern
 from ctxext.probes.ablation import BATCH_TOKENS, Head, ablate
 from ctxext.probes.finding import Finding, Grid, Table
 from ctxext.probes.spec import RetrievalHeads
-from ctxext.probes.subject import Subject, Told, watch_rows
+from ctxext.probes.subject import Subject, watch_rows
+from ctxext.progress import CountProgress
 from ctxext.units import counted
 
 SHOWN = 20  # heads of the table
@@ -74,7 +75,7 @@ class Copied:
     trials: int
 
 
-def measure(subject: Subject, spec: RetrievalHeads, told: Told) -> Finding:
+def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> Finding:
     """Scores of all heads as grids and as a ranked table, and what masking the best of them takes from the model.
 
     Raises InputError where `ablate` asks for more heads than can see an answer.
@@ -89,7 +90,7 @@ def measure(subject: Subject, spec: RetrievalHeads, told: Told) -> Finding:
     def more(count: int) -> None:
         nonlocal done
         done += count
-        told(done, runs * len(asked))
+        progress(done, runs * len(asked))
 
     mass = answer_attention(subject.loaded, asked, more)[0] if "mass" in spec.definitions else None
     copied = copies(subject.loaded, asked, more) if "copy" in spec.definitions else Copied(None, 0, 0)

@@ -18,10 +18,11 @@ from ctxext.probes.checkpoints import History, history, put
 from ctxext.probes.finding import Curve, Curves, Finding, Table
 from ctxext.probes.retrieval_heads import answer_attention, check_reach, questions, ranking, reachable
 from ctxext.probes.spec import KEEP_THEM, RetrievalTrace
-from ctxext.probes.subject import Subject, Told
+from ctxext.probes.subject import Subject
+from ctxext.progress import CountProgress
 
 
-def measure(subject: Subject, spec: RetrievalTrace, told: Told) -> Finding:
+def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> Finding:
     """The best heads' mass and entropy by step. The model in memory is left with the result's weights.
 
     Raises InputError for a run that has no checkpoints left, and for more heads than can see an answer.
@@ -43,7 +44,7 @@ def measure(subject: Subject, spec: RetrievalTrace, told: Told) -> Finding:
         for number, state in enumerate(run.states, start=1):
             put(loaded.model, state)
             found[state.step] = answer_attention(loaded, asked)
-            told(number, len(run.states))
+            progress(number, len(run.states))
     finally:
         put(loaded.model, run.result)
     heads = ranking([found[run.result.step][0]], reach)[: spec.heads]

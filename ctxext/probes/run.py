@@ -16,7 +16,6 @@ from ctxext.config import manifest as manifests
 from ctxext.config.output import staged_output
 from ctxext.data.files import distinct, recorded
 from ctxext.errors import EnvironmentFault, ModelError
-from ctxext.evals.engine import Progress
 from ctxext.machine.memory import is_out_of_memory
 from ctxext.probes import (
     attention_distance,
@@ -30,10 +29,11 @@ from ctxext.probes import (
 )
 from ctxext.probes.finding import Finding, ProbeReport, ProbeResult
 from ctxext.probes.plan import ProbePlan
-from ctxext.probes.subject import Subject, Told
+from ctxext.probes.subject import Subject
+from ctxext.progress import CountProgress, Progress, ignore
 
 RESULTS = "probes.json"
-MEASURES: dict[str, Callable[[Subject, Any, Told], Finding]] = {
+MEASURES: dict[str, Callable[[Subject, Any, CountProgress], Finding]] = {
     "receptive-field": receptive_field.measure,
     "layer-niah": layer_niah.measure,
     "gradient-influence": gradient_influence.measure,
@@ -46,7 +46,7 @@ MEASURES: dict[str, Callable[[Subject, Any, Told], Finding]] = {
 
 
 def measure(
-    plan: ProbePlan, progress: Progress = lambda *_: None, notice: Callable[[str], None] = lambda _: None
+    plan: ProbePlan, progress: Progress = ignore, notice: Callable[[str], None] = lambda _: None
 ) -> ProbeReport:
     """Every probe of the plan on each of its models; nothing is written.
 
@@ -62,12 +62,12 @@ def measure(
         found.append([])
         for spec in plan.spec.probes:
 
-            def told(done: int, total: int, what: str = f"{name} {spec.probe}") -> None:
+            def progress(done: int, total: int, what: str = f"{name} {spec.probe}") -> None:
                 progress(what, done, total)
 
-            told(0, 1)
+            progress(0, 1)
             with recorded() as began_reading:
-                finding = _in_memory(subject, spec, told)
+                finding = _in_memory(subject, spec, progress)
             read = distinct(began_reading)
             if read:
                 finding = replace(finding, facts=finding.facts | {"read": [one.as_dict() for one in read]})
@@ -101,10 +101,10 @@ def write(plan: ProbePlan, report: ProbeReport) -> list[str]:
     return pictures
 
 
-def _in_memory(subject: Subject, spec: Any, told: Told) -> Finding:
+def _in_memory(subject: Subject, spec: Any, progress: CountProgress) -> Finding:
     """The measurement; where memory runs out, what helps is said. Raises ModelError for a number that is not finite."""
     try:
-        finding = MEASURES[spec.probe](subject, spec, told)
+        finding = MEASURES[spec.probe](subject, spec, progress)
         json.dumps(asdict(finding), allow_nan=False)
         return finding
     except ValueError as error:

@@ -19,7 +19,6 @@ from ctxext.model.source import ModelSource
 from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
 
-Told = Callable[[int, int], None]  # done, in all
 ROWS_BYTES = 256 << 20  # of attention weights in memory at a time, about
 
 

@@ -36,11 +36,11 @@ from ctxext.model.shards import EMBEDDING
 from ctxext.model.weights import HEAD
 from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
+from ctxext.progress import CountProgress, ignore
 from ctxext.train.loss import chunk_of, token_losses
 
 Layout = tuple[LayerKind, ...]
 Weights = Callable[[str], Tensor | None]
-Progress = Callable[[int, int], None]  # layers applied, layers to apply in all
 
 STATE_BYTES = 8 << 30  # of hidden states on the host at a time, about; more layouts than fit are measured in turns
 BATCH_TOKENS = 4096  # that go through a layer at a time
@@ -177,7 +177,7 @@ def measure(
     samples: Samples,
     layouts: Sequence[Layout],
     truth: Tensor,
-    progress: Progress = lambda done, total: None,
+    progress: CountProgress = ignore,
     state_bytes: int = STATE_BYTES,
 ) -> list[Damage]:
     """The damage of each layout; `truth` [n,T,E] are the source's final states (`source_states`).

@@ -26,6 +26,7 @@ from ctxext.model.load import load_tokenizer
 from ctxext.model.source import ModelSource
 from ctxext.model.weights import only_pickles
 from ctxext.ops.cost import forward_flops, kv_cache_bytes
+from ctxext.progress import CountProgress, Progress, ignore
 from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import RETRIEVES, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
 from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
@@ -36,7 +37,6 @@ ANSWER_SHARE = 0.05  # of a score: as if one token in twenty were retrieved. A c
 ANSWERS_FROM = 1.0  # nats a token: a source with a greater loss at the answers cannot retrieve, its share is 0
 LEAST_QUESTIONS = 4
 READ_AHEAD = 8  # times the calibration tokens are read, so that rows come from several documents
-Progress = Callable[[str, int, int], None]  # what is done, how much of it is done, how much there is
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def choose_layers(
     plan: ConversionPlan,
     request: Request,
     *,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = ignore,
     say: Callable[[str], None] = lambda line: None,
     device: str | None = None,
 ) -> LayerPlan:
@@ -241,7 +241,7 @@ def layer_facts(
     truth: Tensor,
     window: LayerKind,
     full: LayerKind,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: CountProgress = ignore,
 ) -> tuple[LayerFacts, ...]:
     """Each layer by itself: the damage of the 2 L layouts that differ from the source in one layer, and its heads."""
     L, heads = len(layers.source), head_scores(layers, samples)

@@ -40,8 +40,16 @@ RUNS: dict[str, Callable[..., Any]] = {
     "export": api.export_model,
     "report": api.write_report,
 }
-TELLS = {"convert": ("say", "told"), "finetune": ("say", "on_step"), "eval": ("say", "told"), "probe": ("say", "told"),
-         "merge": ("say",), "plan": (), "export": (), "report": ()}  # fmt: skip
+CALLBACKS: dict[str, tuple[str, ...]] = {  # that each of these functions takes
+    "convert": ("say", "progress"),
+    "finetune": ("say", "on_step"),
+    "eval": ("say", "progress"),
+    "probe": ("say", "progress"),
+    "merge": ("say",),
+    "plan": (),
+    "export": (),
+    "report": (),
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ def _may_replace(found: str, record: dict[str, Any] | None, asked: dict[str, Any
         )
 
 
-def run_pipeline(plan: Plan, *, say: api.Say = api._nobody, told: api.Told = api._nobody) -> Results | None:
+def run_pipeline(plan: Plan, *, say: api.Say = api.ignore, progress: api.Progress = api.ignore) -> Results | None:
     """Every job in its turn, then the results on disk. None where training was interrupted: the same call goes on.
 
     Errors are those of the commands, with the step's name before them; what was done stays done.
@@ -126,7 +134,7 @@ def run_pipeline(plan: Plan, *, say: api.Say = api._nobody, told: api.Told = api
         for number, job in enumerate(plan.pipeline.jobs, 1):
             say(f"[{number}/{len(plan.pipeline.jobs)}] {job.id}: {job.command}")
             try:
-                outcomes[job.id] = _job(plan, job, say, told)
+                outcomes[job.id] = _job(plan, job, say, progress)
             except CtxextError as error:
                 error.message = f"step {job.id}: {error.message}"
                 error.args = (error.message,)
@@ -141,7 +149,7 @@ def run_pipeline(plan: Plan, *, say: api.Say = api._nobody, told: api.Told = api
     return found
 
 
-def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
+def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
     """Run, resume or skip one job: `ran`, `resumed`, `skipped`, `taken` or `interrupted`."""
     if plan.standings[job.id] == "taken":
         return "taken"
@@ -162,7 +170,7 @@ def _job(plan: Plan, job: Job, say: api.Say, told: api.Told) -> str:
     keep = resume or (standing == "unfinished" and job.command == "eval" and _eval_resumable(out))
     state.write(plan.out, job, {"request": asked, "done": False, "report": None, "seconds": None, "output": None})
     began = time.monotonic()
-    report = _call(job.command, step, out, resume, not keep, say, told)
+    report = _call(job.command, step, out, resume, not keep, say, progress)
     if job.command == "plan":
         report.refuse()
     if getattr(report, "finished", True) is False:
@@ -180,13 +188,13 @@ def _done(root: Path, job: Job, record: dict[str, Any]) -> None:
     state.write(root, job, record | {"done": True, "output": state.plain(state.stamp(str(root / job.id)))})
 
 
-def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: api.Say, told: api.Told) -> Any:
+def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: api.Say, progress: api.Progress) -> Any:
     given = {field.name: getattr(step, field.name) for field in fields(step)}
-    steps_told = {"say": say, "told": told, "on_step": lambda metrics: told("training", metrics.step, 0)}
-    heard = {name: steps_told[name] for name in TELLS[command]}
+    callbacks = {"say": say, "progress": progress, "on_step": lambda metrics: progress("training", metrics.step, 0)}
+    taken = {name: callbacks[name] for name in CALLBACKS[command]}
     if command == "finetune":
         given["resume"] = resume
-    return RUNS[command](**given, **heard, out=out, force=force)
+    return RUNS[command](**given, **taken, out=out, force=force)
 
 
 def _eval_resumable(out: Path) -> bool:

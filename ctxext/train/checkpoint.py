@@ -33,7 +33,7 @@ DAMAGE = (OSError, ValueError, KeyError, EnvironmentFault)  # what reading a che
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Where a run is. `done` steps; `rate` is what rollbacks left of the learning rates; `rollbacks` says why.
 
     loss_mean, loss_seen   the running mean of the loss that a spike is judged by, in nats a token, and its steps
@@ -54,18 +54,18 @@ class Progress:
     best_loss: float | None = None
     short_first: float | None = None
 
-    def at_next_objective(self) -> Progress:
+    def at_next_objective(self) -> TrainingState:
         """Where a run begins to minimise something else: its losses so far are no measure of those to come."""
         return replace(self, loss_mean=0.0, loss_seen=0)
 
-    def at_next_ctx(self) -> Progress:
+    def at_next_ctx(self) -> TrainingState:
         """Where a longer context begins: its losses are not to be compared with those before."""
         return replace(self, loss_mean=0.0, loss_seen=0, validation=None, best_step=None, best_loss=None)
 
 
 def save_checkpoint(
     run: Path,
-    progress: Progress,
+    progress: TrainingState,
     engine: Engine,
     *,
     keep: int,
@@ -86,7 +86,7 @@ def save_checkpoint(
 
 def _write(
     run: Path,
-    progress: Progress,
+    progress: TrainingState,
     engine: Engine,
     tensors: Mapping[str, Tensor],
     keep: int,
@@ -125,7 +125,9 @@ def _write(
     return None
 
 
-def load_newest(run: Path, engine: Engine, say: Callable[[str], None], *, step: int | None = None) -> Progress | None:
+def load_newest(
+    run: Path, engine: Engine, say: Callable[[str], None], *, step: int | None = None
+) -> TrainingState | None:
     """Put the newest whole checkpoint into place; None when there is none. A damaged one is said and passed over.
 
     `step` takes the one of that step alone. Raises ModelError when it is of another set of trained tensors.
@@ -141,7 +143,7 @@ def load_newest(run: Path, engine: Engine, say: Callable[[str], None], *, step: 
         torch.set_rng_state(tensors.pop(RNG))
         engine.load(tensors)
         engine.clip.mean, engine.clip.seen = state.pop("clip_mean"), state.pop("clip_seen")
-        return Progress(**(state | {"rollbacks": tuple(state["rollbacks"])}))
+        return TrainingState(**(state | {"rollbacks": tuple(state["rollbacks"])}))
     return None
 
 

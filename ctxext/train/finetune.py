@@ -31,7 +31,7 @@ from ctxext.model.relayout import relayout
 from ctxext.ops.backends.choice import Call, choose
 from ctxext.train import metrics, recompute
 from ctxext.train.bundle import save_bundle
-from ctxext.train.checkpoint import Progress, discard_after, load_newest, newest_step
+from ctxext.train.checkpoint import TrainingState, discard_after, load_newest, newest_step
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
@@ -113,7 +113,7 @@ def run_finetune(
 
 def _train_stages(
     plan: RunPlan, run: Path, resume: bool, events: Events, zero: Mapping[str, Any] | None
-) -> tuple[Engine, Sequences, Progress, int]:
+) -> tuple[Engine, Sequences, TrainingState, int]:
     """Train at each context in turn; the last engine, what it trained on, how far the run is, and its sink tokens."""
     done = newest_step(run) if resume else 0
     while True:
@@ -127,7 +127,7 @@ def _train_stages(
             progress = load_newest(run, engine, events.say) if resume or done else None
         if resume:
             events.say(f"resuming after step {progress.done} of {plan.steps}" if progress else NO_CHECKPOINT)
-        progress = progress or Progress()
+        progress = progress or TrainingState()
         if resume:
             # Checkpoints later than the one loaded are damaged. Delete them once no rank reads any longer.
             engine.total()
@@ -178,7 +178,7 @@ def set_up(
 
 
 def finish(
-    plan: RunPlan, run: Path, engine: Engine, progress: Progress, events: Events, known: dict[str, Any]
+    plan: RunPlan, run: Path, engine: Engine, progress: TrainingState, events: Events, known: dict[str, Any]
 ) -> int | None:
     """Gates, then the bundle; checkpoints go unless asked for. Returns how many trained tensors were found again."""
     spec, validations = plan.spec.validation, metrics.read(run / metrics.VALIDATIONS)
@@ -230,7 +230,7 @@ def finish(
     return count
 
 
-def _no_result(run: Path, progress: Progress, why: str) -> EnvironmentFault:
+def _no_result(run: Path, progress: TrainingState, why: str) -> EnvironmentFault:
     saved = newest_step(run)
     kept = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
     return EnvironmentFault(
@@ -241,7 +241,7 @@ def _no_result(run: Path, progress: Progress, why: str) -> EnvironmentFault:
 def report(
     plan: RunPlan,
     run: Path,
-    progress: Progress,
+    progress: TrainingState,
     count: int | None,
     seconds: float,
     read: list[dict[str, Any]] | None = None,

@@ -20,7 +20,7 @@ from ctxext.data.mixture import Sequences
 from ctxext.data.packing import Packed
 from ctxext.errors import CheckFailed, EnvironmentFault, ModelError
 from ctxext.ops.masks import check_document_starts
-from ctxext.train.checkpoint import Progress, discard_after, load_newest, newest_step, save_checkpoint
+from ctxext.train.checkpoint import TrainingState, discard_after, load_newest, newest_step, save_checkpoint
 from ctxext.train.engine import Engine
 from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, memory_in_use, peak_flops
 from ctxext.train.optimizer import RelativeClip, rate_factor
@@ -48,9 +48,9 @@ def train(
     held_out: HeldOut | None,
     plan: RunPlan,
     run: Path,
-    progress: Progress,
+    progress: TrainingState,
     events: Events,
-) -> tuple[Progress, bool]:
+) -> tuple[TrainingState, bool]:
     """Train from `progress` to the plan's `stop`, or to Ctrl-C or SIGTERM: (how far it came, whether it was stopped).
 
     Either way a checkpoint of the last step done lies on the disk. Where it cannot be written, an earlier one costs a
@@ -122,7 +122,7 @@ def train(
     return progress, False
 
 
-def _not_saved(why: str, progress: Progress, run: Path, *, stopped: bool) -> EnvironmentFault:
+def _not_saved(why: str, progress: TrainingState, run: Path, *, stopped: bool) -> EnvironmentFault:
     """A run cannot go on without the checkpoint that was to be written now."""
     needed, newest = "the run was stopped" if stopped else "the next context starts from it", newest_step(run)
     before = f"the newest one is of step {newest}" if newest else "there is none before it"
@@ -157,7 +157,7 @@ def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: i
     return total / labels_in_step
 
 
-def _spike(loss: float, progress: Progress, plan: RunPlan) -> str | None:
+def _spike(loss: float, progress: TrainingState, plan: RunPlan) -> str | None:
     """Why a loss is not to be learned from, in words; None for an ordinary one."""
     if not math.isfinite(loss):
         return f"the loss is {loss}"
@@ -166,14 +166,14 @@ def _spike(loss: float, progress: Progress, plan: RunPlan) -> str | None:
     return None
 
 
-def _advance(progress: Progress, loss: float, plan: RunPlan) -> Progress:
+def _advance(progress: TrainingState, loss: float, plan: RunPlan) -> TrainingState:
     weight = max(1 - LOSS_MEMORY, 1 / (progress.loss_seen + 1))
     mean = progress.loss_mean + weight * (loss - progress.loss_mean)
     first = loss if progress.loss_seen == 0 else progress.first_loss
     return replace(progress, done=progress.done + 1, loss_mean=mean, loss_seen=progress.loss_seen + 1, first_loss=first)
 
 
-def _note_validation(now: Validation, progress: Progress, events: Events) -> Progress:
+def _note_validation(now: Validation, progress: TrainingState, events: Events) -> TrainingState:
     """Say what it says, and remember the best."""
     events.say(f"step {now.step}: held-out loss {now.loss:.4f}" + (f", {in_words(now.passkey)}" if now.passkey else ""))
     events.on_validation(now)
@@ -184,7 +184,9 @@ def _note_validation(now: Validation, progress: Progress, events: Events) -> Pro
     return progress
 
 
-def _roll_back(why: str, engine: Engine, progress: Progress, plan: RunPlan, run: Path, events: Events) -> Progress:
+def _roll_back(
+    why: str, engine: Engine, progress: TrainingState, plan: RunPlan, run: Path, events: Events
+) -> TrainingState:
     """Back to the newest checkpoint at half the learning rates, once; then, or by policy, stop."""
     hint = "lower optimizer.learning_rate or lora.multiplier; the checkpoints before it are kept"
     if plan.spec.faults.on_divergence == "stop" or progress.rollbacks:

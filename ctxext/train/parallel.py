@@ -114,7 +114,7 @@ class Launch:
         return cls(**(data | {"hosts": tuple(Host(**host) for host in data["hosts"])}))
 
 
-ALONE = {"processes": 1, "nodes": 1, "zero_stage": None, "offload_optimizer": False, "offload_weights": False}
+SINGLE_PROCESS = {"processes": 1, "nodes": 1, "zero_stage": None, "offload_optimizer": False, "offload_weights": False}
 
 
 def plan_launch(

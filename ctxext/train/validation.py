@@ -19,7 +19,7 @@ from ctxext.data.haystack import Case
 from ctxext.data.mixture import Sequences
 from ctxext.data.packing import Packed
 from ctxext.errors import CheckFailed
-from ctxext.train.checkpoint import Progress
+from ctxext.train.checkpoint import TrainingState
 from ctxext.train.engine import Engine
 from ctxext.train.loss import IGNORED
 from ctxext.train.passkey import measure
@@ -87,7 +87,7 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
     return Validation(step, T, loss, short_loss, means, passkey)
 
 
-def complaint(first: Validation, now: Validation, progress: Progress) -> str | None:
+def complaint(first: Validation, now: Validation, progress: TrainingState) -> str | None:
     """What is to be said when the held-out loss rose while the training loss fell; None when all is well."""
     first_loss, loss = progress.first_loss, progress.loss_mean
     if now.loss <= first.loss + WORSE or loss >= first_loss:

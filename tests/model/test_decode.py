@@ -87,13 +87,19 @@ def test_a_kept_cache_goes_on_where_it_was(model: Any, truth: list[list[int]]) -
     """In turns of several rows: what was read is not read again, what was answered last is."""
     rows, cache = [PROMPTS[1], PROMPTS[1][::-1]], reserved_cache(model.get_decoder().config, 0)
     at_once = generate(model, rows, NEW)
-    told: list[tuple[int, int]] = []
+    chosen: list[tuple[int, int]] = []
     parts = [[row[:20] for row in rows], [row[20:] for row in rows]]
     first = generate(model, parts[0], 1, cache=cache)
     assert first != [] and cache.get_seq_length() == 20
     done = []
     answers = generate(
-        model, parts[1], 10, cache=cache, chunk=6, told=lambda *x: told.append(x), prefilled=lambda *x: done.append(x)
+        model,
+        parts[1],
+        10,
+        cache=cache,
+        chunk=6,
+        on_token=lambda *x: chosen.append(x),
+        prefilled=lambda *x: done.append(x),
     )
     assert done == [(6, 10), (10, 10)]
     answers = [
@@ -101,7 +107,7 @@ def test_a_kept_cache_goes_on_where_it_was(model: Any, truth: list[list[int]]) -
         for a, b in zip(answers, generate(model, [a[-1:] for a in answers], NEW - 10, cache=cache), strict=True)
     ]
     assert answers == at_once and at_once[0] == truth[1]
-    assert [[token for row, token in told if row == number] for number in (0, 1)] == [row[:10] for row in at_once]
+    assert [[token for row, token in chosen if row == number] for number in (0, 1)] == [row[:10] for row in at_once]
     with pytest.raises(InputError, match="one length"):
         generate(model, [[1], [1, 2]], 1, cache=cache)
 
@@ -145,9 +151,9 @@ def test_answers_are_those_of_a_fresh_forward_where_rope_follows_the_length(foll
     directory, model = following
     truth = [stock(directory, prompt, NEW) for prompt in LONG]
     assert [generate(model, [prompt], NEW, chunk=chunk)[0] for prompt in LONG] == truth
-    told: list[tuple[int, int]] = []
-    assert generate(model, LONG, NEW, chunk=chunk, told=lambda *x: told.append(x)) == truth
-    assert [[token for row, token in told if row == number] for number in range(4)] == truth
+    chosen: list[tuple[int, int]] = []
+    assert generate(model, LONG, NEW, chunk=chunk, on_token=lambda *x: chosen.append(x)) == truth
+    assert [[token for row, token in chosen if row == number] for number in range(4)] == truth
     assert generate(model, [LONG[1], LONG[1][::-1]], NEW, chunk=chunk)[0] == truth[1]
 
 

@@ -19,7 +19,7 @@ from ctxext.errors import CheckFailed, EnvironmentFault, InputError, SpecError
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.train import engine, loop, telemetry
-from ctxext.train.checkpoint import TENSORS, Progress
+from ctxext.train.checkpoint import TENSORS, TrainingState
 from ctxext.train.engine import LocalEngine
 from ctxext.train.finetune import _model, run_finetune, training_device
 from ctxext.train.loop import Events
@@ -81,12 +81,12 @@ def test_held_out_text_is_never_trained_on(make_plan):
 
 
 def test_a_rise_while_the_training_loss_falls_is_said():
-    progress = Progress(done=50, first_loss=3.0, loss_mean=2.0)
+    progress = TrainingState(done=50, first_loss=3.0, loss_mean=2.0)
     first, worse, same = (Validation(step, 128, loss, None, {}) for step, loss in ((0, 2.5), (50, 2.6), (50, 2.51)))
     text = complaint(first, worse, progress)
     assert text and "held-out loss is 2.600 and was 2.500" in text and "fell from 3.000 to 2.000" in text
     assert complaint(first, same, progress) is None
-    assert complaint(first, worse, Progress(done=50, first_loss=2.0, loss_mean=2.1)) is None
+    assert complaint(first, worse, TrainingState(done=50, first_loss=2.0, loss_mean=2.1)) is None
 
 
 def test_the_best_step_is_the_result_when_asked(make_plan, tmp_path, monkeypatch):
