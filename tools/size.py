@@ -1,15 +1,16 @@
-"""Prints the size of every file against the budget: package 21,000 lines of code (docstrings, comments and blank lines
-not counted, so that nobody saves on them); file 400 lines, function 60, training loop 120, all counted.
+"""Prints the lines of code of every file against the budget: package 21,000, file 350, function 60, training loop 90.
 
-A line that is over budget is marked; nothing fails here (tests/test_floors.py does).
+Docstrings, comments and blank lines are not counted, so that nobody saves on them. A line that is over budget is
+marked; nothing fails here (tests/test_floors.py does).
 """
 
 from __future__ import annotations
 
 import ast
+import textwrap
 from pathlib import Path
 
-PACKAGE, FILE, FUNCTION, LOOP = 21_000, 400, 60, 120
+PACKAGE, FILE, FUNCTION, LOOP = 21_000, 350, 60, 90
 
 
 def code_lines(text: str, tree: ast.Module) -> int:
@@ -24,11 +25,14 @@ def code_lines(text: str, tree: ast.Module) -> int:
     return sum(1 for n, line in lines if n not in prose and line.strip() and not line.lstrip().startswith("#"))
 
 
-def longest_function(tree: ast.Module) -> tuple[int, str]:
-    """Lines and name of the longest function, decorators not counted."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = [((node.end_lineno or node.lineno) - node.lineno + 1, node.name) for node in functions]
-    return max(lengths, default=(0, ""))
+def longest_function(text: str, tree: ast.Module) -> tuple[int, str]:
+    """Lines of code and name of the longest function, decorators not counted."""
+    lines, longest = text.splitlines(), (0, "")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            own = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            longest = max(longest, (code_lines(own, ast.parse(own)), node.name))
+    return longest
 
 
 def main() -> None:
@@ -37,9 +41,10 @@ def main() -> None:
     print(f"{'lines':>6}  {'longest function':<32}  file")
     for path in sorted((root / "ctxext").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
-        lines = len(text.splitlines())
-        total += code_lines(text, ast.parse(text))
-        length, name = longest_function(ast.parse(text))
+        tree = ast.parse(text)
+        lines = code_lines(text, tree)
+        total += lines
+        length, name = longest_function(text, tree)
         budget = LOOP if path.parts[-2:] == ("train", "loop.py") else FUNCTION
         over = ["file"] * (lines >= FILE) + ["function"] * (length >= budget)
         mark = f"  over: {', '.join(over)}" if over else ""
