@@ -91,11 +91,18 @@ VALUES: dict[str, list[Any]] = {  # beside dropping a field and making it null
 DEFAULTS = ["{}", "[", "[]", "null", '{"temperature": 0.5}', '{"eos_token_id": "x"}', '{"max_length": -1}', ""]
 
 
+def whole_json(path: Path) -> dict[str, Any] | None:
+    """What a file holds; None where an earlier change has removed, emptied or cut it."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def change_fields(model: Path, name: str, value: Any) -> None:
     """`value` "absent" drops a field."""
     path = model / "config.json"
-    if path.is_file():
-        config = json.loads(path.read_text())
+    if (config := whole_json(path)) is not None:
         config.pop(name, None)
         path.write_text(json.dumps(config if value == "absent" else config | {name: value}))
 
@@ -172,13 +179,12 @@ def generation(model: Path, content: str) -> None:
 
 def index(model: Path, change: str) -> None:
     path = model / INDEX
-    if not path.is_file():
+    if (data := whole_json(path)) is None:
         return
-    data = json.loads(path.read_text())
     shards = sorted(set(data["weight_map"].values()))
     first = min(data["weight_map"])
     if change == "no metadata":
-        del data["metadata"]
+        data.pop("metadata", None)
     elif change == "moved":
         data["weight_map"][first] = shards[-1] if data["weight_map"][first] != shards[-1] else shards[0]
     elif change == "absent shard":
@@ -220,8 +226,8 @@ def tensors(model: Path, change: str) -> None:
         elif change in ("float16", "bfloat16", "float64"):
             stored = {name: tensor.to(getattr(torch, change)) for name, tensor in stored.items()}
         save_file(stored, path, metadata={"format": "pt"})
-        if (model / INDEX).is_file() and path.name != SINGLE:
-            data = json.loads((model / INDEX).read_text())
+        data = whole_json(model / INDEX)
+        if data is not None and path.name != SINGLE:
             data["weight_map"] = {n: s for n, s in data["weight_map"].items() if s != path.name}
             data["weight_map"] |= dict.fromkeys(stored, path.name)
             (model / INDEX).write_text(json.dumps(data))
