@@ -1,4 +1,4 @@
-"""Floor 6: what a model can do, measured. Every number names its protocol."""
+"""Floor 6: measures what a model can do. Every number names its protocol."""
 
-# The protocols of perplexity, here so that refusing an unknown one costs no torch.
+# The protocols of perplexity. They are defined here so that an unknown one is refused without importing torch.
 PROTOCOLS = ("hf-stride", "longlora", "truncate")

@@ -1,4 +1,4 @@
-"""What `verify` measured, check by check, as data, as rows of a table."""
+"""The results of `verify`, check by check, as data and as table rows."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Check:
-    """One thing measured, on one layer or (None) end to end; `measured` may not exceed `allowed`."""
+    """One measurement, on one layer or (None) end to end; the check passes where `measured` is at most `allowed`."""
 
     name: str
     layer: int | None
     passed: bool
     detail: str
-    measured: float  # whole: outputs that moved or stayed wrongly; else a relative difference, 1e9 for NaN
+    measured: float  # an integer counts wrong outputs; a float is a relative difference, 1e9 for NaN
     allowed: float
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """Every check of one launch, on a row of T tokens; `notes` say what was launched, and how the row differs."""
+    """Every check of one launch, on a row of T tokens; `notes` say what was launched and how the row differs."""
 
     HEADER = ("check", "layer", "result", "measured", "allowed", "what")
     model: str
@@ -34,7 +34,7 @@ class Certificate:
         return tuple(check for check in self.checks if not check.passed)
 
     def rows(self) -> list[list[str]]:
-        """Lines for a screen: layers of which the same is to be said share one, with the worst figure."""
+        """Returns lines for the screen: layers with the same result and text share one line, with the worst figure."""
         groups: dict[tuple[str, bool, str], list[Check]] = {}
         for check in self.checks:
             groups.setdefault((check.name, check.passed, check.detail), []).append(check)
@@ -48,5 +48,5 @@ class Certificate:
         return rows
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Returns plain data for JSON."""
         return asdict(self) | {"passed": not self.failed}

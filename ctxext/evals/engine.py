@@ -1,8 +1,7 @@
-"""What every suite is made of: items in batches, an outcome an item put on disk at once, rows made of outcomes.
+"""The common parts of all suites: items run in batches, each outcome is saved at once, and outcomes become rows.
 
-A suite gives a `Job`. Its batches are decided before anything is looked up, so that a run which was killed and goes on
-does the same arithmetic as one that was not. Outcomes carry ids that are the same for every model: comparisons pair by
-them (compare.py).
+A suite provides a `Job`. Batches are formed before saved outcomes are looked up, so that a resumed run does the same
+arithmetic as an uninterrupted one. Outcome ids are the same for every model: comparisons pair by them (compare.py).
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from typing import Any, Protocol
 from ctxext.errors import DataError
 from ctxext.progress import CountProgress
 
-STAR = "* beyond what the model bears"  # what tables say under numbers of such lengths
+STAR = "* beyond what the model bears"  # the note under tables with numbers at such lengths
 
 
 class Item(Protocol):
-    """`id` is unique in its suite; items of one `size`, in tokens, are run together."""
+    """One unit of work. `id` is unique in its suite; items of one `size`, in tokens, run together."""
 
     @property
     def id(self) -> str: ...
@@ -33,7 +32,10 @@ class Item(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one item gave: `score` is a sum over `weight` things (one case: 0 to 1 and 1; a window: nats and tokens)."""
+    """The result of one item.
+
+    `score` is a sum over `weight` things: for a case 0 to 1 over 1, for a window nats over tokens.
+    """
 
     id: str
     task: str
@@ -45,10 +47,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """One number and what it is of. `low` and `high` bound it with 95% confidence, where that is known.
+    """One number and what it measures. `low` and `high` bound it with 95% confidence, where that is known.
 
-    task      "" where it is of all tasks of the suite
-    n         cases, windows or tokens (the suite's `metric` says)
+    task      "" for the number over all tasks of the suite
+    n         number of cases, windows or tokens (the suite's `metric` says which)
     """
 
     suite: str
@@ -74,7 +76,7 @@ class Job:
 
 
 class Ledger:
-    """Outcomes of one job, one JSON line each, appended as they come. `path` None keeps them in memory."""
+    """The outcomes of one job, appended to a file as one JSON line each. `path` None keeps them in memory only."""
 
     def __init__(self, path: Path | None = None):
         self.outcomes: dict[str, Outcome] = {}
@@ -83,7 +85,7 @@ class Ledger:
             self._read(path)
 
     def add(self, outcomes: Sequence[Outcome]) -> None:
-        """Remember outcomes, on disk before it returns; an id that is known already is left as it is."""
+        """Records outcomes, on disk before it returns; an id that is already known keeps its first outcome."""
         fresh = [outcome for outcome in outcomes if outcome.id not in self.outcomes]
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +94,10 @@ class Ledger:
         self.outcomes |= {outcome.id: outcome for outcome in fresh}
 
     def _read(self, path: Path) -> None:
-        """What is there; a last line that a kill or a full disk cut off is dropped."""
+        """Reads the saved outcomes; a last line that a kill or a full disk cut off is removed from the file."""
         data = path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
+        # Truncate the file too, or the next appended line would join the broken one.
         if len(whole) < len(data):
             os.truncate(path, len(whole))
         for number, line in enumerate(whole.decode("utf-8").splitlines(), start=1):
@@ -108,9 +111,10 @@ class Ledger:
 
 
 def run_job(job: Job, ledger: Ledger, tokens_per_batch: int, progress: CountProgress) -> list[Row]:
-    """Runs what the ledger has not yet, batch by batch, and makes the rows."""
+    """Runs the items that the ledger does not have yet, batch by batch, and returns the rows."""
     known = sum(item.id in ledger.outcomes for item in job.items)
     progress(known, len(job.items))
+    # A batch with any missing item runs whole, so that its shape and arithmetic are those of an uninterrupted run.
     for batch in batches(job.items, tokens_per_batch):
         if all(item.id in ledger.outcomes for item in batch):
             continue
@@ -122,7 +126,7 @@ def run_job(job: Job, ledger: Ledger, tokens_per_batch: int, progress: CountProg
 
 
 def batches(items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
-    """Neighbours of one size, at most `tokens` together, or one by itself."""
+    """Yields neighbouring items of one size, at most `tokens` tokens together, or a single longer item."""
     for size, group in groupby(items, key=lambda item: item.size):
         same = list(group)
         count = max(1, tokens // max(1, size))
@@ -130,13 +134,13 @@ def batches(items: Sequence[Any], tokens: int) -> Iterator[Sequence[Any]]:
 
 
 def mean(outcomes: Sequence[Outcome]) -> float | None:
-    """Sum of scores over sum of weights; None where there is nothing."""
+    """Returns the sum of scores over the sum of weights; None where the weights sum to 0."""
     weight = sum(outcome.weight for outcome in outcomes)
     return sum(outcome.score for outcome in outcomes) / weight if weight else None
 
 
 def wilson(hits: float, n: int) -> tuple[float, float]:
-    """The 95% interval of a rate, by Wilson's score (1927); (0, 1) where nothing was tried."""
+    """Returns the 95% interval of a rate, by Wilson's score (1927); (0, 1) where n is 0."""
     if n == 0:
         return 0.0, 1.0
     z = 1.959964
@@ -146,9 +150,10 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
 
 
 def rates(suite: str, protocol: str, metric: str, outcomes: Sequence[Outcome], **details: Any) -> list[Row]:
-    """A row a length of cases that score 0 to 1, with the share of each depth where cases have one.
+    """Returns one row per length for cases that score 0 to 1, with the mean of each depth where cases have depths.
 
-    The interval is Wilson's, which is for cases that are right or wrong; where there is credit in part it is left out.
+    The interval is Wilson's, which is for cases that are right or wrong; it is left out where any case has partial
+    credit.
     """
     rows = []
     for length in dict.fromkeys(outcome.length for outcome in outcomes):

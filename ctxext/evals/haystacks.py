@@ -1,4 +1,4 @@
-"""The text that needles are hidden in, and its name as it stands on every number. No torch."""
+"""The text that needles are hidden in, and the name that reports give it. No torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ctxext.data import documents
 from ctxext.data.haystack import haystack_text
 
 GRASS = "grass"  # the repeated sentences of the passkey papers
-CHARACTERS = 2 << 20  # of the beginning of a text: needles are hidden in a window of it
+CHARACTERS = 2 << 20  # read from the beginning of a text; needles are hidden in a window of it
 
 
 def haystack(data: str, text_field: str = "text") -> tuple[str, str]:
-    """(name, text) of `data`: "embedded" (its held-out files), "grass", or a source for `read_documents`."""
+    """Returns (name, text) of `data`: "embedded" (its held-out files), "grass", or a source for `read_documents`."""
     if data == documents.EMBEDDED:
         return "held-out embedded text", haystack_text("held-out")
     if data == GRASS:

@@ -1,14 +1,14 @@
 """LongBench v1 (Bai et al. 2023, arXiv 2308.14508) on the user's own copy of its data.
 
-The official answer lengths and metrics; prompts of the official structure, or the official ones from a file
-(data/longbench.py, longbench_metrics.py); greedy. A prompt that leaves no room for its answer at a length loses its
-MIDDLE: instructions stand at both ends. lm-eval cuts the left end off.
+Answer lengths and metrics are the official ones. Prompts have the official structure, or are the official ones from a
+file (data/longbench.py, longbench_metrics.py). Decoding is greedy. A prompt that leaves no room for its answer at a
+length loses its MIDDLE, because instructions are at both ends. lm-eval cuts off the left end.
 
-Not as in the official scripts: no chat template is ever put around a prompt (they do so for chat models, except on
-trec, triviaqa, samsum, lsht, lcc and repobench-p); samsum's first token may be a line break (they forbid it); the
-length holds prompt and answer together (theirs is the prompt's alone).
+Different from the official scripts: a prompt never gets a chat template (the scripts use one for chat models, except on
+trec, triviaqa, samsum, lsht, lcc and repobench-p); samsum's first token may be a line break (the scripts forbid it);
+the length covers prompt and answer together (theirs covers the prompt alone).
 
-No torch until a model is run.
+Torch is imported only when a model runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question at a length. `size` is the length: its prompt and answer are at most as long together."""
+    """A question at a length. `size` is the length: prompt and answer together have at most that many tokens."""
 
     question: Question
     length: int
@@ -48,7 +48,7 @@ class Asked:
 
 
 def check(spec: LongBench) -> list[Question]:
-    """The questions to ask, in the order of the files. No torch.
+    """Returns the questions to ask, in the order of the files. No torch.
 
     Errors: those of `read_questions`; InputError (no data named, a length without room for a task's prompt),
     EnvironmentFault (Chinese tasks without jieba).
@@ -65,6 +65,7 @@ def check(spec: LongBench) -> list[Question]:
         raise InputError(f"{spec.prompts} has no prompt of {', '.join(lacking)}", hint="name other tasks in `tasks`")
     tasks = [TASKS[task] for task in names]
     require_jieba([task.metric for task in tasks])
+    # At least half of each length must remain for the prompt.
     longest = max(task.max_new_tokens for task in tasks)
     short = [length for length in spec.lengths or () if length < 2 * longest]
     if short:
@@ -76,7 +77,10 @@ def check(spec: LongBench) -> list[Question]:
 
 
 def job(loaded: LoadedModel, spec: LongBench, place: Path) -> Job:
-    """Every question at every length, `spec.limit` of them in all, taken evenly. Errors: those of `check`."""
+    """Returns the job of every question at every length, or of `spec.limit` in all, taken evenly.
+
+    Errors: those of `check`.
+    """
     assert spec.lengths is not None
     questions = check(spec)
     asked = [Asked(question, length) for length in spec.lengths for question in questions]
@@ -88,7 +92,7 @@ def job(loaded: LoadedModel, spec: LongBench, place: Path) -> Job:
 
 
 def rows(prompts: str, outcomes: Sequence[Outcome]) -> list[Row]:
-    """A row a length, the mean of its tasks' scores, then one a task; in percent, as LongBench has it."""
+    """Returns one row per length, the mean of its tasks' scores, then one per task; in percent, as in LongBench."""
     found = []
     for length in dict.fromkeys(outcome.length for outcome in outcomes):
         by_task: dict[str, list[Outcome]] = {}
@@ -100,19 +104,21 @@ def rows(prompts: str, outcomes: Sequence[Outcome]) -> list[Row]:
         values = [row.value for row in each if row.value is not None]
         everything = [outcome for mine in by_task.values() for outcome in mine]
         whole = {"tasks": list(by_task), "cut": _cut(everything)}
+        # Each task has the same weight, whatever its number of questions.
         average = sum(values) / len(values)
         found += [Row("longbench", protocol, "", length, "average", average, len(everything), details=whole), *each]
     return found
 
 
 def truncated(tokenizer: Any, prompt: str, budget: int) -> tuple[list[int], bool]:
-    """The prompt's tokens, at most `budget`, and whether its middle was cut out.
+    """Returns the prompt's tokens, at most `budget`, and whether its middle was cut out.
 
-    First and last halves are decoded and encoded again, as the official script does; where that gives too many tokens
-    (a character cut in two, merges undone), the halves are made shorter.
+    The first and last halves are decoded and encoded again, as the official script does. Where that gives too many
+    tokens (a character cut in two, merges undone), the halves are made shorter.
     """
     ids = prompt_ids(tokenizer, prompt)
     half, kept = budget // 2, ids
+    # Shorten each half by half of the excess, and by at least 1, so that the loop ends.
     while len(kept) > budget:
         ends = [tokenizer.decode(end, skip_special_tokens=True) for end in (ids[:half], ids[len(ids) - half :])]
         kept = prompt_ids(tokenizer, "".join(ends))
@@ -124,6 +130,7 @@ def _answers(loaded: LoadedModel, templates: Mapping[str, str], batch: Sequence[
     from ctxext.model.decode import generate, stop_ids
 
     stop = stop_ids(loaded.model, loaded.tokenizer)
+    # A batch may hold several tasks, which differ in the number of tokens to generate.
     for name, group in groupby(batch, key=lambda item: item.question.task):
         task, asked = TASKS[name], list(group)
         prompts = [
@@ -133,6 +140,7 @@ def _answers(loaded: LoadedModel, templates: Mapping[str, str], batch: Sequence[
         written = generate(loaded.model, [ids for ids, _ in prompts], task.max_new_tokens, stop=stop)
         for item, (ids, cut), new in zip(asked, prompts, written, strict=True):
             answer = loaded.tokenizer.decode(new, skip_special_tokens=True)
+            # The full answer is kept in the details; some tasks score its first line only.
             scored = answer.lstrip("\n").split("\n")[0] if task.first_line else answer
             score = best(task.metric, scored, item.question.answers, item.question.classes)
             details = {"answer": answer, "prompt_tokens": len(ids), "cut": cut}
@@ -146,5 +154,5 @@ def _row(protocol: str, task: str, length: int, metric: str, outcomes: Sequence[
 
 
 def _cut(outcomes: Sequence[Outcome]) -> int:
-    """How many prompts lost their middle."""
+    """Returns how many prompts lost their middle."""
     return sum(outcome.details["cut"] for outcome in outcomes)

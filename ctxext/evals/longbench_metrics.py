@@ -1,13 +1,13 @@
-"""LongBench's metrics, to the digit of its own scoring (Bai et al. 2023, arXiv 2308.14508; LongBench's metrics.py).
+"""LongBench's metrics, equal to its own scoring to the digit (Bai et al. 2023, arXiv 2308.14508; its metrics.py).
 
-An answer is held against one truth; `best` takes the best over a question's truths. All give 0 to 1. What is odd below
-is so in the official scoring, which numbers are compared with:
+Each metric compares an answer with one truth; `best` takes the best score over a question's truths. All scores are 0 to
+1. The following oddities are those of the official scoring, kept so that numbers compare:
 
-- ROUGE-L is the package `rouge`'s: sentences end at ".", words count once, precision and recall are of the union of the
-  words in the longest common subsequences of all pairs of sentences. A long text without "." overflows that package's
-  recursion and is given 0 by the official script; here it is scored.
+- ROUGE-L is that of the package `rouge`: sentences end at ".", words count once, precision and recall are of the union
+  of the words in the longest common subsequences of all pairs of sentences. A long text without "." overflows that
+  package's recursion, and the official script scores it 0; here it is scored.
 - The similarity of code is fuzzywuzzy's `ratio` where python-Levenshtein is absent: difflib's ratio, in whole percent.
-- The classification score passes over the class after one that it removes.
+- The classification score skips the class after one that it removes.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from importlib.util import find_spec
 
 from ctxext.errors import DataError, EnvironmentFault
 
-CHINESE = ("qa_f1_zh", "rouge_l_zh")  # these cut words with jieba
+CHINESE = ("qa_f1_zh", "rouge_l_zh")  # these need jieba to cut text into words
 _WIDE_PUNCTUATION = "！？｡＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､"
 _CHINESE_PUNCTUATION = "。、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
 
 
 def best(metric: str, answer: str, truths: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """The score against the truth that suits `answer` best. `classes` are those of a classification."""
+    """Returns the score against the truth that fits `answer` best. `classes` are those of a classification."""
     return max(METRICS[metric](answer, truth, classes) for truth in truths)
 
 
@@ -42,17 +42,17 @@ def require_jieba(metrics: Sequence[str]) -> None:
 
 
 def qa_f1(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """F1 of the words, as a bag: lower case, without punctuation, a, an and the (SQuAD's normalisation)."""
+    """Returns the F1 of the words as a bag: lower case, without punctuation, a, an and the (SQuAD's normalisation)."""
     return _f1(_english_words(answer), _english_words(truth))
 
 
 def qa_f1_zh(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """F1 of jieba's words, as a bag: lower case, without punctuation and white space."""
+    """Returns the F1 of jieba's words as a bag: lower case, without punctuation and white space."""
     return _f1(_chinese_words(answer), _chinese_words(truth))
 
 
 def rouge_l(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """ROUGE-L F1 of distinct words over all pairs of sentences; see the top of this file. 0 where a text is empty."""
+    """Returns the ROUGE-L F1 of distinct words over all pairs of sentences (module docstring); 0 if one is empty."""
     answer_sentences, truth_sentences = _sentences(answer), _sentences(truth)
     if not answer_sentences or not truth_sentences:
         return 0.0
@@ -63,12 +63,12 @@ def rouge_l(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
 
 
 def rouge_l_zh(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """ROUGE-L of jieba's words."""
+    """Returns the ROUGE-L of jieba's words."""
     return rouge_l(" ".join(_jieba(answer)), " ".join(_jieba(truth)))
 
 
 def classification(answer: str, truth: str, classes: Sequence[str]) -> float:
-    """One over the number of classes named in the answer, where the true one is; else 0.
+    """Returns 1 / (number of classes named in the answer) if the true class is among them, else 0.
 
     A class whose name is part of the true one's is not counted.
     """
@@ -77,28 +77,28 @@ def classification(answer: str, truth: str, classes: Sequence[str]) -> float:
     while at < len(named):
         if named[at] in truth and named[at] != truth:
             del named[at]
-        at += 1  # past the next one where one was removed, as the official loop goes
+        at += 1  # after a removal this skips the next class, as the official loop does
     return 1.0 / len(named) if truth in named else 0.0
 
 
 def count(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """The share of the answer's numbers that are the truth."""
+    """Returns the share of the answer's numbers that equal the truth."""
     numbers = re.findall(r"\d+", answer)
     return numbers.count(truth) / len(numbers) if numbers else 0.0
 
 
 def retrieval(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """The share of the answer's numbers that are that of the true `Paragraph N`."""
+    """Returns the share of the answer's numbers that equal the number of the true `Paragraph N`."""
     return count(answer, _number(r"Paragraph (\d+)", truth))
 
 
 def retrieval_zh(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """As `retrieval`, in Chinese."""
+    """Like `retrieval`, in Chinese."""
     return count(answer, _number(r"段落(\d+)", truth))
 
 
 def code_similarity(answer: str, truth: str, classes: Sequence[str] = ()) -> float:
-    """Similarity of the truth and the answer's first line that has no backtick, # or //; 0 where one is empty."""
+    """Returns the similarity of the truth and the answer's first line without backtick, # or //; 0 if one is empty."""
     lines = answer.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
     if line == truth:
@@ -145,17 +145,18 @@ def _jieba(text: str) -> list[str]:
 
 
 def _sentences(text: str) -> list[list[str]]:
-    """The words of each part between dots; one of white space alone has one empty word, as in `rouge`."""
+    """Returns the words of each part between dots; a part of white space alone has one empty word, as in `rouge`."""
     return [part.split() or [""] for part in text.split(".") if part]
 
 
 def _common(truth: Sequence[str], answer: Sequence[str]) -> set[str]:
-    """The words of a longest common subsequence; on a tie the walk back leaves out a word of the answer."""
+    """Returns the words of a longest common subsequence; on a tie the walk back skips a word of the answer."""
     longest = [[0] * (len(answer) + 1) for _ in range(len(truth) + 1)]
     for i, word in enumerate(truth, start=1):
         for j, other in enumerate(answer, start=1):
             same = word == other
             longest[i][j] = longest[i - 1][j - 1] + 1 if same else max(longest[i - 1][j], longest[i][j - 1])
+    # Walk back through the table [truth + 1, answer + 1] and collect the matched words.
     words, i, j = set(), len(truth), len(answer)
     while i and j:
         if truth[i - 1] == answer[j - 1]:

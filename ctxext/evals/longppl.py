@@ -1,14 +1,15 @@
 """LongPPL: perplexity of the tokens that need a long context (Fang et al. 2024, arXiv 2410.23771).
 
-An evaluator model says which those are: a token is key where the loss with the last `short` tokens before it alone is
-more than 2 nats above the loss with everything before it, and the latter is below 2 nats. Keys are spans of characters
-of a text, so that models with other tokenizers are scored on the same ones: a model's key tokens are those whose span
-meets a key span. LongPPL is exp(loss of key tokens / their number) over all documents together.
+An evaluator model finds these tokens. A token is key where two conditions hold: its loss with only the last `short`
+tokens as context is more than 2 nats above its loss with everything before it as context, and the latter loss is below
+2 nats. Keys are stored as spans of characters of a text, so that models with other tokenizers are scored on the same
+ones: a model's key tokens are those whose span overlaps a key span. LongPPL is exp(loss of key tokens / their number)
+over all documents together.
 
-Not as in the authors' code: no BOS before a document, to the evaluator as to the models (perplexity.py does so too);
-a token counts where it meets a key span, not only where it lies within one.
+Different from the authors' code: no BOS before a document, neither for the evaluator nor for the models (perplexity.py
+has none either); a token counts where it overlaps a key span, not only where it lies within one.
 
-T tokens of a document, E model width. No torch until a model is run.
+T tokens of a document, E model width. Torch is imported only when a model runs.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from ctxext.progress import CountProgress, Progress
 if TYPE_CHECKING:
     from ctxext.model.load import LoadedModel
 
-GAIN_NATS, LOSS_NATS = 2.0, 2.0  # a key's loss falls by more than the first, to less than the second
-SHORT, STEP = 4096, 1024  # tokens, or an eighth and a thirty-second of a length where that is less
+GAIN_NATS, LOSS_NATS = 2.0, 2.0  # the long context lowers a key's loss by more than the first, to below the second
+SHORT, STEP = 4096, 1024  # tokens; at most an eighth and a thirty-second of a length
 DOCUMENTS = 8
 FEW_KEYS = 100
 SPLIT = {EMBEDDED: "held-out"}
-_JOINT = "\n\n"  # between short documents that are joined
+_JOINT = "\n\n"  # separator between short documents that are joined
 
 
 @dataclass(frozen=True)
 class KeyText:
-    """A document cut where the evaluator's first `length` tokens end, and the spans of its key tokens in characters."""
+    """A document cut after the evaluator's first `length` tokens, and the spans of its key tokens in characters."""
 
     name: str
     text: str
@@ -58,7 +59,7 @@ class KeyText:
 
 @dataclass(frozen=True)
 class Part:
-    """One text at one length as a model's tokens see it; `keys` are indices of key tokens."""
+    """One text at one length in a model's own tokens; `keys` are indices of key tokens."""
 
     length: int
     number: int
@@ -76,7 +77,10 @@ class Part:
 
 
 def truncation(spec: LongPpl, length: int) -> tuple[int, int]:
-    """The short context and the step at a length, in tokens. Raises InputError where they leave nothing to score."""
+    """Returns the short context and the step at a length, in tokens.
+
+    Raises InputError where they leave nothing to score.
+    """
     short = spec.short or min(SHORT, max(1, length // 8))
     step = spec.step or min(STEP, max(1, length // 32))
     if short + step >= length:
@@ -89,10 +93,10 @@ def truncation(spec: LongPpl, length: int) -> tuple[int, int]:
 
 
 def check(spec: LongPpl) -> ModelSource:
-    """The evaluator, found and able to do what is asked. No torch.
+    """Returns the evaluator after checking that it supports the request. No torch.
 
     Errors: InputError (none named, not found, short and step that do not fit), ModelError (no tokenizer, a length
-    beyond what it bears).
+    beyond what it supports).
     """
     if spec.evaluator is None:
         raise InputError(
@@ -113,8 +117,10 @@ def check(spec: LongPpl) -> ModelSource:
 
 
 def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress: Progress) -> None:
-    """Keys of every length at `<place>/keys/longppl-<length>.jsonl`, unless those there are of the same evaluator,
-    thresholds and text. The evaluator is loaded once and let go.
+    """Writes the keys of every length to `<place>/keys/longppl-<length>.jsonl`.
+
+    Existing keys are kept if they are of the same evaluator, thresholds and text. The evaluator is loaded once and
+    released.
 
     Errors: those of `check`; ModelError (a slow tokenizer), DataError (too little text); those of loading.
     """
@@ -122,6 +128,7 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     from ctxext.model.load import load_model, load_tokenizer
 
     tokenizer = require_offsets(load_tokenizer(source.directory), source.name)
+    # Read the text of every length that has no valid keys yet. This needs the tokenizer only.
     texts = {}
     for length in spec.lengths or ():
         facts = {**_facts(spec, source, length), "dtype": dtype}
@@ -132,20 +139,22 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     if not texts:
         return
     evaluator: Any = load_model(source, dtype=dtype, device=device)
+    # Check all token ids against the vocabulary before the first forward.
     largest = max(max(ids) for found, _ in texts.values() for _, ids, _ in found)
     check_ids([largest], source.config["vocab_size"], source.name)
     for length, (found, facts) in texts.items():
         count = partial(progress, f"keys by {source.name} at {length:,}")
         write_rows(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), count), facts)
+    # Free the evaluator before an evaluated model is loaded.
     del evaluator
     gc.collect()
 
 
 def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
-    """One item a length and document, from the keys that `prepare` wrote.
+    """Returns the job with one item per length and document, from the keys that `prepare` wrote.
 
-    Errors: those of `check`; InputError (no keys, or those of another request), DataError (keys that are not what their
-    manifest says), ModelError (a slow tokenizer; a token without a row; a loss that is not finite).
+    Errors: those of `check`; InputError (no keys, or those of another request), DataError (keys that differ from their
+    manifest), ModelError (a slow tokenizer; a token without an embedding row; a loss that is not finite).
     """
     assert spec.lengths is not None
     source = check(spec)
@@ -153,6 +162,7 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
     parts, facts = list[Part](), dict[int, dict[str, Any]]()
     for length in spec.lengths:
         keys, facts[length] = _read(_path(place, length))
+        # Keys are valid only for the request that made them, so their manifest must contain all facts of this one.
         if not _facts(spec, source, length).items() <= facts[length].items():
             raise InputError(
                 f"{_path(place, length)} has keys of another evaluator, text or truncation",
@@ -169,11 +179,10 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
 
 
 def documents(spec: LongPpl, length: int, tokenizer: Any) -> Iterator[tuple[Document, list[int], Spans]]:
-    """Documents of at least `length` tokens, cut there, with these tokens and their characters; shorter documents are
-    joined in order until they are long enough.
+    """Yields documents cut to `length` tokens, with these tokens and their characters.
 
-    At most `spec.limit` (8). The tail of a long document is left out, and so is what is left of the short ones.
-    Raises DataError where there is not one.
+    Documents of fewer tokens are joined in order until they are long enough. Yields at most `spec.limit` (8). The tail
+    of a long document is left out, and so are remaining short ones. Raises DataError where there is no document.
     """
     made, total, waiting, waiting_tokens = 0, 0, list[Document](), 0
     plain = PlainText(tokenizer)
@@ -189,10 +198,13 @@ def documents(spec: LongPpl, length: int, tokenizer: Any) -> Iterator[tuple[Docu
                 continue
             names = [d.name for d in waiting[:3]] + ([f"{len(waiting) - 3} more"] if len(waiting) > 3 else [])
             candidate = Document(_JOINT.join(d.text for d in waiting), " + ".join(names))
+            # Tokenise the joined text anew: its tokens differ from those of its parts, by the separators and at the
+            # joints. Pass no `plain`: their control tokens are counted already.
             ids, offsets = encode(tokenizer, candidate.text)
-            if len(ids) < length:  # tokens merged where the texts meet
+            if len(ids) < length:  # too few, because tokens merged where the texts meet
                 continue
             waiting, waiting_tokens = [], 0
+        # Cut the text where its last token ends, so that text and tokens match.
         end = offsets[length - 1][1]
         yield Document(candidate.text[:end], candidate.name), ids[:length], offsets[:length]
         made += 1
@@ -206,15 +218,18 @@ def documents(spec: LongPpl, length: int, tokenizer: Any) -> Iterator[tuple[Docu
 
 
 def find_keys(model: Any, ids: Sequence[int], short: int, step: int, done: Callable[[], None]) -> list[int]:
-    """Indices of the key tokens among `ids`.
+    """Returns the indices of the key tokens among `ids`.
 
     Runs of `step` tokens are scored with the `short` tokens before the run, so a token has at most short + step - 1
-    before it. The first run, whose short context is all there is, has no keys and is left out. `done()` after each.
+    tokens before it. The first run has no more context than the short one, so it has no keys and is left out. Calls
+    `done()` after each run.
     """
     first = short + step
+    # One forward over the whole text gives the loss of every scored token with its full context.
     full = losses(model, ids, first)
     keys = []
     for begin in range(first, len(ids), step):
+        # The losses of this run with the short context, then the same tokens out of the full pass.
         near = losses(model, ids[begin - short : begin + step], short)
         far = full[begin - first : begin - first + len(near)]
         pairs = enumerate(zip(near, far, strict=True), start=begin)
@@ -224,9 +239,9 @@ def find_keys(model: Any, ids: Sequence[int], short: int, step: int, done: Calla
 
 
 def losses(model: Any, ids: Sequence[int], first: int) -> list[float]:
-    """The loss of each of ids[first:] given all ids before it, in nats; logits are made of these positions alone.
+    """Returns the loss of each of ids[first:] given all ids before it, in nats. Only these positions get logits.
 
-    Raises ModelError where one is not finite.
+    Raises ModelError where a loss is not finite.
     """
     import torch
 
@@ -237,6 +252,7 @@ def losses(model: Any, ids: Sequence[int], first: int) -> list[float]:
     weight = output_weight(model)
     row = torch.tensor([list(ids)], device=weight.device)  # [1, T]
     with torch.no_grad():
+        # The state of token i predicts token i + 1, so take the states from first - 1 up to the last but one.
         hidden = hidden_states(model, row)[0, first - 1 : -1]  # [T - first, E]
         found = token_losses(hidden, weight, row[0, first:])
     if not bool(found.isfinite().all()):
@@ -248,14 +264,17 @@ def losses(model: Any, ids: Sequence[int], first: int) -> list[float]:
 
 
 def encode(tokenizer: Any, text: str, plain: PlainText | None = None) -> tuple[list[int], Spans]:
-    """Tokens of a plain text, without BOS and EOS, and the characters each stands for. `plain` counts what it reads."""
+    """Returns the tokens of a plain text, without BOS and EOS, and the character span of each.
+
+    `plain` counts control tokens in the texts that it encodes.
+    """
     ids, spans = (plain or PlainText(tokenizer)).encode([text], spans=True)
     assert spans is not None
     return ids[0], spans[0]
 
 
 def require_offsets(tokenizer: Any, name: str) -> Any:
-    """The tokenizer, where it knows which characters a token stands for. Raises ModelError for a slow one."""
+    """Returns the tokenizer if it provides the characters of each token. Raises ModelError for a slow one."""
     if not tokenizer.is_fast:
         raise ModelError(
             f"{name}: its tokenizer is a slow one, which does not tell the characters of a token",
@@ -265,7 +284,7 @@ def require_offsets(tokenizer: Any, name: str) -> Any:
 
 
 def merged(spans: Sequence[tuple[int, int]]) -> Spans:
-    """Spans in order, those that touch made one, empty ones left out."""
+    """Returns the spans in order; spans that touch or overlap become one, empty ones are left out."""
     found: Spans = []
     for start, end in sorted(spans):
         if start == end:
@@ -278,7 +297,7 @@ def merged(spans: Sequence[tuple[int, int]]) -> Spans:
 
 
 def meeting(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Indices of the tokens that share a character with one of `spans`, which are as `merged` has them."""
+    """Returns the indices of the tokens that share a character with one of `spans`, which must come from `merged`."""
     starts = [start for start, _ in spans]
     found = []
     for i, (start, end) in enumerate(offsets):
@@ -303,7 +322,7 @@ def _key_texts(
 
 def _part(tokenizer: Any, length: int, number: int, key: KeyText) -> Part:
     ids, offsets = encode(tokenizer, key.text)
-    keys = [i for i in meeting(offsets, key.spans) if i > 0]  # nothing comes before the first token
+    keys = [i for i in meeting(offsets, key.spans) if i > 0]  # the first token has no context to be predicted from
     return Part(length, number, key.name, ids, keys)
 
 
@@ -350,7 +369,7 @@ def _notes(loaded: LoadedModel, parts: Sequence[Part], facts: dict[int, dict[str
 
 
 def _facts(spec: LongPpl, source: ModelSource, length: int) -> dict[str, Any]:
-    """What keys depend on, as their manifest has it; but for the dtype."""
+    """Returns what the keys depend on, as their manifest stores it, except for the dtype."""
     short, step = truncation(spec, length)
     near = f"{short:,}" if spec.short or short == SHORT else "length / 8"
     run = f"{step:,}" if spec.step or step == STEP else "length / 32"
@@ -376,7 +395,7 @@ def _path(place: Path, length: int) -> Path:
 
 
 def _same(path: Path, facts: dict[str, Any]) -> bool:
-    """Whether the keys at `path` are those that `facts` would give."""
+    """Returns whether the keys at `path` are those of a request with these `facts`."""
     try:
         return facts.items() <= _read(path)[1].items()
     except (InputError, DataError):

@@ -1,6 +1,6 @@
 """Needle in a haystack over length x depth, answered by greedy generation.
 
-An answer is right when the number stands in it. What a model was asked for and what it wrote are kept with every case.
+An answer is right when it contains the number. Each case keeps the expected number and what the model wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from ctxext.model.load import LoadedModel
 
 
 def job(loaded: LoadedModel, spec: Niah, place: Path) -> Job:
-    """`spec.cases` at each length and depth, or `limit` of them. Errors: InputError (a length without room)."""
+    """Returns the job of `spec.cases` at each length and depth, or of `limit` in all.
+
+    Raises InputError for a length without room for needle and question.
+    """
     assert spec.lengths is not None
     where, text = haystack(spec.data, spec.text_field)
     questions = niah_questions(loaded.tokenizer, text, spec.lengths, spec.depths, spec.cases, spec.limit, spec.seed)

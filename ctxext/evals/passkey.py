@@ -1,6 +1,6 @@
-"""Passkey retrieval over length x depth: does the model give back five digits that it was shown once?
+"""Passkey retrieval over length x depth: does the model give back five digits that were shown to it once?
 
-B batch, T tokens of a case, A answer tokens of a batch together, E model width, V vocabulary.
+Shapes: B batch, T tokens of a case, A answer tokens of a batch together, E model width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ctxext.progress import CountProgress, ignore
 
 @dataclass(frozen=True)
 class Question:
-    """A case with the id that pairs it with another model's."""
+    """A case with the id by which it pairs with another model's."""
 
     id: str
     case: Case
@@ -37,15 +37,15 @@ class Question:
 
 
 def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
-    """`spec.cases` at each of its lengths (tokens) and depths (0 first, 1 last), or `limit` of them.
+    """Returns the job of `spec.cases` at each length (tokens) and depth (0 first, 1 last), or of `limit` in all.
 
-    Greedy decoding gives the answer if and only if, with the answer itself fed in, every answer token is the
-    argmax at its place: up to the first wrong token both have seen the same. So a case costs ONE forward, and
-    only the answer's places go through the head. `decode` generates instead; the two differ only where rounding turns
-    two nearly equal logits about.
+    Greedy decoding gives the answer if and only if, with the answer itself as input, every answer token is the argmax
+    at its position: up to the first wrong token both see the same text. So a case costs ONE forward, and only the
+    answer's positions go through the head. `decode` generates instead; the results differ only where rounding swaps two
+    nearly equal logits.
 
-    Cases of a length have that many tokens exactly. Errors: InputError (a length too short for needle and question,
-    a text that is not there), ModelError (logits that are not finite).
+    Cases of a length have exactly that many tokens. Errors: InputError (a length too short for needle and question, a
+    text that does not exist), ModelError (logits that are not finite).
     """
     assert spec.lengths is not None
     where, text = haystack(spec.data, spec.text_field)
@@ -54,6 +54,7 @@ def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
         cases = passkey_cases(
             loaded.tokenizer, length, depths=spec.depths, per_depth=spec.cases, seed=spec.seed, haystack=text
         )
+        # Number the cases of each depth, so that ids are the same for every model.
         count = dict.fromkeys(spec.depths, 0)
         for case in cases:
             questions.append(Question(f"{length}/{case.depth}/{count[case.depth]}", case))
@@ -61,6 +62,7 @@ def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
     questions = evenly(questions, spec.limit, lambda q: (q.case.length, q.case.depth))
     how = "decoded greedily" if spec.decode else "teacher-forced"
     protocol = f"passkey, exact match, {how}, hidden in {where}, seed {spec.seed}"
+    # Chance of guessing all digits of the key.
     chance = 10.0 ** -len(questions[0].case.key)
 
     def rows(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -74,12 +76,12 @@ def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
 def passkey(
     loaded: LoadedModel, spec: Passkey, *, tokens_per_batch: int = 16_384, progress: CountProgress = ignore
 ) -> list[Row]:
-    """The rows of one spec on one model, nothing written: a row a length."""
+    """Runs one spec on one model and returns one row per length; writes nothing."""
     return run_job(job(loaded, spec, Path()), Ledger(), tokens_per_batch, progress)
 
 
 def _nats(outcomes: Sequence[Outcome], length: int) -> dict[str, float]:
-    """The mean loss of an answer's token, where answers were fed in."""
+    """Returns the mean loss of an answer token, for cases whose answers were fed in."""
     mine = [o.details for o in outcomes if o.length == length and "nats" in o.details]
     tokens = sum(details["tokens"] for details in mine)
     return {"answer_nats": sum(details["nats"] for details in mine) / tokens} if tokens else {}
@@ -90,8 +92,10 @@ def _teacher_forced(model: Any, questions: Sequence[Question]) -> list[Outcome]:
     weight = output_weight(model)
     cases = [question.case for question in questions]
     ids = torch.tensor([case.prompt_ids + case.answer_ids for case in cases], device=weight.device)  # [B, T]
+    # The last token predicts nothing that is scored, so it is not fed in. State i predicts token i + 1.
     hidden = hidden_states(model, ids[:, :-1])  # [B, T - 1, E]
     counts = [len(case.answer_ids) for case in cases]
+    # Answers may differ in token count; concatenate their rows and split them again below.
     rows = torch.cat([hidden[i, -count:] for i, count in enumerate(counts)])  # [A, E]
     answers = torch.cat([ids[i, -count:] for i, count in enumerate(counts)])  # [A]
     logits = torch.nn.functional.linear(

@@ -1,14 +1,14 @@
-"""Perplexity at a length, under a protocol that is named, because the protocols do not agree with each other.
+"""Perplexity at a length, under a named protocol, because the protocols give different numbers.
 
-- `hf-stride`: windows `stride` apart (default length // 2); each scores only the tokens no earlier window
-  has scored, so every token but a text's first counts once, with at least length - stride tokens before
-  it except in the first window (Hugging Face, "Perplexity of fixed-length models").
-- `longlora`: whole windows 256 apart, the mean over ALL positions of each (Chen et al. 2024, eval.py). A
-  token counts about length / 256 times: `progress` says how many windows that means before the first.
-- `truncate`: whole windows side by side, all positions. Cheap, and pessimistic: half of the tokens have
-  less than length / 2 before them.
+- `hf-stride`: windows `stride` apart (default length // 2); each scores only the tokens that no earlier window has
+  scored, so every token but a text's first counts once, with at least length - stride tokens before it except in the
+  first window (Hugging Face, "Perplexity of fixed-length models").
+- `longlora`: whole windows 256 apart, the mean over ALL positions of each (Chen et al. 2024, eval.py). A token counts
+  about length / 256 times: `progress` reports the number of windows before the first one runs.
+- `truncate`: whole windows side by side, all positions. It is cheap and pessimistic: half of the tokens have less than
+  length / 2 before them.
 
-A window is an item: its id names length, text and place, so that models with one tokenizer are compared by windows.
+A window is an item: its id names length, text and position, so that models with one tokenizer are compared by windows.
 
 B batch, T tokens of a window, E model width, N tokens of a text or scored tokens of a batch.
 """
@@ -39,13 +39,13 @@ from ctxext.train.loss import token_losses
 from ctxext.units import counted, format_duration
 
 LONGLORA_STRIDE = 256
-DEFAULT_TOKENS = 32_768  # of text; at least twice the greatest length
-_FIRST_BUCKET = 64  # positions 1..63; from there each bucket is as wide as all before it
+DEFAULT_TOKENS = 32_768  # of text; raised to twice the greatest length where that is more
+_FIRST_BUCKET = 64  # the first bucket has positions 1..63; each later one is as wide as all before it
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """A document's tokens and how many bytes of UTF-8 they stand for."""
+    """A document's tokens and the number of UTF-8 bytes that they encode."""
 
     ids: torch.Tensor  # int64 [N]
     text_bytes: float
@@ -65,9 +65,9 @@ class Bucket:
 class PerplexityResult:
     """`nats_per_token` is the mean over `tokens_scored` targets; `perplexity` its exponential.
 
-    `bits_per_byte` is nats_per_token / ln 2 times the tokens per byte of the whole text (EOS between joined
-    documents counted as tokens), so it compares models with different tokenizers. A text cut by a limit has
-    its bytes counted in proportion to the tokens kept.
+    `bits_per_byte` is nats_per_token / ln 2 times the tokens per byte of the whole text (EOS between joined documents
+    counts as a token), so it compares models with different tokenizers. Where a limit cuts a text, its bytes are
+    counted in proportion to the tokens kept.
     """
 
     protocol: str
@@ -81,12 +81,12 @@ class PerplexityResult:
     documents_alone: int  # documents scored by themselves
     documents_joined: int  # shorter ones, joined by EOS and scored as one text
     text_tokens: int  # tokens of the text the windows are cut from
-    dropped_tokens: int  # joined text too short for one window
+    dropped_tokens: int  # tokens of the joined text where it is too short for one window
     buckets: list[Bucket] = field(repr=False)
-    seed: None = None  # nothing is drawn at random
+    seed: None = None  # no randomness
 
     def row(self, data: str) -> Row:
-        """As a row of a report; `data` says of what text."""
+        """Returns the result as a row of a report; `data` names the text."""
         protocol = f"{self.protocol}, stride {self.stride:,}, on {data}"
         details = {
             name: value for name, value in asdict(self).items() if name not in ("protocol", "length", "perplexity")
@@ -98,7 +98,7 @@ class PerplexityResult:
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens begin <= i < end of one text go in; the targets first <= i < end are scored."""
+    """One window: its input is the tokens begin <= i < end of one text; its scored targets are first <= i < end."""
 
     length: int
     text: int
@@ -124,9 +124,9 @@ def encode(
 ) -> list[EncodedText]:
     """Tokenises documents, in order, until there are `max_tokens` (None: all); the last one is cut there.
 
-    No BOS is added, also where the tokenizer adds one to a prompt: short documents are joined, windows beyond a text's
-    first have none in any protocol, and so every window is read alike. Control tokens in the text are read as text;
-    `plain`, of the same tokenizer, counts them.
+    No BOS is added, even where the tokenizer adds one to a prompt. Short documents are joined, and windows after a
+    text's first have none in any protocol, so all windows are treated alike. Control tokens in the text are read as
+    text; `plain`, of the same tokenizer, counts them.
     """
     plain = plain or PlainText(tokenizer)
     texts: list[EncodedText] = []
@@ -147,7 +147,7 @@ def encode(
 
 
 def check_texts(loaded: LoadedModel, texts: Iterable[torch.Tensor]) -> None:
-    """Refuses, before any window is run, ids that the model has no rows for. Raises ModelError."""
+    """Raises ModelError, before any window runs, if an id has no row in the model's output matrix."""
     largest = max((int(ids.max()) for ids in texts if len(ids)), default=-1)
     check_ids([largest], output_weight(loaded.model).shape[0], loaded.name)
 
@@ -163,20 +163,20 @@ def perplexity(
     tokens_per_batch: int = 16_384,
     progress: CountProgress = ignore,
 ) -> PerplexityResult:
-    """Perplexity of `texts` (see `encode`) when the model sees at most `length` tokens.
+    """Returns the perplexity of `texts` (see `encode`) when the model sees at most `length` tokens.
 
-    The protocols are described at the top of this file; `stride` is in tokens.
+    The module docstring describes the protocols; `stride` is in tokens.
 
-    Documents of at least `alone_from` tokens (default `length`) are texts of their own; shorter ones are
-    joined by EOS into one more text, which is left out (and counted in `dropped_tokens`) where it is shorter
-    than that. To compare lengths on the same text, give all of them one `alone_from`: the greatest length.
+    Documents of at least `alone_from` tokens (default `length`) are separate texts. Shorter ones are joined by EOS into
+    one more text, which is left out (and counted in `dropped_tokens`) where it is shorter than that. To compare lengths
+    on the same text, give all of them one `alone_from`: the greatest length.
 
-    `progress(windows done, windows in all)`. Memory grows with `length` and `tokens_per_batch` (at least one
-    window is run at once), never with T x vocabulary. The model is left in eval mode. `length` may exceed
-    what the model bears: that is how damage is measured.
+    `progress(windows done, windows in all)`. Memory grows with `length` and `tokens_per_batch` (at least one window
+    runs at once), never with T x vocabulary. The model is left in eval mode. `length` may exceed what the model
+    supports: that is how damage is measured.
 
-    Errors: InputError (protocol, length, stride), DataError (not enough text), ModelError (a loss that is
-    not finite, a token that the model has no row for).
+    Errors: InputError (protocol, length, stride), DataError (not enough text), ModelError (a loss that is not finite, a
+    token without a row in the model).
     """
     check_texts(loaded, [text.ids for text in texts])
     cut = cut_windows(texts, length, loaded.tokenizer.eos_token_id, protocol, stride, alone_from)
@@ -187,7 +187,10 @@ def perplexity(
 
 
 def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
-    """Every length of a spec on the same text: the same documents are texts of their own at each."""
+    """Returns the job of all lengths of a spec on the same text.
+
+    Every length takes the same documents as separate texts.
+    """
     assert spec.lengths is not None
     longest = max(spec.lengths)
     split = "held-out" if spec.data == EMBEDDED else None
@@ -207,10 +210,12 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
     notes = [f"perplexity: {counted(len(items), 'window')}, {tokens:,} tokens to run ({spec.protocol})"]
     # The texts of the cuts are the same, so any cut's segments serve all windows.
     run = partial(run_windows, loaded, [ids for ids, _ in cuts[0].segments])
+    # longlora allows a stride beyond the length; then some text is in no window.
     skipping = [cut for cut in cuts if cut.stride > cut.length]
     if skipping:
         shown = ", ".join(f"{cut.length:,}" for cut in skipping)
         notes.append(f"windows {skipping[0].stride:,} tokens apart skip text at length {shown}")
+    # longlora is slow. Run one window to estimate the total time; the job runs that window again.
     if spec.protocol == "longlora":
         began = time.perf_counter()
         run(items[:1])
@@ -223,9 +228,10 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
 
 
 def summed(cut: Cut, outcomes: Sequence[Outcome]) -> PerplexityResult:
-    """The outcomes of a cut's windows, in order, as one result."""
+    """Combines the outcomes of a cut's windows, in order, into one result."""
     edges = _bucket_edges(cut.length).tolist()
     nats, counts = [0.0] * (len(edges) - 1), [0] * (len(edges) - 1)
+    # Every window of one length has the same bucket edges, so sums and counts add up bucket by bucket.
     for outcome in outcomes:
         for i, (sum_, count) in enumerate(outcome.details["buckets"]):
             nats[i] += sum_
@@ -254,7 +260,7 @@ def summed(cut: Cut, outcomes: Sequence[Outcome]) -> PerplexityResult:
 
 
 def run_windows(loaded: LoadedModel, texts: list[torch.Tensor], batch: Sequence[Window]) -> list[Outcome]:
-    """Losses of windows, those of one shape together, summed by how many tokens each target has before it."""
+    """Returns the losses of windows, summed by the number of tokens before each target; equal shapes run together."""
     outcomes = []
     for (size, first), same in groupby(batch, key=lambda window: window.shape):
         windows = list(same)
@@ -265,6 +271,7 @@ def run_windows(loaded: LoadedModel, texts: list[torch.Tensor], batch: Sequence[
                 hint="its weights or activations overflow: evaluate it in float32",
             )
         edges = _bucket_edges(windows[0].length)
+        # All windows of one shape score the same positions, so they share the bucket of each position and the counts.
         bucket = torch.bucketize(torch.arange(first, size), edges, right=True) - 1
         counts = torch.bincount(bucket, minlength=len(edges) - 1).tolist()
         sums = losses.new_zeros(len(windows), len(edges) - 1).index_add_(1, bucket, losses).tolist()
@@ -276,7 +283,7 @@ def run_windows(loaded: LoadedModel, texts: list[torch.Tensor], batch: Sequence[
 
 @dataclass(frozen=True)
 class Cut:
-    """Texts cut into windows: segments are (ids, bytes); documents are those alone, those joined, tokens dropped."""
+    """Texts cut into windows: segments are (ids, bytes); documents are (separate, joined, tokens dropped)."""
 
     protocol: str
     length: int
@@ -294,7 +301,7 @@ def cut_windows(
     stride: int | None = None,
     alone_from: int | None = None,
 ) -> Cut:
-    """The windows that `perplexity` runs. Errors as there."""
+    """Returns the windows that `perplexity` runs. Errors as there."""
     stride = _checked_stride(protocol, length, stride)
     segments, counts = _segments(texts, max(length, alone_from or length), eos_id)
     windows = [w for i, (ids, _) in enumerate(segments) for w in _windows(i, len(ids), protocol, length, stride)]
@@ -323,7 +330,7 @@ def _checked_stride(protocol: str, length: int, stride: int | None) -> int:
 def _segments(
     texts: Sequence[EncodedText], alone_from: int, eos_id: int | None
 ) -> tuple[list[tuple[torch.Tensor, float]], tuple[int, int, int]]:
-    """Texts to score as (ids, bytes), and (documents alone, documents joined, tokens dropped)."""
+    """Returns texts to score as (ids, bytes), and (documents alone, documents joined, tokens dropped)."""
     alone = [(text.ids, text.text_bytes) for text in texts if len(text.ids) >= alone_from]
     short = [text for text in texts if len(text.ids) < alone_from]
     if not short:
@@ -334,6 +341,7 @@ def _segments(
             hint=f"give documents of at least {alone_from:,} tokens",
         )
     end = torch.tensor([eos_id])
+    # EOS follows every short document, the last one too.
     joined = torch.cat([part for text in short for part in (text.ids, end)])
     if len(joined) < alone_from:
         return _enough(alone, len(joined), alone_from), (len(alone), 0, len(joined))
@@ -354,6 +362,7 @@ def _windows(text: int, size: int, protocol: str, length: int, stride: int) -> I
         for begin in range(0, size - length + 1, stride):
             yield Window(length, text, begin, begin + length, begin + 1)
         return
+    # hf-stride: the last window may be shorter; `scored` is the first token that no window has scored yet.
     begin, scored = 0, 1
     while scored < size:
         end = min(begin + length, size)
@@ -363,7 +372,7 @@ def _windows(text: int, size: int, protocol: str, length: int, stride: int) -> I
 
 @torch.no_grad()
 def _window_losses(model: torch.nn.Module, batch: Sequence[Window], texts: list[torch.Tensor]) -> torch.Tensor:
-    """Loss of each scored target, fp64 [B, scored] on the CPU."""
+    """Returns the loss of each scored target, fp64 [B, scored] on the CPU."""
     model.eval()
     weight = output_weight(model)
     ids = torch.stack([texts[w.text][w.begin : w.end] for w in batch]).to(weight.device)  # [B, T]
@@ -374,7 +383,7 @@ def _window_losses(model: torch.nn.Module, batch: Sequence[Window], texts: list[
 
 
 def _bucket_edges(length: int) -> torch.Tensor:
-    """1, 64, 128, 256 ... up to and with `length`: the same edges at every length, so rows compare."""
+    """Returns 1, 64, 128, 256 and so on, then `length`. All lengths share these edges, so their rows compare."""
     edges = [1]
     step = _FIRST_BUCKET
     while step < length:

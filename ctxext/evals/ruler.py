@@ -1,11 +1,12 @@
 """RULER (Hsieh et al. 2024, arXiv 2404.06654): thirteen tasks at each length, answered greedily, matched as text.
 
 Cases are made once (data/ruler.py) and run from their file. A task's score is the mean over its cases of the share of
-references found in the answer; of qa, of any being found; in percent. The score of a length is the mean over tasks. The
-effective length is the longest with a score of at least 85.6, what Llama-2-7B has at 4k (section 4 of the paper).
+references found in the answer; for qa, of whether any reference is found; in percent. The score of a length is the mean
+over tasks. The effective length is the longest with a score of at least 85.6, the score of Llama-2-7B at 4k (section 4
+of the paper).
 
-What differs from the official cases is listed in data/ruler_tasks.py; the haystack, which weighs most, is on every
-number. Fewer than 13 tasks are named as such, and their mean is not the paper's: qa is harder than most of the others.
+data/ruler_tasks.py lists what differs from the official cases; the haystack matters most, so every number names it. A
+run of fewer than 13 tasks is named as such, and its mean is not the paper's: qa is harder than most other tasks.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from ctxext.model.load import LoadedModel
 from ctxext.units import counted
 
 EFFECTIVE = 85.6  # percent
-_KEPT = 500  # characters of an answer
-_FULL = 0.95  # of a length that prompts have, where there is enough to fill it
-_LINE = 64  # tokens; a line of filler may have as many
+_KEPT = 500  # characters of an answer that are kept in its details
+_FULL = 0.95  # share of a length that a full prompt reaches at least
+_LINE = 64  # tokens; a line of filler may have that many
 
-Answers = Callable[[Sequence[Case]], list[str]]  # of cases that generate equally many tokens
+Answers = Callable[[Sequence[Case]], list[str]]  # takes cases that generate the same number of tokens
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Question:
 
 
 def job(loaded: LoadedModel, spec: Ruler, place: Path) -> Job:
-    """Cases of `spec`, made into `place`/cases unless they are there or given. Errors: of data/ruler.py; InputError (no
-    case of a length or task that was asked for), DataError (cases of no task of RULER)."""
+    """Returns the job of `spec`'s cases, which are made into `place`/cases unless they are there or given.
+
+    Errors: those of data/ruler.py; InputError (no case of the requested lengths and tasks), DataError (cases that are
+    not RULER's).
+    """
     assert spec.lengths is not None
     cases, facts, notes = _given(loaded, spec) if spec.from_cases else _made(loaded, spec, place)
     tasks = [task for task in TASKS if any(case.task == task for case in cases)]
@@ -72,7 +76,7 @@ def job(loaded: LoadedModel, spec: Ruler, place: Path) -> Job:
 
 
 def suite_name(tasks: Sequence[str]) -> str:
-    """What the mean over `tasks` may be called."""
+    """Returns the name for the mean over `tasks`."""
     lacking = [task for task in TASKS if task not in tasks]
     if not lacking:
         return "RULER-13"
@@ -86,6 +90,7 @@ def _made(loaded: LoadedModel, spec: Ruler, place: Path) -> tuple[list[Case], di
     tasks = ruler.chosen_tasks(spec.tasks, qa_files)
     where, text = haystack(spec.data, spec.text_field)
     tokenizer = tokenizer_hash(loaded.tokenizer)
+    # Everything that decides the cases. A kept file is used again only if its manifest matches all of this.
     request = {
         "suite": "ruler",
         "generator": ruler.GENERATOR,
@@ -104,6 +109,7 @@ def _made(loaded: LoadedModel, spec: Ruler, place: Path) -> tuple[list[Case], di
     def make() -> list[Case]:
         material = ruler.read_material(loaded.tokenizer, tasks, text, qa_files)
         cells = [(length, task, i) for length in spec.lengths or () for task in tasks for i in range(spec.cases)]
+        # `limit` is taken evenly over lengths and tasks before any case is made.
         chosen = evenly(cells, spec.limit, lambda cell: cell[:2])
         asks = [Ask(task, length, i, spec.seed) for length, task, i in chosen]
         return ruler.make_cases(loaded.tokenizer, asks, material)
@@ -130,6 +136,7 @@ def _given(loaded: LoadedModel, spec: Ruler) -> tuple[list[Case], dict[str, Any]
             f"{spec.from_cases} has no case of the lengths and tasks asked for",
             hint=f"it has the lengths {there}, and the tasks {', '.join(dict.fromkeys(c.task for c in cases))}",
         )
+    # Items of one size run together, so keep the lengths together.
     mine = sorted(evenly(mine, spec.limit, lambda case: (case.length, case.task)), key=lambda case: case.length)
     notes = []
     if facts.get("tokenizer") != tokenizer_hash(loaded.tokenizer):
@@ -138,7 +145,7 @@ def _given(loaded: LoadedModel, spec: Ruler) -> tuple[list[Case], dict[str, Any]
 
 
 def _not_full(cases: Sequence[Case]) -> list[str]:
-    """Where prompts stay well short of their length: cwe, once it lists every word there is."""
+    """Returns notes on prompts that stay well short of their length: cwe, once it lists every word of its list."""
     notes = []
     for (length, task), group in groupby(cases, key=lambda case: (case.length, case.task)):
         counted = [case.facts["prompt_tokens"] + case.max_new_tokens for case in group if "prompt_tokens" in case.facts]
@@ -157,7 +164,7 @@ def _generated(loaded: LoadedModel, cases: Sequence[Case]) -> list[str]:
 
 
 def scored(answers: Answers, questions: Sequence[Question]) -> list[Outcome]:
-    """Outcomes of a batch: cases that generate as many tokens are answered together."""
+    """Returns the outcomes of a batch; cases that generate the same number of tokens are answered together."""
     outcomes = []
     for _, group in groupby((question.case for question in questions), key=lambda case: case.max_new_tokens):
         cases = list(group)
@@ -169,7 +176,7 @@ def scored(answers: Answers, questions: Sequence[Question]) -> list[Outcome]:
 
 
 def rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
-    """A row a length, the mean over tasks, then one a task and length; in percent."""
+    """Returns one row per length, the mean over tasks, then one per task and length; in percent."""
     lengths = sorted({outcome.length for outcome in outcomes})
     cells = {
         (length, task): [outcome for outcome in outcomes if (outcome.length, outcome.task) == (length, task)]
@@ -177,6 +184,7 @@ def rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
         for task in TASKS
     }
     scores = {cell: 100 * (mean(group) or 0.0) for cell, group in cells.items() if group}
+    # Each task has the same weight in the score of a length.
     averages = {}
     for length in lengths:
         mine = [score for (of, _), score in scores.items() if of == length]

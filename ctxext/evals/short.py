@@ -1,10 +1,10 @@
 """Short context: lm-eval's own tasks, run by lm-eval (the optional extra `eval`) on the model in memory.
 
-What is asked and how it is scored is lm-eval's; its version stands in the protocol. A model is handed over as it was
-loaded, with ctxext's attention, so that bundles, conversions and plain models are measured alike. Tasks fetch their
-data from the hub, unless their definitions in `include` name local files.
+lm-eval decides the questions and the scoring; the protocol names its version. It gets the model as loaded, with
+ctxext's attention, so bundles, conversions and plain models are measured alike. Tasks fetch their data from the hub,
+unless their definitions in `include` name local files.
 
-No torch until a model is run.
+Torch is imported only when a model runs.
 """
 
 from __future__ import annotations
@@ -25,21 +25,24 @@ from ctxext.units import counted
 if TYPE_CHECKING:
     from ctxext.model.load import LoadedModel
 
-PREFERRED = ("acc_norm", "acc")  # of a task's metrics; else its first
+PREFERRED = ("acc_norm", "acc")  # metrics in order of preference; otherwise a task's first
 BATCH = 8  # requests that lm-eval runs together
-NO_LENGTH = 0  # the row's length: a task's documents are as long as they are
+NO_LENGTH = 0  # length of a row: a task's documents have their own lengths
 
 
 @dataclass(frozen=True)
 class WholeTask:
-    """A task as one item."""
+    """A whole task as one item."""
 
     id: str
     size: int = 1
 
 
 def check(spec: Short) -> None:
-    """Errors: EnvironmentFault (no lm-eval), InputError (`include` is no directory). No torch."""
+    """Checks that lm-eval and `include` are there. No torch.
+
+    Errors: EnvironmentFault (no lm-eval), InputError (`include` is not a directory).
+    """
     if find_spec("lm_eval") is None:
         raise EnvironmentFault(
             "the suite short runs lm-eval, which is not installed", hint='pip install "ctxext[eval]"'
@@ -61,7 +64,7 @@ def prepare(spec: Short, place: Path, dtype: str, device: str | None, progress: 
 
 
 def job(loaded: LoadedModel, spec: Short, place: Path) -> Job:
-    """An item a task.
+    """Returns the job with one item per task.
 
     Errors: those of `check`; InputError (a task that lm-eval does not know), EnvironmentFault (a task's data cannot be
     fetched).
@@ -79,7 +82,7 @@ def job(loaded: LoadedModel, spec: Short, place: Path) -> Job:
 
 
 def main_metric(results: dict[str, Any]) -> tuple[str, float, float | None]:
-    """(name, value, standard error or None) of a task's results: acc_norm, else acc, else the first of its metrics."""
+    """Returns (name, value, standard error or None) of a task's results: acc_norm, else acc, else its first metric."""
     values = {
         key: value
         for key, value in results.items()
@@ -87,7 +90,7 @@ def main_metric(results: dict[str, Any]) -> tuple[str, float, float | None]:
     }
     if not values:
         raise InputError(f"lm-eval gives no number for {results.get('alias', 'this task')}")
-    by_name = {key.split(",")[0]: key for key in reversed(values)}  # of several filters, the first
+    by_name = {key.split(",")[0]: key for key in reversed(values)}  # where there are several filters, the first
     key = next((by_name[name] for name in PREFERRED if name in by_name), next(iter(values)))
     name, filter_ = key.split(",", 1)
     error = results.get(f"{name}_stderr,{filter_}")
@@ -122,7 +125,10 @@ def _outcome(loaded: LoadedModel, manager: Any, task: str, limit: int | None) ->
 
 
 def _manager(spec: Short) -> Any:
-    """lm-eval's index of tasks. Its own are thousands of files, which are not read where all tasks are in `include`."""
+    """Returns lm-eval's index of tasks.
+
+    lm-eval's own definitions are thousands of files. They are not read where `include` has all requested tasks.
+    """
     from lm_eval.tasks import TaskManager
 
     if spec.include is not None:
@@ -130,7 +136,7 @@ def _manager(spec: Short) -> Any:
         if set(spec.tasks) <= set(manager.all_subtasks):
             return manager
     manager = TaskManager(include_path=spec.include)
-    known = {*manager.all_subtasks, *manager.all_groups}  # a tag is many tasks without a figure of its own
+    known = {*manager.all_subtasks, *manager.all_groups}  # no tags: a tag is many tasks without a common figure
     unknown = [task for task in spec.tasks if task not in known]
     if unknown:
         raise InputError(
@@ -141,10 +147,10 @@ def _manager(spec: Short) -> Any:
 
 
 def _task(manager: Any, task: str) -> Any:
-    """lm-eval's task or group of tasks, which reads or fetches its data as it is made."""
+    """Returns lm-eval's task or group of tasks; building it reads or fetches its data."""
     try:
         found = manager.load([task])
-    except Exception as error:  # whatever datasets and the hub's client raise, of several libraries
+    except Exception as error:  # datasets and the hub's client raise errors of several libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentFault(
             f"the data of the task {task} cannot be had: {reason}",
@@ -155,7 +161,7 @@ def _task(manager: Any, task: str) -> Any:
 
 
 def _rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
-    """A row a task with lm-eval's standard error, and their average, each task counting the same."""
+    """Returns their average, where each task counts the same, then one row per task with lm-eval's standard error."""
     each = [
         Row(
             "short",
@@ -177,7 +183,7 @@ def _rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
 
 
 def _interval(outcome: Outcome) -> tuple[float | None, float | None]:
-    """Value plus and minus 1.96 standard errors."""
+    """Returns the value minus and plus 1.96 standard errors."""
     error = outcome.details["stderr"]
     if error is None:
         return None, None

@@ -1,4 +1,4 @@
-"""What an evaluation is asked: suites, each with its fields. No torch."""
+"""The spec of an evaluation: suites, each with its fields. No torch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,12 @@ FIVE_DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @spec
 class Perplexity:
-    """evals/perplexity.py. `lengths`: None is the usable length of the models. `limit`: tokens of text; None is 32k, or
-    twice the greatest length. `stride`: tokens; None is the protocol's own."""
+    """Perplexity of text (evals/perplexity.py).
+
+    lengths   None is the usable length of the models
+    stride    tokens; None is the protocol's own
+    limit     tokens of text; None is 32k, or twice the greatest length
+    """
 
     suite: Literal["perplexity"] = "perplexity"
     lengths: Lengths = None
@@ -37,9 +41,13 @@ class Perplexity:
 
 @spec
 class LongPpl:
-    """evals/longppl.py. `evaluator` names the model that finds the key tokens: there is no default, because a model
-    judged by its own keys is judged by itself. `short`: tokens of the short context; `step`: tokens scored with each.
-    None: 4,096 and 1,024, or an eighth and a thirty-second of the length where that is less. `limit`: documents."""
+    """Perplexity of key tokens (evals/longppl.py).
+
+    evaluator     the model that finds the key tokens. There is no default: a model judged by its own keys judges itself
+    short, step   tokens of the short context, and tokens scored with each. None: 4,096 and 1,024, or an eighth and a
+                  thirty-second of the length where that is less
+    limit         documents
+    """
 
     suite: Literal["longppl"] = "longppl"
     evaluator: str | None = None
@@ -53,9 +61,11 @@ class LongPpl:
 
 @spec
 class Passkey:
-    """evals/passkey.py: `cases` at each length and depth; `limit` of them in all, taken evenly. `haystack`: embedded
-    (held-out files), grass (repeated sentences), or text as `data` has it. `decode`: generate, instead of one forward
-    with the answer in it."""
+    """Passkey retrieval (evals/passkey.py): `cases` at each length and depth, `limit` of them in all, taken evenly.
+
+    data     the text to hide in: embedded (held-out files), grass (repeated sentences), or a source of documents
+    decode   generates, instead of one forward that contains the answer
+    """
 
     suite: Literal["passkey"] = "passkey"
     lengths: Lengths = None
@@ -70,7 +80,7 @@ class Passkey:
 
 @spec
 class Niah:
-    """evals/niah.py: a needle in text, found by generating: `cases` at each length and depth."""
+    """A needle in text, found by generating (evals/niah.py): `cases` at each length and depth."""
 
     suite: Literal["niah"] = "niah"
     lengths: Lengths = None
@@ -84,10 +94,11 @@ class Niah:
 
 @spec
 class Ruler:
-    """evals/ruler.py: `cases` of each of `tasks` (None: all that there is data for) at each length.
+    """RULER (evals/ruler.py): `cases` of each of `tasks` (None: all that have data) at each length.
 
-    `data`: the text that needles are hidden in. `squad`, `hotpotqa`: files for qa_1 and qa_2 in the official JSON.
-    `from_cases`: a JSONL file made earlier, in place of making cases.
+    data               the text that needles are hidden in
+    squad, hotpotqa    files for qa_1 and qa_2 in the official JSON
+    from_cases         a JSONL file of existing cases, used instead of making cases
     """
 
     suite: Literal["ruler"] = "ruler"
@@ -105,9 +116,12 @@ class Ruler:
 
 @spec
 class LongBench:
-    """evals/longbench.py. `data`: a JSONL file, or a directory of them, in LongBench's format. `lengths`: the most that
-    prompt and answer have, beyond which the prompt's middle is cut out. `prompts`: LongBench's dataset2prompt.json, for
-    its words in place of ours."""
+    """LongBench (evals/longbench.py).
+
+    data      a JSONL file, or a directory of them, in LongBench's format
+    lengths   the most tokens of prompt and answer together; a longer prompt loses its middle
+    prompts   LongBench's dataset2prompt.json, whose prompts replace ctxext's
+    """
 
     suite: Literal["longbench"] = "longbench"
     lengths: Lengths = None
@@ -119,8 +133,11 @@ class LongBench:
 
 @spec
 class Short:
-    """evals/short.py: lm-eval's own tasks, run by lm-eval. `limit`: documents of each task. `include`: a directory of
-    task definitions beside lm-eval's."""
+    """lm-eval's own tasks, run by lm-eval (evals/short.py).
+
+    limit     documents of each task
+    include   a directory of further task definitions
+    """
 
     suite: Literal["short"] = "short"
     tasks: Annotated[tuple[str, ...], Field(min_length=1)] = ("hellaswag", "arc_easy", "arc_challenge", "piqa")
@@ -142,9 +159,13 @@ SUITES: dict[str, type] = {
 
 @spec
 class EvalSpec:
-    """Suites, run in order on each model. `extrapolate`: also at lengths beyond what a model's positions were trained
-    for. `dtype`: of weights and activations. `tokens_per_batch`: rows of one length are run together up to so many.
-    `nope_log_scale`: the a of model/attention.py's log scale of N layers; None is the model as it is."""
+    """The suites, which run in order on each model.
+
+    extrapolate        also runs lengths beyond what a model's positions were trained for
+    dtype              of weights and activations
+    tokens_per_batch   rows of one length run together up to this many tokens
+    nope_log_scale     the a of model/attention.py's log scale of N layers; None leaves the model as it is
+    """
 
     suites: Annotated[tuple[Suite, ...], Field(min_length=1)]
     extrapolate: bool = False
@@ -154,10 +175,10 @@ class EvalSpec:
 
 
 def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
-    """The spec of a command line: suites by name, joined by commas, or one preset; and what its options say.
+    """Returns the spec of a command line: suites by name, joined by commas, or one preset; then the options.
 
-    A key of `given` is a field of EvalSpec; `SUITE.field`; or a field of suites, which goes to all that have it.
-    Raises InputError (a name or a field that is not known), SpecError (a value that is not allowed).
+    A key of `given` is a field of EvalSpec; `SUITE.field`; or a field of suites, which is set on all that have it.
+    Raises InputError (an unknown name or field), SpecError (a value that is not allowed).
     """
     names = [name.strip() for name in suite.split(",")]
     if all(name in SUITES for name in names):
@@ -167,9 +188,10 @@ def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
             known = ", ".join([*SUITES, *presets.names("eval")])
             raise InputError(f"--suite {suite!r} is unknown; allowed are {known}, or a YAML file")
         data = {**presets.find("eval", suite).data}
+    # A YAML file may be malformed. `build` raises the right message for it, so options are merged into good lists only.
     listed = data.get("suites")
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
-        return build(EvalSpec, data, source=f"eval spec ({suite})")  # which says what is wrong
+        return build(EvalSpec, data, source=f"eval spec ({suite})")  # raises: the suites are malformed
     suites = [dict(one) for one in listed]
     whole = {field.name for field in fields(EvalSpec)} - {"suites"}
     spread(given, data, suites, names=whole, tag="suite", classes=SUITES, of=suite)
@@ -177,12 +199,12 @@ def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
 
 
 def said(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of arguments those that say something: neither None nor False."""
+    """Returns the arguments that were set: those that are neither None nor False."""
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def eval_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `evaluate` as fields of its spec, those that say something."""
+    """Returns the set arguments of `evaluate` as fields of its spec."""
     fields = said(given)
     if "limit" in fields:
         fields["limit"] = parse_tokens(fields["limit"])

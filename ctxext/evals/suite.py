@@ -1,4 +1,4 @@
-"""Suites over models and lengths: rows for a table, a dict for JSON. No torch until one runs."""
+"""Runs suites over models and lengths: rows for tables, a dict for JSON. Imports no torch until a suite runs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.progress import Progress, ignore
 from ctxext.units import format_tokens
 
-if TYPE_CHECKING:  # torch comes with these: it is imported when every argument has been found good
+if TYPE_CHECKING:  # these modules import torch, which is imported only after all arguments are checked
     from ctxext.evals.compare import Difference
     from ctxext.model.load import LoadedModel
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """The rows of one suite on one model, what is to be said beside them, and what was read of its data
-    (data/files.py, Reading)."""
+    """The rows of one suite on one model, the notes shown beside them, and what was read of its data.
+
+    `read` holds readings as plain data (data/files.py, Reading).
+    """
 
     suite: str
     notes: tuple[str, ...]
@@ -42,8 +44,13 @@ class SuiteResult:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What one model did. Lengths in tokens: `usable_length` by its own config, `original_length` it was first trained
-    at. `layout` and `positions` say what its layers see."""
+    """The results of one model. Lengths in tokens.
+
+    usable_length     by the model's own config
+    original_length   length at which the model was first trained
+    layout            the layers' attention kinds and windows
+    positions         the RoPE parameters, and the log scale of N layers where there is one
+    """
 
     model: str
     path: str
@@ -64,7 +71,7 @@ class EvalReport:
     differences: list[Difference] = field(default_factory=list)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A flat row for each number; `extrapolated` where the model does not bear the length."""
+        """Returns one flat row for each number; `extrapolated` is true where the model does not support the length."""
         return [
             {"model": model.model, **asdict(row), "extrapolated": row.length > model.usable_length}
             for model in self.models
@@ -73,7 +80,7 @@ class EvalReport:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """Returns plain values, ready for JSON."""
         data = asdict(self)
         for model in data["models"]:
             for row in (row for suite in model["suites"] for row in suite["rows"]):
@@ -91,17 +98,21 @@ def evaluate(
     progress: Progress = ignore,
     notice: Callable[[str], None] = lambda _: None,
 ) -> EvalReport:
-    """Runs the suites of `spec` on each model, one in memory at a time.
+    """Runs the suites of `spec` on each model, with one model in memory at a time.
 
-    `models` are names, paths or sources for `ctxext.model.load`, or models already loaded. `against` is the index of
-    the one that the others are compared with (compare.py). In `place`, a directory, stand the cases, keys and outcomes;
-    what stands there already is not run again (the caller answers for its being of the same request). None: nothing is
-    kept.
+    models     names, paths or sources for `ctxext.model.load`, or models that are already loaded
+    against    index of the model that the others are compared with (compare.py); None compares nothing
+    place      directory of the cases, keys and outcomes. What it already holds is not run again; the caller must make
+               sure that it belongs to the same request. None: nothing is kept
+    progress   called as `progress(what, done, in all)`
+    notice     called with a line to show
 
-    `progress(what, done, in all)` and `notice(line)` are told on the way. A length beyond a model's usable length is
-    refused unless `spec.extrapolate`, and then its rows say `extrapolated`. Errors: InputError and ModelError for what
-    arguments and the models' files can decide, all before torch is imported; those of the data and of loading as they
-    come; EnvironmentFault where memory runs out (what was done is in `place`).
+    A length beyond a model's usable length is refused unless `spec.extrapolate` is set; its rows are then marked
+    `extrapolated`.
+
+    Errors: InputError and ModelError for what arguments and the models' files can decide, all before torch is imported;
+    errors of the data and of loading when they occur; EnvironmentFault where memory runs out (finished outcomes are in
+    `place`).
     """
     if not models:
         raise InputError("no model was given to evaluate")
@@ -109,9 +120,11 @@ def evaluate(
     spec = with_lengths(spec, [_source(model) for model in found])
     began = time.monotonic()
     if place is None:
+        # Keys, cases and outcomes go through files, so use a temporary directory.
         with tempfile.TemporaryDirectory() as scratch:
             return evaluate(found, spec, against=against, place=Path(scratch), device=device, progress=progress,
                             notice=notice)  # fmt: skip
+    # Some suites load a model of their own or fetch data. Do this first, while no evaluated model is in memory.
     for suite in (suite for suite in spec.suites if suite.suite in PREPARED):
         with _memory_runs_out("what comes before the models", suite.suite):
             module_of(suite.suite).prepare(suite, place, spec.dtype, device, progress)
@@ -125,6 +138,7 @@ def evaluate(
         outcomes.append([])
         tokenizers.append(tokenizer_hash(loaded.tokenizer) if against is not None else "")
         for index, suite in enumerate(spec.suites):
+            # The ledger reads the outcomes of an interrupted run, so that only the missing items run.
             ledger = Ledger(place / "outcomes" / f"{index}-{suite.suite}-{number}.jsonl")
             with _memory_runs_out(names[number], suite.suite):
                 job, read = _job(suite, loaded, place)
@@ -134,6 +148,7 @@ def evaluate(
                 rows = run_job(job, ledger, spec.tokens_per_batch, told)
             results[-1].suites.append(SuiteResult(suite.suite, job.notes, tuple(rows), read))
             outcomes[-1].append([ledger.outcomes[item.id] for item in job.items])
+        # Free this model before the next one is loaded.
         del loaded
         gc.collect()
     report = EvalReport(spec, time.monotonic() - began, results)
@@ -143,7 +158,7 @@ def evaluate(
 
 
 def _job(suite: Any, loaded: LoadedModel, place: Path) -> tuple[Job, tuple[dict[str, Any], ...]]:
-    """A suite's job, with what was read among its notes, and what was read as plain data."""
+    """Returns a suite's job and its readings as plain data; the job's notes begin with lines on what was read."""
     with recorded() as began_reading:
         job: Job = module_of(suite.suite).job(loaded, suite, place)
     read = distinct(began_reading)
@@ -153,7 +168,7 @@ def _job(suite: Any, loaded: LoadedModel, place: Path) -> tuple[Job, tuple[dict[
 
 @contextmanager
 def _memory_runs_out(model: str, suite: str) -> Iterator[None]:
-    """Where memory runs out, say what helps; the outcomes so far are on disk."""
+    """Turns an out-of-memory error into an EnvironmentFault with a hint; the outcomes so far are on disk."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -167,7 +182,11 @@ def _memory_runs_out(model: str, suite: str) -> Iterator[None]:
 
 
 def with_lengths(spec: EvalSpec, sources: Sequence[ModelSource]) -> EvalSpec:
-    """The spec with every length filled in, ascending. InputError where one is beyond what a model bears."""
+    """Returns the spec with every length filled in, in ascending order.
+
+    Where lengths are not given, the shortest usable length of the models is taken. Raises InputError for a length
+    beyond what a model supports.
+    """
     shortest = min(source.usable_length for source in sources)
     _check_log_scale(sources, spec.nope_log_scale)
     suites = []
@@ -194,12 +213,12 @@ def check_length(source: ModelSource, length: int, extrapolate: bool) -> None:
 
 
 def _source(model: Any) -> Any:
-    """What is known of a model without its weights: a source, or a loaded model itself."""
+    """Returns what is known of a model without its weights: its source, or the loaded model itself."""
     return model if not hasattr(model, "source") else model.source
 
 
 def _names(sources: Sequence[Any]) -> list[str]:
-    """One for each, told apart where two models have the same: by the end of their paths, or by a number."""
+    """Returns one name for each model; equal names get the ends of their paths, or a number."""
     names = [source.name for source in sources]
     for parts in (2, 3):
         tails = ["/".join(Path(source.path or source.name).absolute().parts[-parts:]) for source in sources]
@@ -229,7 +248,10 @@ def _compared(
     against: int,
     notice: Callable[[str], None],
 ) -> list[Difference]:
-    """Of every other model and suite, where there are pairs: nats per token pair with the same tokenizer alone."""
+    """Compares every other model with `against`, suite by suite, where items pair.
+
+    Losses in nats per token are compared between models of the same tokenizer only.
+    """
     from ctxext.evals.compare import LOWER_IS_BETTER, differences
 
     names, found = [model.model for model in report.models], list[Any]()
@@ -240,6 +262,7 @@ def _compared(
             if suite.suite == "short":
                 notice("short is not compared pair by pair: lm-eval gives one figure a task, with its standard error")
                 continue
+            # A nat per token of one tokenizer is not comparable with a nat per token of another.
             if suite.suite in LOWER_IS_BETTER and tokenizers[number] != tokenizers[against]:
                 notice(
                     f"{names[number]} and {names[against]} have different tokenizers: their {suite.suite} is not "
@@ -251,7 +274,7 @@ def _compared(
 
 
 def _load(model: Any, spec: EvalSpec, device: str | None) -> LoadedModel:
-    """A source loaded; a model that is loaded already as it is."""
+    """Loads a source; returns a model that is already loaded unchanged."""
     from ctxext.model.load import load_model
 
     if hasattr(model, "tokenizer"):
@@ -268,7 +291,10 @@ def _has_nope(source: ModelSource) -> bool:
 
 
 def _check_log_scale(sources: Sequence[ModelSource], a: float | None) -> None:
-    """The log scale is for models with N layers; beside them others may stand, measured as they are."""
+    """Raises InputError if no model has an N layer.
+
+    One is enough: models without N layers are measured unchanged.
+    """
     if a is None or any(_has_nope(source) for source in sources):
         return
     layouts = "; ".join(f"{source.name} is {pattern_text(source.kinds)}" for source in sources)
@@ -279,12 +305,14 @@ def _check_log_scale(sources: Sequence[ModelSource], a: float | None) -> None:
 
 
 def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
-    """(caption, header, rows) of each suite, a model a row, a length a column; then of its tasks, if it has any.
+    """Returns (caption, header, rows) for each suite: a row per model, a column per length; then one by task, if any.
 
-    A * stands at a length beyond what the model bears. Where lengths have protocols of their own, all are named.
+    A * marks a length beyond what the model supports. Where rows have different protocols, the caption names all of
+    them.
     """
     made = []
     for index, suite in enumerate(report.spec.suites):
+        # Flatten first: models may differ in lengths and tasks, so cells are looked up by (task, model, length) below.
         rows = [
             {"model": model.model, "beyond": row.length > model.usable_length, **asdict(row)}
             for model in report.models
@@ -309,7 +337,7 @@ def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def _tasks(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(metric, task) of rows, the whole suite first."""
+    """Returns (metric, task) of the rows, the whole suite first."""
     found = {row["task"]: row["metric"] for row in rows}
     return [(metric, task) for task, metric in sorted(found.items(), key=lambda pair: pair[0] != "")]
 

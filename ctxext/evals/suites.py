@@ -16,16 +16,16 @@ from ctxext.evals.haystacks import GRASS
 from ctxext.evals.spec import EvalSpec
 from ctxext.model.source import ModelSource, resolve
 
-PREPARED = ("longppl", "short")  # what comes before the models: an evaluator's keys, the harness's tasks
+PREPARED = ("longppl", "short")  # suites with a step before the models load: the evaluator's keys, lm-eval's tasks
 
 
 def module_of(suite: str) -> Any:
-    """evals/<suite>.py, imported when it is used: most need torch. Each has `job`, some `check` and `prepare`."""
+    """Imports evals/<suite>.py on use, because most need torch. Each has `job`, some `check` and `prepare`."""
     return import_module(f"ctxext.evals.{suite}")
 
 
 def check_suites(spec: EvalSpec) -> None:
-    """What of each suite can be refused without torch: data that is not there, an evaluator that is missing."""
+    """Raises what can be refused without torch, suite by suite: missing data, a missing evaluator."""
     for suite in spec.suites:
         if suite.suite in CHECKS:
             CHECKS[suite.suite](suite)
@@ -69,7 +69,7 @@ def _ruler_can_be_made(suite: Any) -> None:
 
 
 def _by_itself(suite: Any) -> None:
-    """What the suite's own module checks, without torch."""
+    """Runs the check of the suite's own module, without torch."""
     module_of(suite.suite).check(suite)
 
 
@@ -85,11 +85,12 @@ CHECKS: dict[str, Callable[[Any], None]] = {
 
 
 def inputs(suite: Any) -> dict[str, Any]:
-    """What a suite reads beside its spec, so that two requests can be told apart: the text, files, an evaluator."""
+    """Returns what a suite reads besides its spec, to tell two requests apart: the text, files, an evaluator."""
     found: dict[str, Any] = {}
     for name in ("squad", "hotpotqa", "from_cases", "prompts", "include"):
         if getattr(suite, name, None) is not None:
             found[name] = _stamp(Path(getattr(suite, name)))
+    # LongBench's data is stamped as files; other data gets the fingerprint of its documents. Grass is a constant.
     if suite.suite == "longbench":
         found["data"] = _stamp(Path(suite.data))
     elif hasattr(suite, "data") and suite.data != GRASS:
@@ -103,7 +104,7 @@ def inputs(suite: Any) -> dict[str, Any]:
 
 
 def model_stamp(source: ModelSource) -> dict[str, Any]:
-    """A model by its weights, its config as read, its tokenizer's files and, for a bundle, its base."""
+    """Identifies a model by its weights, its config as read, its tokenizer's files and, for a bundle, its base."""
     small = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _tokenizer_files(source.directory)}
     config = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest()
     base = {} if source.base is None else {"base": model_stamp(source.base)}
@@ -115,6 +116,6 @@ def _tokenizer_files(directory: Path) -> list[Path]:
 
 
 def _stamp(path: Path) -> list[list[Any]]:
-    """Path, size and modification time of a file, or of the files below a directory."""
+    """Returns path, size and modification time of a file, or of all files below a directory."""
     files = [path] if path.is_file() else sorted(entry for entry in path.rglob("*") if entry.is_file())
     return [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,19 +1,19 @@
-"""A certificate of what a model's attention sees, measured on the real model as it is launched, not on a mask.
+"""Certifies what a model's attention sees, measured on the model as it is launched and not on a mask.
 
-causality         the embedding of token j is changed: no final hidden state before j moves, by a single bit
-receptive field   one input of one layer's attention is changed: what enters o_proj moves exactly where the pattern
-                  says, head by head; with the model's own queries, and with queries of zero, which weigh all visible
-                  keys alike, so that a sharp softmax hides no key that is seen
-documents         both in a row of two documents, when training masks documents
-backend           each layer's output beside `naive_attention` on this model's own q, k and v
-cached decoding   hidden states as ctxext's decoding reads a text (model/decode.py), token by token and in chunks,
-                  beside those of a forward without a cache; inference only. Where RoPE follows the length of the text,
-                  stock `generate` of transformers is measured too, and a note says how far it is off
+causality         changes the embedding of token j: no final hidden state before j may change by a single bit
+receptive field   changes one input of one layer's attention: the input of o_proj must change exactly where the pattern
+                  says, head by head. Measured with the model's own queries, and with queries of zero, which weigh all
+                  visible keys alike, so that a sharp softmax hides no visible key
+documents         runs both checks on a row of two documents, when training masks documents
+backend           compares each layer's output with `naive_attention` on the model's own q, k and v
+cached decoding   compares the hidden states of ctxext's decoding (model/decode.py), token by token and in chunks, with
+                  those of a forward without a cache; inference only. Where RoPE follows the length of the text, stock
+                  `generate` of transformers is measured too, and a note reports how large its error is
 
-What a layer should see is written down once more here (`_sees`), so that an error in ops/masks.py is found too.
-Training runs as its loop does: arguments, dtype, train mode, checkpointing (whole rows); one row, forward only. torch
-is imported in functions: refusals come first. Shapes: T tokens, E model width, H heads over K key/value heads, D head
-dim.
+`_sees` states the expected pattern of a layer a second time, independently of ops/masks.py, so that an error there is
+found too. Training runs as the training loop runs it: same arguments, dtype, train mode and checkpointing (whole rows);
+one row, forward only. Functions import torch themselves, so that bad arguments are refused before torch loads. Shapes:
+T tokens, E model width, H heads over K key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ from ctxext.units import counted, first_of, format_tokens
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHORTEST, LONGEST = 16, 2047  # tokens; longer only where a window asks for it. Odd: no block or group divides it
+SHORTEST, LONGEST = 16, 2047  # tokens; a large window makes the row longer. Odd: no block or group divides it
 BEYOND_WINDOW = 67  # tokens of the row after the first W
 BACKEND_TOLERANCE = {"float32": 5e-5, "bfloat16": 2e-2}  # of the layer's largest |v|
-COMPARING = "ctxext_verify"  # the attention that measures itself, in AttentionInterface
+COMPARING = "ctxext_verify"  # name in AttentionInterface of the attention that compares itself with naive
 
 
 @dataclass(frozen=True)
 class Launch:
     """How the model is run. Lengths in tokens.
 
-    T            of the measured row: a few windows and groups, at most ctx, and `LONGEST` unless a window is longer
-    group_size   G as measured: where the row is too short for two of `planned_group`, in proportion to it
+    T            measured row: a few windows and groups; at most ctx, and `LONGEST` unless a window is longer
+    group_size   G as measured: where the row is too short for two of `planned_group`, G is reduced in proportion
     sink_tokens  first tokens of a document that S²-Attn's queries also see; None: `auto`, measured on the loaded model
     """
 
@@ -73,7 +73,7 @@ class Launch:
     backend: str = "auto"
 
     def pattern(self, layer: int) -> Pattern:
-        """What this layer sees, by the model's config and the run's plan."""
+        """Returns what this layer should see, by the model's config and the run's plan."""
         window = self.source.kinds[layer].sliding_window
         if window is not None or self.group_size is None:
             return Pattern(window)
@@ -89,7 +89,7 @@ class Launch:
         if short := sorted(W for W in _windows(self.source.kinds) if self.T <= W):
             found.append(f"{T} tokens do not reach beyond the window of {', '.join(map(str, short))}")
         usable = self.source.usable_length
-        if self.attention == "inference" and self.ctx > usable:  # training at a ctx is what makes a model bear it
+        if self.attention == "inference" and self.ctx > usable:  # for training this is normal: it extends the context
             found.append(
                 f"warning: {self.source.name} bears {format_tokens(usable)} tokens, not {format_tokens(self.ctx)}: its "
                 "attention sees what is certified, and what it makes of that beyond was never trained"
@@ -98,10 +98,11 @@ class Launch:
 
 
 def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = None) -> Launch:
-    """Find the model and how it is launched; a run's group size, document mask and ctx are those of its spec.
+    """Finds the model and how it is launched; for a run, group size, document mask and ctx come from its spec.
 
-    `model` is all that `resolve` takes, or the directory of an unfinished run: the model it trains, at its start.
-    `attention` None is training for a run and inference for another model. Raises InputError and ModelError.
+    `model` is anything that `resolve` takes, or the directory of an unfinished run: then the model that the run trains,
+    at its start. `attention` None means training for a run and inference for any other model. Raises InputError and
+    ModelError.
     """
     if attention not in (None, "training", "inference"):
         raise InputError(f"--attention {attention!r}: allowed are training, inference")
@@ -111,33 +112,40 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     require_tokenizer(source.directory)
     attention = attention or ("training" if spec else "inference")
     ctx = ctx or (spec.ctx if spec else source.usable_length)
-    # What a run validates at has no say in what its attention sees, and may be longer than this ctx.
+    # Only this ctx is certified, so drop the stages. Validation does not change what the attention sees, and its
+    # lengths may exceed this ctx.
     spec = replace(spec or FinetuneSpec(ctx=ctx), ctx=ctx, stages=(), validation=ValidationSpec())
     plan = plan_run(untrained or source, spec) if attention == "training" else None
+    # A finished run has its positions already. Any other model gets those that the plan would train it with.
     if plan and untrained is None:
         source = replace(plan.source, config=plan.config)
+    # The row should reach beyond the largest window W and hold two groups of G and a few tokens more. It has at most
+    # LONGEST tokens, unless W needs more.
     G, W = plan.group_size if plan else None, max(_windows(source.kinds), default=0)
     T = min(ctx, max(min(LONGEST, max(3 * W + 5, 2 * (G or 0) + 7, 96)), W + BEYOND_WINDOW if W else 0))
     if plan is None:
         return Launch(source, attention, ctx, T)
+    # If the row is shorter than two groups, measure a smaller group: the same share of T that G is of ctx.
     scaled = G if G is None or ctx == T or 2 * G + 7 <= T else max(2, G * T // ctx)
+    # Measure whole rows of unquantized weights.
     masked, memory = spec.data.document_mask, replace(spec.memory, quantize="none", tiles=None)
-    # A finished run says how many sink tokens it trained with; runs from before there were any have none.
+    # The manifest of a finished run records its number of sink tokens; runs of versions without sink tokens have 0.
     facts = source.manifest.facts if source.manifest else {}
     sinks = facts.get("sink_tokens", 0) if "sink_tokens" in facts or untrained else plan.sink_tokens
     return Launch(source, attention, ctx, T, scaled, G, sinks, masked, memory, plan.dtype, spec.attention.backend)
 
 
 def _find(model: str) -> tuple[ModelSource, FinetuneSpec | None, ModelSource | None]:
-    """(what is loaded, its run's spec if there is one, and what that run started from if it is not the first)."""
+    """Returns (the model to load, its run's spec or None, the model that a finished run started from or None)."""
     if (Path(model) / SPEC_FILE).is_file() and not (Path(model) / manifests.FILE_NAME).exists():
         plan = plan_resumed(Path(model))
         return plan.source, plan.spec, None
     source = resolve(model)
     data = source.manifest.spec if source.manifest else {}
-    if "rope_scaling" not in data:  # no output of a finetune run
+    if "rope_scaling" not in data:  # not the output of a finetune run
         return source, None, None
-    spec = build(FinetuneSpec, data | {"rope_scaling": "auto"}, source=str(source.path))  # its config.json has them
+    # The positions come from the result's config.json, so the spec needs no scaling of its own.
+    spec = build(FinetuneSpec, data | {"rope_scaling": "auto"}, source=str(source.path))
     return source, spec, source.base or source
 
 
@@ -146,16 +154,18 @@ def _windows(kinds: Sequence[LayerKind]) -> set[int]:
 
 
 def verify(launch: Launch, *, device: str | None = None, progress: Progress = ignore) -> Certificate:
-    """Load the model and run every check; one that fails is in the certificate, and nothing is raised for it."""
+    """Loads the model and runs every check. A failed check is recorded in the certificate; it raises nothing."""
     import torch
 
     from ctxext.model.load import causal_lm, load_model
     from ctxext.train.sinks import first_token_shares, measured_row, measured_sinks
 
     loaded = load_model(launch.source, dtype=launch.dtype, device=device)
+    # `auto` is a property of the loaded weights: measure it as a training run does at its start.
     if launch.sink_tokens is None:
         shares = first_token_shares(causal_lm(loaded.model), measured_row(loaded.tokenizer, launch.ctx))
         launch = replace(launch, sink_tokens=measured_sinks(shares))
+    # Training attention depends on train mode and on the checkpointing functions, so set both as the loop does.
     if launch.attention == "training":
         model = loaded.model.train()
         patterns = [launch.pattern(layer) for layer in range(len(launch.source.kinds))]
@@ -169,6 +179,7 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = ig
                 progress(f"row {number} of {len(rows)}, layers", layer, len(launch.source.kinds))
                 checks.append(_field(module, arguments, layer, launch, row))
             checks += _backend(launch, row)
+        # An inference launch has exactly one row.
         if launch.attention == "inference":
             first = rows[0]
             checks += as_decoded(first.model, first.ids, first.forward(), _windows(launch.source.kinds), launch.dtype)
@@ -177,7 +188,7 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = ig
 
 
 def write_certificate(certificate: Certificate, launch: Launch, out: Path, *, force: bool = False) -> None:
-    """certificate.json and ctxext.json, whether it passed or not."""
+    """Writes certificate.json and ctxext.json, whether the checks passed or not."""
     spec = {
         name: getattr(launch, name)
         for name in ("attention", "ctx", "T", "planned_group", "group_size", "sink_tokens", "dtype", "backend")
@@ -192,7 +203,7 @@ def write_certificate(certificate: Certificate, launch: Launch, out: Path, *, fo
 
 @dataclass(frozen=True)
 class _Row:
-    """What is run: ids [1, T] through `forward`, which gives [1, T, E]; bounds: 0, where other documents start, T."""
+    """A row to run: ids [1, T]; `forward` returns [1, T, E]; bounds: 0, the starts of further documents, T."""
 
     model: Any
     ids: Tensor
@@ -204,7 +215,7 @@ class _Row:
 
 
 def _rows(loaded: Any, launch: Launch) -> list[_Row]:
-    """Held-out text as one document; for training with a document mask, also cut in two."""
+    """Returns held-out text as one document; for training with a document mask, also cut into two documents."""
     from ctxext.data.corpus import stdlib_documents
     from ctxext.model.load import causal_lm, hidden_states
 
@@ -212,9 +223,11 @@ def _rows(loaded: Any, launch: Launch) -> list[_Row]:
     text = "".join(document.text for document in stdlib_documents("held-out"))[: 32 * T]  # no token is that long
     ids = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     ids = ids[:, :T].to(loaded.device)
+    # Inference runs stock arguments only: no document starts, no groups, no sinks.
     if launch.attention == "inference":
         return [_Row(model, ids, partial(hidden_states, model, ids), bounds[0])]
-    if launch.document_mask:  # cut off the groups' edges, or a restart would not show
+    # Cut about a third in, but not at a group edge: there a group that fails to restart would look correct.
+    if launch.document_mask:
         bounds.append((0, T // 3 + 1 + (G is not None and (T // 3 + 1) % G == 0), T))
     starts = [document_starts(b, T) if launch.document_mask else None for b in bounds]  # on the CPU, as in the loop
     run = partial(hidden_states, model, ids, group_size=G, sink_tokens=launch.sink_tokens or 0, backend=launch.backend)
@@ -222,19 +235,19 @@ def _rows(loaded: Any, launch: Launch) -> list[_Row]:
 
 
 def _edges(row: _Row, windows: set[int], group: int | None) -> list[int]:
-    """Tokens to change: in every document its ends and middle, and both sides of its windows' and groups' edges."""
+    """Returns the tokens to change: each document's ends and middle, and both sides of window and group edges."""
     found = set[int]()
     for start, end in pairwise(row.bounds):
         offsets = {0, 1, (end - start) // 2, end - start - 1} | {W + i for W in windows for i in (-1, 0, 1)}
         if group is not None:
-            first = group - group // 2  # tokens of the shifted heads' first group
+            first = group - group // 2  # length in tokens of the shifted heads' first group
             offsets |= {first - 1, first, group - 1, group, group + first, 2 * group - 1, 2 * group}
         found |= {start + offset for offset in offsets if offset < end - start}
     return sorted(found)
 
 
 def _changed(vectors: Tensor, j: int, size: float) -> Tensor:
-    """vectors [1, T, E] with noise of `size` times their RMS on token j's: the same for one j."""
+    """Adds noise of `size` times the RMS of vectors [1, T, E] to token j; the noise is the same for the same j."""
     import torch
 
     noise = torch.randn(vectors.shape[-1], generator=torch.Generator().manual_seed(j)) * size
@@ -244,11 +257,12 @@ def _changed(vectors: Tensor, j: int, size: float) -> Tensor:
 
 
 def _judge(name: str, layer: int | None, edges: list[int], faults: Callable[[int], Tensor], good: str) -> Check:
-    """Sum up faults(j) [T, heads]: 1 where a change at j moved what it must not, -1 where it failed to move."""
+    """Builds a Check from faults(j) [T, heads]: 1 where an output must not change, -1 where it failed to change."""
     wrong, first = 0, ""
     for j in edges:
         found = faults(j)
         wrong += int(found.count_nonzero())
+        # Only the first fault goes into the text; the number of all faults is in `measured`.
         if wrong and not first:
             i, head = found.nonzero()[0].tolist()
             what = "moved, and must not see it" if found[i, head] > 0 else "did not move, and must see it"
@@ -257,7 +271,7 @@ def _judge(name: str, layer: int | None, edges: list[int], faults: Callable[[int
 
 
 def _end_to_end(launch: Launch, row: _Row) -> Check:
-    """A changed embedding moves its own output, and none before it or in another document."""
+    """Checks that a changed embedding changes its own output, and none before it or in another document."""
     embeddings = row.model.get_input_embeddings()
 
     def run(j: int | None) -> Tensor:
@@ -268,6 +282,7 @@ def _end_to_end(launch: Launch, row: _Row) -> Check:
 
     def faults(j: int) -> Tensor:
         moved = (run(j) != base).any(-1, keepdim=True).cpu()  # [T,1]
+        # Full causal attention bounds what may change. Outputs after j need not change, so only j itself must.
         found = (moved & ~_sees(Pattern(), j, launch.T, row, 1, 1)).int()
         found[j] -= (~moved[j]).int()
         return found
@@ -278,7 +293,7 @@ def _end_to_end(launch: Launch, row: _Row) -> Check:
 
 
 def _layer_inputs(row: _Row) -> list[tuple[Any, dict[str, Any]]]:
-    """Each layer's attention module and the keyword arguments a forward of the row calls it with."""
+    """Returns each layer's attention module and the keyword arguments that a forward of the row passes to it."""
     calls: list[tuple[Any, dict[str, Any]]] = []
 
     def note(module: Any, _: Any, named: dict[str, Any]) -> None:
@@ -292,7 +307,7 @@ def _layer_inputs(row: _Row) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _field(module: Any, arguments: dict[str, Any], layer: int, launch: Launch, row: _Row) -> Check:
-    """One layer by itself: a change of input j moves exactly the outputs whose pattern holds j."""
+    """Checks one layer alone: a change of input j changes exactly the outputs whose pattern contains j."""
     hidden, (H, K) = arguments["hidden_states"], (launch.source.shape.num_heads, launch.source.shape.num_kv_heads)
     pattern = launch.pattern(layer)
 
@@ -303,9 +318,12 @@ def _field(module: Any, arguments: dict[str, Any], layer: int, launch: Launch, r
             module(**{**arguments, "hidden_states": hidden})
         return seen[0][0].unflatten(-1, (H, -1))  # [T,H,D]
 
+    # With zero queries (silent) all visible keys get the same weight, so every visible change must show.
     base = {silent: heads(hidden, silent) for silent in (False, True)}
 
     def faults(j: int) -> Tensor:
+        # A change outside the pattern is a fault in either mode. A missing change is judged with zero queries alone,
+        # because a sharp softmax of the model's own queries may hide a visible key.
         changed = _changed(hidden, j, 8.0)
         own, silent = ((heads(changed, s) != base[s]).any(-1).cpu() for s in (False, True))  # [T,H]
         sees = _sees(pattern, j, launch.T, row, H, K)
@@ -321,7 +339,7 @@ def _field(module: Any, arguments: dict[str, Any], layer: int, launch: Launch, r
 
 
 def _sees(pattern: Pattern, j: int, T: int, row: _Row, H: int, K: int) -> Tensor:
-    """Which outputs see token j, [T,H] bool."""
+    """Returns which outputs must see token j, bool [T,H]. Deliberately does not use ops/masks.py."""
     import torch
 
     i, (start, end) = torch.arange(T)[:, None].repeat(1, H), row.document_of(j)
@@ -334,7 +352,7 @@ def _sees(pattern: Pattern, j: int, T: int, row: _Row, H: int, K: int) -> Tensor
 
 
 def _backend(launch: Launch, row: _Row) -> list[Check]:
-    """A forward in which each layer's attention is computed a second time by naive, one head at a time: it is O(T²)."""
+    """Recomputes each layer's attention in a forward with naive_attention, one head at a time: it is O(T²)."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     from ctxext.ops.attention import naive_attention
@@ -342,6 +360,7 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
     model, allowed, checks = row.model, BACKEND_TOLERANCE[launch.dtype], list[Check]()
     good = "of the largest |v|" + (", two documents" if len(row.bounds) > 2 else "")
     before, starts = model.config._attn_implementation, document_starts(row.bounds, launch.T)
+    # The wrapper calls the attention that the model uses now and compares its output.
     served = AttentionInterface()[before]
 
     def comparing(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **named: Any) -> Any:
@@ -350,6 +369,7 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
         lo = lower_bounds(pattern, launch.T, document_starts=starts, device=q.device)
         how = {"scale": named.get("scaling"), "sink_tokens": pattern.sink_tokens, "document_starts": starts}
         (H, K), worst = (q.shape[1], k.shape[1]), 0.0
+        # Query head h reads key/value head g. With S² groups, `lo` has one row for each half of the heads.
         for h, g in ((h, h * K // H) for h in range(H)):
             half = int(lo.shape[1] == 2 and h >= first_shifted_head(H, K))  # lo [1, 1 or 2, T]
             sink = None if (sinks := named.get("s_aux")) is None else sinks[h : h + 1]
@@ -358,6 +378,7 @@ def _backend(launch: Launch, row: _Row) -> list[Check]:
         checks.append(Check("backend", module.layer_idx, worst <= allowed, good, worst, allowed))
         return out, weights
 
+    # transformers looks up the mask function under the same name, so register the one of the current attention too.
     AttentionInterface.register(COMPARING, comparing)
     AttentionMaskInterface.register(COMPARING, AttentionMaskInterface()[before])
     try:

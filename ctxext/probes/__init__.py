@@ -1,1 +1,1 @@
-"""Instruments that look inside a model: what its layers and heads see, carry and need."""
+"""Probes of a model's inside: what its layers and heads see, carry and need."""

@@ -1,7 +1,7 @@
-"""What a model loses without some of its heads: the best of a ranking, against as many others drawn at random.
+"""Measures what a model loses without some heads: the best of a ranking, against as many others drawn at random.
 
 The control is that of arXiv 2404.15574: masking its retrieval heads broke retrieval, masking random heads did not. The
-questions are others than those that heads are ranked by.
+questions differ from those that rank the heads.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ctxext.probes.spec import RetrievalHeads
 from ctxext.units import counted
 
 Head = tuple[int, int]  # layer, head
-LOSS_TOKENS = 16_384  # of text, or twice the length
-BATCH_TOKENS = 8192  # that are run at once, or one row
-PROTOCOL = "truncate"  # evals/perplexity.py's cheapest: the same text is scored with every set of heads
+LOSS_TOKENS = 16_384  # of text; raised to twice the length where that is more
+BATCH_TOKENS = 8192  # tokens run at once; at least one row
+PROTOCOL = "truncate"  # the cheapest of evals/perplexity.py; the same text is scored with every set of heads
 MEASURES = ("accuracy", "answer_nats", "loss")
 
 
 def without(loaded: LoadedModel, heads: Sequence[Head]) -> AbstractContextManager[None]:
-    """While the block lasts, `heads` of the model give zeros."""
+    """Masks `heads` of the model, which then output zeros, while the block runs."""
     layers = {layer: Intervention(masked=tuple(h for i, h in heads if i == layer)) for layer, _ in heads}
     return intervening(causal_lm(loaded.model).get_decoder(), layers)
 
@@ -41,9 +41,13 @@ def without(loaded: LoadedModel, heads: Sequence[Head]) -> AbstractContextManage
 def ablate(
     loaded: LoadedModel, spec: RetrievalHeads, top: Sequence[Head], shape: tuple[int, int], done: Callable[[], None]
 ) -> tuple[dict[str, Any], Table]:
-    """Passkeys and the loss of held-out text with nothing masked, with `top`, and with `spec.draws` draws of as many
-    heads of the others; `shape` is (layers, heads). `done` is called after each of these."""
+    """Measures passkeys and the loss of held-out text with nothing masked, with `top`, and with random heads masked.
+
+    There are `spec.draws` draws, each of as many of the other heads as `top` has. `shape` is (layers, heads). `done` is
+    called after each measurement.
+    """
     K, rng = len(top), private_random("ablate", spec.seed)
+    # The random heads are drawn from those outside `top`, so a draw shares no head with it.
     others = [(i, h) for i in range(shape[0]) for h in range(shape[1]) if (i, h) not in set(top)]
     sets = {"nothing": [], f"top {K}": list(top)}
     sets |= {f"random {K}, draw {i}": sorted(rng.sample(others, K)) for i in range(1, spec.draws + 1)}
@@ -54,6 +58,7 @@ def ablate(
             found[name] = {"masked": [list(head) for head in heads], **_measured(loaded, spec, asked, texts)}
         done()
     runs = list(found.items())
+    # The first two runs are "nothing" and "top"; the rest are the draws.
     means = {what: sum(one[what] for _, one in runs[2:]) / spec.draws for what in MEASURES}
     table = Table(
         f"heads masked: {counted(len(asked.items), 'passkey')} at {spec.length:,} tokens in {haystack(spec.data)[0]}, "
@@ -74,7 +79,7 @@ def ablate(
 
 
 def _text_of(spec: RetrievalHeads) -> str:
-    """What the loss is of; not of grass, whose loss says only that it was learned by heart."""
+    """Returns the text that the loss is measured on; never grass, which a model learns by heart."""
     return EMBEDDED if spec.data == GRASS else spec.data
 
 
@@ -87,6 +92,7 @@ def _texts(loaded: LoadedModel, spec: RetrievalHeads) -> list[EncodedText]:
 def _asked(loaded: LoadedModel, spec: RetrievalHeads) -> Job:
     assert spec.length is not None
     cases = math.ceil(spec.samples / len(FIVE_DEPTHS))
+    # Another seed than the ranking's, so that heads are tested on new questions.
     return passkeys(loaded, Passkey(lengths=(spec.length,), data=spec.data, cases=cases, seed=spec.seed + 1), Path())
 
 

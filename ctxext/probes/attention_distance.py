@@ -1,11 +1,11 @@
-"""How far each head looks: mean attended distance, the mass on the first tokens, entropy; and how they grow.
+"""Measures how far each head looks: mean attended distance, mass on the first tokens, entropy; and how they grow.
 
     H heads   L layers   T tokens   r rows of queries
 
-The sink is the mass on the first few tokens whatever they are (Xiao et al. 2023, arXiv 2309.17453, names it). The
-distance of a query at t is the mean of t - k under its attention; entropy is in nats. Of a full layer without positions
-both may grow with the text, which is what a scale that grows with log t is for (retrofit/scale.py; SWAN-GPT, arXiv
-2504.08719). No T x T attention is made: only chosen rows.
+The sink is the mass on the first few tokens, whatever they are (Xiao et al. 2023, arXiv 2309.17453, names it). The
+distance of a query at t is the mean of t - k under its attention; entropy is in nats. In a full layer without positions
+both may grow with the text; a scale that grows with log t counters that (retrofit/scale.py; SWAN-GPT, arXiv
+2504.08719). No T x T attention matrix is computed, only chosen rows.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ MEASURED = ("distance", "sink", "entropy")
 
 
 def measure(subject: Subject, spec: AttentionDistance, progress: CountProgress) -> Finding:
-    """Grids of layers x heads at the length, and the growth of each full layer over `lengths`, means over heads."""
+    """Measures every head at the length, and the growth of each full layer over `lengths`, as means over heads.
+
+    The pictures at the length are grids of layers x heads.
+    """
     assert spec.length is not None
+    # By default: the length, its half, its quarter and its eighth, as far as they are not below SHORTEST.
     lengths = sorted(set(spec.lengths or [n for i in range(4) if (n := spec.length >> i) >= SHORTEST]) | {spec.length})
     texts = text_rows(subject.loaded.tokenizer, spec.data, max(lengths), spec.samples, spec.seed)
     found: dict[int, Tensor] = {}
     for number, length in enumerate(lengths):
         total = torch.zeros(3, len(subject.kinds), subject.heads, dtype=torch.float64)
+        # The shorter texts are the beginnings of the longest ones.
         for sample, row in enumerate(texts[:, :length]):
             total += _one(subject, row[None], spec)
             progress(number * spec.samples + sample + 1, len(lengths) * spec.samples)
@@ -57,18 +62,19 @@ def measure(subject: Subject, spec: AttentionDistance, progress: CountProgress) 
 
 
 def _one(subject: Subject, ids: Tensor, spec: AttentionDistance) -> Tensor:
-    """fp64 [3,L,H]: distance, sink mass and entropy of one text ids [1,T], means over its rows."""
+    """Returns fp64 [3,L,H]: distance, sink mass and entropy of one text ids [1,T], means over its rows."""
     T = ids.shape[1]
+    # Only the second half: queries near the beginning have few tokens to look at.
     at = torch.linspace(T // 2, T - 1, min(spec.rows, T - T // 2)).long()[None]  # [1,r]
     total = torch.zeros(3, len(subject.kinds), subject.heads, dtype=torch.float64)
 
     def take(layer: int, weights: Tensor, rows: slice) -> None:
         where = at[:, rows].to(weights.device)
         keys = torch.arange(weights.shape[-1], device=weights.device)
-        back = (where[..., None] - keys).clamp(min=0).float()  # [1,r,T]; where a key is later its weight is 0
+        back = (where[..., None] - keys).clamp(min=0).float()  # [1,r,T]; later keys have weight 0
         total[0, layer] += (weights * back[:, None]).sum((0, 2, 3)).double().cpu()
         total[1, layer] += weights[..., : spec.sinks].sum((0, 2, 3)).double().cpu()
-        if subject.learned_sinks:  # they have what is left of each row
+        if subject.learned_sinks:  # learned sinks get the rest of each row, which then sums to less than 1
             total[1, layer] += (1 - weights.sum(-1)).sum((0, 2)).double().cpu()
         total[2, layer] += torch.special.entr(weights).sum((0, 2, 3)).double().cpu()
 

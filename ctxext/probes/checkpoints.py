@@ -1,8 +1,8 @@
-"""The weights of a finetune run at every step that is still on the disk: its start, its checkpoints, its result.
+"""Reads the weights of a finetune run at every step still on disk: its start, its checkpoints, its result.
 
-A run removes its checkpoints when it is done, unless faults.keep_at_end. What is read here are fp32 masters by
-parameter name (train/checkpoint.py); of a run that trains adapters, A, B and the modules trained whole. All steps are
-looked at under the result's config, its positions and layout.
+A run removes its checkpoints when it ends, unless faults.keep_at_end is set. This module reads fp32 masters by
+parameter name (train/checkpoint.py); for a run that trains adapters, these are A, B and the modules trained whole. All
+steps are measured under the result's config, with its positions and layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PEFT, LORA, WHOLE = "base_model.model.", ".lora_", ".modules_to_save.default"
 
 @dataclass(frozen=True)
 class State:
-    """What trained, at one step: `read` gives a parameter by its name in the model in memory."""
+    """The trained parameters at one step: `read` returns a parameter by its name in the model in memory."""
 
     step: int
     read: Callable[[str], Tensor]
@@ -37,10 +37,10 @@ class State:
 
 @dataclass(frozen=True)
 class History:
-    """A run's `states`, oldest first: the weights it began from (step 0), its checkpoints, its `result`.
+    """A run's `states`, oldest first: the weights at its start (step 0), its checkpoints, its `result`.
 
-    `weights` reads the weights it began from by their names in an ordinary checkpoint. `checkpoints` counts those that
-    are not the result itself.
+    weights       reads the start weights by their names in an ordinary checkpoint
+    checkpoints   number of checkpoints, without the one of the result's step
     """
 
     states: tuple[State, ...]
@@ -54,9 +54,9 @@ class History:
 
 
 def history(source: ModelSource, say: Callable[[str], None]) -> History:
-    """The history of a finished finetune run; a damaged checkpoint is said and passed over.
+    """Returns the history of a finished finetune run; `say` gets a line for each damaged checkpoint, which is skipped.
 
-    Raises InputError where the model is no such run, ModelError where what it began from is not what it was.
+    Raises InputError where the model is no such run, ModelError where the model it started from has changed.
     """
     if source.manifest is None or not is_run(source):
         raise InputError(f"{source.name} is no finetune run", hint="name the directory of a finetune run")
@@ -68,9 +68,10 @@ def history(source: ModelSource, say: Callable[[str], None]) -> History:
 
     def untrained(name: str) -> Tensor:
         if LORA in name:
-            return torch.zeros_like(result.read(name))  # whatever A is, B is zero at the start
+            return torch.zeros_like(result.read(name))  # B is zero at the start, so A does not matter
         return weights(name.removeprefix(PEFT).replace(WHOLE, ""))
 
+    # The result is read from its own files, so the checkpoint of the same step is not needed.
     found = [State(step, _required(read, f"step {step}")) for step, read in kept(run, say) if step != last]
     states = sorted([State(0, untrained), *found, result], key=lambda state: state.step)
     return History(tuple(states), result, weights, len(found))
@@ -78,9 +79,10 @@ def history(source: ModelSource, say: Callable[[str], None]) -> History:
 
 @torch.no_grad()
 def put(model: Any, state: State) -> None:
-    """The weights of a state into the model of its run, in memory. Raises ModelError where they are of another."""
+    """Copies the weights of a state into the model of its run, in memory. Raises ModelError where they do not fit."""
     adapters = hasattr(model, "peft_config")
     for name, parameter in model.named_parameters():
+        # With adapters only A, B and the modules trained whole differ between states; the base stays.
         if not adapters or LORA in name or WHOLE in name:
             tensor = state.read(name)
             if tensor.shape != parameter.shape:
@@ -89,11 +91,14 @@ def put(model: Any, state: State) -> None:
 
 
 def projection(history: History, state: State, source: ModelSource, name: str) -> Tensor:
-    """The weight fp32 [out,in] of the linear layer `name` (model.layers.0.self_attn.q_proj) at a state, its adapter
-    folded in: W + scale B A. Only this weight is read."""
+    """Returns the weight fp32 [out,in] of a linear layer at a state, with its adapter folded in: W + scale B A.
+
+    `name` is such as model.layers.0.self_attn.q_proj. Only this weight is read.
+    """
     if source.base is None:
         return state.read(f"{name}.weight").float()
     weight = history.weights(f"{name}.weight").float()
+    # Scales are stored by the module's own name, such as q_proj. None means that this module has no adapter.
     scale = lora_scales(source.directory).get(name.rpartition(".")[2])
     if scale is None:
         return weight
@@ -102,7 +107,7 @@ def projection(history: History, state: State, source: ModelSource, name: str) -
 
 
 def lora_scales(run: Path) -> dict[str, float]:
-    """alpha / rank by the name of the modules that have an adapter."""
+    """Returns alpha / rank of each module that has an adapter, by module name."""
     config = json.loads((run / "adapter_config.json").read_text("utf-8"))
     return {
         name: (config.get("alpha_pattern") or {}).get(name, config["lora_alpha"]) / config["r"]
@@ -111,7 +116,7 @@ def lora_scales(run: Path) -> dict[str, float]:
 
 
 def _began_from(source: ModelSource) -> Path:
-    """The model that a run with `tuning: full` began from, if it is still what it was."""
+    """Returns the model that a run with `tuning: full` started from. Raises ModelError if it is gone or has changed."""
     assert source.manifest is not None
     parent = source.manifest.parents["source"]
     path = Path(parent["path"])

@@ -1,4 +1,4 @@
-"""What a probe found, as plain data: numbers, tables, and pictures described so that they can be drawn and compared."""
+"""The result of a probe as plain data: numbers, tables, and descriptions of pictures to draw and compare."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 Number = Annotated[float, Field(allow_inf_nan=False)] | None
-Name = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]  # a part of a file's name
-Letters = Annotated[str, Field(pattern=r"^[SNFs]*$")]  # of layers (model/layout.py)
+Name = Annotated[str, Field(pattern=r"^[a-z0-9-]+$")]  # used in file names
+Letters = Annotated[str, Field(pattern=r"^[SNFs]*$")]  # one letter for each layer (model/layout.py)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x, a line of a picture; None where there is nothing."""
+    """One line of a picture, y over x; None where there is no value."""
 
     label: str
     x: tuple[float, ...]
@@ -26,8 +26,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """Lines in one picture. `x_tokens`: x counts tokens, on a log2 axis; `log`: y on a logarithmic axis. `level` is
-    drawn across, such as chance, and `level_name` says what it is."""
+    """Several lines in one picture.
+
+    x_tokens     x counts tokens, on a log2 axis
+    log          y is on a logarithmic axis
+    level        a horizontal line, such as chance; `level_name` is its label
+    """
 
     name: Name
     title: str
@@ -43,8 +47,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class Bars:
-    """A bar a layer (or whatever `labels` are), coloured by the `letters` of layout.py; `letters` may be empty.
-    `level` as in Curves."""
+    """One bar per layer (or per entry of `labels`), coloured by the `letters` of layout.py, which may be empty.
+
+    `level` as in Curves.
+    """
 
     name: Name
     title: str
@@ -63,8 +69,10 @@ class Bars:
 
 @dataclass(frozen=True)
 class Grid:
-    """cells[row][column], rows being layers from 0 and columns heads where nothing else is said; `letters` one a row.
-    `highest` is the end of the colour scale; None is the greatest cell."""
+    """A grid of cells[row][column]; rows are layers from 0 and columns are heads unless the labels say otherwise.
+
+    `letters` has one letter per row. `highest` is the end of the colour scale; None is the greatest cell.
+    """
 
     name: Name
     title: str
@@ -104,7 +112,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Finding:
-    """One probe on one model. `facts` is every number of it, for JSON; `notes` what must be said beside them."""
+    """The result of one probe on one model. `facts` has all its numbers, for JSON; `notes` are shown beside them."""
 
     facts: dict[str, Any]
     pictures: tuple[Picture, ...] = ()
@@ -114,7 +122,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """One probe, as asked (`spec`), on every model of a report, in its order."""
+    """One probe, as requested (`spec`), on every model of a report, in the report's order."""
 
     probe: Name
     spec: dict[str, Any]
@@ -123,7 +131,7 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """All probes of one command. `models` are names, two where they are compared; `layouts` theirs, as letters."""
+    """All probes of one command. `models` are names, two in a comparison; `layouts` are their layers as letters."""
 
     models: tuple[str, ...]
     layouts: tuple[str, ...]

@@ -1,15 +1,15 @@
-"""How far back the last predictions reach: the gradient of their logits with respect to each input embedding.
+"""Measures how far back the last predictions reach: the gradient of their logits with respect to each input embedding.
 
     B batch   T tokens   E model width   V vocabulary
 
     G(distance) = || d (sum over V of the logits, averaged over the last positions) / d embedding at T-1-distance ||_2
 
-the mean over texts ("Rethinking the Role of Efficient Attention in Hybrid Architectures", arXiv 2606.15378, code: last
-20 positions, 1000 texts of 8,192 tokens). It is linear in the head, whose rows are summed first: no logits are made. A
-gradient says what a small change of the token there would do, not what the token does.
+G is the mean over texts ("Rethinking the Role of Efficient Attention in Hybrid Architectures", arXiv 2606.15378, code:
+last 20 positions, 1000 texts of 8,192 tokens). The sum is linear in the head, whose rows are summed first, so no logits
+are computed. A gradient shows what a small change of a token would do, not what the token does.
 
-Memory: the layers' inputs [T,E] and what ONE layer keeps for its backward pass: each is computed again when its turn
-comes. (transformers' own recomputation works in training mode alone, which would switch dropout of adapters on.)
+Memory: the layers' inputs [T,E] and what ONE layer keeps for its backward pass, because each layer is recomputed in
+turn. (transformers' own recomputation works in training mode only, which would switch on the dropout of adapters.)
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ctxext.probes.texts import text_rows
 from ctxext.progress import CountProgress
 from ctxext.units import counted
 
-PER_DOUBLING = 4  # buckets of distance
+PER_DOUBLING = 4  # distance buckets for each doubling of the distance
 
 
 def measure(subject: Subject, spec: GradientInfluence, progress: CountProgress) -> Finding:
-    """G by distance, in buckets that grow, and the share of its sum that comes from beyond each distance."""
+    """Measures G by distance, in growing buckets, and the share of its sum from beyond each distance."""
     assert spec.length is not None
     rows = text_rows(subject.loaded.tokenizer, spec.data, spec.length, spec.samples, spec.seed)
     model = subject.loaded.model.requires_grad_(False)  # a probe trains nothing
@@ -48,6 +48,7 @@ def measure(subject: Subject, spec: GradientInfluence, progress: CountProgress) 
     buckets = [
         {"start": start, "stop": stop, "influence": float(g[start:stop].mean())} for start, stop in pairwise(edges)
     ]
+    # Shares are undefined where no gradient arrives at all.
     beyond = {str(d): float(g[d:].sum() / g.sum()) for d in _doublings(spec.length)} if g.sum() > 0 else {}
     facts = {
         "length": spec.length,
@@ -66,10 +67,11 @@ def measure(subject: Subject, spec: GradientInfluence, progress: CountProgress) 
 
 
 def influence(model: Any, ids: Tensor, last: int) -> Tensor:
-    """fp64 [B,T]: the norm of the gradient at each input embedding of ids [B,T], each row by itself."""
+    """Returns fp64 [B,T]: the norm of the gradient at each input embedding of ids [B,T], for each row separately."""
     decoder = causal_lm(model).get_decoder()
     calls: list[tuple[nn.Module, Tensor, dict[str, Any]]] = []
 
+    # Record each layer's input and arguments in a forward without gradients.
     def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         calls.append((module, args[0], kwargs))
 
@@ -81,8 +83,10 @@ def influence(model: Any, ids: Tensor, last: int) -> Tensor:
     finally:
         for handle in handles:
             handle.remove()
+    # The gradient at the final states is the sum of the head's rows, the same at each of the last positions.
     weight = output_weight(model)
     gradient[:, -last:] = weight.sum(0, dtype=torch.promote_types(weight.dtype, torch.float32)) / last
+    # Go backward layer by layer, from the final norm to layer 0: recompute one layer with gradients, then free it.
     while calls:
         part, x, kwargs = calls.pop()
         x = x.detach().requires_grad_()
@@ -94,7 +98,7 @@ def influence(model: Any, ids: Tensor, last: int) -> Tensor:
 
 
 def bucket_edges(length: int) -> list[int]:
-    """Where buckets of distance begin and the last one ends: 0, 1, 2 and so on, from 8 in steps that grow."""
+    """Returns where the distance buckets begin and the last one ends: 0, 1, 2 and so on, from 8 in growing steps."""
     edges = [0, 1]
     while edges[-1] < length:
         edges.append(max(edges[-1] + 1, round(edges[-1] * 2 ** (1 / PER_DOUBLING))))
@@ -132,5 +136,5 @@ def _ends(subject: Subject, spec: GradientInfluence) -> list[str]:
     reach = sum(window - 1 for window in windows)
     if len(windows) < len(subject.kinds):
         return [f"a window ends at {shown} tokens, the sliding layers in a row at {reach:,}: the rest is full layers'"]
-    # The first of the last positions reaches farther than the last one does.
+    # The distance is from the last position; the first of the `last` positions reaches last - 1 tokens farther.
     return [f"no layer is full: exactly zero beyond {reach + spec.last - 1:,} tokens back"]

@@ -1,15 +1,16 @@
-"""At which depth of a model the answer becomes readable: a linear classifier on the residual stream after each layer.
+"""Finds the depth of a model at which the answer becomes readable, by a linear classifier after each layer.
 
     B batch   E model width   L layers   N questions
 
-A text holds one of a few near-identical numbers (data/near_numbers.py). At ONE token at its end the residual stream
-after each layer, and what that layer added to it, go to a classifier each: standardised, logistic regression, judged on
-questions it has not seen ("Rethinking the Role of Efficient Attention in Hybrid Architectures", arXiv 2606.15378, code:
-10,000 texts of 16,000 tokens, 80/20 stratified, C = 0.1). The residual before the first layer is that token's
-embedding, the same in every question: chance, by construction.
+A text holds one of a few near-identical numbers (data/near_numbers.py). At ONE token at its end, the residual stream
+after each layer, and the change that the layer added to it, each go to their own classifier: standardised, logistic
+regression, judged on questions that it has not seen ("Rethinking the Role of Efficient Attention in Hybrid
+Architectures", arXiv 2606.15378, code: 10,000 texts of 16,000 tokens, 80/20 stratified, C = 0.1). The residual before
+the first layer is that token's embedding, the same in every question: chance, by construction.
 
-The paper's token is the question's last. A model whose tokens are digits has no use for the last digit there: it says
-the shared ones first. Hence `parting`, ours: the answer's shared tokens are fed in, and the last of them is read.
+The paper reads the question's last token. A model whose tokens are digits does not need the last digit there, because
+it first outputs the digits that all answers share. Hence `parting`, ours: the answer's shared tokens are fed in, and
+the last of them is read.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ TOKEN = {"parting": "the last token before the answers part ways", "question": "
 
 
 def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Finding:
-    """Accuracy of the residual after each layer and of each layer's change, on the questions kept apart."""
+    """Measures the accuracy of the residual after each layer and of each layer's change, on unseen questions."""
     assert spec.length is not None
     where, text = haystack(spec.data)
     cases = near_cases(
@@ -57,6 +58,7 @@ def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Findi
         raise ModelError("a residual is not finite", hint="probe the model in float32")
     found: dict[str, list[dict[str, Any]]] = {"residual": [], "change": []}
     done = spec.samples
+    # states[0] is before the first layer, so it has no change.
     for layer in range(layers + 1):
         features = {"residual": states[layer]} | (
             {"change": states[layer].float() - states[layer - 1].float()} if layer else {}
@@ -66,6 +68,7 @@ def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Findi
             low, high = wilson(hits, n)
             found[name].append({"accuracy": hits / n, "hits": hits, "low": low, "high": high})
             progress(done := done + 1, steps)
+    # The first residual is the embedding: report it separately, so that the rest has one entry per layer.
     embedding, *found["residual"] = found["residual"]
     facts = {
         "length": spec.length,
@@ -83,9 +86,9 @@ def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Findi
 
 
 def readable(features: Tensor, labels: Tensor, spec: LayerNiah) -> tuple[int, int]:
-    """Of features [N,E] with labels [N], how many the classifier gets right of those it has not seen, and their number.
+    """Returns how many unseen rows of features [N,E] with labels [N] the classifier gets right, and their number.
 
-    The split is stratified and the same for every layer: it depends on the labels and the seed alone.
+    The split is stratified and the same for every layer: it depends on the labels and the seed only.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
@@ -101,7 +104,7 @@ def readable(features: Tensor, labels: Tensor, spec: LayerNiah) -> tuple[int, in
 
 @torch.no_grad()
 def _states(subject: Subject, cases: list[NearCase], progress: Any) -> Tensor:
-    """The residual stream [L+1,N,E] at the last token of each case, before the first layer and after each."""
+    """Returns the residual stream [L+1,N,E] at the last token of each case, before the first layer and after each."""
     ids = torch.tensor([case.prompt_ids for case in cases])  # [N,T]
     step, parts = max(1, BATCH_TOKENS // ids.shape[1]), list[Tensor]()
     for begin in range(0, len(ids), step):
@@ -114,7 +117,7 @@ def _states(subject: Subject, cases: list[NearCase], progress: Any) -> Tensor:
 
 @contextmanager
 def _last_tokens(model: Any) -> Iterator[list[Tensor]]:
-    """A list that a forward fills: the first layer's input and each layer's output at the last token, [B,E] each."""
+    """Yields a list that a forward fills: first layer's input, then each layer's output, at the last token, [B,E]."""
     kept: list[Tensor] = []
     layers = causal_lm(model).get_decoder().layers
 
@@ -124,6 +127,7 @@ def _last_tokens(model: Any) -> Iterator[list[Tensor]]:
     def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         kept.append(output[:, -1].cpu().clone())
 
+    # Hooks run in layer order, so the list is in order too.
     handles = [layers[0].register_forward_pre_hook(before), *(layer.register_forward_hook(after) for layer in layers)]
     try:
         yield kept

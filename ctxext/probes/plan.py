@@ -1,4 +1,4 @@
-"""A probing that was found possible: the models, what is asked of them, and where it is written. No torch."""
+"""A checked plan of probes: the models, what is requested, and where it is written. No torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ctxext.probes.spec import KEEP_THEM, LONGEST, OF_A_RUN, PROBES, SHORTEST, P
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """The model, and the one it is compared with (before it) if any; `spec` has every length filled in.
+    """The model, then the earlier one that it is compared with, if any; `spec` has every length filled in.
 
-    left_out  what `all` left out and why, in words; empty where nothing was
+    left_out  what `all` left out and why, in words; empty where it left out nothing
     """
 
     sources: tuple[ModelSource, ...]
@@ -43,7 +43,7 @@ def plan_probe(
     out: Path | None = None,
     force: bool = False,
 ) -> ProbePlan:
-    """Find the models and read what is asked; `names` may be ["all"]: those of a run only where both models are runs.
+    """Finds the models and reads the request; `names` may be ["all"], which takes probes of a run only for runs.
 
     Raises InputError and ModelError for what arguments and files can decide, EnvironmentFault where scikit-learn is
     needed and missing.
@@ -56,6 +56,7 @@ def plan_probe(
     left_out = ""
     if names == ["all"]:
         names, left_out = _all(sources)
+    # A named probe must fit every model; `all` has left out those that do not.
     for name, source in product(names, sources):
         if wanting := _wanting(name, source):
             raise InputError(f"{name} follows a training run, and {source.name} {wanting[0]}", hint=wanting[1])
@@ -69,35 +70,37 @@ def plan_probe(
 
 
 def _all(sources: tuple[ModelSource, ...]) -> tuple[list[str], str]:
-    """The probes that every model has what they follow for, and a line that tells which others were left out."""
+    """Returns the probes that every model supports, and a line that lists the others and why."""
     lacking: dict[str, list[str]] = {}
     for name in PROBES:
         found = next(((source, why) for source in sources if (why := _wanting(name, source))), None)
         if found is not None:
             lacking.setdefault(f"{found[0].name} {found[1][0]}", []).append(name)
+    # Probes with the same reason share one entry of the line.
     without = [name for names in lacking.values() for name in names]
     why = "; ".join(f"{' and '.join(names)} ({why})" for why, names in lacking.items())
     return [name for name in PROBES if name not in without], f"all leaves out {why}" if why else ""
 
 
 def is_run(source: ModelSource) -> bool:
-    """Whether a model is the result of a finetune run: adapters on a base, or all weights of another model trained."""
+    """Returns whether a model is the result of a finetune run, of adapters or of all weights of another model."""
     made = source.manifest
     return made is not None and (made.kind == "finetune" or (made.kind == "model" and "source" in made.parents))
 
 
 def result_step(source: ModelSource) -> int:
-    """The step of a run whose weights are its result."""
+    """Returns the step of a run whose weights are its result."""
     facts = source.manifest.facts if source.manifest else {}
     return int(facts.get("result_step") or facts.get("steps") or 0)
 
 
 def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
-    """What a model has not that the probe follows, and a hint; None where it has all."""
+    """Returns what a model lacks for the probe, and a hint; None where it lacks nothing."""
     if name not in OF_A_RUN:
         return None
     if not is_run(source):
         return "is no finetune run", "name the directory of a finetune run"
+    # The checkpoint of the result's own step adds nothing to the result.
     result = f"step-{result_step(source):06d}"
     between = [path for path in source.directory.glob("checkpoints/step-*") if path.name != result]
     if name == "retrieval-trace" and not between:
@@ -106,7 +109,7 @@ def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
 
 
 def _filled(probe: Any, sources: tuple[ModelSource, ...], extrapolate: bool) -> Any:
-    """The probe with its length, which every model bears, and its text found."""
+    """Returns the probe with its length filled in, after checking its text and that every model supports the length."""
     if hasattr(probe, "data") and probe.data not in (documents.EMBEDDED, GRASS):
         documents.read_documents(probe.data)
     if not hasattr(probe, "length"):
@@ -125,7 +128,10 @@ def _filled(probe: Any, sources: tuple[ModelSource, ...], extrapolate: bool) -> 
 
 
 def _heads_are_there(probe: Any, source: ModelSource) -> None:
-    """As many heads as are masked or followed; masking takes as many others for a control."""
+    """Raises InputError where a model has too few heads to mask or follow.
+
+    Masking needs as many other heads as control.
+    """
     heads = source.shape.num_layers * source.shape.num_heads
     ablated, followed = getattr(probe, "ablate", None) or 0, getattr(probe, "heads", 0)
     if 2 * ablated > heads:

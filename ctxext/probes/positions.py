@@ -1,9 +1,9 @@
-"""The RoPE doctor: what each layer's positions are meant to be, what they are, how they came about, what they bear.
+"""The RoPE doctor: each layer's intended positions, its measured ones, their history, and the lengths they support.
 
-Rotations are measured, not read: in a text of one token over and over every layer's state is the same at every place
-(attention over equal values gives that value), so a query differs from the one at the start by its rotation alone, and
-the angle between the two, by places, is the frequency. A layer without RoPE turns by nothing. What is measured is what
-the attention is given, whatever config.json says.
+Rotations are measured, not read from the config. In a text that repeats one token, every layer's state is the same at
+every position (attention over equal values returns that value). So a query differs from the one at the start only by
+its rotation, and the angle between the two, divided by the distance, is the frequency. A layer without RoPE does not
+turn. This measures what the attention receives, whatever config.json says.
 
 D head dim; its dimensions i and i + D/2 turn together.
 """
@@ -30,20 +30,24 @@ from ctxext.probes.spec import Positions
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress
 
-TOKENS = 256  # of the text; places far from the start tell slow rotations from none
+TOKENS = 256  # of the text; positions far from the start distinguish slow rotations from none
 BY_LENGTH = ("dynamic", "longrope")  # rotations that change where a text is longer than the original length
-MOST_TOKENS = 32_768  # of such a text
-SURE = math.pi / 2  # radians: a place is used for a frequency that is meant to have turned by at most so much there
+MOST_TOKENS = 32_768  # limit of a text for these
+SURE = math.pi / 2  # radians: a frequency is measured where its intended angle is at most this, so it is unambiguous
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative, of a frequency
 
 
 def measure(subject: Subject, spec: Positions, progress: CountProgress) -> Finding:
-    """A table of layers, one of the model's past, and the frequencies as a picture."""
+    """Measures all layers' rotations and returns a table of layers, one of the model's history, and a picture.
+
+    The picture shows the frequencies as wavelengths.
+    """
     source = subject.source
     rope, config = rope_of(source.config), source.config
     half = config["head_dim"] // 2
     plain = [original_theta(config) ** (-i / half) for i in range(half)] if rope else []
     tokens = _tokens(source, rope)
+    # dynamic and longrope frequencies depend on the length of the text, so compute them for the measured length.
     meant, scale = (
         inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], tokens) if rope else ([], 1.0)
     )
@@ -70,7 +74,7 @@ def measure(subject: Subject, spec: Positions, progress: CountProgress) -> Findi
 
 
 def _tokens(source: ModelSource, rope: dict[str, Any]) -> int:
-    """Of the text: long enough that rotations which change with its length have changed."""
+    """Returns the text's length: long enough that rotations which change with the length have changed."""
     if rope.get("rope_type") not in BY_LENGTH:
         return TOKENS
     original = rope.get("original_max_position_embeddings") or source.config["max_position_embeddings"]
@@ -78,9 +82,12 @@ def _tokens(source: ModelSource, rope: dict[str, Any]) -> int:
 
 
 def _realised(subject: Subject, meant: list[float], tokens: int) -> Tensor:
-    """fp64 [L, D/2]: the angle a token of place by which each layer's queries turn, as attention is given them in a
-    text of so many tokens."""
+    """Returns fp64 [L, D/2]: the angle per token by which each layer's queries turn, in a text of `tokens` tokens.
+
+    The queries are taken as the attention receives them.
+    """
     found: dict[int, Tensor] = {}
+    # One position for each frequency: far enough to turn visibly, near enough that the angle does not wrap around.
     places = torch.tensor([max(1, min(TOKENS - 1, int(SURE / f))) for f in meant])  # [D/2]
 
     def watch(module: nn.Module, query: Tensor, *_: Any) -> None:
@@ -88,7 +95,8 @@ def _realised(subject: Subject, meant: list[float], tokens: int) -> Tensor:
         half = q.shape[-1] // 2
         z = torch.complex(q[..., :half], q[..., half:])  # [H,TOKENS,D/2]
         turned = z[:, places, torch.arange(half)] * z[:, 0].conj()  # [H,D/2]
-        found[int(module.layer_idx)] = turned.sum(0).angle() / places  # all heads turn alike, the long ones are sure
+        # All heads turn by the same angle. The sum weights long vectors more, whose angles have less rounding error.
+        found[int(module.layer_idx)] = turned.sum(0).angle() / places
 
     token = torch.full((1, tokens), _plain_token(subject), device=subject.loaded.device)
     with torch.no_grad():
@@ -97,22 +105,23 @@ def _realised(subject: Subject, meant: list[float], tokens: int) -> Tensor:
 
 
 def _plain_token(subject: Subject) -> int:
-    """A token that stands for text: of the letter e, and no special one."""
+    """Returns an ordinary token, that of the letter e."""
     ids = subject.loaded.tokenizer.encode("e", add_special_tokens=False)
     return int(ids[-1])
 
 
 def _built_scale(subject: Subject) -> float:
-    """What the built model multiplies cos and sin with."""
+    """Returns the factor of the built model on cos and sin."""
     rotary = getattr(causal_lm(subject.loaded.model).get_decoder(), "rotary_emb", None)
     named = [name for name in vars(rotary) if name.endswith("attention_scaling")] if rotary is not None else []
     return float(getattr(rotary, named[0])) if named else 1.0
 
 
 def _layer(source: ModelSource, index: int, realised: Tensor, meant: list[float], plain: list[float]) -> dict[str, Any]:
-    """What is known of one layer; lengths in tokens."""
+    """Returns the facts of one layer; lengths in tokens."""
     kind = source.kinds[index]
     wanted = meant if kind.use_rope else [0.0] * len(realised)
+    # Relative differences; absolute (radians a token) where no rotation is intended.
     apart = [abs(got - want) / (want or 1.0) for got, want in zip(realised.tolist(), wanted, strict=True)]
     stretch = [p / m for p, m in zip(plain, meant, strict=True)] if kind.use_rope else []
     return {
@@ -128,19 +137,21 @@ def _layer(source: ModelSource, index: int, realised: Tensor, meant: list[float]
 
 
 def _bears(source: ModelSource, index: int) -> int | None:
-    """Tokens of text up to which the layer's positions are such as it was trained with; None: positions set no end."""
+    """Returns the tokens of text up to which the layer's positions are as trained; None: positions set no limit."""
     kind = source.kinds[index]
     if not kind.use_rope:
         return None
+    # A window within the original length never shows the layer a distance that it was not trained on.
     within = kind.sliding_window is not None and kind.sliding_window <= (source.original_length or 0)
     return None if within else source.usable_length
 
 
 def history(source: ModelSource) -> list[dict[str, Any]]:
-    """How the model came about, the first first: every output of ctxext among its parents that is still there."""
+    """Returns how the model was made, oldest step first: every output of ctxext among its parents that still exists."""
     steps: list[dict[str, Any]] = []
     path, manifest = source.path, source.manifest
     seen: set[Path] = set()
+    # Follow the first parent that is not seen yet; `seen` also ends a cycle of paths.
     while path is not None and path not in seen:
         seen.add(path)
         steps.append(_step(path, manifest))
@@ -160,7 +171,7 @@ def history(source: ModelSource) -> list[dict[str, Any]]:
 
 
 def _step(path: Path, manifest: Manifest | None) -> dict[str, Any]:
-    """One output: what made it, and what its layers and positions became."""
+    """Returns one output: what made it, and its layers and positions."""
     try:
         source = from_directory(path, weights=False)
         read_config(path)
@@ -182,19 +193,22 @@ def _step(path: Path, manifest: Manifest | None) -> dict[str, Any]:
 
 
 def _shown(path: Path) -> str:
-    """A path to read: as it was given, but without `..`, which is not taken out by its letters, as it may follow a
-    link."""
+    """Returns a path for display: as given, or resolved if it contains `..`.
+
+    `..` is not removed textually, because it may follow a link.
+    """
     return str(path.resolve() if ".." in path.parts else path)
 
 
 def _notes(source: ModelSource, layers: list[dict[str, Any]], dtype: str) -> tuple[str, ...]:
-    """What a doctor would say."""
+    """Returns the doctor's findings as lines."""
     notes, original, rope = [], source.original_length, rope_of(source.config)
     wrong = [str(one["layer"]) for one in layers if one["apart"] > TOLERANCE[dtype]]
     if wrong:
         notes.append(f"layers {', '.join(wrong)} turn by other angles than config.json means: see `apart`")
     if original is None:
         notes.append("RoPE is scaled and nothing says from which length: --original-length is needed to extend further")
+    # A longer usable length without rescaled positions: nothing but training beyond the original length supports it.
     full = [one for one in layers if one["kind"] == "F"]
     plain = rope.get("rope_type") == "default" and rope["rope_theta"] == original_theta(source.config)
     if full and original and source.usable_length > original and plain:
@@ -202,6 +216,7 @@ def _notes(source: ModelSource, layers: list[dict[str, Any]], dtype: str) -> tup
             f"full layers with RoPE are said to bear {source.usable_length:,} tokens; their positions are those of the "
             f"{original:,} they were first trained at, and only training beyond it can have made up for that"
         )
+    # Sliding layers whose window is within the original length do not need stretched positions.
     small = [one for one in layers if one["kind"] == "S" and one["bears"] is None and one["stretched"][1] > 1.001]
     if small:
         notes.append(

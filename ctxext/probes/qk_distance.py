@@ -1,9 +1,9 @@
-"""How far training moved what heads look for: the distance of Wq and Wk, head by head, to other weights of the run.
+"""Measures how far training moved Wq and Wk: their distance, head by head, to other weights of the run.
 
-||Wq - Wq'|| and ||Wk - Wk'|| are Frobenius norms of a head's rows in fp32, adapters folded in (W + scale B A); relative
-is divided by ||W'||. "q + k" is the paper's: the mean over heads of their sum (arXiv 2606.15378, released code), each
-query head with the key head that it reads. Norms on q and k (qwen3) and biases are left out. Weights are read from
-files, one projection at a time; nothing is run.
+|Wq - Wq'|| and ||Wk - Wk'|| are Frobenius norms of a head's rows in fp32, with adapters folded in (W + scale B A); the
+relative distance is divided by ||W'||. "q + k" is the paper's: the mean over heads of their sum (arXiv 2606.15378,
+released code), each query head with the key head that it reads. Norms on q and k (qwen3) and biases are left out.
+Weights are read from files, one projection at a time; no model runs.
 
     L layers   H query heads   K key heads   S states of the run
 """
@@ -23,12 +23,16 @@ KINDS = ("absolute", "relative")
 
 
 def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> Finding:
-    """Grids of the distance between the run's start and its result, by head; curves of every step's to `spec.to`."""
+    """Measures the distance from the run's start to its result, by head, and of every step to `spec.to`.
+
+    The first are grids, the second curves.
+    """
     notes: list[str] = []
     source = subject.source
     run = history(source, notes.append)
     if not run.checkpoints:
         notes.append("no checkpoints are left between the run's start and its end: only these two are compared")
+    # The grids compare start and result, whichever of the two is the reference `to`; `far` is the other one.
     to = run.start if spec.to == "base" else run.result
     far = run.states.index(run.result if spec.to == "base" else run.start)
     L, heads = len(subject.kinds), {"q": source.shape.num_heads, "k": source.shape.num_kv_heads}
@@ -37,6 +41,7 @@ def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> Find
         for of, count in heads.items():
             name = f"model.layers.{layer}.self_attn.{of}_proj"
             target = projection(run, to, source, name)
+            # Read one projection at a time, at every state: the whole model is never in memory.
             size = _norms(target, count)
             for i, state in enumerate(run.states):
                 apart = _norms(projection(run, state, source, name) - target, count)
@@ -66,7 +71,7 @@ def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> Find
 
 
 def _norms(weight: Tensor, heads: int) -> Tensor:
-    """The norm fp64 [heads] of each head's rows of weight [heads D,E]."""
+    """Returns the norm fp64 [heads] of each head's rows of weight [heads D,E]."""
     return weight.double().view(heads, -1).norm(dim=1)
 
 

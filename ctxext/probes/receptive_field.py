@@ -1,13 +1,13 @@
-"""What a long view is good for: layers are made to see less, and loss and retrieval are measured again.
+"""Measures what a long view is good for: layers see less, and loss and retrieval are measured again.
 
-All full layers, all sliding layers, or one layer at a time see R tokens (themselves included) at inference, everything
-else being as ever (model/attention.py `intervening`): "Rethinking the Role of Efficient Attention in Hybrid
-Architectures", arXiv 2606.15378, code, there R is about 2,048. It is damage without training: what is lost says what
-the model as it is gets through these layers, not what it could do without them.
+All full layers, all sliding layers, or one layer at a time see R tokens (themselves included) at inference; everything
+else is unchanged (model/attention.py `intervening`): "Rethinking the Role of Efficient Attention in Hybrid
+Architectures", arXiv 2606.15378, code, where R is about 2,048. This is damage without training: it shows what the model
+as it is gets through these layers, not what it could do without them.
 
-The loss is that of perplexity's protocol `truncate`, whole windows side by side: the cheapest, every token is run once,
-and pessimistic. Passkeys are answered in one forward each (evals/passkey.py); the loss of their answers shows damage
-before the first of them is lost. LongPPL's keys are found by the evaluator, which nothing is taken from.
+The loss is that of perplexity's protocol `truncate`, whole windows side by side: the cheapest, because every token runs
+once, and pessimistic. Passkeys are answered in one forward each (evals/passkey.py); the loss of their answers shows
+damage before the first answer is lost. The evaluator, which finds LongPPL's keys, is never restricted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROTOCOL: Final = "truncate"
 TOKENS_PER_BATCH = 16_384
 SMALLEST = 16  # visible tokens
 LINES = {"full": "full layers", "sliding": "sliding layers"}
-MEASURED = {  # (what a picture shows, its unit)
+MEASURED = {  # name: (title of the picture, its unit)
     "loss": ("Loss", "nats a token"),
     "passkey": ("Passkeys found", "share"),
     "answer_loss": ("Loss of the passkeys", "nats a token"),
@@ -44,7 +44,7 @@ Scores = dict[str, Number]
 
 @dataclass(frozen=True)
 class Restriction:
-    """`layers` see `visible` tokens; `group` is one of spec.restrict."""
+    """One restriction: `layers` see `visible` tokens; `group` is one of spec.restrict."""
 
     group: str
     visible: int
@@ -52,9 +52,10 @@ class Restriction:
 
 
 def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> Finding:
-    """Loss, passkeys and LongPPL unrestricted and under each restriction.
+    """Measures loss, passkeys and LongPPL unrestricted and under each restriction.
 
-    Raises what these evaluations raise, and InputError or ModelError for an evaluator that cannot do it.
+    Raises what these evaluations raise, and InputError or ModelError for an evaluator that does not support the
+    request.
     """
     assert spec.length is not None
     asked, notes = restrictions(subject, spec)
@@ -65,6 +66,7 @@ def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> 
     def scores(number: int, restriction: Restriction | None) -> Scores:
         return _scores(subject, jobs, restriction, lambda done: progress(number * each + done, total))
 
+    # Measurement 0 is unrestricted; all others are compared with it.
     whole = scores(0, None)
     found = [(one, scores(number, one)) for number, one in enumerate(asked, start=1)]
     if whole.get("longppl_loss", 0.0) is None:
@@ -88,7 +90,7 @@ def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> 
 
 
 def restrictions(subject: Subject, spec: ReceptiveField) -> tuple[list[Restriction], list[str]]:
-    """What is measured, in order; and notes on what the model has no layers for, or windows too small for."""
+    """Returns the restrictions in order, and notes on missing layers and on windows that are already narrower."""
     assert spec.length is not None
     powers = [1 << i for i in range(spec.length.bit_length()) if SMALLEST <= 1 << i < spec.length]
     visible = sorted(set(spec.visible or powers))
@@ -112,11 +114,12 @@ def restrictions(subject: Subject, spec: ReceptiveField) -> tuple[list[Restricti
 
 
 def _jobs(subject: Subject, spec: ReceptiveField) -> list[Job]:
-    """Perplexity, passkeys and, where there is an evaluator, LongPPL: prepared once, run under every restriction."""
+    """Returns the jobs of perplexity, passkeys and, with an evaluator, LongPPL; they run under every restriction."""
     length = spec.length
     assert length is not None
     if spec.evaluator is not None:
         long = LongPpl(evaluator=spec.evaluator, lengths=(length,), data=spec.data)
+        # The LongPPL job reads the keys when it is made, so the directory is not needed afterwards.
         with TemporaryDirectory() as place:
             longppl.prepare(long, Path(place), subject.dtype, subject.device, lambda *_: None)
             last = [longppl.job(subject.loaded, long, Path(place))]
@@ -131,7 +134,7 @@ def _jobs(subject: Subject, spec: ReceptiveField) -> list[Job]:
 def _scores(
     subject: Subject, jobs: Sequence[Job], restriction: Restriction | None, progress: Callable[[int], None]
 ) -> Scores:
-    """The jobs' numbers, by the names of MEASURED, with the layers restricted while they run."""
+    """Returns the jobs' numbers, by the names of MEASURED, with the layers restricted while they run."""
     changes = {i: Intervention(visible=restriction.visible) for i in restriction.layers} if restriction else {}
     before, rows = 0, []
     with intervening(causal_lm(subject.loaded.model).get_decoder(), changes):
@@ -140,8 +143,10 @@ def _scores(
             def count(done: int, _: int, before: int = before) -> None:
                 progress(before + done)
 
+            # A new ledger each time: results of another restriction must not be used again.
             rows += run_job(job, Ledger(), TOKENS_PER_BATCH, count)
             before += len(job.items)
+    # Each job has one length, so it gives one row.
     text, keys, *long = rows
     scores: Scores = {
         "loss": text.details["nats_per_token"],
@@ -180,7 +185,7 @@ def _curves(whole: Scores, found: list[tuple[Restriction, Scores]], length: int)
 
 
 def _bars(whole: Scores, found: list[tuple[Restriction, Scores]], letters: str) -> list[Bars]:
-    """What is lost where one layer alone is restricted: more is worse."""
+    """Returns what is lost where one layer alone is restricted: more is worse."""
     mine = [(one, score) for one, score in found if one.group == "layers"]
     if not mine:
         return []

@@ -1,18 +1,18 @@
-"""Which heads fetch the answer of a passkey from the text, by two definitions; and what the model loses without them.
+"""Finds the heads that fetch a passkey's answer, by two definitions; and what the model loses without them.
 
 mass   the attention from the position before the answer, the prompt's last token, to the answer's tokens in the needle,
        mean over questions (arXiv 2606.15378, released code)
-copy   the model decodes greedily, with a cache; a step at which a head attends most to a token of the needle, and that
-       token is the one just generated, scores 1 / |needle|. The sum over an answer's steps, mean over the questions
-       that succeed: ROUGE-1 recall above 50% (arXiv 2404.15574, section 2, and its released code)
+copy   the model decodes greedily, with a cache. A step scores 1 / |needle| for a head if the head attends most to a
+       token of the needle and that token is the one just generated. The score is the sum over an answer's steps, mean
+       over the questions that succeed: ROUGE-1 recall above 50% (arXiv 2404.15574, section 2, and its released code)
 
-The needle of both is the answer where it stands in the sentence that was inserted, as the released code of 2404.15574
-has it (the sentence around it counts for nothing): |needle| are the answer's tokens, and a head that copies all of them
-scores 1. A passkey's sentence has its key twice, and either will do. ROUGE-1 recall is counted in tokens: the share of
-the answer's tokens found in what was generated, in any order, each as often as it stands there.
+The needle of both is the answer inside the inserted sentence, as in the released code of 2404.15574 (the rest of the
+sentence does not count): |needle| is the number of the answer's tokens, and a head that copies all of them scores 1. A
+passkey's sentence has its key twice, and either counts. ROUGE-1 recall is counted in tokens: the share of the answer's
+tokens found in what was generated, in any order, each as often as it occurs there.
 
 A sliding layer cannot see an answer beyond its window. Its zero is by construction, and it is flagged: `reach` is the
-share of questions whose answer, its last token at least, the prompt's last token can see.
+share of questions whose answer is visible to the prompt's last token, at least by the answer's last token.
 
     B questions of a batch   T tokens of a prompt   N of an answer   L layers   H heads   S keys
 """
@@ -44,9 +44,9 @@ from ctxext.probes.subject import Subject, watch_rows
 from ctxext.progress import CountProgress
 from ctxext.units import counted
 
-SHOWN = 20  # heads of the table
-LAST = 4  # queries whose entropy is measured (arXiv 2606.15378, released code)
-RECALL = 0.5  # of an answer's tokens: more is a success
+SHOWN = 20  # heads in the table
+LAST = 4  # last queries, whose entropy is measured (arXiv 2606.15378, released code)
+RECALL = 0.5  # share of an answer's tokens; a question succeeds above it
 ABOVE = (0.1, 0.5)  # EVALS' anchors: llama-2-7b-80k has 3.2% of its heads above 0.1 and 0.6% above 0.5
 SAYS = {
     "mass": "attention mass from the prompt's last token to the answer in the needle (arXiv 2606.15378)",
@@ -56,7 +56,7 @@ SAYS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A passkey case, and where in its prompt tokens of the answer stand: `needle`, ascending."""
+    """A passkey case; `needle` has the prompt indices of the answer's tokens, ascending."""
 
     case: Case
     needle: tuple[int, ...]
@@ -76,15 +76,17 @@ class Copied:
 
 
 def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> Finding:
-    """Scores of all heads as grids and as a ranked table, and what masking the best of them takes from the model.
+    """Scores all heads, as grids and a ranked table, and measures what masking the best of them costs.
 
-    Raises InputError where `ablate` asks for more heads than can see an answer.
+    Raises InputError where `ablate` requests more heads than can see an answer.
     """
     assert spec.length is not None
     L, H = len(subject.kinds), subject.heads
     asked = questions(subject.loaded, spec.data, spec.length, spec.samples, spec.seed)
     reach = reachable(subject.kinds, asked)
     check_reach("retrieval-heads: ablate", spec.ablate or 0, reach, H)
+    # Progress counts questions: one run for each definition, and with ablation one unmasked, one with the top heads
+    # masked, and the draws.
     done, runs = 0, len(spec.definitions) + (2 + spec.draws if spec.ablate else 0)
 
     def more(count: int) -> None:
@@ -94,8 +96,9 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
 
     mass = answer_attention(subject.loaded, asked, more)[0] if "mass" in spec.definitions else None
     copied = copies(subject.loaded, asked, more) if "copy" in spec.definitions else Copied(None, 0, 0)
+    # Where both are known, copy ranks the heads and mass decides ties.
     scores = {"copy": copied.scores, "mass": mass}
-    known = {name: score for name, score in scores.items() if score is not None}  # the first is what ranks
+    known = {name: score for name, score in scores.items() if score is not None}
     ranked = ranking(list(known.values()), reach) if known else []
     facts: dict[str, Any] = {
         "length": spec.length,
@@ -126,7 +129,7 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
 
 
 def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: int) -> list[Question]:
-    """`samples` passkeys of `length` tokens with their answers, at depths evenly spread over the text."""
+    """Returns `samples` passkeys of `length` tokens with their answers, at depths evenly spread over the text."""
     ids = haystack_ids(loaded.tokenizer, haystack(data)[1])
     rng = private_random("retrieval heads", seed, length)
     made = []
@@ -139,8 +142,10 @@ def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: i
 def answer_attention(
     loaded: LoadedModel, asked: Sequence[Question], more: Callable[[int], object] = lambda count: None
 ) -> Tensor:
-    """fp64 [2,L,H]: the mass on the answer, and the entropy in nats of the prompts' last 4 queries; means over
-    `asked`. `more(count)` is told of questions that are done."""
+    """Returns fp64 [2,L,H]: the mass on the answer, and the entropy in nats of the prompts' last 4 queries.
+
+    Both are means over `asked`. `more(count)` is called with the number of questions done.
+    """
     L, H = len(loaded.kinds), loaded.source.shape.num_heads
     total = torch.zeros(2, L, H, dtype=torch.float64)
     for batch in batches(asked, BATCH_TOKENS):
@@ -149,6 +154,7 @@ def answer_attention(
         at = torch.arange(ids.shape[1] - LAST, ids.shape[1]).expand(len(batch), LAST)
 
         def take(layer: int, weights: Tensor, rows: slice, wanted: Tensor = wanted) -> None:
+            # Rows come in pieces; only the piece with the prompt's last token counts for the mass.
             if rows.start + weights.shape[2] == LAST:
                 total[0, layer] += (weights[:, :, -1] * wanted[:, None]).sum((0, 2)).double().cpu()
             total[1, layer] += torch.special.entr(weights).sum((0, 2, 3)).double().cpu() / LAST
@@ -161,7 +167,7 @@ def answer_attention(
 def copies(
     loaded: LoadedModel, asked: Sequence[Question], more: Callable[[int], object] = lambda count: None
 ) -> Copied:
-    """The copy scores of all heads."""
+    """Returns the copy scores of all heads."""
     total = torch.zeros(len(loaded.kinds), loaded.source.shape.num_heads, dtype=torch.float64)
     successes = 0
     for batch in batches(asked, BATCH_TOKENS):
@@ -171,6 +177,7 @@ def copies(
         wanted = _needles(batch, whole.shape[1], torch.device("cpu"))
         hits = _hits(answers, places, whole, wanted).double()
         for i, question in enumerate(batch):
+            # A failed question counts neither in the sum nor in the mean.
             if recall(answers[i].tolist(), question.case.answer_ids) > RECALL:
                 total += hits[:, :, i].sum(1) / len(question.case.answer_ids)
                 successes += 1
@@ -179,9 +186,11 @@ def copies(
 
 
 def _hits(answers: Tensor, places: Tensor, whole: Tensor, wanted: Tensor) -> Tensor:
-    """Bool [L,N,B,H]: steps at which a head looked most at a token of the needle that is the one generated. answers
-    [B,N], places [L,N,B,H] in the rows of `whole` and `wanted` [B,T+N]."""
-    row = torch.arange(len(whole))[:, None]  # against places' last two axes
+    """Returns bool [L,N,B,H]: steps at which a head attended most to the needle's token that was then generated.
+
+    answers [B,N]; places [L,N,B,H] are indices into the rows of `whole` and `wanted` [B,T+N].
+    """
+    row = torch.arange(len(whole))[:, None]  # [B,1], broadcasts against places' last two axes
     hits: Tensor = wanted[row, places] & (whole[row, places] == answers.t()[..., None])
     return hits
 
@@ -189,13 +198,18 @@ def _hits(answers: Tensor, places: Tensor, whole: Tensor, wanted: Tensor) -> Ten
 def looked_at(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], steps: int, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
-    """Greedy answers [B,N] of N = `steps` tokens to prompts of one length, and the index [L,N,B,H] in prompt and answer
-    of the token that each head attended most to when each of them was generated."""
+    """Returns greedy answers [B,N] to prompts of one length and the tokens that each head attended most to.
+
+    N is `steps`. The second result, [L,N,B,H], is the index in prompt and answer of the most attended token when each
+    token was generated.
+    """
     back: dict[int, list[Tensor]] = {}
 
     def watch(module: nn.Module, query: Tensor, key: Tensor, pattern: Pattern, scaling: float | None) -> None:
-        """Where the last query looks, as tokens back from the end, itself being -1: the cache of a sliding layer has
-        lost its first tokens, so an index from the front would mean something else."""
+        """Records where the last query looks, as tokens back from the end; the query itself is -1.
+
+        The cache of a sliding layer has dropped its first tokens, so an index from the front would be wrong.
+        """
         S = key.shape[2]
         at = torch.full((len(query), 1), S - 1, device=key.device)
         rows = attention_rows(query[:, :, -1:], key, at, sliding_window=pattern.sliding_window, scale=scaling)
@@ -203,18 +217,18 @@ def looked_at(
 
     answers = torch.tensor(generate(loaded.model, prompts, steps, chunk=chunk, watch=watch))
     T = len(prompts[0])
-    # Each token comes from one forward, and these are the last ones: a prompt is read in one piece or several.
+    # The prompt may take several forwards, and `watch` runs in each. The last `steps` forwards generated the tokens.
     places = torch.stack([torch.stack(back[layer][-steps:]) for layer in range(len(loaded.kinds))])
     return answers, places + torch.arange(T, T + steps)[:, None, None]
 
 
 def recall(given: Sequence[int], reference: Sequence[int]) -> float:
-    """ROUGE-1 recall in tokens: the share of `reference` that is found in `given`, a token as often as it is there."""
+    """Returns the ROUGE-1 recall in tokens: the share of `reference` found in `given`, with repeats."""
     return sum((Counter(given) & Counter(reference)).values()) / len(reference)
 
 
 def reachable(kinds: Sequence[LayerKind], asked: Sequence[Question]) -> list[float]:
-    """For each layer the share of questions of whose answer the prompt's last token can see at least the end."""
+    """Returns for each layer the share of questions whose answer's end is visible to the prompt's last token."""
     back = [question.size - 1 - question.needle[-1] for question in asked]
     return [
         sum(kind.sliding_window is None or distance < kind.sliding_window for distance in back) / len(back)
@@ -223,7 +237,7 @@ def reachable(kinds: Sequence[LayerKind], asked: Sequence[Question]) -> list[flo
 
 
 def check_reach(what: str, wanted: int, reach: Sequence[float], heads: int) -> None:
-    """Raise InputError unless `wanted` heads are of layers that can see an answer, `heads` in each layer."""
+    """Raises InputError unless `wanted` heads are in layers that can see an answer; each layer has `heads` heads."""
     there = heads * sum(of > 0 for of in reach)
     if there < wanted:
         raise InputError(
@@ -232,13 +246,13 @@ def check_reach(what: str, wanted: int, reach: Sequence[float], heads: int) -> N
 
 
 def ranking(scores: Sequence[Tensor], reach: Sequence[float]) -> list[Head]:
-    """(layer, head), best first, of layers that can reach an answer: by the first scores, equal ones by the next."""
+    """Returns (layer, head), best first, of layers that can reach an answer: by the first scores, ties by the next."""
     heads = [(layer, head) for layer, of in enumerate(reach) if of > 0 for head in range(scores[0].shape[1])]
     return sorted(heads, key=lambda head: [-float(each[head]) for each in scores])
 
 
 def statistics(scores: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Of all heads how many, and what share, score above 0.1 and above 0.5."""
+    """Returns how many heads, and what share of them, score above 0.1 and above 0.5."""
     flat = [score for layer in scores for score in layer]
     counts = {above: sum(score > above for score in flat) for above in ABOVE}
     found = {f"above_{above}": float(count) for above, count in counts.items()}
@@ -246,7 +260,7 @@ def statistics(scores: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def _needles(batch: Sequence[Question], tokens: int, device: torch.device) -> Tensor:
-    """Bool [B,tokens]: where tokens of the answer stand in the needle."""
+    """Returns bool [B,tokens]: true at the answer's tokens in the needle."""
     wanted = torch.zeros(len(batch), tokens, dtype=torch.bool)
     for row, question in enumerate(batch):
         wanted[row, list(question.needle)] = True

@@ -1,8 +1,8 @@
-"""When a run's retrieval heads came about: the result's best, followed from the start through its checkpoints.
+"""Traces when a run's retrieval heads formed: the result's best heads, from the start through the checkpoints.
 
-The score is attention mass (retrieval_heads.py); beside it the entropy of the attention of the last 4 queries of each
-prompt, in nats (arXiv 2606.15378, released code). The paper follows 4 heads through a pretraining; here it is a
-finetune run, whose step 0 is the model that it began from, under the positions and the layout of the result.
+The score is attention mass (retrieval_heads.py); beside it is the entropy of the attention of the last 4 queries of
+each prompt, in nats (arXiv 2606.15378, released code). The paper follows 4 heads through a pretraining; here it is a
+finetune run, whose step 0 is the model that it started from, under the positions and the layout of the result.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ctxext.progress import CountProgress
 
 
 def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> Finding:
-    """The best heads' mass and entropy by step. The model in memory is left with the result's weights.
+    """Measures the best heads' mass and entropy by step. The model in memory ends with the result's weights.
 
-    Raises InputError for a run that has no checkpoints left, and for more heads than can see an answer.
+    Raises InputError for a run without checkpoints, and for more heads than can see an answer.
     """
     assert spec.length is not None
     notes: list[str] = []
@@ -45,8 +45,10 @@ def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> 
             put(loaded.model, state)
             found[state.step] = answer_attention(loaded, asked)
             progress(number, len(run.states))
+    # Later probes use the same model in memory, so restore the result's weights in any case.
     finally:
         put(loaded.model, run.result)
+    # The result decides which heads are followed.
     heads = ranking([found[run.result.step][0]], reach)[: spec.heads]
     return Finding(
         _facts(spec, subject, run, found, heads), _curves(spec, found, heads), (_table(found, heads),), tuple(notes)

@@ -1,4 +1,4 @@
-"""Probes on models, one model in memory at a time; what they found, on disk as JSON, pictures and a manifest."""
+"""Runs probes on models, one model in memory at a time, and writes findings as JSON, pictures and a manifest."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ MEASURES: dict[str, Callable[[Subject, Any, CountProgress], Finding]] = {
 def measure(
     plan: ProbePlan, progress: Progress = ignore, notice: Callable[[str], None] = lambda _: None
 ) -> ProbeReport:
-    """Every probe of the plan on each of its models; nothing is written.
+    """Runs every probe of the plan on each of its models; writes nothing.
 
-    `progress(what, done, in all)` and `notice(line)` are told on the way. Raises EnvironmentFault where memory runs
+    Calls `progress(what, done, in all)` and `notice(line)` while it runs. Raises EnvironmentFault where memory runs
     out.
     """
     began, found = time.monotonic(), list[list[Finding]]()
@@ -76,6 +76,7 @@ def measure(
                 notice(f"{name}, {spec.probe}: {line}")
             for note in found[-1][-1].notes:
                 notice(f"{name}, {spec.probe}: {note}")
+        # Free this model before the next one is loaded.
         del subject
         gc.collect()
     results = [
@@ -87,12 +88,12 @@ def measure(
 
 
 def write(plan: ProbePlan, report: ProbeReport) -> list[str]:
-    """probes.json, a PNG for each picture, ctxext.json last: whole or not at all. Gives the pictures' names."""
+    """Writes probes.json, a PNG per picture, and ctxext.json last, all or nothing. Returns the pictures' names."""
     from ctxext.report.panels import draw
 
     with staged_output(plan.out, plan.force) as place:
         (place / RESULTS).write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n", "utf-8")
-        # Drawn from what was written, as `ctxext report` will draw it again.
+        # Draw from the file, as `ctxext report` does later, so that both give the same pictures.
         read = TypeAdapter(ProbeReport).validate_json((place / RESULTS).read_bytes())
         pictures = [drawn.path.name for drawn in draw(read, place)]
         parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
@@ -102,9 +103,13 @@ def write(plan: ProbePlan, report: ProbeReport) -> list[str]:
 
 
 def _in_memory(subject: Subject, spec: Any, progress: CountProgress) -> Finding:
-    """The measurement; where memory runs out, what helps is said. Raises ModelError for a number that is not finite."""
+    """Runs one probe.
+
+    Raises EnvironmentFault with a hint where memory runs out, ModelError for a number that is not finite.
+    """
     try:
         finding = MEASURES[spec.probe](subject, spec, progress)
+        # Fails here, with the probe's name, rather than when the report is written.
         json.dumps(asdict(finding), allow_nan=False)
         return finding
     except ValueError as error:
@@ -127,7 +132,7 @@ def _in_memory(subject: Subject, spec: Any, progress: CountProgress) -> Finding:
 
 
 def _names(plan: ProbePlan) -> list[str]:
-    """One for each model, told apart by their directories where two have the same."""
+    """Returns one name for each model; equal names are told apart by their directories, then by a number."""
     names = [source.name for source in plan.sources]
     if len(set(names)) < len(names):
         names = ["/".join(source.directory.absolute().parts[-2:]) for source in plan.sources]

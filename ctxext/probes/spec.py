@@ -1,7 +1,7 @@
-"""What a probe is asked, each with its fields. No torch.
+"""The spec of each probe, with its fields. No torch.
 
-`length` is in tokens; None is the shortest usable length of the models, at most LONGEST. `samples` are texts or
-questions. `data` is text of data/documents.py; of the embedded corpus its held-out files.
+`length` is in tokens; None is the shortest usable length of the models, at most LONGEST. `samples` counts texts or
+questions. `data` is a source of data/documents.py; for the embedded corpus its held-out files.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from ctxext.config.parts import spread
 from ctxext.data.documents import EMBEDDED
 from ctxext.errors import InputError
 
-SHORTEST, LONGEST = 64, 8192  # tokens: less holds no question; more is for who asks for it
+SHORTEST, LONGEST = 64, 8192  # tokens: a shorter text holds no question; a longer one must be requested
 Count = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 @spec
 class ReceptiveField:
-    """probes/receptive_field.py. `restrict`: the layers that see less, all full ones, all sliding ones, or each by
-    itself. `visible`: the R's; None is powers of 2 from 16 to below the length. `layer_visible`: R where each layer is
-    restricted by itself; None is the smallest. `tokens` of text for the loss, at least one length; `samples` passkeys;
-    LongPPL is measured where an `evaluator` is named."""
+    """Layers that see fewer tokens (probes/receptive_field.py).
+
+    restrict        the layers that see less: all full ones, all sliding ones, or each alone
+    visible         the values of R; None is powers of 2 from 16 to below the length
+    layer_visible   R where each layer is restricted alone; None is the smallest
+    tokens          of text for the loss, at least one length
+    samples         passkeys
+    evaluator       finds LongPPL's keys; None leaves LongPPL out
+    """
 
     probe: Literal["receptive-field"] = "receptive-field"
     restrict: Annotated[tuple[Literal["full", "sliding", "layers"], ...], Field(min_length=1)] = (
@@ -48,9 +53,14 @@ class ReceptiveField:
 
 @spec
 class LayerNiah:
-    """probes/layer_niah.py. `samples` questions with one of `classes` near-identical numbers; `test` is the share of
-    them that the classifier is judged on, `inverse_regularisation` its C. `at`: the token whose residual is read, the
-    last before the answers part ways (`parting`), or the question's last (`question`)."""
+    """A classifier on the residual stream after each layer (probes/layer_niah.py).
+
+    samples                  questions, each with one of `classes` near-identical numbers
+    test                     share of the questions that the classifier is judged on
+    inverse_regularisation   the classifier's C
+    at                       the token whose residual is read: the last before the answers differ (`parting`), or the
+                             question's last (`question`)
+    """
 
     probe: Literal["layer-niah"] = "layer-niah"
     length: Tokens | None = None
@@ -72,7 +82,7 @@ class LayerNiah:
 
 @spec
 class GradientInfluence:
-    """probes/gradient_influence.py. `last`: positions at the end whose logits are averaged."""
+    """The gradient by distance (probes/gradient_influence.py). `last`: final positions whose logits are averaged."""
 
     probe: Literal["gradient-influence"] = "gradient-influence"
     length: Tokens | None = None
@@ -84,8 +94,11 @@ class GradientInfluence:
 
 @spec
 class RetrievalHeads:
-    """probes/retrieval_heads.py. `definitions`: attention mass (arXiv 2606.15378), copying while decoding (2404.15574).
-    `ablate` K masks the top K heads, and as many random ones `draws` times; None masks nothing."""
+    """The heads that retrieve a passkey (probes/retrieval_heads.py).
+
+    definitions   attention mass (arXiv 2606.15378), copying while decoding (2404.15574)
+    ablate        K masks the top K heads, then `draws` times as many random ones; None masks nothing
+    """
 
     probe: Literal["retrieval-heads"] = "retrieval-heads"
     length: Tokens | None = None
@@ -99,7 +112,7 @@ class RetrievalHeads:
 
 @spec
 class RetrievalTrace:
-    """probes/retrieval_trace.py. `heads`: how many of the final checkpoint's best are followed."""
+    """Retrieval heads over a run (probes/retrieval_trace.py). `heads`: how many of the result's best are followed."""
 
     probe: Literal["retrieval-trace"] = "retrieval-trace"
     length: Tokens | None = None
@@ -111,7 +124,7 @@ class RetrievalTrace:
 
 @spec
 class QkDistance:
-    """probes/qk_distance.py. `to`: the weights that distance is measured to, those of the run's end or of its base."""
+    """The distance of Wq and Wk (probes/qk_distance.py). `to`: the reference weights, the run's end or its base."""
 
     probe: Literal["qk-distance"] = "qk-distance"
     to: Literal["final", "base"] = "base"
@@ -119,8 +132,12 @@ class QkDistance:
 
 @spec
 class AttentionDistance:
-    """probes/attention_distance.py. `rows`: queries of each text whose attention is looked at, evenly spread over its
-    second half. `lengths`: at which NoPE layers are looked at again; None is halves of `length`, four of them."""
+    """How far each head looks (probes/attention_distance.py).
+
+    rows      queries of each text whose attention is measured, evenly spread over its second half
+    lengths   lengths at which full layers are measured again; None is `length` halved up to three times
+    sinks     first tokens whose mass is measured
+    """
 
     probe: Literal["attention-distance"] = "attention-distance"
     length: Tokens | None = None
@@ -134,7 +151,7 @@ class AttentionDistance:
 
 @spec
 class Positions:
-    """probes/positions.py. Everything is read from the model's files and its rotations."""
+    """The RoPE doctor (probes/positions.py). It reads everything from the model's files and its rotations."""
 
     probe: Literal["positions"] = "positions"
 
@@ -160,13 +177,17 @@ PROBES: dict[str, type] = {
     "attention-distance": AttentionDistance,
     "positions": Positions,
 }
-OF_A_RUN = ("retrieval-trace", "qk-distance")  # these follow a training run; `all` leaves them out of other models
+OF_A_RUN = ("retrieval-trace", "qk-distance")  # these follow a training run; `all` leaves them out for other models
 KEEP_THEM = "train with --set faults.keep_at_end=true, and faults.keep as large as there are steps to follow"
 
 
 @spec
 class ProbeSpec:
-    """Probes, in order. `dtype` of weights and activations; `extrapolate`: also beyond what a model bears."""
+    """The probes, in order.
+
+    dtype         of weights and activations
+    extrapolate   also runs lengths beyond what a model supports
+    """
 
     probes: Annotated[tuple[Probe, ...], Field(min_length=1)]
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -174,9 +195,9 @@ class ProbeSpec:
 
 
 def asked(names: list[str], given: dict[str, Any], *, preset: str | None = None) -> ProbeSpec:
-    """The spec of a command line. A preset has fields by probe, and those of ProbeSpec; options go before it.
+    """Returns the spec of a command line: fields of a preset, by probe or of ProbeSpec; options override them.
 
-    Raises InputError (a name or a field that is not known, a probe twice), SpecError (a value that is not allowed).
+    Raises InputError (an unknown name or field, a probe twice), SpecError (a value that is not allowed).
     """
     for name in names:
         if name not in PROBES:
@@ -197,7 +218,7 @@ def asked(names: list[str], given: dict[str, Any], *, preset: str | None = None)
 
 
 def _check_section(place: str, name: str, section: Any) -> None:
-    """Also of a probe that was not asked for: a misspelt field is found at once."""
+    """Checks a preset's section, also of a probe that was not requested, so that a misspelt field is found at once."""
     if not isinstance(section, dict):
         raise InputError(f"{place}: got {section!r}; allowed: fields and their values, such as {{samples: 20}}")
     known = {field.name for field in fields(PROBES[name])} - {"probe"}

@@ -1,4 +1,4 @@
-"""The model under a probe, in memory from when it is first needed; and the attention of chosen rows of a forward.
+"""The model under a probe, loaded on first use; and the attention of chosen rows of a forward.
 
 B batch, T tokens, R chosen rows, S keys, H heads, K key heads, D head dim.
 """
@@ -19,12 +19,12 @@ from ctxext.model.source import ModelSource
 from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
 
-ROWS_BYTES = 256 << 20  # of attention weights in memory at a time, about
+ROWS_BYTES = 256 << 20  # approximate limit of attention weights in memory at a time
 
 
 @dataclass
 class Subject:
-    """A model to look into. `loaded` brings it into memory, once."""
+    """A model to probe. `loaded` loads it into memory, once."""
 
     source: ModelSource
     dtype: str = "float32"
@@ -40,7 +40,7 @@ class Subject:
 
     @property
     def letters(self) -> str:
-        """The layout, a letter a layer (model/layout.py)."""
+        """The layout, one letter per layer (model/layout.py)."""
         return "".join(kind.letter for kind in self.kinds)
 
     @property
@@ -55,10 +55,10 @@ class Subject:
 
 @torch.no_grad()
 def watch_rows(model: Any, ids: Tensor, at: Tensor, take: Callable[[int, Tensor, slice], None]) -> Tensor:
-    """One forward over ids [B,T], in which each layer's attention at rows at [B,R] is handed to `take`.
+    """Runs one forward over ids [B,T] and passes each layer's attention at rows at [B,R] to `take`.
 
-    `take(layer, weights, rows)` gets fp32 weights [B,H,r,T] of the rows `at[:, rows]`, as many at a time as fit in
-    ROWS_BYTES, about. Gives the final hidden states [B,T,E].
+    `take(layer, weights, rows)` gets fp32 weights [B,H,r,T] of the rows `at[:, rows]`, about as many at a time as fit
+    in ROWS_BYTES. Returns the final hidden states [B,T,E].
     """
 
     def watch(module: nn.Module, query: Tensor, key: Tensor, pattern: Pattern, scaling: float | None) -> None:
@@ -68,7 +68,7 @@ def watch_rows(model: Any, ids: Tensor, at: Tensor, take: Callable[[int, Tensor,
             rows = slice(begin, begin + step)
             where = at[:, rows].to(query.device)  # [B,r]
             chosen = query.gather(2, where[:, None, :, None].expand(B, H, where.shape[1], D))  # [B,H,r,D]
-            sinks = getattr(module, "sinks", None)  # learned ones: the rows then sum to what these leave
+            sinks = getattr(module, "sinks", None)  # learned sinks: the rows then sum to less than 1
             weights = attention_rows(
                 chosen, key, where, sliding_window=pattern.sliding_window, scale=scaling, sink_logits=sinks
             )

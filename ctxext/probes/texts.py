@@ -1,4 +1,4 @@
-"""Runs of text of an exact length, drawn with a seed."""
+"""Random rows of text of an exact length, by a seed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ctxext.evals.haystacks import haystack
 
 
 def text_rows(tokenizer: Any, data: str, length: int, samples: int, seed: int) -> Tensor:
-    """Ids [samples, length]: what the tokenizer begins a text with (a BOS, or nothing), then text from random places.
+    """Returns ids [samples, length]: what the tokenizer puts first (a BOS, or nothing), then text from random places.
 
-    `data` as evals/haystacks.py has it; a text shorter than a row is repeated. The rows of a smaller `length` are the
+    `data` as in evals/haystacks.py; a text shorter than a row is repeated. The rows of a smaller `length` are the
     beginnings of those of a greater one.
     """
     _, text = haystack(data)
