@@ -22,6 +22,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +144,10 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     largest = max(max(ids) for found, _ in texts.values() for _, ids, _ in found)
     check_ids([largest], source.config["vocab_size"], source.name)
     for length, (found, facts) in texts.items():
-        count = partial(progress, f"keys by {source.name} at {length:,}")
-        write_rows(_path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), count), facts)
+        count_keys = partial(progress, f"keys by {source.name} at {length:,}")
+        write_rows(
+            _path(place, length), _key_texts(evaluator.model, found, *truncation(spec, length), count_keys), facts
+        )
     # Free the evaluator before an evaluated model is loaded.
     del evaluator
     gc.collect()
@@ -308,14 +311,14 @@ def meeting(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 
 
 def _key_texts(
-    model: Any, found: Sequence[tuple[Document, list[int], Spans]], short: int, step: int, count: CountProgress
+    model: Any, found: Sequence[tuple[Document, list[int], Spans]], short: int, step: int, progress: CountProgress
 ) -> list[KeyText]:
     runs = sum(len(range(short + step, len(ids), step)) for _, ids, _ in found)
     done = count(1)
-    count(0, runs)
+    progress(0, runs)
     texts = []
     for document, ids, offsets in found:
-        keys = find_keys(model, ids, short, step, lambda: count(next(done), runs))
+        keys = find_keys(model, ids, short, step, lambda: progress(next(done), runs))
         texts.append(KeyText(document.name, document.text, tuple(merged([offsets[i] for i in keys]))))
     return texts
 

@@ -62,12 +62,12 @@ def measure(
         found.append([])
         for spec in plan.spec.probes:
 
-            def progress(done: int, total: int, what: str = f"{name} {spec.probe}") -> None:
+            def count(done: int, total: int, what: str = f"{name} {spec.probe}") -> None:
                 progress(what, done, total)
 
-            progress(0, 1)
+            count(0, 1)
             with recorded() as began_reading:
-                finding = _in_memory(subject, spec, progress)
+                finding = _in_memory(subject, spec, count)
             read = distinct(began_reading)
             if read:
                 finding = replace(finding, facts=finding.facts | {"read": [one.as_dict() for one in read]})

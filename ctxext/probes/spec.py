@@ -204,15 +204,15 @@ def asked(names: list[str], given: dict[str, Any], *, preset: str | None = None)
             raise InputError(f"probe {name!r} is unknown; allowed are {', '.join(PROBES)}, or all")
     if len(set(names)) < len(names):
         raise InputError(f"a probe is named twice: {' '.join(names)}")
-    given = dict(presets.find("probe", preset).data) if preset else {}
-    unknown = [key for key in given if key not in PROBES and key not in _WHOLE]
+    from_preset = dict(presets.find("probe", preset).data) if preset else {}
+    unknown = [key for key in from_preset if key not in PROBES and key not in _WHOLE]
     if unknown:
         raise InputError(f"probe preset {preset}: {unknown[0]!r} is no probe and no field; probes: {', '.join(PROBES)}")
-    for name, section in given.items():
+    for name, section in from_preset.items():
         if name in PROBES:
             _check_section(f"probe preset {preset}, {name}", name, section)
-    data = {key: value for key, value in given.items() if key in _WHOLE}
-    probes = [{**(given.get(name) or {}), "probe": name} for name in names]
+    data = {key: value for key, value in from_preset.items() if key in _WHOLE}
+    probes = [{**(from_preset.get(name) or {}), "probe": name} for name in names]
     spread(given, data, probes, names=_WHOLE, tag="probe", classes=PROBES, of=" ".join(names))
     return build(ProbeSpec, {**data, "probes": probes}, source="probe spec")
 
