@@ -1,4 +1,4 @@
-"""ctxext takes a pretrained causal LM and makes it long. The commands are functions here (ctxext/api.py says more)."""
+"""ctxext extends the context of pretrained causal LMs. The commands are available as functions (see ctxext/api.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["__version__", "convert", "evaluate", "export_model", "finetune", "me
 
 
 def __getattr__(name: str) -> Any:
-    """The functions, found when first asked for: `ctxext --help` pays for none of them."""
+    """Imports a function on first access, so that `ctxext --help` imports none of them."""
     if name not in __all__:
         raise AttributeError(f"module 'ctxext' has no attribute {name!r}")
     from ctxext import api

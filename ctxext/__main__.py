@@ -1,4 +1,4 @@
-"""`python -m ctxext`, where the command is not on the PATH."""
+"""Entry point of `python -m ctxext`, for systems where the command is not on the PATH."""
 
 from ctxext.cli import main
 

@@ -1,9 +1,10 @@
 """The commands as functions: `from ctxext import plan, convert, finetune, evaluate, merge, ...`.
 
-Each does what the command of its name does, takes its options by name (a length is tokens, or text such as "32k"), and
-returns the report that the command prints. Nothing is printed: `say(line)` is told what a user should know, and
-`told(what, done, in all)` how far it is. Errors are those of ctxext.errors; what arguments and files can decide is
-refused before torch is imported. An output that exists is refused unless `force`; without `out` it is under ./runs.
+Each function does the same as its command, takes the command's options by name (a length is tokens, or text such as
+"32k"), and returns the report that the command prints. The functions print nothing. They call `say(line)` with messages
+for the user and `progress(what, done, total)` with the progress. Errors are those of ctxext.errors; problems of
+arguments and files are raised before torch is imported. An output that exists is an error unless `force`; without `out`
+the output is under ./runs.
 """
 
 from __future__ import annotations
@@ -54,14 +55,16 @@ def plan(
     out: Where | None = None,
     force: bool = False,
 ) -> Answer:
-    """What of the ways to train at `ctx` fits, how fast, and the commands; no torch, no weights. With `out`, plan.json.
+    """Returns which ways to train at `ctx` fit in memory, with their speed and their commands.
 
-    Where nothing fits it is returned all the same: `answer.refuse()` raises CheckFailed then.
+    It needs no torch and no weights. With `out`, it also writes plan.json. It returns an answer even where nothing
+    fits; then `answer.refuse()` raises CheckFailed.
     """
     from ctxext.planning.answer import answer, ask
 
     asked, rates = ask(str(model), str(ctx), hybrid=hybrid, gpu=gpu, memory=memory, cards_=gpus, preset=preset,
                        fixed=settings or {})  # fmt: skip
+    # Check the output before the search, which takes the most time.
     if out is not None:
         check_free(Path(out), force, keep=[asked.source.path])
     found = answer(asked, rates)
@@ -94,12 +97,15 @@ def convert(
     say: Say = ignore,
     progress: Progress = ignore,
 ) -> ConversionReport:
-    """Turn most layers into small sliding windows and leave a few full: a layout edit, the weights copied, a proof.
+    """Converts most layers to small sliding windows and keeps a few full layers.
 
-    `hybrid` is a preset, a YAML file or a pattern of S, N, F; `full_layers` layers from 0, "odd", "even", "last", or
-    "auto", which measures the ones to keep full. `model_class` is the output's model_type, such as "granite_swa";
-    `sinks` is "auto" (fitted where the class has them and the model needs them) or "none". `calibration` is text for
-    both, such as a file; without it the embedded corpus.
+    The conversion edits the layout and copies the weights; with `gate` it compares the result with the source.
+
+    hybrid        a preset, a YAML file or a pattern of S, N, F
+    full_layers   layers counted from 0, "odd", "even", "last", or "auto", which measures the layers to keep full
+    model_class   the output's model_type, such as "granite_swa"
+    sinks         "auto" (fitted where the class has sinks and the model needs them) or "none"
+    calibration   text for full_layers "auto" and for sinks, such as a file; None: the embedded corpus
     """
     if full_layers is not None and not isinstance(full_layers, str):
         full_layers = ",".join(map(str, full_layers))
@@ -115,7 +121,7 @@ def convert(
 def plan_convert(
     model: Where, hybrid: Where, *, out: Where | None, full_layers: str | None, **given: Any
 ) -> ConversionPlan:
-    """The conversion without its planner's choice; refuses what the model's files can decide."""
+    """Returns the plan of a conversion, without the planner's choice of layers; checks the model's files."""
     from ctxext.model.convert import plan_conversion
 
     return plan_conversion(
@@ -124,19 +130,22 @@ def plan_convert(
 
 
 def plan_layers(plan: ConversionPlan, full_layers: str | None, **given: Any) -> Request | None:
-    """What the planner is asked for, None where it is not; its options (None: not given) are refused without it."""
+    """Returns the request to the planner, None where `full_layers` is not "auto".
+
+    `given` are the planner's options (None: not given). Raises InputError where one is given without the planner.
+    """
     from ctxext.model.convert import may_fit_sinks
     from ctxext.retrofit.layers import request_of
 
     source = plan.source
     asked = {name: value for name, value in given.items() if value is not None}
     if full_layers != AUTO and may_fit_sinks(plan):
-        asked.pop("calibration", None)  # it is the text that sinks are fitted on
+        asked.pop("calibration", None)  # the sinks are fitted on this text
     return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, full_layers == AUTO, asked)
 
 
 def layers_for(plan: ConversionPlan, request: Request | None, say: Say, progress: Progress) -> LayerPlan | None:
-    """The planner's choice, measured."""
+    """Returns the planner's choice of layers, by measurement; None without a request."""
     if request is None:
         return None
     from ctxext.retrofit.planner import choose_layers
@@ -155,11 +164,15 @@ def write_conversion(
     say: Say,
     progress: Progress,
 ) -> ConversionReport:
-    """The conversion on disk, with what the planner found beside it. `calibration`: text that sinks are fitted on."""
+    """Writes the conversion, with the planner's results in the same directory.
+
+    `calibration` is the text that sinks are fitted on; None: the embedded corpus.
+    """
     from ctxext.model.convert import run_conversion, with_kinds
 
     attachments: dict[str, bytes] = {}
     facts: dict[str, object] = {}
+    # The planner's layout replaces that of the plan, before sinks are fitted for it.
     if chosen is not None:
         from ctxext.retrofit.picture import pareto_png
 
@@ -205,10 +218,12 @@ def finetune(
     say: Say = ignore,
     on_step: OnStep = ignore,
 ) -> FinetuneReport:
-    """Train at a longer context. `ctx` may be stages, "8k,32k"; `settings` are fields of the spec by dotted path.
+    """Trains a model at a longer context and returns the report.
 
-    `resume` continues the unfinished run at `out`: a model that is given must be the one it started with, with these
-    settings; without one, other settings need `force`, as changed data does. `finished` is False of what was stopped.
+    `ctx` may be stages, such as "8k,32k"; `settings` are fields of the spec by dotted path. `resume` continues the
+    unfinished run at `out`. If a model is given, model and settings must be those that the run started with. Without a
+    model, changed settings need `force`, and so does changed data. The report's `finished` is False for a run that was
+    stopped.
     """
     from ctxext.train.launch import launched
     from ctxext.train.run import asked_fields, plan_asked, plan_resumed, started_as
@@ -220,6 +235,7 @@ def finetune(
         if model is None and preset != "lora-alpha":
             raise InputError(f"resume: preset {preset!r} says nothing without a model", hint="a run has its own spec")
         run = Path(out)
+        # With a model, compare its plan with the spec of the run. Without one, the given settings are changes.
         asked = None if model is None else plan_asked(str(model), preset, given, needs_weights=True)
         if asked is not None and not started_as(run, asked, any_data=force):
             raise InputError(
@@ -245,7 +261,7 @@ def carry_out(
     say: Say,
     on_step: OnStep,
 ) -> FinetuneReport:
-    """The run of a plan, new or resumed; a directory in which nothing was trained is removed again."""
+    """Runs a plan, new or resumed; removes the directory of a new run that fails before it trained anything."""
     from ctxext.config.output import replacing
     from ctxext.train.launch import LOGS
     from ctxext.train.run import alone, discard_unstarted, going_on, start_run
@@ -253,6 +269,7 @@ def carry_out(
     if resume:
         with alone(run), going_on(plan, run):
             return _train(plan, run, True, launch, say, on_step)
+    # `force` must not replace the model, the data, or the run that this one repeats.
     read = [Path(part.source) for part in plan.spec.data.parts]
     with replacing(run, force, keep=[plan.source.path, repeats, *(path for path in read if path.exists())]):
         start_run(plan, run)
@@ -260,7 +277,7 @@ def carry_out(
             try:
                 return _train(plan, run, False, launch, say, on_step)
             except BaseException:
-                if not (run / LOGS).exists():  # which have the traceback of a process that died
+                if not (run / LOGS).exists():  # the logs have the traceback of a process that died
                     discard_unstarted(run)
                 raise
 
@@ -268,6 +285,7 @@ def carry_out(
 def _train(plan: RunPlan, run: Path, resume: bool, launch: Launch | None, say: Say, on_step: OnStep) -> FinetuneReport:
     from ctxext.train.launch import launch_run
 
+    # The launch comes before the imports below, so that this process holds no torch while the launched processes train.
     fields = launch_run(run, launch, say, on_step) if launch else None
     from ctxext.train.finetune import FinetuneReport, run_finetune
     from ctxext.train.loop import Events
@@ -300,8 +318,11 @@ def evaluate(
     say: Say = ignore,
     progress: Progress = ignore,
 ) -> EvalReport:
-    """Measure models side by side. `suite` is a name, several joined by commas, or an eval preset; `settings` are
-    fields as of `--set`, such as {"passkey.cases": 4}. An unfinished evaluation of the same request is gone on with."""
+    """Measures one or more models with the same suites and returns the report.
+
+    `suite` is a name, several names joined by commas, or an eval preset. `settings` are fields as for `--set`, such as
+    {"passkey.cases": 4}. An unfinished evaluation of the same request is resumed.
+    """
     from ctxext.evals.spec import eval_fields
     from ctxext.pipeline import eval_models, plan_eval
 
@@ -337,7 +358,7 @@ def probe(
     say: Say = ignore,
     progress: Progress = ignore,
 ) -> ProbeReport:
-    """Look inside a model, and beside it at the one it is compared with: probes.json, pictures and a manifest."""
+    """Runs probes on a model, and on `compare` if given; writes probes.json, figures and a manifest."""
     from ctxext.evals.spec import said
     from ctxext.probes.plan import plan_probe
 
@@ -347,6 +368,7 @@ def probe(
     asked = [names] if isinstance(names, str) else list(names)
     before = None if compare is None else str(compare)
     plan = plan_probe(str(model), asked, fields, preset=preset, compare=before, out=_path(out), force=force)
+    # Imported only now: the plan is checked without torch.
     from ctxext.probes import run
 
     report = run.measure(plan, progress, say)
@@ -366,7 +388,7 @@ def merge(
     force: bool = False,
     say: Say = ignore,
 ) -> MergeReport:
-    """Merge an adapter, in fp32, into an ordinary Hugging Face directory, and prove that nothing was lost."""
+    """Merges an adapter, in fp32, into an ordinary Hugging Face directory, and checks that nothing is lost."""
     from ctxext.pipeline import merge_run, plan_merge
 
     plan = plan_merge(str(run), _path(out), dtype, force, alpha_multiplier=alpha_multiplier, nope_scale=nope_scale,
@@ -375,8 +397,10 @@ def merge(
 
 
 def export_model(model: Where, target: str = "hf", *, out: Where | None = None, force: bool = False) -> Exported:
-    """Give a merged run or a model to others. Raises CheckFailed where `target` (hf, vllm, gguf, ollama) would not
-    honour its exact windows and layers without positions."""
+    """Exports a merged run or a model for another program: `target` is hf, vllm, gguf or ollama.
+
+    Raises CheckFailed where the target would not honour its exact windows and NoPE layers.
+    """
     from ctxext.export.write import export, plan_export, refuse
 
     found = plan_export(str(model), target, _path(out), force)
@@ -387,7 +411,7 @@ def export_model(model: Where, target: str = "hf", *, out: Where | None = None, 
 def write_report(
     runs: Where | Sequence[Where], *, out: Where | None = None, title: str | None = None, force: bool = False
 ) -> Report:
-    """Put evaluations, probes and training runs into one HTML file, readable without a network."""
+    """Writes evaluations, probes and training runs into one HTML file that needs no network."""
     from ctxext.report.page import plan_report
     from ctxext.report.page import write_report as write
 

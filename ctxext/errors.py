@@ -1,10 +1,10 @@
-"""What can go wrong, named by who is at fault: each leaf carries the exit code the command line ends with.
+"""The exceptions of ctxext, named by cause; each class has the exit code of the command line.
 
-    1  a check that was asked for did not pass          CheckFailed
-    2  what was given cannot be used                    InputError, SpecError, ModelError, DataError
-    3  the machine or its surroundings cannot do it     EnvironmentFault
+    1  a requested check failed                         CheckFailed
+    2  the given input cannot be used                   InputError, SpecError, ModelError, DataError
+    3  the machine or its environment cannot do it      EnvironmentFault
 
-`message` says what was found and what is allowed; `hint` says what to do next.
+`message` describes the problem and what is allowed; `hint` describes what to do next.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 class CtxextError(Exception):
-    """The root: catching it catches everything ctxext refuses on purpose."""
+    """The base class of all errors that ctxext raises on purpose."""
 
     exit_code = 2
 
@@ -28,7 +28,7 @@ class InputError(CtxextError):
 
 
 class SpecError(InputError):
-    """A YAML file or `--set` that does not fit its spec; `faults` has every fault, not the first."""
+    """A YAML file or `--set` that does not fit its spec; `faults` lists all faults, not only the first."""
 
     def __init__(self, source: str, faults: Sequence[str], *, hint: str | None = None):
         lines = "\n".join(f"  {fault}" for fault in faults)
@@ -38,20 +38,20 @@ class SpecError(InputError):
 
 
 class ModelError(CtxextError):
-    """A model directory that is incomplete, contradicts itself, or is of no supported family."""
+    """A model directory that is incomplete, contradicts itself, or belongs to no supported family."""
 
 
 class DataError(CtxextError):
-    """Text that is missing, empty, or not what its file name says."""
+    """Text that is missing, empty, or not of the type that its file name indicates."""
 
 
 class EnvironmentFault(CtxextError):
-    """Full disk, no network, a missing kernel or package: nothing the arguments could change."""
+    """A problem of the machine, such as a full disk, no network, or a missing kernel or package."""
 
     exit_code = 3
 
 
 class CheckFailed(CtxextError):
-    """A gate or a proof that was run and did not hold. The output it guards is not written."""
+    """A check that ran and failed. The output that it guards is not written."""
 
     exit_code = 1

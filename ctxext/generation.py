@@ -1,12 +1,12 @@
-"""A model tried at once: text in, text out as it comes, and what it cost. One conversation is one KV cache.
+"""Generates text with a model: streams the answer and reports speed and memory. One conversation is one KV cache.
 
-What a model has read stays in the cache: a turn computes its own tokens and nothing before them. With a chat template,
-what follows an answer is found by rendering the conversation with a marker in the answer's place, so that tokens which
-the model wrote are never divided anew. A new turn is tokenised behind the end of what is there, never by itself. A
-template that renders an old turn otherwise once a new one follows it (one that drops its reasoning) is taken as it was
-when it was read: a cache cannot be rewritten.
+Tokens that the model has read stay in the cache, so a turn computes only its own tokens. With a chat template, this
+module renders the conversation with a marker in place of each answer, and uses the text after the last marker. So the
+tokens that the model wrote are never tokenised again. A new turn is tokenised as the continuation of the earlier ids,
+never as a separate text. Some templates render an old turn differently once a new turn follows (for example, they drop
+its reasoning). The cache then keeps the turn as first rendered, because a cache cannot be rewritten.
 
-No torch until a model is opened. Not done: beams, top-p, system prompts.
+torch is imported only when a model is loaded. Not done: beams, top-p, system prompts.
 """
 
 from __future__ import annotations
@@ -32,18 +32,23 @@ from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.progress import Progress, ignore
 from ctxext.units import format_bytes, format_tokens
 
-COLDEST = 1e-4  # a temperature below it is greedy, but for logits that overflow
+COLDEST = 1e-4  # a lower temperature is the same as greedy, but its logits overflow
 DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
-MARKER = "\u241eanswer\u241e"  # no answer: a place in a template's rendering
-SUSPECT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet one
+MARKER = "\u241eanswer\u241e"  # the place of an answer in a rendered template
+SUSPECT = "\ufffd"  # a decoder's output for bytes that are not, or not yet, a complete character
 KINDS = {"S": "sliding", "s": "sliding (no RoPE)", "N": "full (no RoPE)", "F": "full"}  # letters of model/layout.py
 PLAIN = "--no-chat goes on with the text as it is"
 
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """How to answer. `temperature` 0 is greedy; `dtype` None: float32 on a CPU, bfloat16 on a GPU; `chat` None: by the
-    tokenizer's chat template where it has one."""
+    """The model and the settings of a generation.
+
+    temperature   0 is greedy
+    chat          None: use the tokenizer's chat template where it has one
+    dtype         None: float32 on a CPU, bfloat16 on a GPU
+    device        None: a GPU where there is one, else the CPU
+    """
 
     source: ModelSource
     max_new_tokens: int = 256
@@ -55,14 +60,16 @@ class GenerationPlan:
 
 
 def read_prompt(prompt: str | None, file: str | None, question: str | None) -> str:
-    """The text to go on with: `prompt`, or a file (`-` is stdin) and, after an empty line, the question about it.
+    """Returns the text to continue: `prompt`, or a file (`-` is stdin) and, after an empty line, `question`.
 
-    Raises InputError for both or neither and for text that is empty, DataError for a file that is no UTF-8 text.
+    Raises InputError for both or neither of prompt and file, for a question without a file, for a file that cannot be
+    read and for empty text. Raises DataError for text that is not UTF-8 and for NUL bytes.
     """
     if (prompt is None) == (file is None):
         raise InputError("give either --prompt TEXT or --file FILE (- is stdin)", hint="with a file, --question TEXT")
     if question is not None and file is None:
         raise InputError("--question goes with --file", hint="put the question into --prompt")
+    # Python turns bytes of an argument that are not UTF-8 into surrogates.
     for option, given in (("--prompt", prompt), ("--question", question)):
         if given is not None and any("\ud800" <= character <= "\udfff" for character in given):
             raise DataError(f"{option} is not UTF-8", hint="give UTF-8 text")
@@ -85,7 +92,10 @@ def _read(name: str) -> str:
 
 
 def plan_generation(model: str, **given: Any) -> GenerationPlan:
-    """The plan, `given` being fields of it; refuses what the arguments and the model's files can decide."""
+    """Returns the plan for a model; `given` are its other fields.
+
+    Raises InputError for values that are not allowed, as far as the arguments and the model's files show it.
+    """
     plan = GenerationPlan(resolve(model), **given)
     device_known = plan.device is None or DEVICE.fullmatch(plan.device)
     checks = (
@@ -107,7 +117,7 @@ def plan_generation(model: str, **given: Any) -> GenerationPlan:
 
 @dataclass(frozen=True)
 class Held:
-    """What is in the cache of the layers of one kind."""
+    """The cache of all layers of one kind: their number, the tokens in each, and the bytes of all."""
 
     kind: str
     layers: int
@@ -117,9 +127,16 @@ class Held:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer and its price: `read` tokens were new, `kept` were in the cache; `stopped` by a stop token.
+    """One answer, with its tokens, times and memory.
 
-    Speeds are tokens a second; 0 where there was nothing to time. The first token written costs no forward of its own.
+    read           new tokens that the model read for this answer
+    kept           earlier tokens, taken from the cache
+    written        tokens of the answer
+    stopped        whether a stop token ended the answer
+    read_speed     tokens a second
+    write_speed    tokens a second, 0 where no forward was timed; the first written token needs no forward of its own
+    peak_bytes     peak memory: the process's resident set on a CPU, torch's allocator on a GPU
+    cache          the KV cache after the answer, by kind of layer
     """
 
     text: str
@@ -138,7 +155,7 @@ class Answer:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value, for the screen."""
+        """Returns (name, value) rows for the screen."""
         before = f" after {format_tokens(self.kept)} in the cache" if self.kept else ""
         read = f"{format_tokens(self.read)} tokens{before}, {self.read_seconds:,.2f} s, {self.read_speed:,.1f} tokens/s"
         write = f"{format_tokens(self.written)} tokens, {self.write_seconds:,.2f} s, {self.write_speed:,.1f} tokens/s"
@@ -152,36 +169,43 @@ class Answer:
 
 
 class TextStream:
-    """Ids one by one, text as soon as it is certain: a character of several tokens waits for its last one.
+    """Turns ids into text one by one; a character of several tokens is returned with its last token.
 
-    What was given out last stays as a beginning to decode after, so that a word keeps the space before it.
+    The ids of the last returned piece stay in front of the new ids when these are decoded, so that a word keeps the
+    space before it.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], before: list[int] | None = None):
-        """`before` are ids that the text follows. Some decoders drop the first space of all that they are given, and
-        with these ids that is not the first space of the text."""
+        """`before` are the ids that precede the text.
+
+        Some decoders drop the first space of their input. With `before`, this is not the first space of the text.
+        """
         self.decode = decode
         self.ids: list[int] = list(before or ())
-        self.given, self.shown = len(self.ids), len(self.decode(self.ids))  # given out: so many ids, so many characters
+        self.given, self.shown = len(self.ids), len(self.decode(self.ids))  # ids and characters already returned
 
     def add(self, token: int) -> str:
-        """What this token makes certain; empty inside a character."""
+        """Returns the text that is complete with this token; empty inside a character."""
         self.ids.append(token)
         text = self.decode(self.ids)
         if text.endswith(SUSPECT) or len(text) <= self.shown:
             return ""
+        # Keep the ids of this piece as the context of the next one, and drop the older ids.
         piece, self.ids = text[self.shown :], self.ids[self.given :]
         self.given, self.shown = len(self.ids), len(self.decode(self.ids))
         return piece
 
     def rest(self) -> str:
-        """What is left at the end: bytes that never became a character."""
+        """Returns the remaining text at the end: bytes that are not a complete character."""
         return self.decode(self.ids)[self.shown :]
 
 
 @contextmanager
 def _in_memory(plan: GenerationPlan) -> Iterator[None]:
-    """Say what helps where memory runs out. The cache of a whole answer is reserved before its first token."""
+    """Turns an out-of-memory error into an EnvironmentFault with a hint.
+
+    The cache of a whole answer is reserved before its first token, so the error names the requested tokens.
+    """
     try:
         yield
     except Exception as error:
@@ -194,7 +218,7 @@ def _in_memory(plan: GenerationPlan) -> Iterator[None]:
 
 
 class Conversation:
-    """A model in memory, and all `ids` it has read and written; those in the cache are never computed again."""
+    """A model in memory, and all `ids` that it has read and written; ids in the cache are not computed again."""
 
     def __init__(self, plan: GenerationPlan):
         from ctxext.model.decode import greedy, sampled, stop_ids
@@ -210,7 +234,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the random numbers go on."""
+        """Clears the conversation and its cache; the random number generator is not reset."""
         self.cache = self._new_cache()
         self.ids, self.asked, self.warned, self.slow = list[int](), list[str](), False, False
 
@@ -221,8 +245,10 @@ class Conversation:
         return reserved_cache(causal_lm(self.loaded.model).get_decoder().config, 0)
 
     def _keep(self, length: int) -> int:
-        """The tokens of the cache that a text of `length` tokens can use: all, or none where its RoPE has other
-        frequencies at that length. The cache is empty then."""
+        """Returns how many tokens of the cache a text of `length` tokens can use: all, or none.
+
+        It is none where RoPE has other frequencies at that length; the method then empties the cache.
+        """
         from ctxext.model.frequencies import same_frequencies_from
         from ctxext.model.load import causal_lm
 
@@ -239,19 +265,25 @@ class Conversation:
         progress: Progress = ignore,
         warn: Callable[[str], None] = lambda line: None,
     ) -> Answer:
-        """Add a turn and answer it: `write` gets the answer piece by piece, `told` hears how far the reading is.
+        """Adds a turn and answers it.
 
-        Without a chat template the turn is appended as it is, on a line of its own. Raises ModelError where the
-        template does not render it, and where the tokenizer is not this model's.
+        write      called with each piece of the answer
+        progress   called with "reading", the tokens read and their total
+        warn       called with each warning
+
+        Without a chat template the turn is appended unchanged, on its own line. Raises ModelError where the template
+        cannot render the turn, and where the tokenizer does not belong to this model. Raises EnvironmentFault where
+        memory runs out.
         """
         from ctxext.model.decode import generate
 
         new = self._ids_of(text)
         kept = self._keep(len(self.ids) + len(new))
-        unread = self.ids[kept:] + new  # the last token of an answer is in no cache yet
+        unread = self.ids[kept:] + new  # the last token of an answer is not in the cache yet
         self._check(unread, kept, warn)
-        # A plain text goes on after the prompt, with its space. An answer in a conversation is a text of its own.
+        # A plain text continues the prompt and keeps its first space. An answer in a conversation is a separate text.
         stream = TextStream(self.decode, [] if self.templated else (self.ids + new)[-TAIL:])
+        # `clock` gets three times: start, end of reading, end of writing.
         clock, pieces = [time.perf_counter()], list[str]()
 
         def prefilled(done: int, total: int) -> None:
@@ -271,10 +303,12 @@ class Conversation:
             most = self.plan.max_new_tokens
             [answer] = generate(self.loaded.model, [unread], most, prefilled=prefilled, on_token=say, **how)
         clock.append(time.perf_counter())
+        # At the end, return the bytes of an incomplete character too; only then add the turn to the conversation.
         pieces.append(stream.rest())
         write(pieces[-1])
         self.ids += [*new, *answer]
         self.asked.append(text)
+        # The write speed counts the tokens that a forward computed after the reading: the growth of the cache.
         reading, writing = clock[1] - clock[0], clock[2] - clock[1]
         return Answer(
             text="".join(pieces),
@@ -291,11 +325,11 @@ class Conversation:
         )
 
     def decode(self, ids: list[int]) -> str:
-        """Ids as text, without special tokens and with no spaces mended."""
+        """Returns ids as text, without special tokens and without cleanup of spaces."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def held(self) -> tuple[Held, ...]:
-        """What the cache holds, by kind of layer."""
+        """Returns the contents of the cache, by kind of layer."""
         layers: dict[str, list[Any]] = {}
         for kind, layer in zip(self.loaded.kinds, self.cache.layers, strict=True):
             layers.setdefault(kind.letter, []).append(layer)
@@ -305,10 +339,10 @@ class Conversation:
         )
 
     def _ids_of(self, text: str) -> list[int]:
-        """The tokens of a new turn, from behind the last answer to where the next begins.
+        """Returns the tokens of a new turn: from the end of the last answer to the start of the next.
 
-        They are those that the whole conversation has there when it is tokenised at once (data/prompts.py), but for a
-        token that would reach over into what is in the cache.
+        They equal the tokens at this place when the whole conversation is tokenised at once (data/prompts.py). The
+        exception is a token that would cross the boundary to the earlier ids.
         """
         if self.templated:
             text = self._rendered(text)
@@ -321,6 +355,7 @@ class Conversation:
         return continued_ids(self.tokenizer, self.ids, text)
 
     def _rendered(self, text: str) -> str:
+        # Render the whole conversation, with a marker for each answer, and return the text after the last marker.
         messages = []
         for asked in self.asked:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": MARKER}]
@@ -328,14 +363,18 @@ class Conversation:
         name = self.plan.source.name
         try:
             whole: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program and may raise any exception
             raise ModelError(f"{name}: its chat template does not render this ({error})", hint=PLAIN) from error
         if whole.count(MARKER) != len(self.asked):
             raise ModelError(f"{name}: its chat template leaves answers out, which a cache cannot", hint=PLAIN)
         return whole.rpartition(MARKER)[2]
 
     def _check(self, unread: list[int], kept: int, warn: Callable[[str], None]) -> None:
-        """Refuses tokens that the model has not; warns, once, where the text leaves the length that it bears."""
+        """Raises ModelError for ids outside the model's vocabulary.
+
+        Warns, once each, where the text exceeds the length that the model supports, and where dynamic RoPE makes it
+        slow.
+        """
         source, end = self.plan.source, kept + len(unread)
         check_ids(unread, source.config["vocab_size"], source.name)
         longest, limit = end + self.plan.max_new_tokens, source.config["max_position_embeddings"]
@@ -367,7 +406,7 @@ def _load(plan: GenerationPlan) -> Any:
 
 
 def _finish(device: Any) -> None:
-    """Wait for what a GPU still computes, before the clock is read."""
+    """Waits until a GPU has finished its work, so that the clock measures it."""
     if device.type == "cuda":
         import torch
 
@@ -375,7 +414,7 @@ def _finish(device: Any) -> None:
 
 
 def _peak_bytes(device: Any) -> int:
-    """The most that was in use: the process's resident set on a CPU, the allocator's on a GPU."""
+    """Returns the peak memory: the process's resident set on a CPU, that of torch's allocator on a GPU."""
     if device.type == "cuda":
         import torch
 

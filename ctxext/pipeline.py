@@ -1,4 +1,4 @@
-"""Functions that join floors: an evaluation put on disk, a merge measured on the way."""
+"""Functions that combine several packages: evaluations written to disk, and merges with measurements."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from ctxext.evals.suite import EvalReport
     from ctxext.model.merge import MergeReport
 
-REQUEST = "request.json"  # of an evaluation: what was asked of which weights
+REQUEST = "request.json"  # of an evaluation: the spec and the weights that it was requested for
 SAME_AGAIN = "make room, then give the same command again: what is measured already is not measured again"
-MERGE_LENGTH = 512  # tokens of a window; and at most so many windows of text
-MERGE_TOKENS = 8192
-MERGE_SHORTEST = 64  # tokens that a NoPE scale may be calibrated for
+MERGE_LENGTH = 512  # most tokens of a window when a merge measures perplexity
+MERGE_TOKENS = 8192  # most tokens of text for this measurement
+MERGE_SHORTEST = 64  # fewest tokens that a NoPE scale may be calibrated for
 
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """An evaluation whose models were found and whose spec makes sense.
+    """A checked evaluation: its models exist and its spec is valid.
 
-    against   the index in `sources` of the model that the others are compared with
-    resumes   `out` holds an unfinished evaluation of the same request: what it has is not run again
+    against   the index in `sources` of the model that the others are compared with; None: no comparison
+    resumes   whether `out` holds an unfinished evaluation of the same request; its finished items are not run again
     """
 
     sources: list[ModelSource]
@@ -55,7 +55,8 @@ class EvalPlan:
 
     @cached_property
     def request(self) -> dict[str, Any]:
-        """What makes two evaluations the same: the spec and all that it reads, the models, the version."""
+        """The spec and all its inputs, the models and the version; evaluations with equal requests are the same."""
+        # Through JSON and back, so that it compares equal to a request read from disk (tuples become lists).
         request = {
             "spec": asdict(self.spec),
             "reads": [inputs(suite) for suite in self.spec.suites],
@@ -75,14 +76,16 @@ def plan_eval(
     out: Path | None = None,
     force: bool = False,
 ) -> EvalPlan:
-    """Find the models and read the spec (evals/spec.py, `asked`), before torch is imported.
+    """Finds the models and checks the spec (evals/spec.py, `asked`), before torch is imported.
 
-    Without `out`, an unfinished evaluation of the same request under ./runs is gone on with. `against` is one of the
-    models, or one more.
+    Without `out`, the plan resumes an unfinished evaluation of the same request under ./runs, if there is one.
+    `against` is one of the models, or an additional one. Raises InputError for a model, a field or an output that
+    cannot be used.
     """
     spec = asked(suite, given or {})
     sources = [resolve(model) for model in models]
     number = None
+    # Compare resolved paths, so that a model named in two ways is not evaluated twice.
     if against is not None:
         other = resolve(against)
         paths = [source.directory.resolve() for source in sources]
@@ -92,6 +95,7 @@ def plan_eval(
             raise InputError(f"--against {against} is the only model", hint="name the model to compare with it as well")
     for source in sources:
         require_tokenizer(source.directory)
+    # Default lengths depend on the models, so the spec is complete only here.
     spec = with_lengths(spec, sources)
     check_suites(spec)
     plan = EvalPlan(sources, spec, number, out or manifests.default_out("eval", suite), False)
@@ -101,6 +105,7 @@ def plan_eval(
     if _unfinished(out, plan) and not force:
         return replace(plan, resumes=True)
     check_free(out, force, keep=[path for source in sources for path in source.paths])
+    # With `force`, an evaluation that another process is running must not be replaced.
     if (out / REQUEST).is_file():
         with (out / REQUEST).open() as file:
             hold(file, out, "evaluation")
@@ -108,7 +113,7 @@ def plan_eval(
 
 
 def _unfinished(place: Path, plan: EvalPlan) -> bool:
-    """Whether an evaluation of the plan's request began at `place`, has not ended, and is nobody's now."""
+    """Returns whether `place` has an unfinished evaluation of the plan's request that no process is running."""
     if not (place / REQUEST).is_file() or (place / manifests.FILE_NAME).exists():
         return False
     with (place / REQUEST).open() as file:
@@ -122,7 +127,11 @@ def _unfinished(place: Path, plan: EvalPlan) -> bool:
 def eval_models(
     plan: EvalPlan, *, force: bool = False, progress: Progress = ignore, notice: Callable[[str], None] = lambda _: None
 ) -> EvalReport:
-    """Run the suites. `out` grows as items are done (request.json first); results.json and ctxext.json come last."""
+    """Runs the suites and returns the report; writes each result to `out` as soon as it is done.
+
+    request.json is written first; results.json and the manifest (ctxext.json) are written last, so an interrupted
+    evaluation can be resumed. `progress` and `notice` are callbacks. Raises EnvironmentFault for a full disk.
+    """
     from ctxext.evals.suite import evaluate
 
     keep = [path for source in plan.sources for path in source.paths]
@@ -138,14 +147,15 @@ def eval_models(
                 )
             except BaseException:
                 if not any(any((plan.out / name).glob("*")) for name in ("outcomes", "keys")):
-                    # Nothing that took long to make: what was here before comes back.
+                    # No results yet: remove `out`, so that `replacing` restores the older output.
                     shutil.rmtree(plan.out, ignore_errors=True)
                 raise
+            # The manifest comes last: it marks the evaluation as finished.
             results = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
             write_whole(plan.out / "results.json", results)
             draw_depths(report, plan.out)
             parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
-            rows = report.rows()  # `longest`: what train/measured.py tells of a model
+            rows = report.rows()  # train/measured.py reads `longest`
             longest = max((row["length"] or 0 for row in rows), default=0)
             read = {suite.suite: list(suite.read) for suite in report.models[0].suites if suite.read}
             facts = {"seconds": report.seconds, "numbers": len(rows), "longest": longest, "read": read}
@@ -154,7 +164,7 @@ def eval_models(
 
 
 def _begin(plan: EvalPlan) -> None:
-    """Make `out` with its request. Raises InputError where another process made it first."""
+    """Makes `out` with its request. Raises InputError where another process made it first."""
     claim(plan.out)
     try:
         write_whole(plan.out / REQUEST, json.dumps(plan.request, indent=2) + "\n")
@@ -164,7 +174,10 @@ def _begin(plan: EvalPlan) -> None:
 
 
 def draw_depths(report: EvalReport, place: Path) -> None:
-    """A heatmap a model of length x depth, as `<number>-<suite>-<model's number>.png`, of the suites with depths."""
+    """Draws a heatmap of length x depth for each model and each suite with depths.
+
+    The files are `<suite's number>-<suite>-<model's number>.png` in `place`.
+    """
     from ctxext.report.figures import heatmap
 
     for number, model in enumerate(report.models):
@@ -191,9 +204,9 @@ Chosen = float | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge that was found possible.
+    """A checked merge.
 
-    alpha, nope_scale   numbers to bake in, `auto` to measure for, or None: left as trained
+    alpha, nope_scale   a factor to merge into the weights, `auto` to choose it by measurement, or None: as trained
     length              tokens that nope_scale `auto` calibrates for; None is the usable length
     data                held-out text for `auto`, a source of data/documents.py
     """
@@ -209,7 +222,7 @@ class MergePlan:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """What `auto` and numbers were, for the manifest."""
+        """The requested adjustments, for the manifest."""
         given = {"alpha_multiplier": self.alpha, "nope_scale": self.nope_scale, "length": self.length}
         asked = {name: value for name, value in given.items() if value is not None}
         return asked | ({"data": self.data} if "auto" in asked.values() else {})
@@ -226,7 +239,12 @@ def plan_merge(
     length: str | int | None = None,
     data: str | None = None,
 ) -> MergePlan:
-    """Find the bundle and its base, and refuse what cannot be merged, before torch is imported."""
+    """Finds the bundle and its base, and checks the options, before torch is imported.
+
+    Raises InputError for options that do not fit together, for a model without an adapter, for a NoPE scale without a
+    full NoPE layer (N), and for an output that exists. Raises as `read_documents` does for `data`.
+    """
+    # Checks of the arguments alone come first; the later ones read the model's files.
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     if nope_scale == "log":
@@ -261,7 +279,7 @@ def plan_merge(
 
 
 def _chosen(option: str, given: str | float | None) -> Chosen:
-    """`auto`, or a number above 0 and up to 4."""
+    """Returns `auto`, None or a number above 0 and up to 4; raises InputError for anything else."""
     if given is None:
         return None
     if given == "auto":
@@ -276,7 +294,11 @@ def _chosen(option: str, given: str | float | None) -> Chosen:
 
 
 def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None) -> MergeReport:
-    """Merge, with the perplexity on held-out embedded text before and after the cast; first what the plan adjusts."""
+    """Merges an adapter into its base and returns the report.
+
+    The adjustments of the plan are applied first. The perplexity on held-out embedded text is measured before and after
+    the cast to the stored dtype. `notice` is called with each warning.
+    """
     from ctxext.evals.perplexity import encode, perplexity
     from ctxext.model.merge import merge
     from ctxext.retrofit.adjust import adjust
@@ -289,6 +311,7 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
         protocol = found.row("held-out embedded text").protocol
         return found.perplexity, f"{format_tokens(found.tokens_scored)} tokens at length {length}, {protocol}"
 
+    # A choice made on training text favours what the model memorised, so the user gets a warning.
     seen = seen_in_training(plan.source, plan.data)
     if seen and "auto" in (plan.alpha, plan.nope_scale):
         notice(f"warning: {plan.data} was trained on ({seen}): what is chosen on text seen in training says little")
@@ -306,14 +329,16 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
 
 
 def seen_in_training(source: ModelSource, data: str) -> str | None:
-    """The source that a bundle was trained on and that is, holds or lies in `data`; None where there is none.
+    """Returns the training source of a bundle that overlaps `data`: the same, a part, or one that contains it.
 
-    Of the embedded corpus training reads the part that is not held out.
+    None where there is no overlap. It is also None for the embedded corpus, because training reads only the part of it
+    that is not held out.
     """
     assert source.manifest is not None
     spec, facts = source.manifest.spec.get("data", {}), source.manifest.facts.get("data", {})
     if data == EMBEDDED:
         return None
+    # Equal content first, which finds copies at other paths; then equal or nested paths.
     known = facts.get("fingerprint")
     if known is not None and known in (fingerprint(data, most=MOST_COMPARED), fingerprints.by_time(data)):
         return str(facts.get("source"))

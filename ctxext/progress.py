@@ -1,13 +1,13 @@
-"""The progress callbacks that long operations take."""
+"""The types of the progress callbacks of long operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-Progress = Callable[[str, int, int], None]  # (what is being done, items done, items in all)
-CountProgress = Callable[[int, int], None]  # (items done, items in all)
+Progress = Callable[[str, int, int], None]  # (name of the current operation, items done, items in total)
+CountProgress = Callable[[int, int], None]  # (items done, items in total)
 
 
 def ignore(*_: Any) -> None:
-    """No-op callback."""
+    """Does nothing: the default callback."""

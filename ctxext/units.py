@@ -1,7 +1,7 @@
-"""Tokens and bytes as a person types them; these, durations and counts as a person reads them.
+"""Parses tokens and bytes that users type; formats tokens, bytes, durations and counts for users.
 
-Tokens and bytes count in 1024 (100k tokens are 102,400); parameters and FLOPs count in 1000. Nothing is
-guessed: no exponents ("1e5"), no leading zeros ("010"), no rounding ("0.3k" is 307.2 tokens and refused).
+Units of tokens and bytes are powers of 1024 (100k tokens are 102,400); those of parameters and FLOPs are powers of
+1000. Parsing is strict: no exponents ("1e5"), no leading zeros ("010"), no rounding ("0.3k" is 307.2 tokens: an error).
 """
 
 from __future__ import annotations
@@ -21,34 +21,31 @@ _LONGEST = 40
 
 
 def parse_tokens(value: int | str) -> int:
-    """A number of tokens: 8192, "8k", "100k" (102,400), "3.5k" (3,584), "1m" (1,048,576), "102,400".
+    """Parses a number of tokens: 8192, "8k", "100k" (102,400), "3.5k" (3,584), "1m" (1,048,576), "102,400".
 
-    Zero is read as zero: whether it makes sense is for the caller to say.
-
-    Raises:
-        InputError: anything else, a negative or a fractional number of tokens included.
+    Zero is allowed; the caller checks whether it makes sense. Raises InputError for anything else, including a negative
+    or a fractional number of tokens.
     """
     allowed = 'a whole number of tokens, such as 8192, "8k", "100k" or "1m" (k = 1024)'
     return _whole(value, _TOKENS, "tokens", allowed)
 
 
 def parse_bytes(value: int | str) -> int:
-    """A number of bytes: 1024, "512M", "80G", "80GB" and "80GiB" (all in 1024).
+    """Parses a number of bytes: 1024, "512M", "80G", "80GB" and "80GiB" (all units are powers of 1024).
 
-    Raises:
-        InputError: anything else, a negative or a fractional number of bytes included.
+    Raises InputError for anything else, including a negative or a fractional number of bytes.
     """
     allowed = 'a whole number of bytes, such as "512M", "80G" or "1.5GiB" (k = 1024)'
     return _whole(value, _BYTES, "bytes", allowed)
 
 
 def format_tokens(count: int) -> str:
-    """102400 as "102,400": always every digit, and `parse_tokens` reads it back."""
+    """Returns 102400 as "102,400": always with every digit; `parse_tokens` can parse the result."""
     return f"{count:,}"
 
 
 def format_bytes(count: int | float) -> str:
-    """Bytes in the largest binary unit that is not below one: "1.5 GiB", "640 B"."""
+    """Returns bytes in the largest binary unit in which they are 1 or more: "1.5 GiB", "640 B"."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
@@ -58,7 +55,8 @@ def format_bytes(count: int | float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as "4.1 ms", "3.2 s", "42 s", "12 min 5 s", "1 h 23 min" or "2 d 3 h"; 0 s is nothing at all."""
+    """Returns seconds as "4.1 ms", "3.2 s", "42 s", "12 min 5 s", "1 h 23 min" or "2 d 3 h"; "0 s" only for 0."""
+    # The limits lie just below 0.1 s and 10 s, so that rounding never shows "100 ms" or "10.0 s".
     if 0 < seconds < 0.0995:
         return f"{_short(seconds * 1000)} ms" if seconds >= 5e-5 else "under 0.1 ms"
     if seconds < 9.95:
@@ -73,28 +71,29 @@ def format_duration(seconds: float) -> str:
 
 
 def first_of(number: int, noun: str) -> str:
-    """the first token, the first 4 tokens"""
+    """Returns "the first token" or "the first 4 tokens"."""
     return f"the first {noun}" if number == 1 else f"the first {counted(number, noun)}"
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """A number of things: "1 sequence", "2,000 sequences", "3 processes" (where -s alone is wrong, `many`)."""
+    """Returns a count with its noun: "1 sequence", "2,000 sequences", "3 processes" (`many`: an irregular plural)."""
     return f"{count:,} {one if count == 1 else many or f'{one}s'}"
 
 
 def format_count(count: int | float) -> str:
-    """A count in thousands: 1,200,000 as "1.2M", 6,738,415,616 as "6.7B"; below 1,000 as it is."""
+    """Returns a count in powers of 1000: 1,200,000 as "1.2M", 6,738,415,616 as "6.7B"; below 1,000 without a unit."""
     return _decimal(count, ("", "k", "M", "B", "T"))
 
 
 def format_flops(count: int | float) -> str:
-    """Floating-point operations (a count, not a rate) in thousands: "3.4 TFLOP"."""
+    """Returns floating-point operations (a count, not a rate) in powers of 1000: "3.4 TFLOP"."""
     return _decimal(count, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP", " EFLOP", " ZFLOP"))
 
 
 def _whole(value: int | str, pattern: re.Pattern[str], noun: str, allowed: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
+    # Exact fractions, so that "3.5k" has no rounding error and "0.3k" is recognised as fractional.
     match = pattern.fullmatch(value.strip()) if isinstance(value, str) and len(value) <= _LONGEST else None
     if match is None:
         raise InputError(f"{_shown(value)} is no number of {noun}; allowed: {allowed}")

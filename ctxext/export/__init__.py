@@ -1,1 +1,1 @@
-"""A finished model for others to run: what they honour of it, and the directory they are given."""
+"""Export of a finished model to other programs: what they support of its layout, and the directory for them."""

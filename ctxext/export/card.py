@@ -1,6 +1,6 @@
-"""The model card of an exported directory: what it is, layer by layer, and how it came about. No path, no user's name.
+"""The model card of an exported directory: its layers and how the model was made. It has no path and no user's name.
 
-How it was made is read from the manifests of the model and its parents, as far back as these are still in place.
+The steps that made the model are read from the manifests of the model and its parents, as far back as they still exist.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ctxext.model.source import ModelSource, manifest_of
 from ctxext.units import format_tokens
 
 HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/")
-PARENTS = ("finetune", "base", "source", "model")  # the roles of the model that an output was made of
+PARENTS = ("finetune", "base", "source", "model")  # roles of a parent model in a manifest
 
 
 @dataclass(frozen=True)
 class Step:
-    """One output of the chain: its directory (None where it is gone), what it is called, what its manifest says."""
+    """One output of the chain: its directory (None where it no longer exists), its name, and its manifest."""
 
     path: Path | None
     name: str
@@ -39,10 +39,11 @@ class Step:
 
 
 def history(path: Path) -> list[Step]:
-    """The chain of models, the oldest first and the one in `path` last."""
+    """Returns the chain of models, the oldest first and the one in `path` last."""
     steps: list[Step] = []
     path = path.absolute()
-    while len(steps) < 100:  # a chain may bite its tail
+    while len(steps) < 100:  # a chain may contain a cycle
+        # A parent path may be only a name, or a directory that no longer exists: the chain starts there.
         there = path.is_absolute() and path.is_dir()
         found = manifest_of(path) if there else None
         name = (found.facts.get("name") if found else None) or hub_id(path) or path.name
@@ -55,13 +56,13 @@ def history(path: Path) -> list[Step]:
 
 
 def first_model(path: Path) -> str:
-    """What to type for the oldest model of the chain: its id on the hub, where it lies, or its name once it is gone."""
+    """Returns the command-line argument for the oldest model of the chain: its hub id, else its path, else its name."""
     first = history(path)[0]
     return shlex.quote(first.name if first.path is None else hub_id(first.path) or str(first.path))
 
 
 def hub_id(path: Path) -> str | None:
-    """The hub's name of a model that lies in the hub's cache."""
+    """Returns the hub id of a model in the hub's cache; None for other paths."""
     found = HUB_CACHE.search(f"{path.absolute()}/")
     return f"{found[1]}/{found[2]}" if found else None
 
@@ -69,12 +70,14 @@ def hub_id(path: Path) -> str | None:
 def write_card(
     source: ModelSource, verdict: Verdict, commands: Sequence[str], *, tokenizer_problem: str | None = None
 ) -> str:
-    """The card of a model that is no bundle; `commands` run it where the verdict's target does.
+    """Returns the card of a model that is not a bundle; `commands` run it with the verdict's target.
 
-    `tokenizer_problem` says how AutoTokenizer reads other ids than tokenizer.json, where it does (model/tokenizer.py).
+    `tokenizer_problem` describes how AutoTokenizer and tokenizer.json give different ids (model/tokenizer.py), None
+    where they agree.
     """
     steps = history(source.directory)
     base, licence = _base_id(steps[0]), _licence(steps)
+    # The hub reads this front matter. A model that is itself the base has no base_model.
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= licence
     front |= {"base_model": base} if base and len(steps) > 1 else {}
@@ -110,12 +113,13 @@ def _base_id(root: Step) -> str | None:
 
 
 def _licence(steps: Sequence[Step]) -> dict[str, str]:
-    """What the oldest card of the chain that names a licence says of it."""
+    """Returns the licence fields of the oldest card of the chain that names a licence."""
     found = (stated_licence(step.path) for step in steps if step.path is not None)
     return next((stated for stated in found if "license" in stated), {})
 
 
 def _layers(source: ModelSource) -> str:
+    # One row of the table for each kind of layer.
     of: dict[LayerKind, list[str]] = {}
     for number, kind in enumerate(source.kinds):
         of.setdefault(kind, []).append(str(number))
@@ -131,6 +135,7 @@ def _layers(source: ModelSource) -> str:
 
 
 def _told(step: Step) -> str:
+    # One line of "How it was made". A model without a manifest is not an output of ctxext.
     found = step.manifest
     if (stored := stored_as(found)) is not None:
         return f"**{step.name}**, the weights of a quantised GGUF file ({stored})"
@@ -157,7 +162,8 @@ def _measured(steps: Sequence[Step]) -> list[str]:
         facts = step.manifest.facts if step.manifest else {}
         gate, merge = facts.get("gate") or {}, facts.get("merge") or {}
         unit = "of what is learned from the teacher" if facts.get("teacher") else "nats a token"
-        of = f" ({merge['perplexity_of']})" if "perplexity_of" in merge else ""  # an older ctxext did not say
+        of = f" ({merge['perplexity_of']})" if "perplexity_of" in merge else ""  # older manifests lack it
+        # Each manifest has only the values that its command measures; the others are None and give no row.
         found = {
             "source layout against the source, max logit difference": gate.get("identity_max_diff"),
             "this layout against a hand-written walk, max difference": gate.get("hybrid_max_diff"),

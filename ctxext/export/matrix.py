@@ -1,8 +1,8 @@
 """Which programs honour a model's exact layout and positions: a fact for each target and class, with its sources.
 
-Every fact was read in a stored public copy of the source (commit given), an issue or a documentation page in 2026-11;
-vLLM and llama.cpp were then run on a CPU (benchmarks/runtimes.py), Ollama was not. What could not be established counts
-as not honoured, and so does what versions of the same year lose without a word. No torch.
+Every fact comes from a stored public copy of the source (commit given), an issue or a documentation page, read in
+2026-11. In addition, vLLM and llama.cpp were run on a CPU (benchmarks/runtimes.py); Ollama was not run. A feature that
+could not be confirmed counts as not honoured. So does a feature that versions of the same year silently drop. No torch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ CHECKED = {
 }
 TARGETS = ("hf", "vllm", "gguf", "ollama")
 Kinds = tuple[LayerKind, ...]
-Objection = tuple[str, str]  # what is not honoured; the nearest that would be
+Objection = tuple[str, str]  # what is not honoured; the nearest model that would be honoured
 Rule = Callable[[Config, Kinds], list[Objection]]
 
 
 @dataclass(frozen=True)
 class Fact:
-    """How a target runs a class, what it does not honour of one (`rules`), and the sources of both. `run`: whether the
-    target ran models of the class here, or it was read alone."""
+    """How a target runs a class of models.
+
+    how       the class or program that runs it
+    sources   where this fact and its rules come from
+    rules     each returns what the target does not honour of a model
+    run       whether the target was run on models of the class here; False: only its source was read
+    """
 
     how: str
     sources: tuple[str, ...]
@@ -45,8 +50,11 @@ class Fact:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target's answer for one model. `objections` are empty where its window and NoPE pattern are honoured exactly;
-    `nearest` has for each of them what would be honoured instead."""
+    """The result of the check of one model for one target.
+
+    `objections` is empty where the target honours the windows and the NoPE pattern exactly. `nearest` has the models
+    that would be honoured instead.
+    """
 
     target: str
     model_type: str
@@ -66,7 +74,7 @@ class Verdict:
         return {"honoured": self.honoured} | asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Lines for a screen."""
+        """Returns (name, value) rows for the screen."""
         rows = [("target", self.target), ("layout", f"{self.model_type}: {self.layout}")]
         rows += [("honoured", "yes, exactly" if self.honoured else "no"), ("how", self.how)]
         rows += [("not honoured", text) for text in self.objections] + [("instead", text) for text in self.nearest]
@@ -74,10 +82,10 @@ class Verdict:
 
 
 def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | None = None) -> Verdict:
-    """Whether `target` honours a (normalised) config exactly. `source` is what is typed for the model that a conversion
-    would start from; `raw` is the config.json as it stands, which is what the target reads.
+    """Checks whether `target` honours a (normalised) config exactly.
 
-    Raises InputError for a target there is not.
+    `source` is the command-line argument for the model that a conversion would start from. `raw` is the unchanged
+    config.json, which the target reads. Raises InputError for an unknown target.
     """
     if target not in TARGETS:
         raise InputError(f"--target {target!r}: allowed are {', '.join(TARGETS)}")
@@ -85,8 +93,9 @@ def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | N
     fact = FACTS[target][config["model_type"]]
     found = [objection for rule in fact.rules for objection in rule(config, kinds)]
     found += [] if raw is None else spellings.objections(raw, target)
+    # Several rules can give the same text: keep each text once, in order.
     objections, nearest = (tuple(dict.fromkeys(column)) for column in zip(*found, strict=True)) if found else ((), ())
-    if UNCONVERTED in nearest:  # then no layout of the converted class would be honoured
+    if UNCONVERTED in nearest:  # the target honours no layout of the converted class, FFFN included
         nearest = tuple(text for text in nearest if text != FFFN)
     nearest = tuple(text.replace("SOURCE", source) for text in nearest)
     layout = pattern_text(kinds)
@@ -104,7 +113,7 @@ def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | N
 
 
 def limits(kind: LayerKind, config: Config) -> bool:
-    """Whether a window ever hides a key, at lengths the model bears."""
+    """Returns whether a layer's window hides any key at lengths that the model supports."""
     return kind.sliding_window is not None and kind.sliding_window < config["max_position_embeddings"]
 
 
@@ -120,13 +129,13 @@ def _windows(config: Config, kinds: Kinds, *, why: str, instead: str) -> list[Ob
 
 
 def _every_fourth(config: Config, kinds: Kinds) -> list[Objection]:
-    """llama.cpp's SmolLM3: no RoPE in layers 3, 7, 11, ... and in no other."""
+    """llama.cpp's SmolLM3 always leaves out RoPE in layers 3, 7, 11, ..., and only there."""
     wrong = []
     for word, rope in (("would get RoPE", False), ("would lose it", True)):
         layers = [i for i, kind in enumerate(kinds) if kind.use_rope is rope and (i % 4 == 3) is rope]
         wrong += [f"{_layers(layers)} {word}"] if layers else []
     text = "the program leaves RoPE out of layers 3, 7, 11, ... whatever the model says"
-    plain = all(kind.use_rope and not limits(kind, config) for kind in kinds)  # what the source's own class says too
+    plain = all(kind.use_rope and not limits(kind, config) for kind in kinds)  # as in the source's own class
     return [(f"{text}: {'; '.join(wrong)}", UNCONVERTED if plain else FFFN)] if wrong else []
 
 
@@ -156,7 +165,7 @@ def _llama3(config: Config, kinds: Kinds) -> list[Objection]:
 
 
 def _nope(config: Config, kinds: Kinds) -> list[Objection]:
-    """vLLM's GraniteSWA as of 0.29.0: one RoPE for all layers."""
+    """vLLM's GraniteSWA, as of 0.29.0, uses one RoPE for all layers."""
     without = [i for i, kind in enumerate(kinds) if not kind.use_rope]
     instead = "`ctxext convert SOURCE --class smollm3` with the same layout, or F in place of N"
     return [(f"{_layers(without)} would get RoPE: vLLM 0.29.0 reads no layer_rope_theta", instead)] if without else []

@@ -1,10 +1,11 @@
-"""Fields of a config.json that one program reads and another does not, or reads elsewhere: RoPE's above all. No torch.
+"""Fields of a config.json that programs read differently, mainly those of RoPE. No torch.
 
-A (normalised) config says what transformers computes. An exported directory has the config.json as it stands, and
-other programs read that: where it says one thing in two places, or has a field that transformers passes over, they may
-compute something else. What transformers reads was read in modeling_rope_utils.py of 5.23 and is held to it by a test.
-Stored copies of llama.cpp's converter (2026-11) read extrapolation_factor, attn_factor and mrope_section too, those of
-vLLM's get_rope also apply_yarn_scaling and rope_dim. A field that is not on transformers' list is taken for such a one.
+A (normalised) config describes what transformers computes. An exported directory has the unchanged config.json, and
+other programs read that file. Where it states one value in two places, or has a field that transformers ignores, these
+programs may compute something else. The list of fields that transformers reads comes from modeling_rope_utils.py of
+5.23; a test compares it. Stored copies of llama.cpp's converter (2026-11) also read extrapolation_factor, attn_factor
+and mrope_section. Those of vLLM's get_rope also read apply_yarn_scaling and rope_dim. This module reports every field
+that is not on transformers' list.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 
 from ctxext.model.families import Config
 
-Objection = tuple[str, str]  # what is not honoured; what would help
+Objection = tuple[str, str]  # what is not honoured; how to fix it
 ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-READ = {  # by transformers, of RoPE's parameters, by rope_type
+READ = {  # the RoPE parameters that transformers reads, by rope_type
     "default": ANY,
     "proportional": ANY,
     "linear": ANY | {"factor"},
@@ -33,7 +34,8 @@ LAYERS = ("full_attention", "sliding_attention")
 
 
 def objections(raw: Config, target: str) -> list[Objection]:
-    """What of a config.json, as it stands, `target` reads otherwise than transformers; [] where all read the same."""
+    """Returns what `target` reads differently from transformers in an unchanged config.json; [] for no difference."""
+    # RoPE parameters are one set, or one set for each type of layer.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope = rope if isinstance(rope, dict) else {}
     sets = [one for name in LAYERS if isinstance(one := rope.get(name), dict)] or [rope]
@@ -51,7 +53,7 @@ def objections(raw: Config, target: str) -> list[Objection]:
 
 
 def _everywhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
-    """What stock transformers itself stumbles over, though ctxext knows what is meant."""
+    """Yields fields that stock transformers itself misreads, although ctxext reads them as intended."""
     name = "original_max_position_embeddings"
     if _kind(rope) in ("yarn", "longrope", "llama3") and name in raw and raw[name] is None:
         yield (
@@ -68,6 +70,7 @@ def _elsewhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
     if None not in (rope.get("type"), rope.get("rope_type")) and rope["type"] != rope["rope_type"]:
         text = f"rope_type {rope['rope_type']} and type {rope['type']}: transformers reads the first, others the second"
         yield text, _without("type")
+    # The same value in two places: programs differ in the place that they read.
     for name in ("rope_theta", "original_max_position_embeddings"):
         if name == "original_max_position_embeddings" and kind not in ("yarn", "longrope", "llama3"):
             continue

@@ -1,7 +1,7 @@
-"""An exported directory: weights as they are, config, tokenizer, card; whole or not at all, config.json last.
+"""Writes an exported directory: unchanged weights, config, tokenizer and card. It appears complete or not at all.
 
-Weights are hard-linked where the disk allows it, else copied. What is written says nothing of where it was made: local
-paths are taken out, and every text is searched for them before the directory appears. No torch.
+config.json is written last. Weights are hard-linked where the file system allows it, else copied. The output contains
+no local paths: they are removed, and every text is searched for them before the directory appears. No torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ctxext.model.rope_fields import ORIGINAL, written_for_both
 from ctxext.model.source import ModelSource, read_config, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
-SEARCHED = 2**20  # bytes of a copied file that is searched for local paths; a larger one is a vocabulary
-NAMES = ("_name_or_path", "name_or_path")  # where transformers notes the place a file was read from
+SEARCHED = 2**20  # most bytes of a copied file that is searched for local paths; larger files are vocabularies
+NAMES = ("_name_or_path", "name_or_path")  # fields in which transformers stores the path that a file was read from
 
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """A model, and what a target makes of it."""
+    """A planned export: the model, the verdict of the target, and the output directory."""
 
     source: ModelSource
     verdict: Verdict
@@ -42,7 +42,7 @@ class ExportPlan:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written where."""
+    """The result of an export: its directory and files, and the commands to run next."""
 
     out: str
     verdict: Verdict
@@ -58,7 +58,10 @@ class Exported:
 
 
 def plan_export(model: str, target: str, out: Path | None = None, force: bool = False) -> ExportPlan:
-    """Find a model and judge it. Raises InputError for a target there is not and for an adapter that is not merged."""
+    """Finds a model and checks it for a target, without writing anything.
+
+    Raises InputError for an unknown target, for an adapter that is not merged, and for an output that exists.
+    """
     if target not in TARGETS:
         raise InputError(f"--target {target!r}: allowed are {', '.join(TARGETS)}")
     if (Path(model) / "adapter_config.json").is_file():
@@ -72,7 +75,7 @@ def plan_export(model: str, target: str, out: Path | None = None, force: bool = 
 
 
 def refuse(judged: Verdict) -> None:
-    """Raises CheckFailed, with the nearest that would be honoured, where a verdict is no."""
+    """Raises CheckFailed where the target does not honour the model; the hint names the nearest honoured models."""
     if not judged.honoured:
         lines = "\n".join(f"  {text}" for text in judged.objections)
         raise CheckFailed(
@@ -82,11 +85,15 @@ def refuse(judged: Verdict) -> None:
 
 
 def export(plan: ExportPlan) -> Exported:
-    """Write the directory. Raises CheckFailed where the target does not honour the model, or a path would leak."""
+    """Writes the directory.
+
+    Raises CheckFailed where the target does not honour the model, or where a text contains a local path.
+    """
     refuse(plan.verdict)
     source, directory = plan.source, plan.source.directory
     weights = sorted({info.file for info in tensors_of(source).values()})
     tokenizer, problem = _tokenizer_files(plan)
+    # Files with new content: the card, and settings without local paths. All other files are copied.
     texts = {
         "README.md": write_card(
             source, plan.verdict, _commands(plan, ".") if plan.verdict.target != "hf" else (), tokenizer_problem=problem
@@ -97,6 +104,7 @@ def export(plan: ExportPlan) -> Exported:
     if plan.verdict.target == "ollama":
         texts["Modelfile"] = f"FROM ./{_plain(source.name)}.gguf\nPARAMETER num_ctx {source.usable_length}\n"
     copied = {name: directory / name for name in {INDEX, *companions(directory)} - texts.keys()}
+    # Search before anything is written, so that a leak leaves no output.
     small = {name: path for name, path in copied.items() if path.is_file() and path.stat().st_size <= SEARCHED}
     _search(texts | {name: path.read_text("utf-8", "replace") for name, path in small.items()}, source)
     with staged_output(plan.out, plan.force) as staging:
@@ -106,6 +114,7 @@ def export(plan: ExportPlan) -> Exported:
                 (staging / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, staging / name)
         manifests.write(staging, _manifest(plan, weights))
+        # config.json last: a directory with it is a complete model.
         for name in sorted(texts, key=lambda name: name == "config.json"):
             (staging / name).write_text(texts[name], "utf-8")
         files = tuple(sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()))
@@ -113,10 +122,10 @@ def export(plan: ExportPlan) -> Exported:
 
 
 def _tokenizer_files(plan: ExportPlan) -> tuple[dict[str, str], str | None]:
-    """Tokenizer files that are not copied as they are, and how AutoTokenizer reads others' ids all the same.
+    """Returns the tokenizer files that are changed, and the remaining problem of AutoTokenizer (None for no problem).
 
-    Raises CheckFailed in that case for every target but hf: those programs open the tokenizer by AutoTokenizer, and
-    only Python can be told to open it otherwise.
+    The problem is that AutoTokenizer and tokenizer.json give different ids. Then it raises CheckFailed for every target
+    except hf: those programs open the tokenizer with AutoTokenizer, and only Python code can open it another way.
     """
     from ctxext.model.tokenizer import SETTINGS, settle, version
 
@@ -128,6 +137,7 @@ def _tokenizer_files(plan: ExportPlan) -> tuple[dict[str, str], str | None]:
             f"tokenizer.json: {settled.problem}",
             hint="ctxext convert it (to a class without a tokenizer class of its own), or export --target hf",
         )
+    # The settings file is always rewritten, because it may contain a local path.
     files = {name: data.decode() for name, data in settled.files.items()}
     if SETTINGS in files:
         files[SETTINGS] = _plainly(json.loads(files[SETTINGS]))
@@ -137,7 +147,7 @@ def _tokenizer_files(plan: ExportPlan) -> tuple[dict[str, str], str | None]:
 
 
 def _place(source: Path, out: Path) -> bool:
-    """Hard-link (True) or copy a weight file; a link into the hub's cache is followed."""
+    """Hard-links (returns True) or copies a weight file; follows symbolic links, such as those of the hub's cache."""
     real = source.resolve()
     try:
         os.link(real, out)
@@ -148,13 +158,13 @@ def _place(source: Path, out: Path) -> bool:
 
 
 def _rope(config: Config) -> Config:
-    """The fields of RoPE as transformers 4 and 5 read them, whichever of the two the model's own file is for."""
+    """Returns the RoPE fields for both transformers 4 and 5; the model's own file may have those of one version."""
     both = written_for_both(config)
     return {name: both[name] for name in ("rope_parameters", "rope_theta", "rope_scaling", ORIGINAL) if name in both}
 
 
 def _plainly(settings: Mapping[str, Any]) -> str:
-    """A JSON file less the place transformers says it was read from."""
+    """Returns the text of a JSON file without the path from which transformers read it."""
     kept = {name: value for name, value in settings.items() if name not in NAMES}
     return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
 
@@ -173,11 +183,12 @@ def _manifest(plan: ExportPlan, weights: Sequence[str]) -> manifests.Manifest:
 
 
 def _search(texts: Mapping[str, str], source: ModelSource) -> None:
-    """Raises CheckFailed when a text names a directory of this machine or its user's home."""
+    """Raises CheckFailed when a text contains the user's home, the working directory or a directory of the history."""
     places = {str(Path.home()), str(Path.cwd())}
     places |= {str(step.path) for step in history(source.directory) if step.path is not None}
     for name, text in texts.items():
         for place in places - {"/"}:
+            # The lookahead avoids a match on the first part of a longer name, such as /home/al in /home/alice.
             if re.search(rf"{re.escape(place)}(?![\w.-])", text):
                 raise CheckFailed(
                     f"{name} would name {place}, a place of this machine", hint="take it out of the source"
@@ -185,7 +196,7 @@ def _search(texts: Mapping[str, str], source: ModelSource) -> None:
 
 
 def _commands(plan: ExportPlan, here: str) -> tuple[str, ...]:
-    """What to type next; none of it was run."""
+    """Returns the commands to run next; ctxext does not run them."""
     judged, source, name = plan.verdict, plan.source, _plain(plan.source.name)
     if judged.target == "hf":
         return (f"hf upload YOUR-NAME/{name} {here}",)
@@ -205,6 +216,6 @@ def _plain(name: str) -> str:
 
 
 def rows(exported: Exported) -> Sequence[tuple[str, str]]:
-    """The result as lines for a screen."""
+    """Returns the result as (name, value) rows for the screen."""
     done = [("written to", exported.out), ("files", f"{len(exported.files)}, {exported.linked} of them hard-linked")]
     return [*exported.verdict.rows(), *done, *(("next (not run)", line) for line in exported.commands)]

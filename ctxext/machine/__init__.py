@@ -1,1 +1,1 @@
-"""What this machine and its container have: memory, cores, GPUs. No torch."""
+"""The resources of this machine and its container: memory, cores, GPUs. No torch."""

@@ -1,4 +1,4 @@
-"""The cgroups of this process, of version 1 and 2, as the file system shows them in this mount namespace."""
+"""The cgroups of this process, version 1 and 2, as seen in the file system of this mount namespace."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ ROOT = Path("/")
 
 @dataclass(frozen=True)
 class Level:
-    """One cgroup: its directory, and the version of the interface that its files have."""
+    """One cgroup: its directory, and the cgroup version of its files."""
 
     directory: Path
     version: Literal[1, 2]
 
 
 def levels(controller: str, root: Path = ROOT) -> list[Level]:
-    """The cgroups of `controller` that hold this process, its own first, up to the highest that can be seen.
+    """Returns the cgroups of `controller` that contain this process, from its own up to the highest visible one.
 
-    Empty where there are none, or where proc cannot be read. Both versions are returned where both are mounted.
+    The list is empty where there are none, or where proc cannot be read. It has both versions where both are mounted.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text("utf-8", "replace").splitlines()
@@ -38,6 +38,7 @@ def levels(controller: str, root: Path = ROOT) -> list[Level]:
         version: Literal[1, 2] = 2 if number_ == "0" and not names else 1
         if version == 1 and controller not in names.split(","):
             continue
+        # The first matching mount is enough: all mounts of a controller show one hierarchy.
         for within, place in _mounts(mounts, version, controller):
             found += _upwards(root / place.lstrip("/"), path, within, version)
             break
@@ -45,8 +46,9 @@ def levels(controller: str, root: Path = ROOT) -> list[Level]:
 
 
 def _mounts(lines: list[str], version: int, controller: str) -> list[tuple[str, str]]:
-    """(root of the mount in its hierarchy, mount point) of every cgroup file system of a version and controller."""
+    """Returns (root of the mount in its hierarchy, mount point) of every cgroup mount of a version and controller."""
     found = []
+    # A mountinfo line is fields, " - ", then type, source and options; fields 3 and 4 are the root and the mount point.
     for line in lines:
         before, _, after = line.partition(" - ")
         fields, kind = before.split(" "), after.split(" ")
@@ -58,10 +60,10 @@ def _mounts(lines: list[str], version: int, controller: str) -> list[tuple[str, 
 
 
 def _upwards(place: Path, path: str, within: str, version: Literal[1, 2]) -> list[Level]:
-    """The cgroup at `path` and those above it, of the part `within` of a hierarchy that is mounted at `place`."""
+    """Returns the cgroup at `path` and those above it; `within` is the part of the hierarchy mounted at `place`."""
     relative = os.path.relpath(path, within)
-    # A container without a cgroup namespace can have a path that lies outside what it mounts. The mount itself is the
-    # container's own cgroup then.
+    # Without a cgroup namespace, the path of a container can lie outside its mount. Then the mount itself is the
+    # container's own cgroup.
     directory = place if relative.startswith("..") else place / relative
     directory = directory if directory.is_dir() else place
     every = [directory, *directory.parents]
@@ -69,12 +71,12 @@ def _upwards(place: Path, path: str, within: str, version: Literal[1, 2]) -> lis
 
 
 def _unescaped(text: str) -> str:
-    """mountinfo writes a space as \\040."""
+    """Replaces octal escapes: mountinfo writes a space as \\040."""
     return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), text)
 
 
 def number(path: Path) -> int | None:
-    """The number in a file; None for `max`, -1, and a file that cannot be read."""
+    """Returns the number in a file; None for `max`, -1, and a file that cannot be read."""
     try:
         value = int(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -83,7 +85,7 @@ def number(path: Path) -> int | None:
 
 
 def table(path: Path) -> dict[str, int]:
-    """The numbers of a file with lines `name value`; empty where it cannot be read."""
+    """Returns the numbers of a file with lines `name value`; empty where it cannot be read."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except OSError:
@@ -93,15 +95,20 @@ def table(path: Path) -> dict[str, int]:
 
 
 def cores(root: Path = ROOT) -> int:
-    """Cores that this process may use, at least 1: those it is bound to, or fewer where its cgroups give less time."""
+    """Returns the number of cores that this process may use, at least 1.
+
+    It is the smaller of the number of cores in the process's affinity and the lowest CPU quota of its cgroups, rounded
+    up.
+    """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shares = [share for level in levels("cpu", root) if (share := _quota(level)) is not None]
     return max(1, min([bound, *(math.ceil(share) for share in shares)]))
 
 
 def _quota(level: Level) -> float | None:
-    """Cores' worth of time that one cgroup gives; None for no limit."""
+    """Returns the CPU quota of one cgroup in cores; None for no limit."""
     if level.version == 2:
+        # cpu.max is "QUOTA PERIOD" in microseconds, or "max PERIOD".
         try:
             words = (level.directory / "cpu.max").read_text("utf-8").split()
         except OSError:

@@ -1,8 +1,8 @@
-"""GPUs that a process started here can train on, asked without torch: the one answer of plans, launches and refusals.
+"""Finds the GPUs that a process started here can train on, without torch; plans, launches and checks all use it.
 
-torch knows for certain, and takes seconds to import; `train/prepare.py` compares its answer with this one before it
-trains. An answer here is made of three facts: what torch was built for, which GPUs the system shows, and which of them
-the variables hide.
+torch gives the exact answer, but takes seconds to import. `train/prepare.py` compares torch's answer with this one
+before training. The answer follows from three facts: what torch is built for, which GPUs the system shows, and which of
+them environment variables hide.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AMD_HIDES = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICE
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ, root: Path | None = None) -> int:
-    """How many GPUs torch will see here. 0 for a torch without CUDA and ROCm, and where the variables hide all."""
+    """Returns how many GPUs torch will see: 0 for a torch without CUDA and ROCm, and where variables hide all GPUs."""
     build = torch_build()
     if build is None:
         return 0
@@ -37,11 +37,15 @@ def visible_gpus(environ: Mapping[str, str] = os.environ, root: Path | None = No
 
 
 def first_gpu(environ: Mapping[str, str] = os.environ) -> tuple[str, int] | None:
-    """(name, MiB of memory) of the first visible GPU, "" and 0 where nvidia-smi does not say; None without a GPU."""
+    """Returns (name, MiB of memory) of the first visible GPU; None without a GPU.
+
+    The name is "" and the memory 0 where nvidia-smi does not report them.
+    """
     if not visible_gpus(environ):
         return None
     rows = [[part.strip() for part in line.split(",")] for line in _smi(*QUERY)]
     rows = [row for row in rows if len(row) == 4]
+    # CUDA_VISIBLE_DEVICES names a GPU by index or by the start of its UUID.
     wanted = (_listed(environ.get("CUDA_VISIBLE_DEVICES", "")) or ["0"])[0]
     chosen = next((row for row in rows if row[0] == wanted or row[1].startswith(wanted)), rows[0] if rows else None)
     return ("", 0) if chosen is None else (chosen[2], int(chosen[3]) if chosen[3].isdigit() else 0)
@@ -49,7 +53,7 @@ def first_gpu(environ: Mapping[str, str] = os.environ) -> tuple[str, int] | None
 
 @cache
 def torch_build() -> Build:
-    """What the installed torch was built for, read from its files; None for a CPU, and where there is no torch."""
+    """Returns what the installed torch is built for, read from its version.py; None for a CPU, and without torch."""
     found = find_spec("torch")
     if found is None or found.origin is None:
         return None
@@ -64,7 +68,7 @@ def torch_build() -> Build:
 
 
 def _listed(variable: str) -> list[str]:
-    """The devices that a variable names; the first one that is no device ends the list, as CUDA reads it."""
+    """Returns the devices that a variable names; as in CUDA, the first invalid name ends the list."""
     names = list[str]()
     for name in (part.strip() for part in variable.split(",")):
         if not re.fullmatch(r"\d+|GPU-[\w-]+|MIG-[\w/-]+", name):
@@ -74,7 +78,7 @@ def _listed(variable: str) -> list[str]:
 
 
 def _nvidia(root: Path) -> int:
-    """By the driver's files, or by nvidia-smi where there are none (Windows' Linux has none)."""
+    """Counts NVIDIA GPUs: from the driver's and the device files, or with nvidia-smi where there are none (WSL)."""
     by_driver = root / "proc/driver/nvidia/gpus"
     try:
         count = sum(1 for _ in by_driver.iterdir())
@@ -86,7 +90,7 @@ def _nvidia(root: Path) -> int:
 
 
 def _amd(root: Path) -> int:
-    """By the driver's list of nodes: a CPU is one, too, and has no SIMD units."""
+    """Counts AMD GPUs in the driver's list of nodes; a CPU is also a node, but has no SIMD units."""
     count = 0
     for path in (root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties"):
         try:

@@ -1,4 +1,4 @@
-"""Every attention pattern here is one vector: query q sees exactly the keys lo[q] <= k <= q.
+"""Attention patterns, each described by one vector: query q sees exactly the keys lo[q] <= k <= q.
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, K key/value heads, W window, G group.
 d is the key index at which q's document starts, 0 when a row is one document.
@@ -7,16 +7,16 @@ d is the key index at which q's document starts, 0 when a row is one document.
     sliding window     lo = max(d, q - W + 1)                              W keys, q itself included
     S² attention       lo = d + max(0, ((q - d + s) // G) * G - s)         s = 0, or G // 2 on the shifted heads
 
-An intersection of patterns is the maximum of their vectors. Because k <= q is part of the description and not of a
-kernel, no pattern can see the future; because lo is clamped at d, no pattern can see another document.
+An intersection of patterns is the maximum of their vectors. The limit k <= q is part of the description, not of a
+kernel, so no pattern can see the future. lo is never below d, so no pattern can see another document.
 
 S² attention may add N sink tokens: q also sees the keys d <= k < d + N with k <= q, the first N tokens of its own
-document. Pretrained models put much of their attention on the first token (StreamingLLM, arXiv 2309.17453), so that
-groups which hide it break them. `sinks_before` says which of these tokens an interval [lo, q] does not hold already.
+document. Pretrained models put much of their attention on the first token (StreamingLLM, arXiv 2309.17453), so groups
+that hide it damage these models. `sinks_before` counts the sink tokens that an interval [lo, q] does not hold.
 
 S² (shifted sparse attention; LongLoRA, arXiv 2309.12307, section 3.2) cuts the tokens into groups of G and attends
-causally inside each. Half of the heads use groups moved by G // 2, so that what one half cuts the other half joins,
-and information crosses the whole row layer by layer. T = 10, G = 4, hence s = 2:
+causally inside each. Half of the heads use groups moved by G // 2. Tokens that one half separates share a group in the
+other half, so information crosses the whole row layer by layer. T = 10, G = 4, hence s = 2:
 
         unshifted heads, s = 0              shifted heads, s = 2
         k 0 1 2 3 4 5 6 7 8 9   lo          k 0 1 2 3 4 5 6 7 8 9   lo
@@ -32,11 +32,11 @@ and information crosses the whole row layer by layer. T = 10, G = 4, hence s = 2
     q 9   . . . . . . . . x x    8      q 9   . . . . . . x x x x    6
 
 Two tokens share a group iff (q + s) // G == (k + s) // G. The first member of q's group is therefore the smallest
-k >= 0 with k + s >= ((q + s) // G) * G, which is the formula above. The released code reaches the same picture by
-rolling half of the heads by G // 2; its roll carries the last G // 2 tokens of the row to the front, and under a plain
-triangular mask the first tokens then see them: the future. Here nothing is rolled, so nothing wraps, and T need not
-be a multiple of G: the last group is simply shorter, as is the shifted heads' first one. For odd G it has
-G - G // 2 tokens. Groups restart at every document.
+k >= 0 with k + s >= ((q + s) // G) * G, which is the formula above. The released code of LongLoRA rolls half of the
+heads by G // 2 instead. Its roll moves the last G // 2 tokens of the row to the front. Under a plain triangular mask
+the first tokens then see these tokens, which are their future. This module rolls nothing, so nothing wraps around, and
+T need not be a multiple of G. The last group is shorter then. The first group of the shifted heads is always shorter:
+it has G - G // 2 tokens. Groups restart at every document.
 
 torch is imported inside the functions that make tensors, so that plans can use `Pattern` without it.
 """
@@ -56,13 +56,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a query may see, in tokens: `sliding_window` keys, itself included, and its own S² group of `group_size`.
+    """What a query may see, in tokens.
 
-    Both None is full causal attention; both set is the intersection. `shift` is the tokens by which the groups of the
-    shifted heads begin earlier, from 1 to G - 1; None is G // 2, as published. `sink_tokens` are the first tokens of
-    its document that a query sees beside its group; 0 is S² as published. Raises InputError for a window under 1,
-    a group under 2 (a group of one token has no half to shift by), a shift that is none of a group's, and sink tokens
-    without groups or with a window.
+    sliding_window  keys that a query sees, itself included; None: no window
+    group_size      tokens of an S² group; None: no groups
+    shift           tokens by which the groups of the shifted heads begin earlier, from 1 to G - 1; None is G // 2, as
+                    published
+    sink_tokens     first tokens of its document that a query sees besides its group; 0 is S² as published
+
+    Without window and groups, attention is full and causal; with both, a query sees the intersection. Raises InputError
+    for a window under 1, a group under 2 (a group of one token has no half to shift by), a shift without groups or not
+    below group_size, and sink tokens without groups or with a window.
     """
 
     sliding_window: int | None = None
@@ -85,7 +89,7 @@ class Pattern:
 
     @property
     def shifts(self) -> tuple[int, int]:
-        """s of the unshifted and of the shifted heads, in tokens."""
+        """Returns s of the unshifted and of the shifted heads, in tokens."""
         return 0, (self.group_size or 0) // 2 if self.shift is None else self.shift
 
 
@@ -97,14 +101,14 @@ def lower_bounds(
     document_starts: torch.Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """The first key that each query sees: lo, int64 [B or 1, 2 with S² groups else 1, T].
+    """Returns the first key that each query sees: lo, int64 [B or 1, 2 with S² groups else 1, T].
 
-    Query i is the token at key index S - T + i (S = T unless earlier keys are cached) and sees lo[..., i] up to
-    itself. The middle axis is the half of the heads: unshifted, then shifted (`first_shifted_head`).
-    `document_starts` [B, T] has the key index of each query's first visible document token; it is not checked here,
-    see `check_document_starts`. A negative one is of a document that began that many tokens before the row, which is
-    then a piece of a longer one: groups are counted from there, and what is seen is cut at the row's first token.
-    The result is on `device`, by default that of `document_starts`.
+    Query i is the token at key index S - T + i (S = T unless earlier keys are cached). It sees the keys from lo[..., i]
+    up to itself. The middle axis is the half of the heads: unshifted, then shifted (`first_shifted_head`).
+    `document_starts` [B, T] has the key index of each query's first visible document token. It is not checked here; see
+    `check_document_starts`. A negative start belongs to a document that began that many tokens before the row; the row
+    is then a piece of a longer text. Groups are counted from that start, and lo is at least 0, the row's first token.
+    The result is on `device`, by default that of `document_starts`. Raises InputError unless 1 <= T <= S.
     """
     import torch
 
@@ -116,6 +120,7 @@ def lower_bounds(
     q = torch.arange(S - T, S, device=device).view(1, 1, T)
     d = torch.zeros_like(q) if document_starts is None else document_starts.to(device, torch.int64)[:, None]  # [B,1,T]
     lo = d
+    # Each pattern can only raise lo: the maximum is their intersection.
     if pattern.group_size is not None:
         G = pattern.group_size
         s = torch.tensor(pattern.shifts, device=device).view(1, 2, 1)
@@ -126,12 +131,11 @@ def lower_bounds(
 
 
 def sinks_before(sink_tokens: int, start: torch.Tensor, document_start: torch.Tensor) -> torch.Tensor:
-    """How many sink tokens lie before an interval: int64, of the shape of `start`.
+    """Returns how many sink tokens lie before an interval: int64, of the shape of `start`.
 
-    `start` is the first key of the interval and `document_start` that of its document. The sink tokens of the result
-    are the keys from max(document_start, 0) on. They are never keys of the interval itself, so no key counts twice.
-    A document that began before the row (a negative start) has its sink tokens outside of the row: 0 of them are here,
-    or the last few.
+    `start` is the first key of the interval, `document_start` that of its document. The counted sink tokens are the
+    keys from max(document_start, 0) on. They are never keys of the interval itself, so no key counts twice. Of a
+    document that began before the row (a negative start), the row holds none of the sink tokens or only the last ones.
     """
     import torch
 
@@ -140,10 +144,10 @@ def sinks_before(sink_tokens: int, start: torch.Tensor, document_start: torch.Te
 
 
 def check_lower_bounds(lo: torch.Tensor, S: int) -> None:
-    """Refuse a vector [.., T] that is not interval-causal: 0 <= lo <= the query's key index, never descending along T.
+    """Raises InputError unless lo [.., T] is interval-causal; the error names the first value that does not fit.
 
-    Queries are the last T of S tokens. A query whose lo lies after itself would see nothing, and its softmax be NaN.
-    Raises InputError naming the first value that does not fit.
+    Interval-causal: 0 <= lo <= the query's key index, and lo never descends along T. Queries are the last T of S
+    tokens. A query whose lo lies after itself would see no key, and its softmax would be NaN.
     """
     import torch
 
@@ -160,11 +164,11 @@ def check_lower_bounds(lo: torch.Tensor, S: int) -> None:
 
 
 def first_shifted_head(H: int, K: int) -> int:
-    """The first of the S²-shifted query heads; they run to the last.
+    """Returns the first of the S²-shifted query heads; all later heads are shifted too.
 
-    Shifted are the query heads of the last K // 2 key/value heads, so that a key/value head never serves both halves
-    (9 heads over 3: heads 6, 7, 8); for even K that is LongLoRA's half. With one key/value head, the last H // 2.
-    Raises InputError where there is no half: a single head, or heads that K does not divide.
+    The shifted heads are the query heads of the last K // 2 key/value heads, so that a key/value head never serves both
+    halves (9 heads over 3: heads 6, 7, 8). For even K this is LongLoRA's half. With one key/value head, they are the
+    last H // 2 heads. Raises InputError for a single head, and for heads that K does not divide.
     """
     if K < 1 or H < 1 or H % K:
         raise InputError(f"{H} query heads over {K} key/value heads: the second must divide the first")
@@ -177,11 +181,10 @@ def first_shifted_head(H: int, K: int) -> int:
 
 
 def document_starts(bounds: Sequence[int], T: int, *, device: torch.device | str | None = None) -> torch.Tensor:
-    """Where each token's document starts, int64 [1, T], from the bounds of the documents packed into one row.
+    """Returns where each token's document starts, int64 [1, T], from the bounds of the documents packed into one row.
 
-    `bounds` is 0 = b[0] < b[1] < ...: where each document starts; a closing T (as in `cu_seqlens`) may follow.
-    Rows of a batch are joined with torch.cat. Raises InputError for bounds that do not start at 0, do not ascend, or
-    exceed T.
+    `bounds` is 0 = b[0] < b[1] < ...: where each document starts; a final T (as in `cu_seqlens`) may follow. Join the
+    rows of a batch with torch.cat. Raises InputError for bounds that do not start at 0, do not ascend, or exceed T.
     """
     import torch
 
@@ -193,16 +196,17 @@ def document_starts(bounds: Sequence[int], T: int, *, device: torch.device | str
             raise InputError(f"document bounds must ascend, got {before} and then {after}")
     if T < 1 or bounds[-1] > T:
         raise InputError(f"document bounds end at {bounds[-1]} in a row of {T} tokens: they may not exceed it")
+    # Drop a final T, which is the end of the last document and not a start.
     starts = torch.tensor([b for b in bounds if b < T])
     lengths = torch.diff(starts, append=torch.tensor([T]))
     return torch.repeat_interleave(starts, lengths).to(device or "cpu")[None]
 
 
 def check_document_starts(document_starts: torch.Tensor, *, B: int, T: int, S: int | None = None) -> None:
-    """Refuse document starts that describe no packing. Call it once a batch, not once a layer: it reads every value.
+    """Raises InputError for document starts that describe no packing; the error names the first wrong value.
 
-    Allowed are integers [B, T] with 0 <= start <= position that either repeat or move to the position itself, which is
-    where a new document begins. Raises InputError naming the first value that does not fit.
+    Allowed are integers [B, T] with 0 <= start <= position. Each start either repeats the one before it or is the
+    position itself, where a new document begins. Call this once a batch, not once a layer: it reads every value.
     """
     import torch
 
@@ -215,6 +219,7 @@ def check_document_starts(document_starts: torch.Tensor, *, B: int, T: int, S: i
     position = torch.arange(S - T, S)  # [T]
     _refuse_first(starts < 0, starts, position, "is negative")
     _refuse_first(starts > position, starts, position, "lies after the token itself")
+    # A start may only differ from the previous one at the first token of a new document.
     moved = starts[:, 1:] != starts[:, :-1]
     descends = torch.nn.functional.pad(starts[:, 1:] < starts[:, :-1], (1, 0))
     _refuse_first(descends, starts, position, "is before the previous token's: document starts do not descend")

@@ -1,4 +1,4 @@
-"""Which backend serves a call. `auto` reads this table; a backend asked for by name serves, or is refused.
+"""Which backend serves a call. `auto` follows this table; a backend requested by name serves the call or raises.
 
     device   dtype        call                                  auto
     CPU      any          any                                   blocked
@@ -8,7 +8,7 @@
     GPU      bf16, fp16   full or S², one document a row        blocked: few large causal calls, SDPA's best kernels
     GPU      bf16, fp16   sliding, or documents                 varlen where its kernel serves, else blocked
 
-naive (the truth, O(T²) memory) and flex (to be measured against varlen on a GPU first) are taken by name only.
+naive (the reference, O(T²) memory) and flex (not yet compared with varlen on a GPU) are used by name only.
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ Backend = Literal["auto", "naive", "blocked", "varlen", "flex"]
 
 @dataclass(frozen=True)
 class Call:
-    """What decides: q's device, dtype and head dim, the pattern, whether rows hold documents, whether T < S, and
-    whether heads have learned sinks."""
+    """The properties of a call that decide its backend.
+
+    device, dtype, head_dim   of q
+    pattern                   what each query sees
+    packed                    whether rows hold several documents
+    cached                    whether T < S
+    sink_logits               whether heads have learned sinks
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -52,7 +58,10 @@ def attention(
     sink_logits: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(q kᵀ · scale) v over the pattern's keys, by the chosen backend; arguments as in `blocked.attention`."""
+    """Computes softmax(q kᵀ · scale) v over the keys that the pattern allows, with the chosen backend.
+
+    The arguments are those of `blocked.attention`; `backend` is a name or `auto`. Raises as `choose` does.
+    """
     packed, cached = document_starts is not None, q.shape[2] < k.shape[2]
     call = Call(q.device, q.dtype, q.shape[3], pattern, packed, cached, sink_logits is not None)
     chosen = choose(call, backend)
@@ -73,12 +82,16 @@ def attention(
         return blocked.attention(
             q, k, v, pattern, document_starts=document_starts, scale=scale, sink_logits=sink_logits
         )
+    # These two have no learned sinks; `choose` never picks them for a call with sink_logits.
     serve = {"varlen": varlen.attention, "flex": flex.attention}[chosen]
     return serve(q, k, v, pattern, document_starts=document_starts, scale=scale)
 
 
 def choose(call: Call, backend: str = "auto") -> str:
-    """The backend that serves a call. Raises InputError for a name there is not, EnvironmentFault where it cannot."""
+    """Returns the name of the backend that serves a call.
+
+    Raises InputError for an unknown backend, EnvironmentFault for a requested backend that cannot serve the call.
+    """
     if backend not in get_args(Backend):
         raise InputError(f"attention backend {backend!r}: allowed are {', '.join(get_args(Backend))}")
     if backend != "auto":
@@ -90,7 +103,7 @@ def choose(call: Call, backend: str = "auto") -> str:
 
 
 def _unserved(backend: str, call: Call) -> str | None:
-    """Why a backend cannot serve a call; None when it can."""
+    """Returns why a backend cannot serve a call, None when it can."""
     if backend in ("naive", "blocked"):
         return None
     if call.device.type != "cuda":

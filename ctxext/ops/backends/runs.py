@@ -1,4 +1,4 @@
-"""Segments as runs: neighbours of equal length are one strided view, which is one kernel call.
+"""Joins segments into runs: neighbouring segments of equal length are one strided view, thus one kernel call.
 
 Shapes: B batch, T tokens, N = B * T tokens in one long row (segments.py).
 """
@@ -25,14 +25,19 @@ class Run(NamedTuple):
 
 @lru_cache(maxsize=64)
 def unpacked_runs(groups: Pattern, half: int, B: int, T: int) -> tuple[Run, ...]:
+    # Rows of one document each: cached, because every layer and batch repeats the same runs.
     return tuple(runs_of(groups, half, B, T, None))
 
 
 def runs_of(groups: Pattern, half: int, B: int, T: int, document_starts: Tensor | None) -> list[Run]:
-    """The segments of one half of the heads, equal neighbours as one; `groups` has no window, starts are on the CPU."""
+    """Returns the segments of one half of the heads, with equal neighbours joined into one run.
+
+    `groups` is a pattern without a window; `document_starts` [B,T] is on the CPU.
+    """
     bounds = segment_bounds(lower_bounds(groups, T, document_starts=document_starts), half, B, T)
     lengths, starts = torch.diff(bounds), bounds[:-1]
     sinks = segment_sinks(groups, starts, T, document_starts)[1] if groups.sink_tokens else torch.zeros_like(starts)
+    # Segments are equal when both their lengths and their numbers of sink tokens are: a run is one call.
     kinds, counts = torch.unique_consecutive(torch.stack((lengths, sinks), dim=1), dim=0, return_counts=True)
     runs, start = [], 0
     for (length, before), count in zip(kinds.tolist(), counts.tolist(), strict=True):
@@ -42,14 +47,15 @@ def runs_of(groups: Pattern, half: int, B: int, T: int, document_starts: Tensor 
 
 
 def join_short(runs: list[Run], limit: int) -> tuple[list[Run], set[Run]]:
-    """Join neighbouring runs while they have at most `limit` tokens together: all runs, and those now joined.
+    """Joins neighbouring runs while they have at most `limit` tokens together; returns all runs, and the joined ones.
 
-    Runs with sink tokens before their segments stay apart: the mask of joined ones has no place for them.
+    Runs with sink tokens before their segments are not joined: the mask of joined runs has no columns for sink tokens.
     """
     kept: list[Run] = []
     joined: set[Run] = set()
     for run in runs:
         if kept and not kept[-1].sinks and not run.sinks and kept[-1].blocks.tokens + run.blocks.tokens <= limit:
+            # The joined run replaces both; it is one block, whose mask keeps its segments apart.
             before = kept.pop()
             joined.discard(before)
             run = Run(Blocks(before.blocks.start, 1, before.blocks.tokens + run.blocks.tokens), 0)

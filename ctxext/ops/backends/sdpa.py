@@ -1,4 +1,4 @@
-"""One call of torch's scaled_dot_product_attention: which kernel, shared keys, learned sinks.
+"""One call of torch's scaled_dot_product_attention: choice of kernel, shared key heads, learned sinks.
 
 Shapes: n blocks, h or H query heads, g or K key/value heads, L queries, S keys, D head dim.
 """
@@ -18,21 +18,27 @@ from ctxext.ops.backends.sink_logits import attention_with_sinks
 
 _HALF = (torch.bfloat16, torch.float16)
 _ORDER = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_HOPPER_ORDER = [SDPBackend.CUDNN_ATTENTION, *_ORDER]  # cuDNN's kernels are written for it; not yet measured here
-_SOUND_CUDNN = 91_500  # newer ones are right at lengths that 128 does not divide (pytorch issue 169849)
+_HOPPER_ORDER = [SDPBackend.CUDNN_ATTENTION, *_ORDER]  # cuDNN has kernels for Hopper; not yet measured here
+_SOUND_CUDNN = 91_500  # newer versions are correct at lengths that 128 does not divide (pytorch issue 169849)
 
 
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, sink_logits: Tensor | None = None
 ) -> Tensor:
-    """torch's kernel; without a mask causal, and a single query sees every key it is given."""
+    """Computes attention with torch's kernel: q [n,h,L,D], k and v [n,g,S,D] -> [n,h,L,D].
+
+    `mask` is a bool mask (True: visible) or is added to the scores. Without a mask attention is causal, and a single
+    query sees all keys. `sink_logits` [h] are learned sinks.
+    """
     causal, gqa, shape = False, q.shape[1] != k.shape[1], q.shape
-    if mask is None and q.shape[2] > 1:  # a plain bool: torch.compile would hand on a symbol
+    # The branch makes `causal` a plain bool. Assigned from the comparison, it would be a symbol under torch.compile.
+    if mask is None and q.shape[2] > 1:
         causal = True
     if sink_logits is not None:
         if mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, q)
         return attention_with_sinks(q, k, v, sink_logits, mask=mask, causal=causal, scale=scale)
+    # On a GPU only FlashAttention shares key heads. Causal calls in half precision reach it; others get equal heads.
     if gqa and q.is_cuda and not (causal and q.dtype in _HALF):
         q, k, v, mask = _without_sharing(q, k, v, mask, causal)
         gqa = False
@@ -42,11 +48,12 @@ def sdpa(
 
 
 def _without_sharing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Any, ...]:
-    """(q, k, v, mask) of equal heads, for kernels that know no others: q [n,H,L,D], k and v [n,K,S,D].
+    """Returns (q, k, v, mask) with equal numbers of heads, for kernels without shared keys.
 
-    Of torch's on a GPU FlashAttention alone shares keys between heads, and it takes neither masks nor fp32: the rest
-    would end in the formula that holds all scores. The heads that share keys become rows over them, H/K * L of them;
-    where causal, which knows one row a token, the keys are repeated.
+    q [n,H,L,D], k and v [n,K,S,D]. Of torch's GPU kernels only FlashAttention shares keys between heads, and it takes
+    neither masks nor fp32. For other calls torch would use the math kernel, which holds all scores. The query heads
+    that share a key head become rows over it, H/K * L rows. Causal attention allows one row for each token, so there
+    the keys are repeated instead.
     """
     (n, H, L, D), K = q.shape, k.shape[1]
     if causal:
@@ -56,7 +63,10 @@ def _without_sharing(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causa
 
 
 def _kernels(q: Tensor, causal: bool) -> AbstractContextManager[object]:
-    """On Hopper cuDNN's first, but not for a single query, whose plan it would make anew for every number of keys."""
+    """Returns a context with the kernel order: on Hopper, cuDNN comes first for causal calls.
+
+    A single query does not use cuDNN, which would make a new plan for every number of keys.
+    """
     if not (q.is_cuda and q.dtype in _HALF and _is_hopper(q.device)):
         return nullcontext()
     sound = (torch.backends.cudnn.version() or 0) > _SOUND_CUDNN and torch.backends.cuda.cudnn_sdp_enabled()
@@ -69,5 +79,8 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def additive(seen: Tensor, like: Tensor) -> Tensor:
-    """0 where seen, else -inf. torch would make one of its own from each bool mask, and keep it for the backward."""
+    """Returns a mask with 0 where `seen`, else -inf, in the dtype and on the device of `like`.
+
+    torch would make such a mask from a bool mask in each call, and keep it for the backward pass.
+    """
     return like.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))

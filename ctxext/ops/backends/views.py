@@ -1,9 +1,9 @@
-"""Strided views of a row of tokens, whose gradients meet in one buffer.
+"""Strided views of a row of tokens, whose gradients are summed in one buffer.
 
 Shapes: N tokens, H heads, D head dim, n blocks of one view, L tokens in a block.
 
-Slicing by hand would be as free forward, but its backward makes a full-size zero for every slice, and a concatenation
-copies what its parts have just written.
+Plain slices would cost nothing in the forward pass either. But the backward pass of each slice makes a full-size tensor
+of zeros, and a concatenation copies the outputs once more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ctxext.ops.backends.segments import Heads
 class Blocks(NamedTuple):
     """`n` blocks of `length` tokens from token `start` on, each with the `back` tokens before it.
 
-    They overlap when back > 0; then either there is one, or back is a multiple of length.
+    With back > 0 the blocks overlap; then n is 1, or back is a multiple of length.
     """
 
     start: int
@@ -30,10 +30,11 @@ class Blocks(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        # Those of the blocks themselves, without `back`.
         return self.n * self.length
 
     def of(self, x: Tensor) -> Tensor:
-        """The view of x [N,H,D]: [n, H, back + length, D]."""
+        """Returns the view of x [N,H,D]: [n, H, back + length, D]."""
         token, head, dim = x.stride()
         size = (self.n, x.shape[1], self.back + self.length, x.shape[2])
         offset = x.storage_offset() + (self.start - self.back) * token
@@ -44,12 +45,12 @@ View = tuple[Heads, Blocks]
 
 
 def cut(x: Tensor, views: list[View]) -> tuple[Tensor, ...]:
-    """x [N,H,D] -> one [n, heads, back + L, D] for each view, without a copy; views may overlap."""
+    """Returns one [n, heads, back + L, D] of x [N,H,D] for each view, without a copy; views may overlap."""
     return _Cut.apply(x, views)
 
 
 def join(parts: list[Tensor], views: list[View], shape: Sequence[int]) -> Tensor:
-    """The inverse for views that cover [N,H,D] once: parts [n, heads, L, D] written into one tensor."""
+    """Inverts `cut` for views that cover [N,H,D] exactly once: writes parts [n, heads, L, D] into one tensor."""
     return _Join.apply(shape, views, *parts)
 
 
@@ -64,7 +65,9 @@ class _Cut(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         dx = grads[0].new_zeros(ctx.shape)
         for ((h0, h1), (start, n, length, back)), grad in zip(ctx.views, grads, strict=True):
-            width = length if n > 1 else back + length  # of what does not overlap
+            # Blocks of one view overlap, and an in-place add on overlapping memory is undefined. So add pieces of
+            # `width` tokens: the same piece of all n blocks does not overlap.
+            width = length if n > 1 else back + length
             for offset in range(0, back + length, width):
                 target = Blocks(start - back + offset, n, width)
                 target.of(dx[:, h0:h1]).add_(grad[:, :, offset : offset + width])
