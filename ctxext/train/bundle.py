@@ -1,7 +1,9 @@
-"""What a finished run leaves: everything needed to use it, under names others know, config.json and ctxext.json last.
+"""Writes the result of a finished run: all files needed to use it, under standard names.
+
+config.json and ctxext.json come last.
 
 tuning lora   adapter_model.safetensors (LoRA, embeddings, norms, in fp32), adapter_config.json, tokenizer, and a
-              config.json with the positions and the layer map: ordinary attention, S²-Attn never reaches disk
+              config.json with the positions and the layer map: ordinary attention, S²-Attn is never written
 tuning full   an ordinary model directory
 """
 
@@ -34,16 +36,17 @@ from ctxext.train.plan import RunPlan
 from ctxext.train.teacher import teacher_weights
 from ctxext.units import format_tokens
 
-STAGING = ".bundle-"  # of a directory's name in a run: the result while it is written
+STAGING = ".bundle-"  # prefix of the directory in a run that holds the result while it is written
 
 
 def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tensor], facts: dict[str, Any]) -> int:
-    """Write the run's result into its directory; returns how many trained tensors were found again on disk.
+    """Writes the run's result into its directory. Returns how many trained tensors were read back and compared.
 
     The files are written into a hidden directory in `run` and then renamed into `run`, so that a full disk leaves none
-    of them. ctxext.json comes last: a run without it is resumed.
+    of them. ctxext.json comes last: a run without it is resumed. Raises CheckFailed where a tensor is missing or was
+    not saved exactly.
     """
-    # One process at a time trains a run (train/run.py, `alone`): what lies here is of a process that died.
+    # Only one process at a time trains a run (train/run.py, `alone`): an old directory is from one that died.
     for stale in run.glob(f"{STAGING}*"):
         shutil.rmtree(stale, ignore_errors=True)
     staging = run / f"{STAGING}{uuid.uuid4().hex}"
@@ -56,6 +59,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
         copy_companions(plan.source.directory, staging, settle(plan.source.directory, plan.config).files)
         _set_tokenizer_length(staging, plan.config["max_position_embeddings"])
         (staging / "README.md").write_text(_card(plan, facts), "utf-8")
+        # Full tuning saves fp32 weights whatever dtype it trained in.
         write_config(staging, plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config)
         manifests.write(staging, _manifest(plan, facts, count))
         _move(staging, run)
@@ -88,7 +92,7 @@ def _manifest(plan: RunPlan, facts: dict[str, Any], count: int) -> manifests.Man
 
 
 def _move(staging: Path, run: Path) -> None:
-    """Rename every file below `staging` to its place below `run`: config.json late, the manifest last."""
+    """Renames every file below `staging` to its place below `run`: config.json last but one, the manifest last."""
     files = [path for path in staging.rglob("*") if path.is_file()]
     late = ("config.json", manifests.FILE_NAME)
     for path in sorted(files, key=lambda path: late.index(path.name) if path.name in late else -1):
@@ -98,14 +102,15 @@ def _move(staging: Path, run: Path) -> None:
 
 
 def run_name(plan: RunPlan) -> str:
-    """What the result is called: `tiny-swa128-nope-2k`."""
+    """Returns the name of the result, such as `tiny-swa128-nope-2k`."""
     ctx = plan.spec.ctx
     return f"{plan.source.name}-{f'{ctx // 1024}k' if ctx % 1024 == 0 else ctx}"
 
 
 def _save_whole(run: Path, plan: RunPlan, masters: Mapping[str, Tensor]) -> int:
-    """Every weight in fp32, in one file; reopened and compared with the masters."""
+    """Saves every weight in fp32 in one file, reads it back and compares it with the masters."""
     tensors: dict[str, Tensor] = {name: master.detach().cpu().contiguous() for name, master in masters.items()}
+    # The names must be exactly those of the model: none missing, none extra.
     missing = expected_tensors(plan.config).keys() ^ tensors.keys()
     if missing:
         raise CheckFailed(f"{run}: {len(missing)} weights would be lost or were never asked for, first {min(missing)}")
@@ -118,7 +123,7 @@ def _save_whole(run: Path, plan: RunPlan, masters: Mapping[str, Tensor]) -> int:
 
 
 def _set_tokenizer_length(run: Path, length: int) -> None:
-    """tokenizer_config.json's model_max_length is the source's; leaving it would make tokenizers warn or cut."""
+    """Sets model_max_length in tokenizer_config.json: with the source's value, tokenizers would warn or truncate."""
     path = run / "tokenizer_config.json"
     if path.is_file():
         settings = read_object(path)

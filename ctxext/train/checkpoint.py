@@ -1,9 +1,9 @@
-"""Everything a run needs to go on as if it had never stopped: masters, moments, clip, loss mean, step, RNG.
+"""Saves and loads everything that an exact resume needs: masters, moments, clip, loss mean, step, RNG.
 
-One directory a checkpoint, `checkpoints/step-000050/`: tensors as safetensors, the rest as JSON with the sha256 of the
-tensors; written beside, flushed to the disk, renamed. Nothing is pickled. The data cursor is the step itself, since
-sequence i is a pure function of i (data/packing.py). Tensors are whole and in fp32 whatever DeepSpeed did with them, so
-a run may be resumed on another number of processes.
+Each checkpoint is one directory, `checkpoints/step-000050/`: tensors as safetensors, the rest as JSON with the sha256
+of the tensors. It is written under a temporary name in the same directory, flushed to disk and renamed. Nothing is
+pickled. The data position is the step itself, since sequence i is a pure function of i (data/packing.py). Tensors are
+whole and in fp32, even where DeepSpeed partitions them, so a run can resume on another number of processes.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ from ctxext.train.engine import Engine
 from ctxext.train.optimizer import MASTER
 
 STATE, TENSORS, RNG = "state.json", "tensors.safetensors", "rng"
-DAMAGE = (OSError, ValueError, KeyError, EnvironmentFault)  # what reading a checkpoint that is not whole raises
+DAMAGE = (OSError, ValueError, KeyError, EnvironmentFault)  # errors from reading a damaged checkpoint
 
 
 @dataclass
 class TrainingState:
-    """Where a run is. `done` steps; `rate` is what rollbacks left of the learning rates; `rollbacks` says why.
+    """The progress of a run after `done` steps.
 
-    loss_mean, loss_seen   the running mean of the loss that a spike is judged by, in nats a token, and its steps
+    rate                   factor on the learning rates, halved by each rollback
+    rollbacks              the reason of each rollback
+    loss_mean, loss_seen   the running mean of the loss, for detecting spikes, in nats a token, and its number of steps
     first_loss             of the first step at this ctx and with this objective
-    validation             before it, as `Validation.as_dict` gives it; None where there is none
-    best_step, best_loss   the best validation at this ctx; its checkpoint is kept, None is the start's
+    validation             the one before the first step at this ctx (`Validation.as_dict`); None where there is none
+    best_step, best_loss   the best validation at this ctx; its checkpoint is kept; step None: the start is the best
     short_first            held-out loss at the original length before the run
     """
 
@@ -55,11 +57,11 @@ class TrainingState:
     short_first: float | None = None
 
     def at_next_objective(self) -> TrainingState:
-        """Where a run begins to minimise something else: its losses so far are no measure of those to come."""
+        """Returns the state for a new objective, whose losses are not comparable with those so far."""
         return replace(self, loss_mean=0.0, loss_seen=0)
 
     def at_next_ctx(self) -> TrainingState:
-        """Where a longer context begins: its losses are not to be compared with those before."""
+        """Returns the state for a longer context, whose losses are not comparable with those so far."""
         return replace(self, loss_mean=0.0, loss_seen=0, validation=None, best_step=None, best_loss=None)
 
 
@@ -72,14 +74,15 @@ def save_checkpoint(
     say: Callable[[str], None],
     before: Callable[[], None] = lambda: None,
 ) -> str | None:
-    """Write a checkpoint and keep the newest `keep`; None, or why it was not written, with a warning.
+    """Writes a checkpoint and removes all but the newest `keep` and the best.
 
-    Where the disk is full, the checkpoints before it stay whole. `before` puts the lines of the steps so far on the
-    disk: a run that goes on from a checkpoint needs them. Every rank calls it, rank 0 writes, and all ranks learn
-    whether it did.
+    Returns None, or the reason why the checkpoint was not written, which is also logged as a warning. On a full disk
+    the earlier checkpoints stay whole. `before` writes the log lines of the steps so far to disk: a run that resumes
+    from the checkpoint needs them. Every rank calls this function, rank 0 writes, and all ranks get the result.
     """
     tensors = engine.tensors()
     failed = _write(run, progress, engine, tensors, keep, say, before) if engine.rank == 0 else None
+    # All-reduce, so that all ranks act on the failure together.
     (failures,) = engine.total(float(failed is not None))
     return failed or ("rank 0 could not write it" if failures else None)
 
@@ -97,22 +100,25 @@ def _write(
     target = root / f"step-{progress.done:06d}"
     partial = root / f".{target.name}.partial"
     try:
-        # One process at a time trains a run (train/run.py, `alone`): partial checkpoints are of processes that died.
+        # Only one process at a time trains a run (train/run.py, `alone`): a partial checkpoint is from one that died.
         for stale in root.glob(".step-*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
         before()
         partial.mkdir(parents=True)
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(whole | {RNG: torch.get_rng_state()}, partial / TENSORS)
+        # The hash shows at loading whether the tensors are complete.
         state = asdict(progress) | {"clip_mean": engine.clip.mean, "clip_seen": engine.clip.seen}
         state["sha256"] = _sha256(partial / TENSORS)
         (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
+        # Flush before the rename: after a power loss, a checkpoint under its final name has its contents.
         for path in partial.iterdir():
             _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
+        # A fault of the disk is a warning; any other error is a defect and is raised.
         fault = error if isinstance(error, EnvironmentFault) else environment_fault(error, run)
         if fault is None and not isinstance(error, OSError):
             raise
@@ -128,9 +134,10 @@ def _write(
 def load_newest(
     run: Path, engine: Engine, say: Callable[[str], None], *, step: int | None = None
 ) -> TrainingState | None:
-    """Put the newest whole checkpoint into place; None when there is none. A damaged one is said and passed over.
+    """Loads the newest whole checkpoint into the engine and returns its state; None where there is none.
 
-    `step` takes the one of that step alone. Raises ModelError when it is of another set of trained tensors.
+    A damaged checkpoint is logged and skipped. `step`: only the checkpoint of this step. Raises ModelError where the
+    checkpoint has another set of trained tensors.
     """
     for checkpoint in reversed(_checkpoints(run)):
         if step is not None and _step(checkpoint) != step:
@@ -140,6 +147,7 @@ def load_newest(
         except DAMAGE as error:
             say(f"warning: {checkpoint} is damaged ({error}); trying the one before")
             continue
+        # Nothing is changed before the whole checkpoint is read and its hash is checked.
         torch.set_rng_state(tensors.pop(RNG))
         engine.load(tensors)
         engine.clip.mean, engine.clip.seen = state.pop("clip_mean"), state.pop("clip_seen")
@@ -148,10 +156,10 @@ def load_newest(
 
 
 def kept(run: Path, say: Callable[[str], None]) -> list[tuple[int, Callable[[str], Tensor | None]]]:
-    """The whole checkpoints of a run, oldest first: (step, a reader of what trained).
+    """Returns the whole checkpoints of a run, oldest first: (step, a reader of the trained tensors).
 
-    The reader gives the fp32 value of a parameter by its name in the model, None for one that did not train; it reads
-    when it is called. A damaged checkpoint is said and passed over.
+    The reader returns the fp32 value of a parameter by its name in the model, None for one that did not train; it reads
+    the file at each call. A damaged checkpoint is logged and skipped.
     """
     found = list[tuple[int, Callable[[str], Tensor | None]]]()
     for checkpoint in _checkpoints(run):
@@ -165,12 +173,12 @@ def kept(run: Path, say: Callable[[str], None]) -> list[tuple[int, Callable[[str
 
 
 def newest_step(run: Path) -> int:
-    """The step of the newest checkpoint, whole or not; 0 where there is none."""
+    """Returns the step of the newest checkpoint, whole or damaged; 0 where there is none."""
     return max((_step(checkpoint) for checkpoint in _checkpoints(run)), default=0)
 
 
 def discard_after(run: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: what a rollback went back behind."""
+    """Removes the checkpoints of steps after `step`, which a rollback or a resume has discarded."""
     for checkpoint in _checkpoints(run):
         if _step(checkpoint) > step:
             shutil.rmtree(checkpoint)
@@ -181,7 +189,7 @@ def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON of a checkpoint whose tensors are what was written."""
+    """The JSON of a checkpoint, after its tensors are checked against the sha256. Raises an error of DAMAGE."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text("utf-8"))
     if _sha256(checkpoint / TENSORS) != state.pop("sha256"):
         raise EnvironmentFault(f"{TENSORS} is not what was written: its sha256 differs")

@@ -1,8 +1,9 @@
 """The loss of a model that learns from a teacher: KL of its predictions, errors of its layers, and cross entropy.
 
-The teacher sees whole rows with dense attention and no gradients. It is asked about the tokens within its trained
-length of their document's start; where a document goes on beyond, it starts anew every so many tokens, which costs
-T times that length instead of T squared, and what it says there is not used: those tokens learn from the text.
+The teacher runs on whole rows with dense attention and without gradients. Its output is used for the tokens within its
+trained length of their document's start. Where a document is longer, the teacher starts a new document every `length`
+tokens, which costs T times that length instead of T squared. Its output there is not used: these tokens learn from the
+text.
 
 Shapes: b sequences, T tokens, n <= T tokens that the teacher sees, N = b n, E model width, V vocabulary, L layers, c
 tokens of a chunk of logits.
@@ -28,39 +29,46 @@ from ctxext.train.spec import Objective
 
 
 class TeacherModel(NamedTuple):
-    """Who teaches, and within how many tokens. No nn.Module: its modules may be the student's, and ZeRO knows those."""
+    """The teacher's model, and the length in tokens that it was trained for.
+
+    Not an nn.Module, since its modules may be the student's, which ZeRO already manages.
+    """
 
     model: Any
     length: int
 
 
 class Lesson(NamedTuple):
-    """What a teacher says of a row: states [b,n,E] after the last norm and, if asked, each layer's output [b,n,E]."""
+    """A teacher's output for rows: states [b,n,E] after the last norm and, if requested, each layer's output."""
 
     states: Tensor
-    layers: list[Tensor]
+    layers: list[Tensor]  # each [b,n,E]
 
 
 def distilled_loss(
     student: Any, head: Any, teacher: TeacherModel, objective: Objective, ids: Tensor, labels: Tensor, **attention: Any
 ) -> Tensor:
-    """The objective's errors, summed over the labels [b,T] that count; fp32 scalar.
+    """Returns the objective's errors, summed over the labels [b,T] that count; fp32 scalar.
 
-    `head` (`DistilledHead`) is called with what both say. `attention` goes to the student's layers.
+    `head` (`DistilledHead`) is called with the states of both models. `attention` goes to the student's layers. Raises
+    ModelError where a layer does not show its output.
     """
+    # Every scored token is either taught by the teacher or, further into its document, learned from the text.
     within = _within(labels, attention.get("document_starts"), teacher.length)  # [b,T]
     scored = labels != IGNORED
-    taught = within & scored
-    beyond = scored & ~within
+    taught = within & scored  # [b,T]
+    beyond = scored & ~within  # [b,T]
     loss = torch.zeros((), dtype=torch.float32, device=ids.device)
     if objective.attention:
         loss = loss + objective.attention * _attention_errors(student, teacher, ids, taught, attention)
-    needs_text = bool(objective.beyond) and ids.shape[1] > teacher.length  # by shape: all ranks must decide alike
+    # Decided by shape, not by the labels of this rank, so that all ranks run the same forward passes.
+    needs_text = bool(objective.beyond) and ids.shape[1] > teacher.length
     if not (objective.kl or objective.ce or objective.hidden or needs_text):
         return loss
     lesson = None
     if objective.kl or objective.hidden:
         lesson = _lesson(teacher, ids, attention, layers=bool(objective.hidden))
+    # The hooks end before the backward pass, so that a recomputed layer is not recorded twice.
     with _outputs(causal_lm(student).get_decoder().layers if objective.hidden else []) as outputs:
         states = hidden_states(student, ids, **attention)  # [b,T,E]
     if objective.hidden:
@@ -69,16 +77,17 @@ def distilled_loss(
             raise ModelError(f"{len(outputs)} of {len(lesson.layers)} layers showed their output")
         errors = [_relative(out, true, taught) for out, true in zip(outputs, lesson.layers, strict=True)]
         loss = loss + objective.hidden * torch.stack(errors).mean()
+    # The weight of each token's cross entropy and KL.
     ce = objective.ce * taught + objective.beyond * beyond  # [b,T]
-    kl = objective.kl * taught
+    kl = objective.kl * taught  # [b,T]
     said = None if lesson is None or not objective.kl else lesson.states
     return loss + head(states, said, labels, ce, kl, objective.top_k)
 
 
 class DistilledHead(nn.Module):
-    """The two heads upon their states, chunk by chunk; their weights are used without the modules that hold them.
+    """Applies the student's and the teacher's head to their states, chunk by chunk, without calling the head modules.
 
-    So it is this module for which ZeRO-3 gathers them (train/zero.py).
+    So ZeRO-3 gathers the heads' weights around this module (train/zero.py).
     """
 
     def __init__(self, student: Any, teacher: TeacherModel):
@@ -88,8 +97,10 @@ class DistilledHead(nn.Module):
     def forward(
         self, states: Tensor, said: Tensor | None, labels: Tensor, ce: Tensor, kl: Tensor, top_k: int | None
     ) -> Tensor:
+        # states [b,T,E], said [b,n,E] or None; labels, ce, kl [b,T]
         mine, theirs = (weight() for weight in self.weights)
-        if said is not None:  # the teacher may see less of a row: no KL there, but a place to stand
+        # The teacher may see fewer tokens of a row. Zero-pad; the KL weight is 0 for these tokens.
+        if said is not None:
             said = pad(said, (0, 0, 0, states.shape[1] - said.shape[1])).flatten(0, 1)
         rows = states.flatten(0, 1), mine, said, theirs, labels.flatten(), ce.flatten(), kl.flatten()
         return distillation_loss(*rows, top_k=top_k)
@@ -107,14 +118,15 @@ def distillation_loss(
     top_k: int | None = None,
     chunk: int | None = None,
 ) -> Tensor:
-    """Sum of ce · (-log q[label]) + kl · KL(p || q), in nats, never holding the logits of more than a chunk.
+    """Returns the sum of ce · (-log q[label]) + kl · KL(p || q), in nats; holds the logits of one chunk at a time.
 
     q = softmax(hidden weightᵀ) is the student's, p = softmax(said teacher_weightᵀ) the teacher's, both in fp32; hidden
     and said [N,E] (said None: no KL), weights [V,E], labels, ce and kl [N]. With `top_k` the KL is over the teacher's k
-    most probable tokens and one entry for all others, a lower bound of the whole. Gradients go to hidden and, where it
-    trains, weight; they are taken in the forward pass, as those of train/loss.py.
+    most probable tokens and one entry for all others, a lower bound of the full KL. Gradients go to hidden and, where
+    it trains, to weight. As in train/loss.py, they are computed in the forward pass.
     """
     chunk = chunk or max(16, chunk_of(weight) // 2)  # two vocabularies are held at a time
+    # Apply autocast's dtype here and switch it off inside, since the operation chooses its own dtypes.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -138,8 +150,9 @@ class _Distillation(torch.autograd.Function):
             rows = slice(start, start + chunk)
             z = (hidden[rows] @ matrix.t()).float().log_softmax(-1)  # [c,V] log q
             text, taught = ce[rows, None].float(), kl[rows, None].float()  # [c,1]
-            label = labels[rows, None].clamp(min=0)
+            label = labels[rows, None].clamp(min=0)  # an IGNORED label has weight 0, but gather needs a valid index
             loss -= (text * z.gather(-1, label)).sum()
+            # Gradient of the logits [c,V]: (ce + kl) q - kl target - ce onehot(label).
             if said is None:
                 grad = text * z.exp()
             else:
@@ -154,7 +167,7 @@ class _Distillation(torch.autograd.Function):
                 torch.mm(grad, matrix, out=dhidden[rows])
             if dweight is not None:
                 dweight += grad.t() @ hidden[rows]
-            del z, grad  # before the next chunk's are made
+            del z, grad  # free them before the next chunk allocates its own
         ctx.gradients = dhidden, None if dweight is None else dweight.to(weight.dtype)
         return loss
 
@@ -165,20 +178,24 @@ class _Distillation(torch.autograd.Function):
 
 
 def _divergence(y: Tensor, z: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:
-    """KL(p || q) of each row, from log p and log q [c,V], and what q's gradient q - target has to reach, [c,V]."""
+    """Returns KL(p || q) of each row [c] from y = log p and z = log q [c,V], and the target [c,V].
+
+    The gradient of the KL with respect to q's logits is q - target.
+    """
     p = y.exp()
     if top_k is None or top_k >= y.shape[1]:
         return (p * (y - z)).sum(-1), p
     best, index = y.topk(top_k, dim=-1)  # [c,k]
-    own = z.gather(-1, index)
-    # the mass of the rest in logarithms: 1 - sum of the best is 0 where the student is sure, and would be divided by
+    own = z.gather(-1, index)  # [c,k]
+    # The mass of all other tokens, in logarithms: 1 - sum(best) rounds to 0 where the student is sure, and it is a
+    # divisor below.
     y_rest, z_rest = (x.scatter(-1, index, -torch.inf).logsumexp(-1, keepdim=True) for x in (y, z))  # [c,1]
     kl = (best.exp() * (best - own)).sum(-1) + (y_rest.exp() * (y_rest - z_rest))[:, 0]
     return kl, (z - z_rest + y_rest).exp().scatter_(-1, index, best.exp())
 
 
 def _within(labels: Tensor, document_starts: Tensor | None, length: int) -> Tensor:
-    """Which tokens [b,T] lie within `length` of their document's start, or of the row's where rows are one."""
+    """Whether each token [b,T] lies within `length` of its document's start, or of the row's start without a mask."""
     position = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     return position < length if document_starts is None else position - document_starts.to(labels.device) < length
 
@@ -186,7 +203,10 @@ def _within(labels: Tensor, document_starts: Tensor | None, length: int) -> Tens
 def taught_rows(
     teacher: TeacherModel, ids: Tensor, attention: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor | str]]:
-    """Ids [b,n] and attention arguments for the teacher: dense, and no document longer than it was trained for."""
+    """Returns the teacher's ids [b,n] and attention arguments: dense, with no document longer than its trained length.
+
+    Without document starts the rows are cut to that length. With them, longer documents are divided into pieces.
+    """
     starts, own = attention.get("document_starts"), {"backend": attention.get("backend", "auto")}
     if starts is None:
         return ids[:, : teacher.length], own
@@ -205,10 +225,10 @@ def _lesson(teacher: TeacherModel, ids: Tensor, attention: dict[str, Any], *, la
 def _attention_errors(
     student: Any, teacher: TeacherModel, ids: Tensor, taught: Tensor, attention: dict[str, Any]
 ) -> Tensor:
-    """The mean over the layers of what the student's attention misses, given the teacher's input to the layer.
+    """The mean over the layers of the error of the student's attention, given the teacher's input to the layer.
 
-    The student's attention is computed while the teacher's forward passes by, and again in the backward pass: what
-    is kept is each layer's input.
+    The student's attention is computed during the teacher's forward pass, layer by layer, and again in the backward
+    pass: only each layer's input is kept.
     """
     decoder, errors = causal_lm(student).get_decoder(), list[Tensor]()
     inputs: dict[int, Tensor] = {}
@@ -235,6 +255,7 @@ def _attention_errors(
         with torch.enable_grad():
             errors.append(checkpoint(attend, x, use_reentrant=False, preserve_rng_state=False))
 
+    # On the teacher, `note` records a layer's input [b,n,E]. After its attention, `compare` runs the student's.
     layers = causal_lm(teacher.model).get_decoder().layers
     handles = [layer.register_forward_pre_hook(partial(note, i)) for i, layer in enumerate(layers)]
     handles += [layer.self_attn.register_forward_hook(partial(compare, i)) for i, layer in enumerate(layers)]
@@ -249,7 +270,7 @@ def _attention_errors(
 
 @contextmanager
 def _outputs(layers: Any) -> Iterator[list[Tensor]]:
-    """What the layers give within the block, in order; a layer that is computed again later is not seen."""
+    """Yields a list that collects the layers' outputs within the block, in order; later recomputation adds none."""
     seen = list[Tensor]()
     handles = [layer.register_forward_hook(lambda module, arguments, output: seen.append(output)) for layer in layers]
     try:
@@ -262,7 +283,7 @@ def _outputs(layers: Any) -> Iterator[list[Tensor]]:
 def _relative(found: Tensor, true: Tensor, taught: Tensor) -> Tensor:
     """Squared error of found [b,T,E] from true [b,n,E], summed over taught [b,T], over the mean square of true; fp32.
 
-    Each row has its own mean, so that rows add up alike in whatever micro-batches and on whatever ranks they are.
+    Each row has its own mean, so that the sum does not depend on how rows are divided into micro-batches and ranks.
     """
     n = true.shape[1]
     counts = taught[:, :n, None].float()

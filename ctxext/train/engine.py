@@ -1,8 +1,8 @@
-"""What moves the weights: one interface, so that the loop reads the same on one process and on many.
+"""Engines compute gradients and update the weights. One interface serves the loop on one process and on many.
 
-`Engine` is what the loop needs; `LocalEngine` is one process without DeepSpeed, the simple default, `ZeroEngine`
-(train/zero.py) many with it. Ranks share one step: each runs some of its sequences, gradients are summed over all of
-them, and what is saved does not depend on how many there were.
+`Engine` is the interface that the loop needs. `LocalEngine` is one process without DeepSpeed, the simple default;
+`ZeroEngine` (train/zero.py) is many processes with DeepSpeed. Ranks share one step: each runs some of its sequences,
+gradients are summed over all ranks, and what is saved does not depend on the number of ranks.
 
 Shapes: b sequences of a micro-batch, T tokens, E model width.
 """
@@ -25,10 +25,10 @@ from ctxext.train.spec import Objective, OptimizerSpec
 
 
 class Engine(Protocol):
-    """`model` is the LM, of which `rank` 0 to `world` - 1 has a part or a copy; `clip` is remembered.
+    """The interface of an engine. Each `rank` from 0 to `world` - 1 has a part or a copy of the LM `model`.
 
-    All methods are collective: every rank calls them, in the same order and equally often. `model` itself is called
-    by nobody: under ZeRO-3 it has no weights outside `loss`.
+    `clip` is saved in checkpoints. All methods are collective: every rank calls them, in the same order and equally
+    often. Nothing calls `model` directly: under ZeRO-3 it has no weights outside `loss`.
     """
 
     model: Any
@@ -40,42 +40,46 @@ class Engine(Protocol):
     def device(self) -> torch.device: ...
 
     def total(self, *values: float) -> list[float]:
-        """Each value summed over the ranks."""
+        """Returns each value summed over the ranks; without values it is a barrier."""
 
     def loss(
         self, ids: Tensor, labels: Tensor, *, each: bool = False, objective: Objective | None = None, **attention: Any
     ) -> Tensor:
-        """Cross entropy of ids, labels (b, T), in nats, summed over the labels that count; with `each` and without
-        gradients, the scores of every token (2, b, T): its loss, and 1 where its label is the most probable one.
-        With `objective` (of a run with a teacher) the errors that it names. `attention` goes to hidden_states."""
+        """Returns the cross entropy of ids, labels (b, T), in nats, summed over the labels that count.
+
+        With `each`, and without gradients, returns the scores of every token (2, b, T): its loss, and 1 where its label
+        is the most probable one. With `objective` (of a run with a teacher), returns the errors that it names.
+        `attention` goes to hidden_states.
+        """
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of this rank's share of the step's loss; the shares of all ranks sum to the loss."""
+        """Adds the gradient of this rank's share of the step's loss; the shares of all ranks sum to the loss."""
 
     def step(self, rate_factor: float) -> tuple[float, float]:
-        """Update at `rate_factor` times the learning rates: (norm before clipping, factor the gradients were given).
+        """Updates the weights at `rate_factor` times the learning rates.
 
-        A norm that is not finite says that the step was no step: the weights are then to be loaded again.
+        Returns (gradient norm before clipping, factor that clipping applied to the gradients). If the norm is not
+        finite, the step is not valid and the caller must load the weights again.
         """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments in full on rank 0, by `<kind>/<name>`; nothing on the others."""
+        """Returns masters and moments in full on rank 0, by `<kind>/<name>`; nothing on the others."""
 
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 values of everything that trains, by name, in full on rank 0; nothing on the others."""
+        """Returns the fp32 values of everything that trains, by name, in full on rank 0; nothing on the others."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors` back; every rank is given all of them."""
+        """Restores the result of `tensors`; every rank gets all of them."""
 
     def close(self) -> None:
-        """Let go of the memory; nothing else is to be called after this."""
+        """Frees the memory. The engine must not be used after this."""
 
 
 class LossModel(nn.Module):
-    """An LM whose forward pass ends in the loss, so that one forward is all that uses its weights.
+    """An LM whose forward pass returns the loss, so that only this forward pass uses its weights.
 
-    DeepSpeed gathers a module's weights around that module's forward. The head's weight is used without calling the
-    head (train/loss.py), so it is `head` here for which it is gathered, and its gradient arrives as any other does.
+    DeepSpeed gathers a module's weights around that module's forward. The loss uses the head's weight without calling
+    the head module (train/loss.py), so the weight is gathered around `head` here. Its gradient arrives as any other.
     """
 
     def __init__(self, model: Any, teacher: TeacherModel | None = None):
@@ -95,7 +99,7 @@ class LossModel(nn.Module):
 
 
 class LossHead(nn.Module):
-    """The loss of hidden states by a model's own head, whose weight stays the model's: this module has none."""
+    """The loss of hidden states under the model's own head. The weight stays in the model; this module has none."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -107,7 +111,7 @@ class LossHead(nn.Module):
 
 
 class LocalEngine:
-    """One process: fp32 masters and AdamW in torch."""
+    """The engine of one process: fp32 masters and AdamW, without DeepSpeed."""
 
     rank, world = 0, 1
 
@@ -129,6 +133,7 @@ class LocalEngine:
 
     def step(self, rate_factor: float) -> tuple[float, float]:
         norm = self.optimizer.gradient_norm()
+        # Return before the clip and the update: such a norm must not enter the running mean, nor the weights.
         if norm != norm or norm == float("inf"):
             self.optimizer.adamw.zero_grad(set_to_none=True)
             return norm, 0.0

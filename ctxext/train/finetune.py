@@ -1,7 +1,7 @@
-"""A RunPlan carried out: data tokenised, model built, trained, saved. One directory is the whole run.
+"""Runs a RunPlan: tokenises the data, builds the model, trains and saves. One directory holds the whole run.
 
 run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
-run/metrics.jsonl   one line a step
+run/metrics.jsonl   one line per step
 run/checkpoints/    the newest few, and the best by held-out loss
 run/...             the bundle (train/bundle.py), written when the last step is done
 """
@@ -53,14 +53,14 @@ NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from 
 
 @dataclass(frozen=True)
 class FinetuneReport:
-    """What a run did. `finished` is False when it was interrupted; memory in bytes.
+    """The result of a run. `finished` is False when the run was interrupted; memory in bytes.
 
     first_loss, final_loss  of the first and the last step at the last ctx and with the last objective
-    held_out   loss on held-out text before the first and after the last step at ctx, under the attention it runs with
-    spikes     steps whose gradient was far above its running norm and was scaled down (optimizer.RelativeClip)
-    rollbacks  times it went back to a checkpoint because the loss or the gradient went wrong
-    seconds_per_step   the median, without the first step where there are more
-    read       of each source the files, documents and tokens that were read, and what was passed over
+    held_out   loss on held-out text before the first and after the last step at ctx, under the attention of inference
+    spikes     steps whose gradient norm was far above its running mean and was scaled down (optimizer.RelativeClip)
+    rollbacks  times the run went back to a checkpoint because the loss or the gradient diverged
+    seconds_per_step   the median; the first step is left out where there are more
+    read       for each source the files, documents and tokens that were read, and what was skipped
     """
 
     out: str
@@ -90,16 +90,19 @@ def run_finetune(
     events: Events | None = None,
     zero: Mapping[str, Any] | None = None,
 ) -> FinetuneReport:
-    """Train and save. Ctrl-C ends it early with a checkpoint; `resume` goes on from the newest one, exactly.
+    """Trains and saves a run. Returns its report.
 
-    With `zero`, DeepSpeed's configuration, this is one of the processes of a run (train/launch.py).
+    Ctrl-C ends the run early with a checkpoint. `resume` continues exactly from the newest checkpoint. `zero` is
+    DeepSpeed's configuration: with it, this process is one of several of the run (train/launch.py).
     """
     began = time.monotonic()
+    # Only rank 0 logs and writes telemetry.
     talks = zero is None or os.environ["RANK"] == "0"
     told = telling(events or Events(), plan, run) if talks else nullcontext(Events())
     with disk_faults(run, hint=way_out(run)), told as events:
         engine, sequences, progress, sink_tokens = _train_stages(plan, run, resume, events, zero)
         count = None
+        # An interrupted run has no bundle yet: it is resumed.
         if progress.done == plan.steps:
             known = {
                 "data": sequences.store.meta.source,
@@ -114,13 +117,13 @@ def run_finetune(
 def _train_stages(
     plan: RunPlan, run: Path, resume: bool, events: Events, zero: Mapping[str, Any] | None
 ) -> tuple[Engine, Sequences, TrainingState, int]:
-    """Train at each context in turn; the last engine, what it trained on, how far the run is, and its sink tokens."""
+    """Trains at each context in turn. Returns the last engine, its training data, the state and the sink tokens."""
     done = newest_step(run) if resume else 0
     while True:
         # A stage is one context; most runs have one.
         stage = plan.stage_of(done)
         engine: Any = None
-        # Free what the stage before this one held.
+        # Free the memory of the stage before this one.
         gc.collect()
         with naming_what_is_largest(stage):
             engine, sequences, held_out, sink_tokens = set_up(stage, events, zero)
@@ -134,10 +137,11 @@ def _train_stages(
             if engine.rank == 0:
                 discard_after(run, progress.done)
         if plan.stage_of(progress.done) is not stage:
-            # The newest checkpoint is damaged, and the one before it belongs to an earlier stage.
+            # The newest checkpoint is damaged, and the one before it belongs to an earlier stage: set that one up.
             done = progress.done
             engine.close()
             continue
+        # The losses in a state of a shorter context are not comparable with those of this one.
         if 0 < progress.done == stage.first or (progress.validation or {}).get("ctx", stage.spec.ctx) != stage.spec.ctx:
             progress = progress.at_next_ctx()
         stage = replace(stage, sink_tokens=sink_tokens)
@@ -152,13 +156,19 @@ def _train_stages(
 def set_up(
     plan: RunPlan, events: Events, zero: Mapping[str, Any] | None
 ) -> tuple[Engine, Sequences, HeldOut | None, int]:
-    """Everything the loop needs at one context: (the model in its engine, what trains, what is held out, the number of
-    sink tokens of S²-Attn)."""
+    """Builds everything that the loop needs at one context.
+
+    Returns (the engine with the model, the training sequences, the held-out data or None, the number of sink tokens of
+    S²-Attn). Raises InputError where nothing is held out and validation.passkey or validation.max_short_ppl_increase is
+    set.
+    """
     torch.manual_seed(plan.spec.seed)
     device, dtype = training_device(plan)
     events.say(f"attention: {backends(plan, device, dtype)} ({device.type}, {str(dtype).removeprefix('torch.')})")
     _check_tokenizer(plan)
+    # Join before the model loads: ZeRO-3 partitions a model while it loads.
     ranks = None if zero is None else join(zero, plan, dtype)
+    # One rank of each host tokenises; the others then find the tokens in the cache.
     with ranks.one_a_host_first() if ranks else nullcontext():
         cases = grid_cases(plan)
         sequences, held = prepare_data(plan, events)
@@ -167,6 +177,7 @@ def set_up(
         message = f"validation.{given[0]}: there is nothing to validate"
         raise InputError(message, hint="give longer text, or leave it out")
     model = _model(plan, device, dtype)
+    # The model has not trained yet. A resumed run loads its checkpoint later, so that it measures the same value here.
     sink_tokens = sinks_of(plan, model, events.say)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
@@ -180,11 +191,18 @@ def set_up(
 def finish(
     plan: RunPlan, run: Path, engine: Engine, progress: TrainingState, events: Events, known: dict[str, Any]
 ) -> int | None:
-    """Gates, then the bundle; checkpoints go unless asked for. Returns how many trained tensors were found again."""
+    """Checks the limits of the spec, writes the bundle and removes the checkpoints unless the spec keeps them.
+
+    Returns how many trained tensors were read back from disk and compared; None on ranks other than 0. Raises
+    CheckFailed where perplexity at the original length rose by too much, EnvironmentFault where the disk is full or
+    cannot be written.
+    """
     spec, validations = plan.spec.validation, metrics.read(run / metrics.VALIDATIONS)
     if validations:
         check_short(progress.short_first, validations[-1]["short"], spec.max_short_ppl_increase)
     step = progress.done
+    # `best`: load the weights of the best step, where this is not the last one. If none was better than the start, or
+    # its checkpoint is gone, keep the last weights and warn.
     if spec.result == "best" and progress.validation and progress.best_step != step:
         if progress.best_step is not None and load_newest(run, engine, events.say, step=progress.best_step):
             step = progress.best_step
@@ -194,9 +212,11 @@ def finish(
             if progress.best_step is not None:
                 why = f"the checkpoint of step {progress.best_step}, the best by held-out loss, is gone or damaged"
             events.say(f"warning: {why}; the last weights are the result")
+    # A collective call: every rank takes part before the others return.
     masters = engine.masters()
     if engine.rank > 0:  # another host may not see yet what rank 0 has written
         return None
+    # A full disk may have kept the last lines out of the file. Without them the facts of the result are wrong.
     lines = metrics.read(run / metrics.STEPS)
     if not lines or lines[-1]["step"] != progress.done:
         raise _no_result(run, progress, f"{run / metrics.STEPS} lacks the last steps, which found no room")
@@ -246,9 +266,10 @@ def report(
     seconds: float,
     read: list[dict[str, Any]] | None = None,
 ) -> FinetuneReport:
-    """What the run's files say it did; `read` is what `readings` has."""
+    """Builds the report of a run from its files. `count`: trained tensors; `read`: the result of `readings`."""
     lines = metrics.read(run / metrics.STEPS)
     validations = metrics.read(run / metrics.VALIDATIONS)
+    # Losses at a shorter context are not comparable.
     held_out = [line["loss"] for line in validations if line["ctx"] == plan.spec.ctx]
     return FinetuneReport(
         out=str(run),
@@ -269,14 +290,17 @@ def report(
 
 
 def _comparable(plan: RunPlan, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The steps whose losses are of what the last one's is: its ctx, and what it learns from a teacher."""
+    """The steps whose losses are comparable with the last one's: the same ctx and the same objective."""
     last = lines[-1]["step"] - 1
     first, objective = plan.stage_of(last).first, plan.objective_at(last)
     return [line for line in lines if line["step"] > first and plan.objective_at(line["step"] - 1) == objective]
 
 
 def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
-    """What serves each kind of layer, in words. Raises EnvironmentFault where the backend that was named cannot."""
+    """Returns the attention backend of each kind of layer, in words.
+
+    Raises EnvironmentFault where the backend that the spec names cannot run here.
+    """
     said, spec = list[str](), plan.spec
     for pattern in sorted(set(plan.patterns), key=lambda pattern: pattern.sliding_window or plan.spec.ctx):
         W, G = pattern.sliding_window, pattern.group_size
@@ -287,20 +311,21 @@ def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _model(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model with its new positions and what trains attached, on the device it trains on."""
+    """The model with its new positions and with its trainable parts attached, on the device it trains on."""
     quantize = plan.spec.memory.quantize
     check_source(plan.source)
     model: Any = build_model(plan.source.directory, plan.config, dtype, quantize=quantize, device=device)
     if plan.spec.tuning == "lora":
-        torch.manual_seed(plan.spec.seed)  # loading may draw numbers or not; the adapter is the same on every rank
+        # Loading may use the random state. Seed again, so that the adapter is the same on every rank.
+        torch.manual_seed(plan.spec.seed)
         model = attach(model, plan.trainables, plan.spec.lora.rank, str(plan.source.directory.absolute()))
     else:
         model.requires_grad_(True)
-    return model if quantize != "none" else model.to(device)  # bitsandbytes has put it there
+    return model if quantize != "none" else model.to(device)  # bitsandbytes has already put a quantised one there
 
 
 def _teacher(plan: RunPlan, model: Any, dtype: torch.dtype) -> TeacherModel | None:
-    """Whom the plan names: the model's own weights in their first layout, or another model beside it."""
+    """The teacher of the plan: the model's own weights in their original layout, or a second model; None without."""
     teacher = plan.teacher
     if teacher is None:
         return None
@@ -314,7 +339,7 @@ def _teacher(plan: RunPlan, model: Any, dtype: torch.dtype) -> TeacherModel | No
 
 
 def _check_tokenizer(plan: RunPlan) -> None:
-    """A teacher of its own speaks of the same tokens."""
+    """Raises InputError where a second model as the teacher has another tokenizer."""
     found = teacher_weights(plan.teacher, plan.spec)
     if found is None:
         return

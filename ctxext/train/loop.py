@@ -1,4 +1,4 @@
-"""The training loop, top to bottom. What it needs is handed in; what it learns goes to metrics.jsonl.
+"""The training loop, top to bottom. The caller passes everything it needs; each step's numbers go to metrics.jsonl.
 
 Shapes: b sequences of a micro-batch, T tokens (ctx).
 """
@@ -30,12 +30,12 @@ from ctxext.train.run import way_out
 from ctxext.train.sinks import untrained_cost
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
-LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # of the running mean that a spike is judged by
+LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # decay and warm-up of the running mean that a spike is compared with
 
 
 @dataclass
 class Events:
-    """Where a run talks while it works; each is called with what its name says."""
+    """Callbacks of a run: `say` for each log line, `on_step` after each step, `on_validation` after each validation."""
 
     say: Callable[[str], None] = lambda line: None
     on_step: Callable[[StepMetrics], None] = lambda metrics: None
@@ -51,52 +51,65 @@ def train(
     progress: TrainingState,
     events: Events,
 ) -> tuple[TrainingState, bool]:
-    """Train from `progress` to the plan's `stop`, or to Ctrl-C or SIGTERM: (how far it came, whether it was stopped).
+    """Trains from `progress` to the plan's `stop`, or to Ctrl-C or SIGTERM.
 
-    Either way a checkpoint of the last step done lies on the disk. Where it cannot be written, an earlier one costs a
-    warning; the one that a later process or the next context starts from raises EnvironmentFault; the last one of the
-    run is left to the result, which is written next. A loss or gradient that is not finite and a spike of the loss end
-    in a rollback or in CheckFailed, as the spec says. `held_out` None is no validation.
+    Returns (the state after the last step done, whether a signal stopped the run). In both cases it writes a checkpoint
+    of the last step done. What happens when a checkpoint cannot be written depends on its use:
+
+        a later process or the next context starts from it    raises EnvironmentFault
+        the last one of the run                               a warning: the result is written next
+        any other                                             a warning
+
+    A loss or gradient norm that is not finite, or a spike of the loss, causes a rollback or raises CheckFailed, as the
+    spec says. A first loss that is not finite raises ModelError. `held_out` None: the run has no validation.
     """
     spec, steps, saved_at, writes = plan.spec, plan.steps, time.monotonic(), engine.rank == 0
     log = JsonLines(run / STEPS, progress.done, writes=writes, say=events.say)
     held_out_log = JsonLines(run / VALIDATIONS, progress.done, writes=writes, say=events.say)
 
     def flush() -> None:
-        # A checkpoint may not be ahead of the lines that tell of its steps.
+        # The log lines of a step must be on disk before a checkpoint that includes this step.
         held_out_log.flush()
         log.flush()
 
-    peak = engine.world * peak_flops(engine.device, spec.dtype)
+    peak = engine.world * peak_flops(engine.device, spec.dtype)  # FLOP/s of all devices; 0 where unknown
     engine.model.train()
     with _interruption() as interrupted, closing(log), closing(held_out_log):
+        # Baseline of this context, before its first step. Later validations are compared with it. A resumed run has it
+        # in its checkpoint. `short_first` keeps the value of the first context.
         if held_out and progress.validation is None:
             first = validate(engine, held_out, plan, progress.done)
             held_out_log.append(first.as_dict())
             events.on_validation(first)
             short = first.short if progress.short_first is None else progress.short_first
             progress = replace(progress, validation=first.as_dict(), best_loss=first.loss, short_first=short)
+        # Log how much worse the training attention makes the model before any step at this context.
         if progress.done == plan.first and (line := untrained_cost(engine, sequences.sequence(0), plan)):
             events.say(line)
         while progress.done < plan.stop:
             began, step = time.monotonic(), progress.done
             start = step * plan.global_batch_size
-            if step > 0 and plan.objective_at(step) != plan.objective_at(step - 1):  # another scale of losses
+            # A new objective has losses and gradients of another scale: restart both running means.
+            if step > 0 and plan.objective_at(step) != plan.objective_at(step - 1):
                 progress, engine.clip = progress.at_next_objective(), RelativeClip(spec.optimizer.clip)
+            # Ranks take the step's sequences in turn. The step alone decides which sequences it reads.
             mine = range(start + engine.rank, start + plan.global_batch_size, engine.world)
             loss = forward_backward(engine, [sequences.sequence(i) for i in mine], plan, step)
             if step == 0 and not math.isfinite(loss):
                 raise ModelError("the loss is not finite before anything was trained: the model's weights are damaged")
+            # Check the loss before the update: the gradient of a bad loss must not reach the weights.
             why, factor = _spike(loss, progress, plan), progress.rate * rate_factor(step, steps, spec.optimizer)
             if why is None:
                 norm, scale = engine.step(factor)
                 why = None if math.isfinite(norm) else f"the gradient norm is {norm}"
             if why is not None:
                 progress = _roll_back(f"step {step + 1}: {why}", engine, progress, plan, run, events)
+                # The run repeats the steps after the checkpoint: remove their lines from both files.
                 log.cut_back(progress.done)
                 held_out_log.cut_back(progress.done)
                 continue
             progress = _advance(progress, loss, plan)
+            # Measure and log the step. `seconds` does not include validation and checkpoint.
             seconds, tokens = time.monotonic() - began, plan.tokens_after(progress.done)
             speeds = plan.tokens_per_step / seconds, plan.step_flops / seconds
             mfu = plan.model_flops / seconds / peak if peak else None
@@ -110,11 +123,14 @@ def train(
                 held_out_log.append(now.as_dict())
                 progress = _note_validation(now, progress, events)
             late = spec.faults.save_minutes is not None and time.monotonic() - saved_at >= 60 * spec.faults.save_minutes
-            stop, late = (flag > 0 for flag in engine.total(interrupted(), late))  # one rank's word is every rank's
+            # All-reduce, so that all ranks stop or save together.
+            stop, late = (flag > 0 for flag in engine.total(interrupted(), late))
             best = progress.best_step == progress.done
+            # The first step is always saved, so that an early rollback finds a checkpoint.
             if last or stop or late or best or step == 0 or progress.done % spec.faults.save_steps == 0:
                 failed = save_checkpoint(run, progress, engine, keep=spec.faults.keep, say=events.say, before=flush)
                 saved_at = time.monotonic()
+                # The run cannot continue later without this checkpoint. The last one of the run is not needed.
                 if failed and (stop or last) and progress.done < steps:
                     raise _not_saved(failed, progress, run, stopped=stop)
             if stop:
@@ -123,7 +139,7 @@ def train(
 
 
 def _not_saved(why: str, progress: TrainingState, run: Path, *, stopped: bool) -> EnvironmentFault:
-    """A run cannot go on without the checkpoint that was to be written now."""
+    """The error for a checkpoint that a later process or the next context needs and that was not written."""
     needed, newest = "the run was stopped" if stopped else "the next context starts from it", newest_step(run)
     before = f"the newest one is of step {newest}" if newest else "there is none before it"
     return EnvironmentFault(
@@ -132,9 +148,14 @@ def _not_saved(why: str, progress: TrainingState, run: Path, *, stopped: bool) -
 
 
 def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: int) -> float:
-    """Add up the gradient of one step over this rank's sequences; the loss of all ranks, in nats a token."""
+    """Accumulates the gradient of one step over this rank's sequences.
+
+    Returns the mean loss of the step over all ranks, in nats a token.
+    """
     spec, device = plan.spec, engine.device
     group_size, shift = plan.attention_at(step)
+    # The divisor counts the scored labels of all ranks and micro-batches, so that every token of the step weighs the
+    # same. It must be known before the first backward pass.
     (labels_in_step,) = engine.total(sum(int((packed.labels >= 0).sum()) for packed in batch))
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(batch), spec.micro_batch_size):
@@ -147,18 +168,21 @@ def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: i
             group_size=group_size,
             shift=shift,
             sink_tokens=plan.sink_tokens or 0,
-            document_starts=starts if spec.data.document_mask else None,  # read on the CPU, kept there
+            document_starts=starts if spec.data.document_mask else None,  # stays on the CPU, where it is read
             backend=spec.attention.backend,
             objective=plan.objective_at(step),
         )
-        engine.backward(loss_sum / labels_in_step)  # every token of the step weighs the same
+        engine.backward(loss_sum / labels_in_step)
         loss += loss_sum.detach()
     (total,) = engine.total(loss.item())
     return total / labels_in_step
 
 
 def _spike(loss: float, progress: TrainingState, plan: RunPlan) -> str | None:
-    """Why a loss is not to be learned from, in words; None for an ordinary one."""
+    """The reason not to train on this loss, in words; None for an ordinary loss.
+
+    A spike is a loss above the running mean by more than `faults.spike`, after LOSS_WARM_STEPS steps.
+    """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if progress.loss_seen >= LOSS_WARM_STEPS and loss > progress.loss_mean + plan.spec.faults.spike:
@@ -167,6 +191,7 @@ def _spike(loss: float, progress: TrainingState, plan: RunPlan) -> str | None:
 
 
 def _advance(progress: TrainingState, loss: float, plan: RunPlan) -> TrainingState:
+    # The running mean is the mean of all losses at first, then exponential with a decay of LOSS_MEMORY.
     weight = max(1 - LOSS_MEMORY, 1 / (progress.loss_seen + 1))
     mean = progress.loss_mean + weight * (loss - progress.loss_mean)
     first = loss if progress.loss_seen == 0 else progress.first_loss
@@ -174,7 +199,7 @@ def _advance(progress: TrainingState, loss: float, plan: RunPlan) -> TrainingSta
 
 
 def _note_validation(now: Validation, progress: TrainingState, events: Events) -> TrainingState:
-    """Say what it says, and remember the best."""
+    """Logs a validation, warns where the held-out loss rises while the training loss falls, and records the best."""
     events.say(f"step {now.step}: held-out loss {now.loss:.4f}" + (f", {in_words(now.passkey)}" if now.passkey else ""))
     events.on_validation(now)
     if progress.validation and (text := complaint(Validation(**progress.validation), now, progress)):
@@ -187,7 +212,10 @@ def _note_validation(now: Validation, progress: TrainingState, events: Events) -
 def _roll_back(
     why: str, engine: Engine, progress: TrainingState, plan: RunPlan, run: Path, events: Events
 ) -> TrainingState:
-    """Back to the newest checkpoint at half the learning rates, once; then, or by policy, stop."""
+    """Loads the newest checkpoint and halves the learning rates. Returns the state to continue from.
+
+    Raises CheckFailed where the spec says stop, at the second divergence of a run, or where there is no checkpoint.
+    """
     hint = "lower optimizer.learning_rate or lora.multiplier; the checkpoints before it are kept"
     if plan.spec.faults.on_divergence == "stop" or progress.rollbacks:
         raise CheckFailed(f"{why}; stopped" + (", having rolled back once" if progress.rollbacks else ""), hint=hint)
@@ -195,21 +223,27 @@ def _roll_back(
     if restored is None:
         raise CheckFailed(f"{why}; there is no checkpoint to go back to", hint=hint)
     events.say(f"{why}: back to step {restored.done}, with the learning rates halved from here on")
-    engine.total()  # no rank is reading any longer
+    engine.total()  # a barrier: rank 0 deletes checkpoints only after every rank has read its own
     if engine.rank == 0:
         discard_after(run, restored.done)
-    if 0 < restored.done == plan.first:  # of the shorter context before: its losses are none to judge this one by
+    # This checkpoint ends the shorter context. Its losses are not comparable with those of this context.
+    if 0 < restored.done == plan.first:
         restored = restored.at_next_ctx()
     return replace(restored, rate=restored.rate / 2, rollbacks=(*restored.rollbacks, why))
 
 
 @contextmanager
 def _interruption() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether SIGINT or SIGTERM arrived; a second one acts at once, as it always did."""
+    """Yields a function that returns whether SIGINT or SIGTERM arrived.
+
+    The first signal is only recorded, so that the loop can save. A second one of the same kind goes to the previous
+    handler, which acts at once.
+    """
     arrived: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in signals}
 
+    # The handler restores the previous one, so that a second signal of this kind goes there.
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
         signal.signal(number, previous[signal.Signals(number)])

@@ -1,12 +1,12 @@
-"""Cross entropy straight from the last hidden states, never holding the logits of the whole batch.
+"""Cross entropy directly from the last hidden states; it never holds the logits of the whole batch.
 
 Shapes: N tokens, E model width, V vocabulary, c tokens of one chunk (ops/logits.py).
 
-The gradient is taken in the forward pass, where a chunk's probabilities are at hand: softmax minus the label's one,
-times the weight. Nothing is recomputed, and the backward pass only scales what is stored and hands it down: the
-gradient of the hidden states [N,E] and, if the head trains, that of the weight [V,E], summed in fp32.
+The gradient is computed in the forward pass, where a chunk's probabilities are available: softmax minus the one-hot
+label, times the weight. Nothing is recomputed. The backward pass only scales and returns what is stored: the gradient
+of the hidden states [N,E] and, if the head trains, that of the weight [V,E], summed in fp32.
 
-Not offered: logit scaling, soft-capping, a bias, label smoothing. A model that has one needs its own loss.
+Not supported: logit scaling, soft-capping, a bias, label smoothing. A model that has one needs its own loss.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ SCALED = 1 << 22  # entries of a gradient that are scaled in fp32 at a time: 16 
 def linear_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of -log softmax(hidden weightᵀ)[label] over the labels that count, and their number.
+    """Returns the sum of -log softmax(hidden weightᵀ)[label] over the labels that count, and their number.
 
     hidden [N,E] in any floating dtype, weight [V,E] (frozen or not, tied or not; used in hidden's dtype), labels [N]
     with IGNORED where nothing is scored. Returns (fp32 sum, int64 count), both scalars on the device: divide by the
     count of the whole step, over accumulation and ranks, so that every token weighs the same. Softmax is fp32. The
-    result can be differentiated once, in one backward pass. Raises InputError for shapes that do not fit together.
+    result can be differentiated once, in one backward pass. Raises InputError for shapes that do not match.
     """
     _check(hidden, weight, labels)
+    # Apply autocast's dtype here and switch it off inside, since the operation chooses its own dtypes.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
@@ -46,13 +47,13 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """-log softmax(hidden weightᵀ)[label] of every token, fp32 [N], 0 where the label is IGNORED; no gradient."""
+    """Returns -log softmax(hidden weightᵀ)[label] of every token, fp32 [N], 0 for an IGNORED label; no gradient."""
     return token_scores(hidden, weight, labels, chunk)[0]
 
 
 @torch.no_grad()
 def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None) -> Tensor:
-    """`token_losses`, and 1 where a token's label is the most probable one, else 0: fp32 [2,N]; no gradient."""
+    """Returns `token_losses`, and 1 where a token's label is the most probable, else 0: fp32 [2,N]; no gradient."""
     _check(hidden, weight, labels)
     scores = torch.zeros(2, *labels.shape, dtype=torch.float32, device=hidden.device)
     matrix = weight.to(hidden.dtype)
@@ -64,7 +65,7 @@ def token_scores(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | No
 
 
 def chunk_of(weight: Tensor) -> int:
-    """Tokens of a chunk for a head [V, E], by the device that it is on."""
+    """Returns the tokens of a chunk for a head [V, E], which depend on its device."""
     return loss_chunk(weight.shape[0], gpu=weight.device.type != "cpu")
 
 
@@ -80,21 +81,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p = (hidden[rows] @ matrix.t()).float()  # [c,V] logits, then probabilities, then their gradient: one buffer
             scored = (labels[rows] != IGNORED)[:, None]  # [c,1]
             label = labels[rows, None].where(scored, 0)  # [c,1]
+            # log-sum-exp, with the maximum subtracted first, so that exp does not overflow.
             p -= p.amax(dim=-1, keepdim=True)
             of_label = p.gather(-1, label)
             total = p.exp_().sum(dim=-1, keepdim=True)  # [c,1]
             loss += (total.log() - of_label).where(scored, 0).sum()
             if dhidden is None and dweight is None:
                 continue
+            # Softmax minus the one-hot label; rows without a label get no gradient.
             p.div_(total).scatter_add_(-1, label, -torch.ones_like(total)).masked_fill_(~scored, 0)
             dlogits = p.to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
+            # The product is added in fp32. addmm_ needs one dtype, so a narrower one adds a separate product.
             if dweight is not None and hidden.dtype == torch.float32:
                 dweight.addmm_(dlogits.t(), hidden[rows])
             elif dweight is not None:
                 dweight += dlogits.t() @ hidden[rows]
-            del p, dlogits  # before the next chunk's are made
+            del p, dlogits  # free them before the next chunk allocates its own
         ctx.gradients = dhidden, None if dweight is None else dweight.to(weight.dtype)
         return loss
 
@@ -105,18 +109,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def handed_down(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that the forward pass left in `ctx`, times `grad`, in place: no second copy of them is ever held.
+    """Returns the gradients that the forward pass stored in `ctx`, times `grad`, in place, without a second copy.
 
-    The product is computed in fp32 and rounded once. `grad` is about 1 / labels; in bf16 it alone would be off by up to
-    0.2%, and with it every gradient in the same direction.
+    The product is computed in fp32 and rounded once. `grad` is about 1 / labels; rounded to bf16, it would be off by
+    up to 0.2%, and so would every gradient, in the same direction.
 
-    Raises RuntimeError when they were handed down before (a graph that was kept for a second backward pass).
+    Raises RuntimeError at a second call (a graph that was kept for a second backward pass).
     """
     if ctx.gradients is None:
         raise RuntimeError("this loss gives its gradients once: compute it again for a second backward pass")
     (dhidden, dweight), ctx.gradients = ctx.gradients, None
     for gradient in (dhidden, dweight):
         if gradient is not None:
+            # In parts, so that the fp32 copy stays small.
             rows = max(1, SCALED // gradient.shape[1])
             for part in gradient.split(rows):
                 part.copy_(part.float().mul_(grad))

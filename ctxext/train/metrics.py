@@ -1,4 +1,4 @@
-"""metrics.jsonl and validation.jsonl: one line a step, or a validation, whatever happened between two of them."""
+"""metrics.jsonl and validation.jsonl: one line per step or validation, also across kills, rollbacks and resumes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ctxext.errors import EnvironmentFault
 from ctxext.units import counted
 
 STEPS, VALIDATIONS = "metrics.jsonl", "validation.jsonl"
-PEAK_FLOPS = {  # dense bf16, FLOP/s: NVIDIA's data sheets (of the 4090, the Ada whitepaper) by torch's device name
+PEAK_FLOPS = {  # dense bf16, FLOP/s, by torch's device name: NVIDIA's data sheets (for the 4090, the Ada whitepaper)
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
@@ -30,10 +30,10 @@ PEAK_FLOPS = {  # dense bf16, FLOP/s: NVIDIA's data sheets (of the 4090, the Ada
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One line. Loss in nats a token, norm before clipping, memory in bytes, seconds of this step.
+    """One line of metrics.jsonl. Loss in nats a token, norm before clipping, memory in bytes, seconds of this step.
 
     tokens             trained on so far, in all contexts
-    flops_per_second   by the plan's count, recomputation included; beside a matmul's rate it is the utilisation
+    flops_per_second   by the plan's count, recomputation included; divided by a matmul's rate it is the utilisation
     mfu                model FLOPs utilisation: the share of all devices' peak, recomputation not counted; None, and
                        left out of the file, where the peak is not known
     """
@@ -51,14 +51,14 @@ class StepMetrics:
     mfu: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers that are known."""
+        """Returns the numbers that are known, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 class JsonLines:
-    """A file of a run with lines of the first `done` steps: what a killed run wrote beyond is cut off.
+    """A file of a run with lines of the first `done` steps; later lines, which a killed run wrote, are removed.
 
-    A full disk does not end the run: lines wait in memory, `say` gets one warning, and every later line tries again.
+    A full disk does not end the run: lines wait in memory, `say` gets one warning, and each later line tries again.
     """
 
     def __init__(self, path: Path, done: int, *, writes: bool = True, say: Callable[[str], None] = lambda line: None):
@@ -68,20 +68,20 @@ class JsonLines:
         self.cut_back(done)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Write a line, which has its `step`, at once; on ranks that do not write, nothing."""
+        """Writes a line at once. The line must have a `step`. Does nothing on ranks that do not write."""
         if self._file is not None:
             self._waiting += json.dumps(line).encode() + b"\n"
             self._try()
 
     def cut_back(self, done: int) -> None:
-        """Forget the steps after `done`: they are going to be done again."""
+        """Removes the lines of the steps after `done`, which the run will repeat."""
         if not self.writes:
             return
         self.close()
         data = self.path.read_bytes() if self.path.exists() else b""
         kept = b"".join(raw + b"\n" for raw, line in _lines(data) if line["step"] <= done)
         if data.startswith(kept):
-            # A prefix is kept by cutting the file, which needs no room. A kill leaves it as it was, or cut.
+            # Truncating needs no disk space. A kill leaves the file either as it was or truncated.
             if len(kept) < len(data):
                 os.truncate(self.path, len(kept))
         else:
@@ -90,7 +90,7 @@ class JsonLines:
             self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def close(self) -> None:
-        """Close the file. What a full disk keeps from being written is said to be lost."""
+        """Closes the file. Lines that a full disk did not accept are lost, which is logged."""
         if self._file is None:
             return
         self._try()
@@ -101,18 +101,19 @@ class JsonLines:
         self._file, self._waiting = None, b""
 
     def flush(self) -> None:
-        """Write what waits. Raises EnvironmentFault where the disk is full.
+        """Writes the waiting lines. Raises EnvironmentFault where the disk is full.
 
-        The file stays a beginning of all lines, whatever part of them a full disk takes.
+        The file always holds a prefix of all lines, even where a full disk accepts only a part of them.
         """
         if self._file is None:
             return
         with disk_faults(self.path):
+            # os.write may write less than it gets: keep the rest.
             while self._waiting:
                 self._waiting = self._waiting[os.write(self._file, self._waiting) :]
 
     def _try(self) -> None:
-        """Write what waits, or warn once that it waits."""
+        """Writes the waiting lines, or warns once that they wait."""
         try:
             self.flush()
             self._warned = False
@@ -123,12 +124,12 @@ class JsonLines:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of such a file; one that a kill cut in half is left out."""
+    """Returns the lines of a JSON lines file, none if it is missing; lines that a kill cut short are skipped."""
     return [line for _, line in _lines(path.read_bytes())] if path.exists() else []
 
 
 def _lines(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of a file as they are written and as they are read."""
+    """The whole lines of a file: (the bytes, the parsed line)."""
     found = list[tuple[bytes, dict[str, Any]]]()
     for raw in data.splitlines():
         try:
@@ -139,12 +140,12 @@ def _lines(data: bytes) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes in use: the process's resident set on a CPU, the allocator's peak on a GPU."""
+    """Returns the bytes in use: the process's resident set on a CPU, the allocator's peak on a GPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def peak_flops(device: torch.device, dtype: str) -> float:
-    """A device's dense bf16 peak in FLOP/s; 0 where it is not known, or the run's `dtype` (of the spec) is another."""
+    """Returns a device's dense bf16 peak in FLOP/s; 0 where it is unknown or the spec's `dtype` is float32."""
     if device.type != "cuda" or dtype == "float32":
         return 0.0
     return PEAK_FLOPS.get(torch.cuda.get_device_name(device), 0.0)

@@ -1,8 +1,8 @@
-"""AdamW on fp32 master weights, with a clip that knows what a normal gradient is.
+"""AdamW on fp32 master weights, with a clip relative to the running mean of the gradient norm.
 
-A norm of 1.0 in bf16 never moves under updates of 2e-5 (the next bf16 number is 0.004 away), so everything that trains
-has an fp32 master: the optimizer sees masters only, gradients are added up in fp32, and after a step the masters are
-rounded into the model. A parameter that is fp32 already is its own master.
+A norm weight of 1.0 in bf16 never changes under updates of 2e-5 (the next bf16 number is 0.004 away), so every trained
+parameter has an fp32 master. The optimizer updates only masters, gradients are summed in fp32, and after a step the
+masters are rounded into the model. A parameter that is already fp32 is its own master.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ctxext.model.adapters import full_shape
 from ctxext.train.spec import OptimizerSpec
 
 LORA_MARK, MASTER = ".lora_", "master"
-WSD_DECAY = 0.2  # of the steps
+WSD_DECAY = 0.2  # share of the steps
 
 
 class MasterAdamW:
     """AdamW (decoupled weight decay) over the masters of `trainable`, a mapping name -> parameter.
 
-    LoRA matrices, and everything under full tuning, step at `learning_rate`; modules trained whole beside an adapter
-    at `whole_learning_rate`, fitted sinks and biases beside one at `sinks_learning_rate`.
+    LoRA matrices, and everything under full tuning, train at `learning_rate`; with an adapter, modules trained whole
+    train at `whole_learning_rate`, and fitted sinks and biases at `sinks_learning_rate`.
     """
 
     def __init__(self, trainable: Mapping[str, Tensor], spec: OptimizerSpec):
@@ -37,27 +37,28 @@ class MasterAdamW:
         self.adamw = _adamw(spec.name, options, (spec.beta1, spec.beta2))
 
     def gradient_norm(self) -> float:
-        """The 2-norm of all gradients together, before any clipping."""
+        """Returns the 2-norm of all gradients together, before any clipping."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         return torch.nn.utils.get_total_norm(gradients).item()
 
     def step(self, rate_factor: float, gradient_scale: float) -> None:
-        """One update at `rate_factor` times the learning rates, gradients times `gradient_scale`, then cleared."""
+        """Updates with gradients times `gradient_scale` at `rate_factor` times the learning rates; clears gradients."""
         for group in self.adamw.param_groups:
             group["lr"] = group["rate"] * rate_factor
         if gradient_scale != 1.0:
             for master in self.masters.values():
                 if master.grad is not None:
                     master.grad.mul_(gradient_scale)
+        # An objective may not reach a parameter. It still takes the step, as under ZeRO, with a gradient of zero.
         for master in self.masters.values():
-            if master.grad is None:  # an objective may not reach it; as under ZeRO, its step is taken all the same
+            if master.grad is None:
                 master.grad = torch.zeros_like(master)
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         self.write_back()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments, to be saved: `master/<name>`, `exp_avg/<name>` and what else the optimizer keeps."""
+        """Returns masters and moments for saving: `master/<name>`, `exp_avg/<name>` and other optimizer state."""
         found = {f"{MASTER}/{name}": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             for key, value in self.adamw.state.get(master, {}).items():
@@ -66,31 +67,35 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `tensors` gave. Raises ModelError where these are of another set of parameters."""
+        """Restores the result of `tensors`. Raises ModelError where it belongs to another set of parameters."""
         moments = by_parameter(tensors, self.masters)
         for name, master in self.masters.items():
             master.copy_(moments[name].pop(MASTER))
             state = {key: value.to(master.device) for key, value in moments[name].items()}
-            if not isinstance(self.adamw, torch.optim.AdamW):  # whose fused kernel reads `step` where the weights are
+            # torch's fused kernel reads `step` as a tensor on the weights' device; bitsandbytes counts in an int.
+            if not isinstance(self.adamw, torch.optim.AdamW):
                 state["step"] = int(state["step"])
             self.adamw.state[master] = state
         self.write_back()
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Round the masters into the model's own parameters."""
+        """Rounds the masters into the model's own parameters."""
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 self.parameters[name].copy_(master)
 
 
 def by_parameter(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds of each parameter, by kind. Raises ModelError where it is of others than `own`, by name,
-    or they have another shape."""
+    """Returns a checkpoint's tensors as {parameter: {kind: tensor}}.
+
+    Raises ModelError where the parameters differ from `own` in name or shape.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         found.setdefault(name, {})[kind] = tensor
+    # The names must agree in both directions. Under ZeRO-3 `full_shape` is the shape of the whole parameter.
     strange = sorted(found.keys() ^ own.keys())
     if strange:
         raise ModelError(
@@ -107,12 +112,13 @@ def by_parameter(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> di
 
 
 def parameter_groups(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> list[dict[str, Any]]:
-    """The optimizer's groups by learning rate and weight decay; a group's `rate` is its rate before any schedule."""
+    """Returns the optimizer's groups by learning rate and weight decay; `rate` is the rate before the schedule."""
     adapter = any(LORA_MARK in name for name in tensors)
     whole_rate = spec.whole_learning_rate or spec.learning_rate
     groups: dict[tuple[float, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
         rate = spec.learning_rate
+        # With an adapter, the tensors that are not LoRA matrices have rates of their own.
         if adapter and LORA_MARK not in name:
             rate = spec.sinks_learning_rate if is_fitted(name) else whole_rate
         decay = spec.weight_decay if len(full_shape(tensor)) > 1 else 0.0  # norms and biases are not decayed
@@ -123,7 +129,7 @@ def parameter_groups(tensors: Mapping[str, Tensor], spec: OptimizerSpec) -> list
 
 
 def _adamw(name: str, options: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """The optimizer of a name in the spec. Raises EnvironmentFault where bitsandbytes is needed and missing."""
+    """The optimizer that the spec names. Raises EnvironmentFault where bitsandbytes is needed and missing."""
     if name == "adamw":
         return torch.optim.AdamW(options, betas=betas, fused=True)
     try:
@@ -139,7 +145,10 @@ def _adamw(name: str, options: list[dict[str, Any]], betas: tuple[float, float])
 
 
 def _master(parameter: Tensor) -> Tensor:
-    """The fp32 master of a parameter, with the gradients led to it: a bf16 gradient never outlives its backward."""
+    """The fp32 master of a parameter; a hook moves each gradient to it.
+
+    A bf16 gradient is freed in the backward pass that made it.
+    """
     if parameter.dtype == torch.float32:
         return parameter
     master = parameter.detach().float().requires_grad_(True)
@@ -155,8 +164,11 @@ def _master(parameter: Tensor) -> Tensor:
 
 
 def rate_factor(step: int, steps: int, spec: OptimizerSpec) -> float:
-    """The factor on the learning rates at `step` (from 0): linear warm-up, then constant, a cosine down to 0.1, or
-    warm-up, stable, decay (WSD): constant until the last fifth, then linear to 0."""
+    """Returns the factor on the learning rates at `step` (from 0).
+
+    Linear warm-up, then constant, a cosine down to 0.1, or WSD (warm-up, stable, decay): constant until the last fifth,
+    then linear to 0.
+    """
     if step < spec.warmup_steps:
         return (step + 1) / spec.warmup_steps
     if spec.schedule == "constant":
@@ -170,9 +182,9 @@ def rate_factor(step: int, steps: int, spec: OptimizerSpec) -> float:
 class RelativeClip:
     """Scales down a gradient whose norm is more than `limit` times the running mean of the norms before it.
 
-    Gradients of an adapter carry its scale alpha / rank (norms of 20 are normal at alpha 724), so a fixed clip of 1
-    would fire at every step and be a second learning rate. The mean is exponential (0.95), of the clipped norms, and
-    nothing is clipped in the first 5 steps, which only fill it.
+    Gradients of an adapter contain its scale alpha / rank (norms of 20 are normal at alpha 724), so a fixed clip of 1
+    would act at every step, as a second learning rate. The mean is exponential (0.95) over the clipped norms. The first
+    5 steps only fill it; nothing is clipped in them.
     """
 
     WARM_STEPS = 5
@@ -183,11 +195,15 @@ class RelativeClip:
 
     @property
     def allowed(self) -> float:
-        """The largest norm that the next gradient may have."""
+        """The largest norm that the next gradient may have; infinite in the first WARM_STEPS steps."""
         return math.inf if self.seen < self.WARM_STEPS else self.limit * self.mean
 
     def scale(self, norm: float) -> float:
-        """The factor for a gradient of this norm, 1.0 when it is ordinary; remembers it. NaN is for the caller."""
+        """Returns the factor for a gradient of this norm, 1.0 for an ordinary one, and adds the norm to the mean.
+
+        The caller must handle a norm that is NaN.
+        """
+        # The plain mean of the norms at first, then exponential.
         clipped = min(norm, self.allowed)
         weight = max(1 - self.DECAY, 1 / (self.seen + 1))
         self.mean += weight * (clipped - self.mean)

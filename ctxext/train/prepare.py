@@ -1,4 +1,4 @@
-"""From what the spec names to sequences: tokenised once into the user's cache, some of it held out for validation."""
+"""Turns the data that the spec names into sequences: tokenised once into the user's cache, some held out."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from ctxext.train.plan import RunPlan, on_gpu
 from ctxext.train.spec import MixturePart
 from ctxext.units import counted
 
-LITTLE_HISTORY = 0.05  # of the tokens; below this share a run at this ctx teaches next to nothing long
+LITTLE_HISTORY = 0.05  # share of the tokens; below it a run at this ctx learns almost nothing about long distances
 MOST_CHARACTERS = 64_000_000  # of the embedded corpus tokenised at once; longer runs repeat it
-MOST_HELD_OUT = 0.1  # of the sequences of a user's text
+MOST_HELD_OUT = 0.1  # share of the sequences of a user's text
 
 
 @dataclass(frozen=True)
 class _Source:
-    """A part of the data and its documents, not yet read, with a hash of them.
+    """A part of the data and its documents, not yet read, with `print_`, a hash of them.
 
-    `share` is its part of the run's sequences, `wanted` how many are to be held out, `held_out` the documents for that
-    where they are others than those that train.
+    `share` is its share of the run's sequences, `wanted` the number of sequences to hold out. `held_out` has the
+    documents for validation where they differ from those that train.
     """
 
     name: str
@@ -54,9 +54,9 @@ class _Source:
 
 
 def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
-    """Where a plan trains here, and in what.
+    """Returns the device and dtype that a plan trains with on this machine.
 
-    Raises EnvironmentFault where torch and the plan disagree about a GPU: its dtype and memory would be others.
+    Raises EnvironmentFault where torch and the plan disagree about a GPU: the plan's dtype and memory would be wrong.
     """
     planned, found = on_gpu(plan.gpu), torch.cuda.is_available()
     if planned and not found:
@@ -74,10 +74,11 @@ def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
 
 
 def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | None]:
-    """(what trains, what is held out for validation): sequences of exactly ctx tokens.
+    """Returns (the training sequences, the held-out sequences for validation), each of exactly ctx tokens.
 
-    Of the embedded corpus, files are held out; of other text, the last sequences; of a mixture, some of each part. None
-    where validation is off, or the text is too short for it (which is said).
+    Of the embedded corpus, files are held out; of other text, the last sequences; of a mixture, some of each part. The
+    second is None where validation is off, or where the text is too short for it, which is logged. Raises InputError
+    for a tokenizer without an EOS token.
     """
     spec = plan.spec
     tokenizer = load_tokenizer(plan.source.directory)
@@ -86,10 +87,11 @@ def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | 
     slots = slots_of([part.weight for part in spec.data.parts])
     wanted = spec.validation.sequences if spec.validation.every_steps else 0
     counts = apportion(wanted, slots, least=1)
+    # Find every source before reading the first, so that a wrong path fails before long work.
     sources = [
         _source(plan, part, tokenizer, share / sum(slots), count, events)
         for part, share, count in zip(spec.data.parts, slots, counts, strict=True)
-    ]  # all are found before the first is read
+    ]
     pairs = [_split(plan, source, tokenizer, events) for source in sources]
     if not spec.data.mixture:
         return pairs[0]
@@ -101,17 +103,19 @@ def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | 
 def _split(
     plan: RunPlan, source: _Source, tokenizer: Any, events: Events
 ) -> tuple[PackedSequences, PackedSequences | None]:
-    """A source's sequences, and those of it that are held out."""
+    """Reads a source. Returns its training sequences and its held-out ones, or None."""
     spec = plan.spec
     options: dict[str, Any] = {"seed": spec.seed, "document_mask": spec.data.document_mask}
     store = _store(plan, source.documents, source.print_, tokenizer, events)
-    # What was read is said first: it explains a refusal of too little text.
+    # Log what was read first: it explains the error that PackedSequences raises for too little text.
     _say_what_was_read(plan, source, store, events)
     whole = PackedSequences(store, spec.ctx, **options)
     _describe(plan, source, whole, events)
+    # Documents of their own for validation: all other sequences train.
     if source.held_out is not None:
         held = PackedSequences(_store(plan, *source.held_out, tokenizer, events), spec.ctx, **options)
         return whole, held.part(0, min(source.wanted, len(held)))
+    # Otherwise hold out the last sequences, at most a tenth.
     count = min(source.wanted, int(len(whole) * MOST_HELD_OUT))
     if source.wanted and not count:
         of = f" on {source.name}" if spec.data.mixture else ""
@@ -122,9 +126,10 @@ def _split(
 
 
 def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer: Any, events: Events) -> TokenStore:
-    """The tokens of documents, made once for all that decides them. ModelError for an id without a row in the model."""
+    """The tokens of documents, from the cache or made now. ModelError for an id without a row in the model."""
     data, eos_id = plan.spec.data, tokenizer.eos_token_id
     begin = framing(tokenizer)[0] if data.bos else []
+    # The cache key has everything that determines the tokens.
     what = f"{FORMAT} {print_} {tokenizer_hash(tokenizer)} {begin} {eos_id} {data.min_tokens} {data.max_tokens}"
     store = tokenise(
         documents,
@@ -142,13 +147,13 @@ def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer:
 
 
 def readings(sequences: Sequences) -> list[dict[str, Any]]:
-    """What was read for each source, for manifests and reports: files, documents, tokens and what was passed over."""
+    """Returns for each source what was read, for manifests and reports: files, documents, tokens, what was skipped."""
     parts = sequences.parts if isinstance(sequences, Mixture) else (sequences,)
     return [part.store.meta.reading for part in parts]
 
 
 def _name(plan: RunPlan, source: _Source) -> str:
-    """How the lines of a source begin."""
+    """The beginning of a source's log lines."""
     if not plan.spec.data.mixture:
         return "data"
     return f"data, {source.name} ({source.share:.1%} of the sequences)"
@@ -157,7 +162,7 @@ def _name(plan: RunPlan, source: _Source) -> str:
 def _say_what_was_read(plan: RunPlan, source: _Source, store: TokenStore, events: Events) -> None:
     reading = Reading.of(store.meta.reading)
     if store.reused and isinstance(source.documents, Documents):
-        # The tokens were found. What the directory holds beside its data may be new, and was listed now.
+        # The tokens come from the cache. The other files of the directory may be new: use the list made now.
         now = source.documents.reading
         reading = replace(reading, beside=now.beside, more=now.more, hidden=now.hidden)
     for line in (reading.line(reused=store.reused), *reading.notes):
@@ -165,7 +170,7 @@ def _say_what_was_read(plan: RunPlan, source: _Source, store: TokenStore, events
 
 
 def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events: Events) -> None:
-    """What there is to learn from a source, in lines that begin with its name."""
+    """Logs a source's contents, in lines that begin with its name, and warns of short documents."""
     spec, store, name = plan.spec, sequences.store, _name(plan, source)
     if source.embedded:
         events.say(
@@ -182,6 +187,7 @@ def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events
     if sequences.without_answer:
         every = sequences.without_answer + len(sequences)
         events.say(f"{name}: {sequences.without_answer:,} of {counted(every, 'sequence')} left out, without an answer")
+    # 0.5 is the best possible share, for documents longer than many sequences.
     share = attended_share(store, spec.ctx)
     events.say(f"{name}: {share:.1%} of the tokens see at least half of ctx in their own document")
     if spec.data.document_mask and share < LITTLE_HISTORY:
@@ -192,33 +198,37 @@ def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events
 
 
 def _source(plan: RunPlan, part: MixturePart, tokenizer: Any, share: float, wanted: int, events: Events) -> _Source:
-    """Where a part is read from. Raises what can be known before reading."""
+    """Finds the documents of a part without reading them. Raises the errors that are known before reading."""
     spec, embedded = plan.spec, part.source == EMBEDDED
     if part.source == SELF:
         return _Source("its own samples", False, share, wanted, *_samples(plan, tokenizer, events))
     if embedded:
+        # A fifth more text than the run needs: `_embedded` only estimates the number of tokens.
         tokens = plan.steps * plan.tokens_per_step * 1.2 * share + spec.ctx
         documents, print_ = _embedded(plan, tokenizer, "train", spec.seed, tokens)
         held_out = None
-        if wanted:  # of the other split, and synthetic text of another seed
+        if wanted:  # from the other split, with synthetic text of another seed
             held_out = _embedded(plan, tokenizer, "held-out", spec.seed + 1, (1.5 * wanted + 1) * spec.ctx)
         return _Source(part.source, embedded, share, wanted, documents, print_, held_out)
     rows = None if part.format == "text" else chat_rows(part.format, tokenizer)
     documents = read_documents(part.source, text_field=part.text_field, rows=rows)
     print_ = fingerprint(part.source, text_field=part.text_field, format=part.format)
+    # The chat template also determines the tokens of these formats.
     if part.format in ("messages", "prompt_chat"):
         print_ = hashlib.sha256(f"{print_} {template_hash(tokenizer)}".encode()).hexdigest()
     return _Source(Path(part.source).name, embedded, share, wanted, documents, print_)
 
 
 def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Document], str]:
-    """What the model writes as it was before any conversion, sampled when it is first read."""
+    """Text that the model before any conversion generates, sampled when the documents are first read."""
     config, asked = original_config(plan.source), plan.spec.data.samples
     length = min(plan.source.original_length or plan.spec.ctx, plan.spec.ctx)
     weights = manifests.weight_hashes(plan.source.directory)
     device, dtype = training_device(plan)
+    # Sampled text has no file to hash: hash everything that determines it.
     print_ = hashlib.sha256(f"{weights} {config} {asked} {length} {dtype}".encode()).hexdigest()
 
+    # A generator: the model is only loaded where the tokens are not in the cache.
     def documents() -> Iterator[Document]:
         events.say(f"sampling {asked.tokens:,} tokens from {plan.source.name}, as it was before any conversion")
         model: Any = build_model(plan.source.directory, config, dtype).to(device).eval()
@@ -246,8 +256,9 @@ def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Do
 def _embedded(
     plan: RunPlan, tokenizer: Any, split: corpus.Split, seed: int, tokens: float
 ) -> tuple[Iterator[Document], str]:
-    """About `tokens` tokens of a split of the embedded corpus."""
+    """About `tokens` tokens of a split of the embedded corpus, and a hash of the documents."""
     data = plan.spec.data
+    # The corpus is cut by characters: estimate how many a token has, on a sample.
     sample = "".join(document.text for document in corpus.stdlib_documents("held-out")[:8])
     per_token = len(sample) / len(plain_ids(tokenizer, sample))
     arguments: dict[str, Any] = {

@@ -1,23 +1,23 @@
-"""What a decoder layer keeps for the backward pass: set up layer by layer, through transformers' own checkpointing.
+"""Selects what each decoder layer keeps for the backward pass, through transformers' own gradient checkpointing.
 
 Shapes: B batch, T tokens, E model width, H query heads, D head dim.
 
 A stock layer under gradient checkpointing calls `_gradient_checkpointing_func(call, x)` instead of computing
-y = call(x) [B,T,E] itself; `enable` gives each layer the function that MemorySpec asks for:
+y = call(x) [B,T,E] itself; `enable` gives each layer the function that MemorySpec requests:
 
     checkpoint        x [B,T,E] is kept, the layer is computed again            torch's checkpoint, non-reentrant
     checkpoint: k     x of every k-th layer is kept, k layers are computed      the same, around k layers: `Together`
-                      again and live together
+                      again and are in memory together
     keep: attention   and the attention's output [B,H,T,D] and logsumexp        torch's selective checkpoint
                       of full and S² layers, whose kernel then runs once
     tiles             x is kept, the layer is computed again tile by tile       train/tiles.py; keep goes with it
     offload           x waits on the host, whichever of these keeps it          `HostInputs`, around any of them
 
-torch's checkpoint stops as soon as the backward pass has what it needs, before the last linear layer of the MLP; tiles
-compute that one again as well.
+torch's checkpoint stops recomputing once the backward pass has what it needs, before the last linear layer of the MLP;
+tiles also compute this last layer again.
 
-Not done: keeping the attention of the backends naive and flex, which are no single kernel; it is computed twice.
-torch is imported inside the functions that use it, so that a planner can call `check` without it.
+Not done: keeping the attention of the backends naive and flex, which are not a single kernel; it is computed twice.
+torch is imported inside the functions that use it, so that a planner can call `check` without torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ KERNELS = {  # the attention kernels that `keep: attention` runs once; each retu
 
 
 def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
-    """Refuse what cannot go together on a model whose layers have these windows (None: full). Raises InputError."""
+    """Raises InputError for memory settings that cannot be combined.
+
+    `windows` has the window of each layer in tokens, None for a full layer.
+    """
     asked = {
         "keep: attention": memory.keep != "nothing",
         f"tiles: {memory.tiles}": memory.tiles is not None,
@@ -60,6 +63,7 @@ def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
             f"memory.checkpoint: false keeps everything on the device, and {', '.join(useless)} says what to recompute",
             hint="set memory.checkpoint: true, or leave the others out",
         )
+    # k layers share one checkpoint: this excludes what works on a single layer.
     k = int(memory.checkpoint)
     if k > len(windows):
         raise InputError(f"memory.checkpoint: {k} layers a checkpoint, but there are {len(windows)} in all")
@@ -77,11 +81,12 @@ def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
 
 
 def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[str]:
-    """Set up every decoder layer of a stock or PEFT-wrapped causal LM; patterns[i] is what layer i sees in training.
+    """Sets up every decoder layer of a stock or PEFT-wrapped causal LM; patterns[i] is layer i's pattern in training.
 
-    Returns notes on what could not be done as asked: layers that cannot be tiled are recomputed whole. With
-    `checkpoint: false` nothing is done. With `checkpoint: k` the outputs of layers inside a checkpoint cannot be looked
-    at while gradients are on. Raises InputError as `check` does, ModelError where the patterns are not the model's.
+    Returns notes on what could not be done as requested: layers that cannot be tiled are recomputed whole. With
+    `checkpoint: false` nothing is done. With `checkpoint: k` the outputs of the layers inside a checkpoint are not
+    available while gradients are on. Raises InputError as `check` does, ModelError where the patterns are not those of
+    the model.
     """
     from ctxext.model.load import causal_lm
     from ctxext.train import tiles
@@ -92,18 +97,21 @@ def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[
     base = causal_lm(model)
     layers = base.get_decoder().layers
     _check_patterns(layers, patterns)
-    # transformers renamed it within the versions supported here
+    # The name of this method differs between the supported versions of transformers.
     switch_on = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     switch_on({"use_reentrant": False})
     host, whole, k = HostInputs() if memory.offload else None, [], int(memory.checkpoint)
     together = [Together() for _ in range(0, len(layers), k)]
     for index, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
         keep = keeping if memory.keep == "attention" and pattern.sliding_window is None else None
+        # The innermost function recomputes the layer, in tiles where the layer's parts allow it.
         if memory.tiles is not None and tiles.fits(layer):
             run: Any = partial(tiles.run, layer, pattern, memory.tiles, keep)
         else:
             run = partial(_checkpoint, keep)
             whole += [index] if memory.tiles is not None else []
+        # Around it, from the inside out: the move to the host, then the grouping of k layers. `index < k` marks the
+        # first checkpoint of the model.
         run = run if host is None else partial(host.run, run, index < k)
         if k > 1:
             last = (index + 1) % k == 0 or index + 1 == len(layers)
@@ -120,14 +128,15 @@ def _check_patterns(layers: Any, patterns: Sequence[Pattern]) -> None:
     if len(layers) != len(patterns):
         raise ModelError(f"{len(patterns)} attention patterns for a model of {len(layers)} layers")
     for index, (layer, pattern) in enumerate(zip(layers, patterns, strict=True)):
-        own = getattr(layer, "self_attn", None)  # Mistral's layers read the config's window when they are called
+        # Mistral's attention has no window of its own: it reads the config's window at each call.
+        own = getattr(layer, "self_attn", None)
         window = getattr(own, "sliding_window", getattr(getattr(own, "config", None), "sliding_window", None))
         if window != pattern.sliding_window:
             raise ModelError(f"layer {index} has the window {window}, its pattern says {pattern.sliding_window}")
 
 
 def _checkpoint(keep: Callable[[], tuple[Any, Any]] | None, call: Any, x: Tensor) -> Tensor:
-    """The layer as torch's checkpoint computes it. Nothing in it is random: dropout is refused elsewhere."""
+    """The layer under torch's checkpoint. It saves no random state: nothing is random, dropout is refused elsewhere."""
     from torch.utils.checkpoint import checkpoint
 
     options: dict[str, Any] = {} if keep is None else {"context_fn": keep}
@@ -135,18 +144,22 @@ def _checkpoint(keep: Callable[[], tuple[Any, Any]] | None, call: Any, x: Tensor
 
 
 class Together:
-    """Layers that share a checkpoint: all but the last give back their input and wait, the last computes them all."""
+    """Layers that share a checkpoint: all but the last return their input unchanged, the last computes all of them."""
 
     def __init__(self) -> None:
         self._waiting = list[Any]()
 
     def run(self, function: Any, first: bool, last: bool, call: Any, x: Tensor) -> Tensor:
-        """function(all calls in a row, x) at the last of the layers; without gradients each layer's own call(x)."""
+        """Collects `call`; at the last of the layers computes function(all calls in a row, x).
+
+        Without gradients each layer computes its own call(x).
+        """
         import torch
 
-        if not torch.is_grad_enabled():  # nothing is kept, and evals look at single layers
+        if not torch.is_grad_enabled():  # nothing is kept, and evals read the output of single layers
             y: Tensor = call(x)
             return y
+        # The first layer starts a new list, so that calls of a forward pass that failed are dropped.
         calls = self._waiting = [*([] if first else self._waiting), call]
         if not last:
             return x
@@ -162,7 +175,7 @@ def _in_a_row(calls: Sequence[Any], x: Tensor) -> Tensor:
 
 
 def keeping() -> tuple[Any, Any]:
-    """Two contexts, for computing and for computing again: the attention kernels run in the first alone."""
+    """Returns two contexts, for the forward pass and the recomputation: attention kernels run in the first alone."""
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -173,19 +186,19 @@ def keeping() -> tuple[Any, Any]:
 
 
 class HostInputs:
-    """The layers' inputs, on the host between the passes; one for a model.
+    """Keeps the layers' inputs on the host between the passes; one instance per model.
 
-    On a GPU they are copied to pinned memory by a side stream, beside the computation; in the backward pass each
-    layer's input is fetched while the layer above it computes. On a CPU a copy is made, which saves nothing.
-    The GPU part was written without one: tests/gpu/test_recompute.py runs it.
+    On a GPU a side stream copies them to pinned memory during the computation; in the backward pass each layer's input
+    is fetched while the layer above it computes. On a CPU a copy is made, which saves nothing. The GPU part is tested
+    by tests/gpu/test_recompute.py alone.
     """
 
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
-        self._last: weakref.ref[_HostInput] | None = None  # the graph owns the inputs: it frees them
+        self._last: weakref.ref[_HostInput] | None = None  # weak: autograd's graph owns the inputs and frees them
 
     def run(self, function: Any, first: bool, call: Any, x: Tensor) -> Tensor:
-        """function(call, x), what it saves for the backward pass on the host; `first`: the model's first layer."""
+        """Computes function(call, x) and keeps on the host what it saves; `first`: the model's first checkpoint."""
         from torch.autograd.graph import saved_tensors_hooks
 
         if first:
@@ -211,7 +224,7 @@ class HostInputs:
 
 
 class _HostInput:
-    """One layer's input [B,T,E]; `below` is that of the layer before it, which the backward pass asks for next."""
+    """One layer's input [B,T,E]; `below` is the input of the layer before it, which the backward pass needs next."""
 
     def __init__(self, x: Tensor, stream: torch.cuda.Stream | None, below: _HostInput | None):
         import torch
@@ -222,13 +235,14 @@ class _HostInput:
             self.host = x.clone()
             return
         self.host = torch.empty_like(x, device="cpu", pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(x.device))  # x has to be computed
+        # The copy starts only after x is computed. The allocator must not reuse x's memory before the copy ends.
+        stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(stream):
             self.host.copy_(x, non_blocking=True)
-        x.record_stream(stream)  # its memory is not given to others before it is copied
+        x.record_stream(stream)
 
     def fetch(self) -> None:
-        """Begin to copy it back; the side stream takes its copies in order, so it is on the host by then."""
+        """Starts the copy back to the device, after the copy to the host: a stream runs its copies in order."""
         import torch
 
         if self.stream is None or self.fetched is not None:
@@ -238,9 +252,10 @@ class _HostInput:
             self.fetched = x, self.stream.record_event()
 
     def get(self) -> Tensor:
-        """It, on its device; the layer below begins to be fetched."""
+        """Returns the input on its device and starts to fetch the input of the layer below."""
         import torch
 
+        # Both copies start before this one is waited for, so that the second runs while this layer computes.
         self.fetch()
         if self.below is not None:
             self.below.fetch()
@@ -248,6 +263,7 @@ class _HostInput:
         if self.fetched is None:
             return self.host
         (x, event), self.fetched = self.fetched, None
+        # The computation waits for the copy. The side stream allocated x, so its use on this stream is recorded.
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(event)
         x.record_stream(stream)

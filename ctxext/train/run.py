@@ -1,8 +1,8 @@
-"""A run's directory before and between trainings: made, found again, read back. No torch.
+"""Creates, finds and reads the directory of a run, before training and between its processes. No torch.
 
 run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
 run/data.json       the hashes of the files of data (train/same_data.py)
-run/metrics.jsonl   one line a step
+run/metrics.jsonl   one line per step
 run/checkpoints/    the newest few
 run/...             the bundle (train/bundle.py), written when the last step is done, ctxext.json last
 """
@@ -35,7 +35,7 @@ SPEC_FILE = "spec.yaml"
 def asked_fields(
     ctx: str | int | None, data: str | None, steps: int | None, original_length: str | int | None
 ) -> dict[str, Any]:
-    """What is asked for most often, as fields of the spec; None is not given. "8k,32k" are a stage and the last ctx."""
+    """Returns the most common options as fields of the spec; None: not given. "8k,32k" is a stage and the last ctx."""
     given = {"ctx": ctx, "data.source": data, "steps": steps, "original_length": original_length}
     fields = {name: value for name, value in given.items() if value is not None}
     if isinstance(ctx, str) and "," in ctx:
@@ -51,7 +51,11 @@ def plan_asked(
     needs_weights: bool,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunPlan:
-    """The plan of a preset with `given` over it, fields by dotted path; without `model`, of the newest conversion."""
+    """Returns the plan of a preset; `given` replaces fields of it, by dotted path.
+
+    Without `model`, the newest conversion or model is taken, which is logged. Raises InputError where no ctx is given
+    and nothing is distilled.
+    """
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
     for key, value in given.items():
         set_value(fields, key, value)
@@ -61,6 +65,7 @@ def plan_asked(
         model = str(manifests.newest(manifests.RUNS, ("conversion", "model")))
         say(f"no MODEL given: taking the newest, {model}")
     source = resolve(model, weights=needs_weights)
+    # Distillation without a ctx trains at the original length.
     given_length = fields.get("original_length")
     length = source.original_length if given_length is None else parse_tokens(given_length)
     if "ctx" not in fields and length is not None:
@@ -70,11 +75,12 @@ def plan_asked(
 
 
 def start_run(plan: RunPlan, run: Path) -> None:
-    """Make the run's directory with its spec.yaml, and what a resumed run must find unchanged.
+    """Makes the run's directory with its spec.yaml and data.json, whose contents a resumed run must find unchanged.
 
-    Raises InputError when the directory exists, and for data that is not there; EnvironmentFault when the disk is full.
+    Raises InputError when the directory exists, and for missing data; EnvironmentFault when the disk is full.
     """
     check_free(run)
+    # Hash the model and the data before the directory exists, so that an error leaves nothing behind.
     start = Start.of(plan)
     claim(run)
     try:
@@ -86,14 +92,17 @@ def start_run(plan: RunPlan, run: Path) -> None:
 
 
 def write_spec(run: Path, start: Start) -> None:
-    """spec.yaml, whole or not at all."""
+    """Writes spec.yaml, whole or not at all."""
     write_whole(run / SPEC_FILE, dump_yaml(asdict(start)))
 
 
 @spec
 class Start:
-    """What a run started from: spec.yaml. `weights` are the model's sha256 by file, `teacher` those of one of its own,
-    `data` a hash of what is read."""
+    """What a run started from: the contents of spec.yaml.
+
+    `weights` has the sha256 of the model's files by name, `teacher` the same of a second model that is the teacher.
+    `data` is a hash of the contents of the data.
+    """
 
     model: str
     name: str
@@ -119,7 +128,7 @@ class Start:
         )
 
     def source(self) -> ModelSource:
-        """The model as the run saw it, whatever its directory says of itself by now."""
+        """Returns the model with the name and the lengths that the run started with, whatever its files say now."""
         return replace(
             from_directory(Path(self.model)),
             name=self.name,
@@ -129,15 +138,17 @@ class Start:
 
 
 def discard_unstarted(run: Path) -> None:
-    """Remove a run's directory when it failed before its first step was done: there is nothing in it to resume."""
+    """Removes a run's directory when the run failed before its first step was done: nothing can be resumed."""
     started = _metrics_size(run) > 0 or any(run.glob("checkpoints/step-*"))
     if (run / SPEC_FILE).is_file() and not started:
         shutil.rmtree(run)
 
 
 def started_as(run: Path, plan: RunPlan, *, any_data: bool = False) -> bool:
-    """Whether the run was started with the model, the data and the spec of `plan`; with `any_data`, whatever the
-    contents of the data are by now."""
+    """Returns whether the run was started with the model, the data and the spec of `plan`.
+
+    With `any_data`, the contents of the data are not compared.
+    """
     if not (run / SPEC_FILE).is_file():
         return False
     start, now = _read(run), Start.of(plan)
@@ -147,8 +158,10 @@ def started_as(run: Path, plan: RunPlan, *, any_data: bool = False) -> bool:
 
 
 def newest_unfinished(root: Path) -> Path:
-    """The run under `root` that was started last, is not finished and not being trained. Raises InputError when there
-    is none."""
+    """Returns the run under `root` that was started last, of those that are neither finished nor being trained.
+
+    Raises InputError when there is none.
+    """
     runs = [path.parent for path in root.glob(f"*/{SPEC_FILE}") if not (path.parent / manifests.FILE_NAME).exists()]
     runs = [run for run in runs if not _in_use(run)]
     if not runs:
@@ -163,11 +176,11 @@ def plan_resumed(
     accept: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> RunPlan:
-    """The plan of an existing run; `changes` are fields of its spec by dotted path, such as optimizer.learning_rate.
+    """Returns the plan of an existing run; `changes` are fields of its spec by dotted path (optimizer.learning_rate).
 
-    Nothing is written: `going_on` does that. `say` gets a warning where the data changed and that is accepted.
-    Raises InputError when the directory is no run, or the run is finished, or a change alters the spec or the data and
-    is not to be accepted; ModelError when the model it started from is not what it was.
+    Nothing is written: `going_on` does that. `say` gets a warning where the data changed and the change is accepted.
+    Raises InputError when the directory is not a run, when the run is finished or has done more than `steps`, or when
+    the spec or the data changed without `accept`; ModelError when the model or the teacher has changed.
     """
     if not (run / SPEC_FILE).is_file():
         raise InputError(f"{run}: no run to resume: it has no {SPEC_FILE}")
@@ -176,6 +189,7 @@ def plan_resumed(
     start = _read(run)
     new = _changed(start.spec, changes or {})
     differ = differences(asdict(start.spec), asdict(new))
+    # Another path with the same contents is not a change. Every other difference needs --force.
     if differ and all(one.startswith("data.source was ") for one in differ) and data_hash(new.data) == start.data:
         say(f"the data moved to {new.data.described}; its contents are the same")
     elif differ and not accept:
@@ -189,6 +203,7 @@ def plan_resumed(
             f"{run} is {counted(done, 'step')} far, more than steps: {new.steps}", hint=f"give {done} or more"
         )
     plan = plan_run(start.source(), new)
+    # Compare the files with those of the start. Changed weights are never accepted.
     now = Start.of(plan)
     if now.weights != start.weights:
         raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
@@ -207,8 +222,10 @@ def plan_resumed(
 
 @contextmanager
 def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
-    """A resumed run trains within the block: what `plan_resumed` was told to change becomes the run's spec, unless it
-    fails before anything was trained with it."""
+    """Runs the block that trains a resumed run: the changes of `plan_resumed` become the run's spec.
+
+    If the block fails before a step was trained with them, the old files are restored.
+    """
     kept = {name: (run / name).read_bytes() for name in (SPEC_FILE, DATA_FILE) if (run / name).is_file()}
     trained = _metrics_size(run)
     with disk_faults(run, hint=way_out(run)):
@@ -224,12 +241,12 @@ def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
 
 
 def way_out(run: Path) -> str:
-    """What to do about a full disk."""
+    """Returns the hint for a full disk."""
     return f"make room, then: ctxext finetune --resume --out {run}"
 
 
 def _record_changes(plan: RunPlan, run: Path) -> None:
-    """spec.yaml and data.json as the run goes on from here, where they differ from what they were."""
+    """Rewrites spec.yaml and data.json where the spec or the data changed, with the step of a change of the data."""
     start, now = _read(run), Start.of(plan)
     if start == now:
         return
@@ -242,7 +259,7 @@ def _record_changes(plan: RunPlan, run: Path) -> None:
 
 @contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """Keep others from training into `run` within the block. Raises InputError where one is at it."""
+    """Locks `run` within the block, so that no other process trains it. Raises InputError where one already does."""
     with locked(run, "training"):
         yield
 
@@ -267,15 +284,16 @@ def _metrics_size(run: Path) -> int:
 def plan_repeated(
     run: Path, changes: Mapping[str, Any] | None = None, *, accept: bool = False
 ) -> tuple[RunPlan, list[str]]:
-    """A plan for a new run of what `run`, finished or not, was started with: (the plan, what moved since, in words).
+    """Returns (a plan for a new run with what `run` was started with, what has changed since, in words).
 
-    `changes` as in `plan_resumed`; data that they change is not compared. Raises InputError when the directory is no
-    run, or when weights or data moved and that is not to be accepted.
+    `run` may be finished or not. `changes` as in `plan_resumed`; data that they change is not compared. Raises
+    InputError when the directory is not a run, or when weights or data changed without `accept`.
     """
     if not (run / SPEC_FILE).is_file():
         raise InputError(f"{run}: no run to repeat: it has no {SPEC_FILE}")
     start = _read(run)
     plan = plan_run(start.source(), _changed(start.spec, changes or {}))
+    # Compare the model's files one by one, then the data and the teacher, unless `changes` replace these.
     now = Start.of(plan)
     files = sorted(start.weights.keys() | now.weights.keys())
     moved = [
@@ -297,8 +315,8 @@ def plan_repeated(
 
 def _read(run: Path) -> Start:
     fields = read_yaml(run / SPEC_FILE)
-    # Runs from before these settings trained without sink tokens, without BOS and with fitted sinks frozen. They
-    # continue the same way.
+    # A spec.yaml of an older version lacks these settings. Its run trained without sink tokens, without BOS and with
+    # fitted sinks frozen, and continues in this way.
     fields["spec"].setdefault("attention", {}).setdefault("sinks", 0)
     fields["spec"].setdefault("data", {}).setdefault("bos", False)
     fields["spec"].setdefault("lora", {}).setdefault("sinks", "frozen")
@@ -316,7 +334,7 @@ def _changed(old: FinetuneSpec, changes: Mapping[str, Any]) -> FinetuneSpec:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """What changed from one mapping to another, by dotted path, in words."""
+    """Returns the differences between two mappings in words, by dotted path."""
     found = []
     for name in old | new:
         a, b = old.get(name), new.get(name)

@@ -1,7 +1,7 @@
-"""Where else a run's numbers go: TensorBoard and Weights & Biases, when asked for and installed.
+"""Writes a run's numbers to TensorBoard and Weights & Biases, where the spec requests them and they are installed.
 
-metrics.jsonl and validation.jsonl are always written and are the truth; these are for watching. A writer that fails
-costs a warning and is not used again.
+metrics.jsonl and validation.jsonl are always written and are the reference; these writers are for watching a run. A
+writer that fails causes a warning and is not used again.
 """
 
 from __future__ import annotations
@@ -18,33 +18,34 @@ from ctxext.train.metrics import StepMetrics
 from ctxext.train.plan import RunPlan
 from ctxext.train.validation import Validation
 
-STEP = "step"  # the field of Weights & Biases that is the horizontal axis of all others
+STEP = "step"  # the field of Weights & Biases that is the x axis of all others
 
 
 class Writer(Protocol):
-    """One place that numbers go to."""
+    """A destination of numbers."""
 
     name: str
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Numbers by name. `step` may be one that was written before: a rollback does steps again."""
+        """Writes numbers by name. `step` may have been written before, since a rollback repeats steps."""
 
     def close(self) -> None: ...
 
 
 @contextmanager
 def telling(events: Events, plan: RunPlan, run: Path) -> Iterator[Events]:
-    """`events` that also write to what the spec names; the writers are closed when the block ends or fails.
+    """Yields `events` that also write to the destinations of the spec; the writers close when the block ends or fails.
 
-    Raises EnvironmentFault for what is not installed.
+    Raises EnvironmentFault for a package that is not installed.
     """
     spec, writers = plan.spec.telemetry, list[Writer]()
 
+    # Telemetry must not stop a run: a writer that raises is removed, with a warning.
     def guarded(act: Callable[[Writer], None]) -> None:
         for writer in list(writers):
             try:
                 act(writer)
-            except Exception as error:  # of the network, the disk, or another library
+            except Exception as error:  # from the network, the disk, or another library
                 writers.remove(writer)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 events.say(f"warning: {writer.name} is written no longer ({reason}); metrics.jsonl has all numbers")
@@ -86,7 +87,7 @@ class _TensorBoard:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         if any(self._last.get(name, -1) >= step for name in numbers):
-            # After a rollback TensorBoard shows a step once only where a new file says that it replaces the old one.
+            # After a rollback, only a new file with `purge_step` makes TensorBoard drop the old values of a step.
             self._writer.close()
             self._writer = self._make(self._place, purge_step=step)
         for name, value in numbers.items():
@@ -108,8 +109,8 @@ class _WandB:
             raise _missing(self.name, "wandb", error) from error
         config: dict[str, Any] = asdict(plan.spec)
         self._run = wandb.init(project=project, name=run.name, dir=str(run), config=config, resume="allow", id=run.name)
-        # Its own step only grows, and it drops what is logged at an earlier one. Steps that a rollback or a resumed run
-        # does again are therefore logged under a field of their own.
+        # The step of Weights & Biases only grows: what is logged at an earlier step is dropped. A rollback or a resumed
+        # run repeats steps, so the run's step is logged as a field of its own.
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
 

@@ -1,8 +1,8 @@
-"""Held-out loss while a model trains, always under the attention it will run with: dense, or sliding where sliding.
+"""Held-out loss while a model trains, always under the attention of inference: dense, or sliding in sliding layers.
 
-Training under S²-Attn can lower its own loss and raise this one. The tokens are held out of training, the same ones
-every time; `by_position` says where in the sequence a loss is, `short` is the loss at the model's original length, and
-`passkey` is what train/passkey.py measures, where it is asked for.
+Training under S²-Attn can lower the training loss and raise this one. The tokens are held out of training and are the
+same every time. `by_position` has the loss by position in the sequence, `short` is the loss at the model's original
+length, and `passkey` is the result of train/passkey.py, where the spec requests it.
 
 Shapes: T tokens of a sequence, E model width.
 """
@@ -26,12 +26,12 @@ from ctxext.train.passkey import measure
 from ctxext.train.plan import RunPlan
 
 FIRST_BUCKET = 64  # positions 0..63; each bucket after it is as wide as all before
-WORSE = 0.02  # nats a token above the start that are called worse: well above rounding, below what anyone would want
+WORSE = 0.02  # nats a token above the start that count as worse: well above rounding, and still a small rise
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a validation measures: sequences of ctx tokens, and the cases of a passkey grid."""
+    """The data of a validation: sequences of ctx tokens, and the cases of a passkey grid."""
 
     sequences: Sequences
     cases: tuple[Case, ...] = ()
@@ -39,8 +39,11 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Validation:
-    """After `step` steps at `ctx`: losses in nats a token; `by_position` maps a bucket's first position to its loss,
-    `short` is that of the first tokens, as many as the original length, or as ctx has."""
+    """The result of a validation after `step` steps at `ctx`; losses in nats a token.
+
+    `by_position` maps a bucket's first position to its loss. `short` is the loss of the first tokens of each sequence,
+    as many as the original length, at most ctx.
+    """
 
     step: int
     ctx: int
@@ -54,9 +57,10 @@ class Validation:
 
 
 def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Validation:
-    """Measure; every rank runs its share of the sequences and cases, one at a time."""
+    """Measures the held-out loss; every rank runs its share of the sequences and cases, one at a time."""
     sequences = held_out.sequences
     T, short = plan.spec.ctx, min(plan.positions.original_length or plan.spec.ctx, plan.spec.ctx)
+    # Bucket edges 0, 64, 128, 256, ...: the last one is at or beyond T.
     edges = [0, FIRST_BUCKET]
     while edges[-1] < T:
         edges.append(2 * edges[-1])
@@ -65,7 +69,9 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
     sums = torch.zeros(len(edges), 2, dtype=torch.float64)  # (nats, tokens) by bucket; the last row is `short`
     for first in range(0, len(sequences), engine.world):
         i = first + engine.rank
-        if i >= len(sequences):  # every rank runs equally often, for ZeRO-3's sake; this one's labels do not count
+        # Forward passes are collective under ZeRO-3, so every rank runs equally many. A rank without a sequence left
+        # runs one whose labels do not count.
+        if i >= len(sequences):
             packed = sequences.sequence(first)
             packed = packed._replace(labels=torch.full_like(packed.labels, IGNORED))
         else:
@@ -75,12 +81,13 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
         bucket = torch.bucketize(torch.arange(T), torch.tensor(edges[1:]), right=True)
         sums[:-1, 0].index_add_(0, bucket, losses)
         sums[:-1, 1].index_add_(0, bucket, scored.double())
-        if short < T:  # the first tokens of the sequence as a row of their own
+        if short < T:  # measured on the first tokens as a separate row, in a second forward pass
             head = Packed(packed.tokens[:short], packed.document_starts[:short], packed.labels[:short])
             sums[-1] += torch.stack((_losses(engine, head, plan).sum(), scored[:short].sum().double()))
     passkey = measure(engine, held_out.cases, plan.spec.attention.backend) if held_out.cases else None
     engine.model.train(training)
-    flat = torch.tensor(engine.total(*sums.flatten().tolist())).view(-1, 2)
+    # Sum over the ranks before dividing, so that every token weighs the same.
+    flat = torch.tensor(engine.total(*sums.flatten().tolist())).view(-1, 2)  # [buckets + 1, 2]
     means = {str(start): _mean(row) for start, row in zip(edges, flat[:-1], strict=False) if row[1] > 0}
     loss = _mean(flat[:-1].sum(0))
     short_loss = loss if short == T else _mean(flat[-1]) if flat[-1, 1] > 0 else None
@@ -88,7 +95,7 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
 
 
 def complaint(first: Validation, now: Validation, progress: TrainingState) -> str | None:
-    """What is to be said when the held-out loss rose while the training loss fell; None when all is well."""
+    """Returns a warning where the held-out loss rose while the training loss fell; else None."""
     first_loss, loss = progress.first_loss, progress.loss_mean
     if now.loss <= first.loss + WORSE or loss >= first_loss:
         return None
@@ -117,7 +124,7 @@ def check_short(first: float | None, last: float | None, most: float | None) -> 
 
 @torch.no_grad()
 def _losses(engine: Engine, packed: Packed, plan: RunPlan) -> torch.Tensor:
-    """The loss of every token of one sequence, fp64 [T] on the CPU, 0 where nothing is predicted."""
+    """The loss of every token of one sequence, fp64 [T] on the CPU, 0 where no label is scored."""
     starts = packed.document_starts[None] if plan.spec.data.document_mask else None
     ids, labels = (x[None].to(engine.device) for x in (packed.tokens, packed.labels))
     backend = plan.spec.attention.backend

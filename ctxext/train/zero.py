@@ -1,11 +1,11 @@
-"""DeepSpeed ZeRO behind the Engine protocol: what is partitioned here is whole again in everything that is saved.
+"""DeepSpeed ZeRO behind the Engine protocol. Tensors are partitioned in memory and whole in everything that is saved.
 
-Gradients: a rank's loss is its share of the step's loss; DeepSpeed averages over ranks, so a loss counts `world` times,
-and the sum over micro-batches and ranks is the gradient of the step's loss, as on one process. Learning rates, groups,
-clip and batch are the spec's: the file of --zero says how to partition and nothing else (train/launch.py).
+Gradients: a rank's loss is its share of the step's loss. DeepSpeed averages over ranks, so each loss is multiplied by
+`world`. The sum over micro-batches and ranks is then the gradient of the step's loss, as on one process. Learning
+rates, groups, clip and batch come from the spec; the file of --zero only says how to partition (train/launch.py).
 
-Tensors of a checkpoint are gathered one parameter at a time, in fp32, under the names that one process gives them, so a
-run goes on under any stage, on any number of processes, or without DeepSpeed.
+Tensors of a checkpoint are gathered one parameter at a time, in fp32, under the names that one process uses. So a run
+can resume under any stage, on any number of processes, or without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -34,28 +34,32 @@ from ctxext.train.plan import RunPlan
 from ctxext.train.spec import Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PATIENCE = timedelta(hours=12)  # of a rank for the others: rank 0 may be tokenising; a dead one ends the run at once
+PATIENCE = timedelta(hours=12)  # timeout of a collective: rank 0 may be tokenising; a dead rank ends the run at once
 
 
 def join(zero: Mapping[str, Any], plan: RunPlan, dtype: torch.dtype) -> Ranks:
-    """Meet the other ranks, which torchrun started. From here on, models of stage 3 are partitioned as they load."""
+    """Joins the process group of the run's ranks. Under stage 3, models are partitioned as they load from here on."""
     import deepspeed
 
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     else:
-        # DeepSpeed's communication in shared memory takes a minute to compile, and is used for inference alone.
+        # DeepSpeed's shared-memory communication takes a minute to compile, and only inference uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=PATIENCE, verbose=False)
     return Ranks(zero, plan, dtype)
 
 
 class Ranks:
-    """This process among the others, and DeepSpeed's configuration for a plan; keep it while the model is in use."""
+    """The place of this process among the ranks, and DeepSpeed's configuration for a plan.
+
+    Keep the object while the model is in use: it holds the configuration that transformers references weakly.
+    """
 
     def __init__(self, zero: Mapping[str, Any], plan: RunPlan, dtype: torch.dtype):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        # Micro-batches of a step on each rank: train/parallel.py checks that all ranks get equally many sequences.
         self.accumulation = -(-plan.global_batch_size // (self.world * plan.spec.micro_batch_size))
         self.config: dict[str, Any] = {
             **zero,
@@ -71,11 +75,12 @@ class Ranks:
         if self.stage == 3:
             from transformers.integrations import HfDeepSpeedConfig
 
-            self.loading = HfDeepSpeedConfig(self.config)  # transformers remembers it weakly
+            self.loading = HfDeepSpeedConfig(self.config)  # transformers keeps only a weak reference
 
     @contextmanager
     def one_a_host_first(self) -> Iterator[None]:
-        """The block on one rank of each host, then on its others, which find in the host's cache what it left."""
+        """Runs the block on one rank of each host, then on its others, which find the result in the host's cache."""
+        # Every rank passes one barrier: the first of a host after the block, the others before it.
         waits = int(os.environ["LOCAL_RANK"]) > 0
         if waits:
             dist.barrier()
@@ -85,7 +90,7 @@ class Ranks:
 
 
 class ZeroEngine:
-    """One of many processes under ZeRO stage 1, 2 or 3."""
+    """The engine of one of several processes under ZeRO stage 1, 2 or 3."""
 
     def __init__(self, model: Any, plan: RunPlan, ranks: Ranks, teacher: TeacherModel | None = None):
         import deepspeed
@@ -98,12 +103,12 @@ class ZeroEngine:
         betas = (plan.spec.optimizer.beta1, plan.spec.optimizer.beta2)
         losses = LossModel(model, teacher)
         if ranks.stage == 3 and ranks.config["bf16"]["enabled"]:
-            # One dtype is all that stage 3 partitions. Stages 1 and 2 round by themselves what PEFT made in fp32.
+            # Stage 3 partitions tensors of one dtype only. Stages 1 and 2 themselves round what PEFT made in fp32.
             for parameter in self.parameters.values():
                 parameter.data = parameter.data.bfloat16()
         partition = ranks.config["zero_optimization"]
         entries = sum(getattr(weight, "ds_numel", weight.numel()) for weight in self.parameters.values())
-        # A bucket is allocated whole, before the first gradient: none is larger than what can ever be in it.
+        # A bucket is allocated whole, before the first gradient: limit it to the number of trained entries.
         partition["reduce_bucket_size"] = min(int(partition.get("reduce_bucket_size", BUCKET)), entries)
         optimizer: torch.optim.Optimizer
         if "offload_optimizer" in partition:
@@ -111,14 +116,18 @@ class ZeroEngine:
         else:
             optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
         self.engine, self.zero, *_ = deepspeed.initialize(model=losses, optimizer=optimizer, config=ranks.config)
+        # The loss reads the heads' weights without their modules (train/engine.py). Registered as external parameters,
+        # they are gathered around the loss modules.
         if ranks.stage == 3:
             deepspeed.zero.register_external_parameter(losses.head, output_weight(model))
             for weight in losses.lesson.weights if losses.lesson else ():
                 deepspeed.zero.register_external_parameter(losses.lesson, weight())
-        check_realised(causal_lm(model), plan.config)  # a DeepSpeed that rounds buffers would spoil long positions
+        # Check the RoPE frequencies again: a DeepSpeed that rounds buffers would make long positions wrong.
+        check_realised(causal_lm(model), plan.config)
         self._set_step(0)
         if ranks.stage < 3:
-            # A step does this after its first group alone; the parameters of the others never find their moments.
+            # DeepSpeed does this in its first step, for the first group only. The parameters of the other groups would
+            # never be linked to their moments.
             self.zero._lazy_init_hp_params_optimizer_state()
 
     @property
@@ -139,23 +148,26 @@ class ZeroEngine:
 
     def backward(self, loss: Tensor) -> None:
         self.waiting += 1
+        # Ranks reduce gradients and may step only after the last micro-batch of the step.
         self.engine.set_gradient_accumulation_boundary(self.waiting == self.ranks.accumulation)
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, rate_factor: float) -> tuple[float, float]:
         for group in self.zero.param_groups:
             group["lr"] = group["rate"] * rate_factor
+        # DeepSpeed clips inside its step, so the limit is set before the norm is known. 0 means no clipping.
         self.zero.clip_grad = self.clip.allowed if math.isfinite(self.clip.allowed) else 0.0
         self.engine.step()
         self.waiting = 0
         norm = float(self.engine.get_global_grad_norm())
-        if not 0 <= norm < math.inf:  # DeepSpeed says -1 for NaN
+        if not 0 <= norm < math.inf:  # DeepSpeed returns -1 for NaN
             return math.inf, 0.0
-        return norm, self.clip.scale(norm)
+        return norm, self.clip.scale(norm)  # the same factor as DeepSpeed's; this call updates the running mean
 
     def tensors(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        # Gathering is collective: every rank calls it for every parameter, only rank 0 keeps the result.
         found = {f"{MASTER}/{name}": master for name, master in self.masters().items()}
         step = next(float(state["step"]) for state in self.zero.optimizer.state.values())
         for name, parameter in self.parameters.items():
@@ -179,9 +191,11 @@ class ZeroEngine:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         held = by_parameter(tensors, self.parameters)
-        if self.waiting:  # a step uses up gradients that were not wanted; all that it changes is loaded below
+        # A step clears the gradients that a rollback discards. The code below overwrites all that this step changes.
+        if self.waiting:
             self.engine.step()
             self.waiting = 0
+        # Moments must exist before they are set, so the step count and zero moments come first.
         self._set_step(next(iter(held.values()))["step"].item())
         for name, parameter in self.parameters.items():
             for kind, tensor in held[name].items():
@@ -193,7 +207,8 @@ class ZeroEngine:
         from deepspeed.runtime.zero import parameter_offload
 
         self.engine.destroy()
-        if self.ranks.stage == 3:  # whose hooks hold on to the model: its parts and their masters are taken from it
+        # Hooks of stage 3 keep references to the model. Replace all its tensors by empty ones, so that memory is freed.
+        if self.ranks.stage == 3:
             parameter_offload.FWD_MODULE_STACK.clear()
             parameters = list(self.engine.module.parameters())
             parts = [parameter.ds_tensor for parameter in parameters]
@@ -202,7 +217,8 @@ class ZeroEngine:
                     tensor.data = tensor.new_empty(0)
 
     def _set_step(self, step: float) -> None:
-        """Put AdamW after so many steps, with moments of zero where it has none yet."""
+        """Sets AdamW's step count, and moments of zero where it has none yet."""
+        # The flat masters of this rank have another name in each optimizer of DeepSpeed.
         names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
         flat = next(getattr(self.zero, name) for name in names if hasattr(self.zero, name))  # stage 3; 1 and 2; 1, bf16
         for part in flat:
@@ -213,7 +229,7 @@ class ZeroEngine:
             state["step"] = torch.tensor(step, dtype=torch.float32, device=part.device) if in_torch else int(step)
 
     def _put(self, parameter: Tensor, kind: str, tensor: Tensor) -> None:
-        """This rank's part of a master or moment."""
+        """Sets this rank's part of a parameter's master or moment from the whole `tensor`."""
         from deepspeed import utils
 
         if self.ranks.stage < 3:
@@ -222,6 +238,7 @@ class ZeroEngine:
             else:
                 utils.safe_set_full_optimizer_state(parameter, tensor, kind)
             return
+        # Stage 3 divides a flat parameter into `world` parts of equal size; the last one is padded with zeros.
         size = parameter.ds_tensor.numel()
         whole = pad(tensor.flatten(), (0, size * self.world - tensor.numel()))
         part = whole[self.rank * size : (self.rank + 1) * size]
@@ -231,7 +248,7 @@ class ZeroEngine:
             utils.safe_set_local_optimizer_state(parameter, part, kind)
 
     def _put_weight(self, parameter: Tensor, master: Tensor) -> None:
-        """The model's own weight, in the dtype it computes in."""
+        """Writes a master into the model's own weight, in the dtype that the model computes in."""
         import deepspeed
 
         if self.ranks.stage < 3:
