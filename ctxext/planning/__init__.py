@@ -1,1 +1,1 @@
-"""What a run would take on a card, and which knobs make it fit and fast: arithmetic on plans, without torch."""
+"""Time and memory of a run on a GPU, and the options that make it fit and fast: arithmetic on plans. No torch."""

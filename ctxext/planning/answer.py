@@ -1,4 +1,4 @@
-"""What `ctxext plan` says: what it was asked, what it found, and what that depends on."""
+"""The answer of `ctxext plan`: what was requested, what was found, and which rate it depends on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ctxext.units import counted, format_bytes, format_duration, format_flops, f
 
 THIS = "this"
 UNKNOWN = "no rates are known for this machine"
-ONE_MACHINE = 16  # cards
+ONE_MACHINE = 16  # cards in one machine, at most
 WORDS = {"linear": "matrices", "adapters": "adapters in fp32", "attention": "attention kernels",
          "stream": "memory bandwidth", "host": "the link to the host", "host_memory": "the host's memory",
          "link": "the link between cards"}  # fmt: skip
@@ -31,9 +31,12 @@ WORDS = {"linear": "matrices", "adapters": "adapters in fp32", "attention": "att
 
 @dataclass(frozen=True)
 class Answer:
-    """`listed`: the fastest that fits and the next; `longest`: at the longest context that fits; `leanest`: what
-    needs least at the ctx that was asked for. Without `rates` no time is known, and `listed` begins with what turns
-    the fewest knobs."""
+    """The result of a search.
+
+    `listed`: the fastest choice that fits, and the next ones. `longest`: the choice at the longest context that fits.
+    `leanest`: the choice that needs least memory at the requested ctx. Without `rates` times are unknown, and `listed`
+    begins with the choice that changes the fewest options.
+    """
 
     asked: Asked
     rates: Rates | None
@@ -45,7 +48,7 @@ class Answer:
     dominates: dict[str, Any] | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Returns plain data for `--json`."""
         asked, longest = self.asked, self.longest
         return {
             "model": asked.source.name,
@@ -63,7 +66,7 @@ class Answer:
         }  # fmt: skip
 
     def refuse(self) -> None:
-        """Raise CheckFailed where nothing fits."""
+        """Raises CheckFailed if nothing fits."""
         if self.listed:
             return
         longest = self.longest
@@ -76,7 +79,7 @@ class Answer:
         )
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value lines for a screen; the commands apart."""
+        """Returns (name, value) lines for the screen, without the commands."""
         asked = self.asked
         where = (
             f"{format_bytes(asked.memory)} each, {asked.cards} cards" if asked.cards > 1 else format_bytes(asked.memory)
@@ -107,6 +110,7 @@ class Answer:
              + (f", {format_flops(part.flops)}" if part.flops else f", {format_bytes(part.moved)} moved"))
             for part in took.parts
         ]  # fmt: skip
+        # How sensitive the result is to the rate that matters most.
         if (most := self.dominates) is not None:
             rows.append((
                 "depends most on",
@@ -117,7 +121,7 @@ class Answer:
         return rows
 
     def commands(self) -> list[tuple[str, Choice]]:
-        """(what it is, the choice) for each configuration that is shown."""
+        """Returns (label, choice) for each shown configuration."""
         names = ["fastest", "next", "next", "next"] if self.rates is not None else ["fits", "or", "or", "or"]
         shown = list(zip(names, self.listed, strict=False))
         return [*shown, *([("longest", self.longest)] if self.longest else [])]
@@ -134,8 +138,10 @@ def ask(
     preset: str,
     fixed: Mapping[str, Any],
 ) -> tuple[Asked, Rates | None]:
-    """What is planned and the rates it is planned with, None where none are known for this machine. Raises InputError
-    for what cannot be planned."""
+    """Builds the request and the rates to plan with; the rates are None if none are known for this machine.
+
+    Raises InputError for a request that cannot be planned.
+    """
     if ctx is None:
         raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 100k")
     if parse_tokens(ctx) == 0:
@@ -147,9 +153,11 @@ def ask(
             f"--gpus {cards_}: allowed are 1 to {ONE_MACHINE}, those of one machine",
             hint="between machines the network decides, and that is not planned: finetune --hostfile runs there",
         )
+    # Options of the machine are checked before the model is read.
     given = None if memory is None else parse_bytes(memory)
     if given is not None and given < 2**20:
         raise InputError(f"--memory {memory}: allowed is 1M or more, such as 80G")
+    # The preset's fields with those of --set; the ctx is added last.
     source = resolve(model, weights=False)
     fields: dict[str, Any] = dict(presets.find("finetune", preset).data)
     for key, value in fixed.items():
@@ -158,10 +166,12 @@ def ask(
     rates: Rates | None
     packed, on_gpu = spec.data.document_mask, True
     if gpu == THIS or (gpu is None and given is None):
+        # This machine: calibrated rates, or those of its card if that is known.
         rates, size, on_gpu = rates_here(spec.dtype, packed=packed)
         if not size and given is None:
             raise InputError("nothing says how much memory this machine's GPU has", hint="give it: --memory 80G")
     else:
+        # A named card, or a memory size alone: the rates of the reference card then stand in.
         name, card = cards.find_card(gpu or cards.REFERENCE)
         if spec.dtype == "float32":
             raise InputError(
@@ -173,6 +183,7 @@ def ask(
             raise InputError(f"--memory {memory}: {name} has {format_bytes(size)}", hint="give less, or leave it out")
     if not on_gpu and cards_ > 1:
         raise InputError(f"--gpus {cards_}: this machine has no GPU", hint="name a card, such as --gpu h100")
+    # Without --hybrid the model keeps its layout.
     hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.AS_IT_IS,)
     if not hybrids:
         raise InputError(f"--hybrid {hybrid!r} names nothing", hint="give one or more, such as none,swa128-nope")
@@ -180,7 +191,10 @@ def ask(
 
 
 def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | None]:
-    """What a run here is expected to take, in words, for its start; None where no rates are known."""
+    """Returns the expected memory and time of a run here, in words, for its start, and the estimate.
+
+    The estimate is None if no rates are known for this machine.
+    """
     rates = rates_here(plan.spec.dtype, packed=plan.spec.data.document_mask)[0]
     memory = f"{format_bytes(sum(plan.memory.values()))} held at its peak"
     if not on_gpu(plan.gpu):
@@ -192,12 +206,12 @@ def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | Non
 
 
 def measures(model: str) -> str:
-    """How the rates of a machine become known, in words."""
+    """Returns how to obtain the rates of a machine, in words."""
     return f"`ctxext plan {model} --calibrate` measures this machine in about 20 s, or name a card, such as --gpu h100"
 
 
 def answer(asked: Asked, rates: Rates | None) -> Answer:
-    """Plan every combination."""
+    """Plans every combination and returns the Answer."""
     found = list(search.choices(asked))
     fit = search.fitting(found, rates)
     return Answer(

@@ -1,8 +1,8 @@
-"""This machine's rates, measured in about twenty seconds and kept in the user's cache. torch is imported to measure.
+"""Measures this machine's rates in about twenty seconds and caches them for the user. Only measuring imports torch.
 
-Timed by the process's CPU time on a CPU with one thread, so that other work on the machine does not slow it on paper;
-else by the clock, a GPU's work waited for. A rate is the median's of a few repetitions, after one that is not counted;
-results are as large as a run's, so that what new memory costs is in it.
+On a CPU with one thread the process's CPU time is used, so that other work on the machine does not change the result.
+Otherwise the wall clock is used, and a GPU is synchronised. A rate comes from the median of a few repetitions, after
+one warm-up that does not count. Results are as large as in a run, so that the cost of new memory is included.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 FORMAT = 2
 WIDTHS = {"cpu": (64, 256, 512, 1024, 2048), "cuda": (512, 1024, 2048, 4096, 8192)}  # of matrices
-ROWS = {"cpu": 8192, "cuda": 16_384}  # tokens that are multiplied with them
-LENGTH = {"cpu": 2048, "cuda": 32_768}  # tokens of the attention that is timed; S² in four groups
+ROWS = {"cpu": 8192, "cuda": 16_384}  # tokens of the multiplied input
+LENGTH = {"cpu": 2048, "cuda": 32_768}  # tokens of the timed attention; S² in four groups
 WINDOW, HEADS, HEAD_DIM = 128, 8, 64
 STREAMED = {"cpu": (4096, 512, 1408), "cuda": (16_384, 4096, 11_008)}  # tokens, E, F of elementwise operations
-COPIED = 256 * 1024**2  # entries that are copied to the host
-REPETITIONS, SECONDS = 5, 1.5  # of one thing that is timed, at most
+COPIED = 256 * 1024**2  # entries copied to the host
+REPETITIONS, SECONDS = 5, 1.5  # of one timed operation, at most
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured: `rates` are cards.Rates' fields but its last two."""
+    """A measurement. `rates` are the fields of cards.Rates without `source` and `measured`."""
 
     machine: str
     device: str
@@ -65,17 +65,18 @@ class Calibration:
 
 
 def path() -> Path:
-    """Where calibrations lie: the user's cache, as the hashes of weights."""
+    """Returns the file of the calibrations, in the user's cache, next to the hashes of weights."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "calibration.json"
 
 
 def stored(dtype: str, *, gpu: bool) -> Calibration | None:
-    """This machine's, for a dtype; None where there is none. One that cannot be read is none."""
+    """Returns this machine's calibration for a dtype; None if there is none or if it cannot be read."""
     try:
         data = json.loads(path().read_text("utf-8"))
         found = data["machines"][_key(gpu, dtype)] if data["format"] == FORMAT else None
         calibration = None if found is None else Calibration(**found)
         if calibration is not None:
+            # Convert once here: a file with wrong fields then counts as no calibration.
             calibration.as_rates()
         return calibration
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -83,26 +84,29 @@ def stored(dtype: str, *, gpu: bool) -> Calibration | None:
 
 
 def rates_here(plan_dtype: str, *, packed: bool) -> tuple[Rates | None, int, bool]:
-    """(rates, bytes of memory, whether it has a GPU) of this machine: as calibrated, else those of the card it is known
-    to have; None where neither is known."""
+    """Returns (rates, bytes of memory, whether there is a GPU) of this machine.
+
+    The rates are those of the calibration, otherwise those of the card that the machine has; None if both are unknown.
+    """
     here = card_here()
     dtype = plan_dtype if plan_dtype != "auto" else "float32" if here is None else "bfloat16"
     known = stored(dtype, gpu=here is not None)
     size = here[1] if here else memory().total
     if known is not None:
         return known.as_rates(), size, here is not None
-    named = here[0] if here and dtype != "float32" else None  # a card's own rates are those of bf16
+    named = here[0] if here and dtype != "float32" else None  # the rates of cards are for bf16
     return None if named is None else card_rates(named, packed=packed), size, here is not None
 
 
 def calibrate(say: Callable[[str], None] = lambda line: None) -> list[Calibration]:
-    """Measure fp32 and bf16 here and store both. Raises EnvironmentFault where the result cannot be stored."""
+    """Measures fp32 and bf16 here and stores both. Raises EnvironmentFault if the result cannot be stored."""
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = list[Calibration]()
     for dtype in (torch.float32, torch.bfloat16):
         say(f"measuring {str(dtype)[6:]} on {device.type}")
+        # fp32 is measured first, because adapters compute in fp32 under both dtypes.
         rates = _measured(device, dtype)
         found.append(
             Calibration(
@@ -112,7 +116,7 @@ def calibrate(say: Callable[[str], None] = lambda line: None) -> list[Calibratio
                 threads=torch.get_num_threads(),
                 torch=torch.__version__,
                 date=datetime.now(UTC).isoformat(timespec="seconds"),
-                rates=rates | {"adapters": found[0].rates["linear"] if found else rates["linear"]},  # those of fp32
+                rates=rates | {"adapters": found[0].rates["linear"] if found else rates["linear"]},  # in fp32
             )
         )
     _store(found)
@@ -124,7 +128,7 @@ def _key(gpu: bool, dtype: str) -> str:
 
 
 def _store(found: list[Calibration]) -> None:
-    """Beside what other machines stored there, whole or not at all."""
+    """Stores the calibrations atomically and keeps those of other machines."""
     try:
         known = json.loads(path().read_text("utf-8"))
         machines = dict(known["machines"]) if known["format"] == FORMAT else {}
@@ -147,11 +151,13 @@ def _measured(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     kind, options = device.type, {"device": device, "dtype": dtype}
     linear = []
     for width in WIDTHS[kind]:
+        # FLOP/s of a square matrix for each width; narrow matrices are slower.
         x, w = torch.randn(ROWS[kind], width, **options), torch.randn(width, width, **options)  # type: ignore[call-overload]
         linear.append((width, 2 * ROWS[kind] * width**2 / _median(partial(torch.matmul, x, w), device)))
     stream = _stream(device, dtype)
     host = stream
     if kind == "cuda":
+        # Bytes/s from the GPU to pinned host memory; on a CPU the memory bandwidth stands in.
         a = torch.empty(COPIED, **options)  # type: ignore[call-overload]
         pinned = torch.empty(COPIED, dtype=dtype, pin_memory=True)
         host = a.element_size() * a.numel() / _median(lambda: pinned.copy_(a, non_blocking=True), device)
@@ -165,8 +171,10 @@ def _measured(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _stream(device: torch.device, dtype: torch.dtype) -> float:
-    """Bytes/s of a norm, a SwiGLU and a residual, forward and backward, counted as planning/time.py counts them: with
-    what their functions compute and what new memory costs."""
+    """Bytes/s of a norm, a SwiGLU and a residual, forward and backward, counted as in planning/time.py.
+
+    The time includes what their functions compute and the cost of new memory.
+    """
     import torch
     from torch.nn.functional import silu
 
@@ -175,6 +183,7 @@ def _stream(device: torch.device, dtype: torch.dtype) -> float:
     w = torch.ones(E, device=device, dtype=dtype, requires_grad=True)
 
     def work() -> None:
+        # The functions of a layer as transformers computes them: RMSNorm in fp32, residual, SwiGLU.
         wide = x.to(torch.float32)
         h = x + w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(dtype)
         p = silu(g) * u
@@ -183,12 +192,13 @@ def _stream(device: torch.device, dtype: torch.dtype) -> float:
             one.grad = None
 
     item = x.element_size()
+    # Bytes of a forward; a backward moves twice as much, hence the factor of 3.
     counted = rows * ((norm_bytes(item) + 3 * item) * E + 5 * item * F)
     return 3 * counted / _median(work, device)
 
 
 def _attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s forward and backward of a kind of layer through the backend a run would take, documents masked."""
+    """FLOP/s forward and backward of a kind of layer, with the backend of a run, document mask included."""
     import torch
 
     from ctxext.ops.backends.choice import attention
@@ -200,6 +210,7 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[flo
     pattern = Pattern(W) if W else Pattern(None, G)
     shape = ModelShape(hidden_size=512, num_layers=1, num_heads=HEADS, num_kv_heads=HEADS, head_dim=HEAD_DIM,
                        intermediate_size=1, vocab_size=1, tied=False)  # fmt: skip
+    # FLOPs of one matrix product over the computed pairs: forward has two, backward five.
     unit = 2 * HEAD_DIM * computed_pairs(shape, T, (W, G), gpu=device.type == "cuda")
     q, k, v = (
         torch.randn(1, T, HEADS, HEAD_DIM, device=device, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -218,7 +229,7 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype) -> tuple[flo
 
 
 def _median(work: Callable[[], Any], device: torch.device, before: Callable[[], Any] = lambda: None) -> float:
-    """Seconds of the median repetition; `before` each of them `before` is done, untimed."""
+    """Seconds of the median repetition. `before` runs before each of them and is not timed."""
     import torch
 
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
@@ -234,6 +245,7 @@ def _median(work: Callable[[], Any], device: torch.device, before: Callable[[], 
         return max(clock() - began, 1e-9)
 
     timed()
+    # The first call above warms up and does not count.
     found = [timed()]
     while len(found) < REPETITIONS and sum(found) < SECONDS:
         found.append(timed())

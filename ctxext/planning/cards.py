@@ -1,14 +1,15 @@
-"""Cards and their rates: what data sheets state, what an H200 achieved of it, and what this machine was measured at.
+"""GPU cards and their rates: values of data sheets, what an H200 achieved of them, and rates measured on this machine.
 
     share of the bf16 peak                linear    attention forward    backward
     an H200, kernels written for Hopper    0.71           0.63             0.55      cuDNN, FlashAttention-3
     an H200, FlashAttention-2              0.71           0.37             0.32      torch's varlen kernel
     other cards                            0.71           0.63             0.55
 
-The shares are those of 700, 620, 540 and 370, 320 TFLOP/s at a peak of 989. Everything else is arithmetic: a card's own
-peak times these shares was not measured here. That cards before Hopper reach with FlashAttention-2 what Hopper reaches
-with kernels of its own follows arXiv 2307.08691, which reports up to 73% of an A100's peak forward and 63% backward.
-Adapters compute in fp32, which torch keeps off the tensor cores: the share of matrices, of the plain fp32 peak.
+The shares are 700, 620, 540 and 370, 320 TFLOP/s at a peak of 989. Everything else is arithmetic: the peak of another
+card times these shares is not measured here. The assumption that cards before Hopper reach with FlashAttention-2 the
+shares that Hopper reaches with its own kernels follows arXiv 2307.08691, which reports up to 73% of an A100's peak
+forward and 63% backward. Adapters compute in fp32, for which torch does not use the tensor cores: their share is that
+of matrices, of the plain fp32 peak.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ from ctxext.errors import InputError
 from ctxext.machine.gpu import first_gpu
 
 LINEAR, OWN_KERNELS, FLASH2 = 700 / 989, (620 / 989, 540 / 989), (370 / 989, 320 / 989)
-STREAM = 0.8  # of a card's memory bandwidth that an elementwise kernel reaches: an assumption
-HOST, LINK = 0.8, 0.7  # of PCIe's and of the cards' own link's rate in one direction: assumptions
-HOST_MEMORY = 50e9  # bytes/s that an optimizer on the host reads and writes for each card: an assumption
+STREAM = 0.8  # share of a card's memory bandwidth that an elementwise kernel reaches: an assumption
+HOST, LINK = 0.8, 0.7  # share of the rates of PCIe and of the link between cards, in one direction: assumptions
+HOST_MEMORY = 50e9  # bytes/s that an optimizer on the host reads and writes, per card: an assumption
 MIB, GB, TERA = 1024**2, 1e9, 1e12
-REFERENCE = "a100-80"  # its rates stand in where a memory alone is given
+REFERENCE = "a100-80"  # its rates are used if only a memory size is given
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One card by its data sheet.
+    """One card according to its data sheet.
 
     memory     bytes, as nvidia-smi reports them
-    peak       dense bf16 FLOP/s, accumulated in fp32; `single` those of fp32, without tensor cores
-    bandwidth  of its memory, bytes/s; `pcie` and `link` (to other cards) in one direction
-    device     the part of nvidia-smi's name that tells it
+    peak       dense bf16 FLOP/s, accumulated in fp32
+    single     fp32 FLOP/s, without tensor cores
+    bandwidth  of its memory, bytes/s
+    pcie, link  to the host and to other cards, bytes/s in one direction
+    device     the part of nvidia-smi's name that identifies it
+    hopper     True: kernels written for Hopper run on it
     """
 
     memory: int
@@ -68,19 +72,22 @@ CARDS = {
     "3090": Card(memory=24_576 * MIB, peak=71 * TERA, bandwidth=936 * GB, pcie=32 * GB, link=32 * GB,
                  single=35.6 * TERA, device="RTX 3090"),
 }  # fmt: skip
-SIZES = {"24gb": "3090", "40gb": "a100-40", "48gb": "a6000", "80gb": "a100-80"}  # the slowest of that size here
+SIZES = {"24gb": "3090", "40gb": "a100-40", "48gb": "a6000", "80gb": "a100-80"}  # the slowest known card of that size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """What a device does in a second. FLOP/s and bytes/s; bytes are those read and written together.
+    """The rates of a device in FLOP/s and bytes/s. Bytes are those read and those written together.
 
-    linear     by the width of a square matrix, ascending: narrow ones are slower; `adapters` the same in fp32
-    attention  by kind (full, s2, sliding): forward and backward
-    stream     elementwise operations; `optimizer` where it runs; `host` between the card and its host, one direction
-    link       to other cards, one direction
-    host_memory  read and written by an optimizer on the host, for each card
-    source     where they come from, in words; `measured` on this machine, or arithmetic
+    linear       by the width of a square matrix, ascending: narrow ones are slower
+    adapters     the same in fp32
+    attention    by kind (full, s2, sliding): forward and backward
+    stream       elementwise operations, and the optimizer on the device
+    host         between the card and its host, in one direction
+    link         to other cards, in one direction
+    host_memory  read and written by an optimizer on the host, per card
+    source       where the rates come from, in words
+    measured     True: measured on this machine; False: arithmetic
     """
 
     linear: tuple[tuple[int, float], ...]
@@ -94,9 +101,10 @@ class Rates:
     host_memory: float = HOST_MEMORY
 
     def linear_at(self, width: float, name: Literal["linear", "adapters"] = "linear") -> float:
-        """The rate of matrices `width` wide, between two that are known in proportion; beyond them the nearest."""
+        """Returns the rate of matrices of this width, interpolated linearly; outside the known widths the nearest."""
         known = self.linear if name == "linear" else self.adapters
         below, above = known[0], known[-1]
+        # `below` is the widest known matrix that is not wider, `above` the narrowest that is not narrower.
         for one in known:
             below = one if one[0] <= width else below
         for one in reversed(known):
@@ -107,7 +115,7 @@ class Rates:
         return below[1] + share * (above[1] - below[1])
 
     def times(self, name: str, factor: float) -> Rates:
-        """These with one of them `factor` times as fast: `linear`, `attention` or one of the others."""
+        """Returns these rates with one of them (`linear`, `attention` or another) multiplied by `factor`."""
         if name in ("linear", "adapters"):
             return replace(self, **{name: tuple((width, rate * factor) for width, rate in getattr(self, name))})
         if name == "attention":
@@ -117,7 +125,7 @@ class Rates:
 
 
 def find_card(name: str) -> tuple[str, Card]:
-    """A card by name or size. Raises InputError with all of them."""
+    """Returns a card by name or memory size. Raises InputError that lists all of them."""
     known = SIZES.get(name.lower(), name.lower())
     if known not in CARDS:
         close = difflib.get_close_matches(known, [*CARDS, *SIZES], n=2)
@@ -129,8 +137,12 @@ def find_card(name: str) -> tuple[str, Card]:
 
 
 def card_rates(name: str, *, packed: bool) -> Rates:
-    """A card's rates. `packed`: rows hold documents, which go through varlen; sliding layers always do."""
+    """Returns a card's rates.
+
+    `packed`: rows hold several documents, for which the varlen kernel is used; sliding layers always use it.
+    """
     card = CARDS[name]
+    # The varlen kernel is FlashAttention-2, which is slow on Hopper alone.
     flash2 = FLASH2 if card.hopper else OWN_KERNELS
     kinds = {"full": flash2 if packed else OWN_KERNELS, "s2": flash2 if packed else OWN_KERNELS, "sliding": flash2}
     of = "a third" if packed and card.hopper else "more than half"
@@ -147,7 +159,10 @@ def card_rates(name: str, *, packed: bool) -> Rates:
 
 
 def card_here() -> tuple[str | None, int] | None:
-    """(card, bytes) of the first GPU that torch will see: None and 0 for what is not known. None without a GPU."""
+    """Returns (card, bytes) of the first GPU that torch will see; None without a GPU.
+
+    The card is None if it is not in CARDS.
+    """
     found = first_gpu()
     if found is None:
         return None

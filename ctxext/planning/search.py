@@ -1,4 +1,4 @@
-"""Which knobs make a run fit and fast: every combination planned, those that fit ordered by tokens a second.
+"""Finds the options that make a run fit and fast: plans every combination and sorts by tokens per second.
 
     attention.train     s2, dense                    memory.quantize   none, nf4 (LoRA, one process)
     memory.checkpoint   true, false                  optimizer.name    adamw, adamw8bit (one process)
@@ -6,11 +6,11 @@
     memory.tiles        none, 16k, 4k, 1k                              (offload alone), on all, and on the most that
     memory.offload      false, true (with a GPU)                       divide the batch
 
-A knob that `--set` or the preset gives is left as given, the layout as it is unless others are named. A combination
-that `plan_run` or train/parallel.py refuses is none.
+Only combinations that fit are listed. An option that `--set` or the preset gives is not changed. The layout is not
+changed unless other layouts are named. A combination that `plan_run` or train/parallel.py refuses is skipped.
 
-Not searched: k layers a checkpoint (it does not pay: LOG.md), micro-batches, what of the spec changes the result
-otherwise. S²-Attn does change it: name attention.train=dense to leave it out.
+Not searched: k layers per checkpoint (no gain: LOG.md), micro-batch sizes, and options of the spec that change the
+result in other ways. S²-Attn also changes the result: set attention.train=dense to exclude it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ctxext.train.plan import RunPlan, divided, plan_run
 from ctxext.train.spec import FinetuneSpec
 from ctxext.units import format_bytes
 
-AS_IT_IS = "none"  # of --hybrid: the layout the model has
+AS_IT_IS = "none"  # value of --hybrid: the model's own layout
 KNOBS: dict[str, tuple[Any, ...]] = {
     "attention.train": ("s2", "dense"),
     "memory.quantize": ("none", "nf4"),
@@ -56,15 +56,16 @@ DEFAULTS = {"memory.quantize": "none", "optimizer.name": "adamw", "memory.checkp
             "memory.tiles": None, "memory.offload": False}  # fmt: skip
 OF_A_GPU = ("memory.offload", "memory.quantize", "optimizer.name")
 STAGES = ("1", "2", "3", "2_offload", "3_offload")
-STEP = 1024  # tokens: the longest context is found to this
+STEP = 1024  # tokens: resolution of the longest context
 LONGEST = 2**26
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What is planned: a model by its name, options as `finetune` takes them, and what it is to run on.
+    """The request: a model by its name, options as for `finetune`, and the target machine.
 
-    fixed   fields of the spec by dotted path, from --set; `fields` has the preset's with them, nested
+    fixed   fields of the spec by dotted path, from --set
+    fields  the fields of the preset with those of `fixed`, nested
     memory  bytes of one card, or of this machine
     """
 
@@ -82,7 +83,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Choice:
-    """One combination: what it changes, what it needs and how long a step takes. Bytes of one card and its host."""
+    """One combination: its changed options, its memory and its time per step. Bytes are per card and its host."""
 
     asked: Asked
     hybrid: str | None
@@ -94,14 +95,15 @@ class Choice:
 
     @property
     def needed(self) -> int:
-        """On a CPU what waits on the host waits in the same memory."""
+        """Bytes needed on one card. Without a GPU, data that waits on the host uses the same memory and counts too."""
         return sum(self.plan.memory.values()) + (0 if self.asked.gpu else self.host)
 
     @property
     def host(self) -> int:
-        """Bytes that wait on the host for one card."""
+        """Bytes that one card stores on the host."""
         spec, shape, waiting = self.plan.spec, self.plan.source.shape, 0.0
         item = 2 if self.plan.dtype == "bfloat16" else 4
+        # The kept inputs of layers, one for every k layers, in the dtype of activations.
         if spec.memory.checkpoint and spec.memory.offload:
             stored = -(-shape.num_layers // int(spec.memory.checkpoint))
             waiting += stored * spec.ctx * spec.micro_batch_size * shape.hidden_size * item
@@ -112,17 +114,17 @@ class Choice:
         return int(waiting)
 
     def timed(self, rates: Rates | None) -> Estimate | None:
-        """None where no rates are known."""
+        """Returns the estimate of a step; None if no rates are known."""
         return None if rates is None else estimate(self.plan, rates, self.partition)
 
     @property
     def knobs(self) -> frozenset[str]:
-        """What it turns, in words."""
+        """The changed options, in words."""
         zero = [f"zero={self.zero}", f"ranks={self.ranks}"] if self.zero else []
         return frozenset([*(f"{key}={flow(value)}" for key, value in self.changes.items()), *zero])
 
     def commands(self) -> list[str]:
-        """What to type, in order."""
+        """Returns the commands to type, in order."""
         model, lines = self.asked.model, list[str]()
         if self.hybrid is not None:
             model = f"runs/{self.asked.source.name}-{self.hybrid}"
@@ -134,7 +136,7 @@ class Choice:
         return [*lines, shlex.join(words)]
 
     def as_dict(self, rates: Rates | None) -> dict[str, Any]:
-        """Plain data for `--json`; what needs rates is None where none are known."""
+        """Returns plain data for `--json`; values that need rates are None if none are known."""
         took = self.timed(rates)
         return {
             "commands": self.commands(),
@@ -158,7 +160,10 @@ class Choice:
 
 
 def converted(source: ModelSource, hybrid: str) -> ModelSource:
-    """The model as a conversion would leave it, from its config alone. Raises what `convert` raises for a layout."""
+    """Returns the model as a conversion would leave it, derived from its config alone.
+
+    Raises the errors of `convert` for a layout.
+    """
     if source.kind != "source" and source.kind != "model":
         raise InputError(f"{source.name} is a {source.kind}; --hybrid plans the conversion of a pretrained model")
     kinds = layer_kinds(find_hybrid(hybrid), source.config["num_hidden_layers"])
@@ -169,15 +174,16 @@ def converted(source: ModelSource, hybrid: str) -> ModelSource:
 
 
 def choices(asked: Asked, ctx: str | int | None = None, *, lean: bool = False) -> Iterator[Choice]:
-    """Every combination that may be run, whether it fits or not; `lean` those alone that need the least memory.
+    """Yields every combination that can run, whether it fits or not; with `lean` only those that need the least memory.
 
-    Raises InputError where the spec as given can be planned with no knob turned at all.
+    Raises InputError if no combination can be planned.
     """
     refused: InputError | None = None
     any_planned = False
     for hybrid in asked.hybrids:
         source = asked.source if hybrid == AS_IT_IS else converted(asked.source, hybrid)
         trainables: Trainables | None = None
+        # Trainables do not depend on the options; compute them once per layout.
         for changes in _changes(asked, lean):
             try:
                 plan = plan_with(asked, source, changes, ctx, trainables)
@@ -188,6 +194,7 @@ def choices(asked: Asked, ctx: str | int | None = None, *, lean: bool = False) -
             name = None if hybrid == AS_IT_IS else hybrid
             yield Choice(asked, name, changes, None, 1, plan, WHOLE)
             yield from _shared(asked, name, changes, plan, lean)
+    # The first refusal explains why nothing can be planned.
     if not any_planned and refused is not None:
         raise refused
 
@@ -199,7 +206,7 @@ def plan_with(
     ctx: str | int | None = None,
     trainables: Trainables | None = None,
 ) -> RunPlan:
-    """The plan of the spec as given, with the knobs turned, none of which changes what trains."""
+    """Returns the plan of the spec with changed options. None of the options changes what is trainable."""
     fields = copy.deepcopy(dict(asked.fields))
     for key, value in (dict(changes) | {"ctx": asked.ctx if ctx is None else ctx}).items():
         set_value(fields, key, value)
@@ -208,30 +215,33 @@ def plan_with(
 
 
 def _changes(asked: Asked, lean: bool) -> Iterator[dict[str, Any]]:
-    """What is set beyond what was given; what is the default already is left out."""
+    """The combinations of options, each without those that the user gave and without default values."""
     tried, values = KNOBS | (LEAN if lean else {}), dict[str, tuple[Any, ...]]()
     for knob, found in tried.items():
         part, _, field = knob.partition(".")
+        # Options from the preset or from --set stay as they are.
         if field not in asked.fields.get(part, {}):
             values[knob] = found
-    if not asked.gpu:  # what bitsandbytes and the host's memory save, they save a GPU
+    if not asked.gpu:  # bitsandbytes and offloading only save GPU memory
         values = {knob: found for knob, found in values.items() if knob not in OF_A_GPU}
     for turned in itertools.product(*values.values()):
         chosen = dict(zip(values, turned, strict=True))
         if lean and chosen.get("memory.quantize") == "nf4" and chosen.get("optimizer.name") == "adamw":
-            continue  # as large in all else, and ZeRO takes neither
+            continue  # adamw8bit needs less memory, and nf4 excludes ZeRO
         yield {knob: value for knob, value in chosen.items() if value != DEFAULTS.get(knob)}
 
 
 def _shared(asked: Asked, hybrid: str | None, changes: dict[str, Any], plan: RunPlan, lean: bool) -> Iterator[Choice]:
-    """The same over several cards, or over one with state on its host."""
+    """The same combination on several cards, or on one card with state on its host."""
     spec = plan.spec
     if not asked.gpu or spec.optimizer.name != "adamw" or spec.memory.quantize != "none":
         return
     batch, fixed = plan.global_batch_size, "global_batch_size" in asked.fields
+    # The largest number of cards that divides the batch.
     most = max(n for n in range(1, asked.cards + 1) if batch % n == 0)
     for ranks, stage in itertools.product(sorted({1, most} | ({asked.cards} if not fixed else set())), STAGES):
         offloads = stage.endswith("offload")
+        # One card gains only from offloading, and a lean search only needs the two offloading stages.
         if (ranks == 1 and not offloads) or (lean and stage not in ("3_offload", "2_offload")):
             continue
         if stage.startswith("3") and _needs_whole_weights(plan):
@@ -240,6 +250,7 @@ def _shared(asked: Asked, hybrid: str | None, changes: dict[str, Any], plan: Run
         more = dict(changes)
         shared = plan
         if batch % ranks:
+            # Round the batch up to a multiple of the ranks; FLOPs grow with it.
             more["global_batch_size"] = size = -(-batch // ranks) * ranks
             flops = (plan.step_flops // batch * size, plan.model_flops // batch * size)
             shared = replace(plan, global_batch_size=size, step_flops=flops[0], model_flops=flops[1],
@@ -248,22 +259,26 @@ def _shared(asked: Asked, hybrid: str | None, changes: dict[str, Any], plan: Run
 
 
 def _needs_whole_weights(plan: RunPlan) -> bool:
-    """What train/parallel.py refuses under ZeRO 3."""
+    """Whether the plan uses something that train/parallel.py refuses under ZeRO 3."""
     taught = plan.teacher is not None and plan.teacher.source is not None
     return plan.spec.memory.tiles is not None or taught or any(part.source == SELF for part in plan.spec.data.parts)
 
 
 @cache
 def _zero(stage: str) -> dict[str, Any]:
-    """deepspeed_configs' file of a stage: a search asks for it hundreds of times."""
+    """The shipped configuration of a stage, cached because a search reads it hundreds of times."""
     return read_zero(stage)
 
 
 def fitting(found: list[Choice], rates: Rates | None) -> list[tuple[Choice, Estimate | None]]:
-    """Those that fit, the most tokens a second first; of equals, and of all without rates, the one that turns less."""
+    """Returns the choices that fit, the most tokens per second first.
+
+    Of equally fast ones, and without rates, the choice with fewer changed options comes first.
+    """
 
     def order(pair: tuple[Choice, Estimate | None]) -> tuple[float, int, int]:
         choice, took = pair
+        # Four digits, so that differences below the model's accuracy do not decide.
         speed = 0.0 if took is None else float(f"{took.tokens_per_second:.4g}")
         return -speed, len(choice.knobs), choice.needed
 
@@ -273,7 +288,7 @@ def fitting(found: list[Choice], rates: Rates | None) -> list[tuple[Choice, Esti
 
 
 def listed(fit: list[tuple[Choice, Estimate | None]], count: int = 4) -> list[Choice]:
-    """The first few, without those that turn what a faster one turns, and more, and gain nothing by it."""
+    """Returns the first few choices, without those that only add options to a faster one."""
     kept = list[Choice]()
     for choice, _ in fit:
         same = (one for one in kept if one.hybrid == choice.hybrid)
@@ -285,16 +300,18 @@ def listed(fit: list[tuple[Choice, Estimate | None]], count: int = 4) -> list[Ch
 
 
 def _kinds(choice: Choice) -> frozenset[str]:
-    """Its knobs; tiles of one size or another are one."""
+    """Its changed options; all tile sizes count as the same option."""
     return frozenset("memory.tiles" if knob.startswith("memory.tiles") else knob for knob in choice.knobs)
 
 
 def longest(asked: Asked) -> Choice | None:
-    """What trains at the longest context that fits at all, a multiple of 1,024 tokens; None where none does.
+    """Returns the choice at the longest context that fits, a multiple of 1,024 tokens; None if none fits.
 
-    Short contexts may be refused for what they are (below a group of S²-Attn, nothing to interpolate): passed over.
+    A short context may be refused for its length (smaller than an S²-Attn group, nothing to interpolate); it is
+    skipped.
     """
     low, best, high = 0, None, STEP
+    # Double the context until nothing fits (refused short contexts are skipped), then bisect to STEP tokens.
     while high <= LONGEST:
         refused, found = _leanest(asked, high)
         if found is None and (best is not None or not refused):
@@ -311,7 +328,7 @@ def longest(asked: Asked) -> Choice | None:
 
 
 def _leanest(asked: Asked, ctx: int) -> tuple[bool, Choice | None]:
-    """(whether a context is refused, with the fewest knobs what fits of it)."""
+    """(whether this context is refused, the choice that fits with the fewest changed options or None)."""
     try:
         found = [choice for choice in choices(asked, ctx, lean=True) if choice.needed <= asked.memory]
     except InputError:
@@ -320,19 +337,22 @@ def _leanest(asked: Asked, ctx: int) -> tuple[bool, Choice | None]:
 
 
 def largest(choice: Choice) -> str:
-    """The three items that hold most of its memory, in words."""
+    """Returns the three largest items of a choice's memory, in words."""
     ranked = sorted(choice.plan.memory.items(), key=lambda item: -item[1])[:3]
     return "most of it " + ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked)
 
 
 def dominating(fit: list[tuple[Choice, Estimate | None]], rates: Rates | None) -> dict[str, Any] | None:
-    """The rate that most of the fastest one's time depends on, and what it would mean if it were a fifth slower; None
-    where nothing fits or no rates are known."""
+    """Returns the rate that takes most of the fastest choice's time, and the effect if it is a fifth lower.
+
+    None if nothing fits or no rates are known.
+    """
     if not fit or rates is None:
         return None
     best = fit[0][0]
     took = estimate(best.plan, rates, best.partition)
     name, seconds = next(iter(took.by_rate().items()))
+    # Plan again with this rate at 80%, to see whether another choice becomes the fastest.
     slower = rates.times(name, 0.8)
     again = fitting([choice for choice, _ in fit], slower)[0][0]
     change = estimate(best.plan, slower, best.partition).seconds / took.seconds - 1

@@ -1,1 +1,1 @@
-"""Which layers to keep full, and what is tuned after training: measurements that decide something."""
+"""Layer selection before training and tuning after it: decisions based on measurements."""

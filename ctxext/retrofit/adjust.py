@@ -1,4 +1,4 @@
-"""What `ctxext merge` does to a live bundle first: the alpha dial, then the scale of NoPE layers."""
+"""The adjustments that `ctxext merge` makes to a live bundle first: the alpha dial, then the scale of NoPE layers."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from ctxext.retrofit import dial, scale
 from ctxext.retrofit.halves import Half, Notice, halves
 
 PICTURE = "alpha-multiplier.png"
-Chosen = float | Literal["auto"] | None  # a number to bake in, to be measured for, or left as trained
+Chosen = float | Literal["auto"] | None  # a given number, chosen by measuring, or as trained
 
 
 def adjust(
     live: LoadedModel, *, alpha: Chosen, nope_scale: Chosen, length: int | None, data: str, notice: Notice
 ) -> Adjustment:
-    """Change the live model: its weights by the dial, its queries by hooks until `fold` puts c into merged weights.
+    """Changes the live model: its weights by the dial, its queries by hooks with the scale c.
 
-    `length`: tokens to calibrate c for, None is the usable length; `data`: held-out text for `auto` (halves.py). The
-    scale is found for what the dial leaves.
+    `fold` later removes the hooks and multiplies c into the merged weights. `length`: tokens to calibrate c for; None
+    is the usable length. `data`: held-out text for `auto` (halves.py). The scale is calibrated on the model that the
+    dial leaves.
     """
     usable, facts = live.usable_length, dict[str, Any]()
+    # The original length is the short length of both measurements.
     original = min(live.source.original_length or usable, usable)
 
     def both_halves(lengths: list[int], **options: int) -> tuple[Half, Half]:
-        """The text to choose by and to report on; what was read is said and kept."""
+        """The text to choose by and the text to report on. What was read is reported and recorded in `facts`."""
         with recorded() as began:
             found = halves(data, live.tokenizer, lengths, **options)
         for one in distinct(began):
@@ -38,6 +40,7 @@ def adjust(
 
     rows: list[tuple[str, str]] = []
     turned = None
+    # First the dial, since the scale has to fit the weights that it leaves.
     if alpha == "auto":
         lengths = sorted({original, usable})
         turned = dial.choose(live, data, lengths, both_halves(lengths), notice)
@@ -46,6 +49,7 @@ def adjust(
         dial.turn(dial.trained(live.model), dial.everywhere(alpha))
         facts["alpha_multiplier"] = {"chosen": dial.everywhere(alpha)}
         rows = [("alpha multiplier", f"{alpha:g}, as given; nothing was measured to choose it")]
+    # Then the scale of the layers without positions.
     c, layers = nope_scale, scale.nope_layers(live.source)
     if c == "auto":
         lengths = scale.reported_lengths(original, length or usable)
@@ -54,6 +58,7 @@ def adjust(
     elif c is not None:
         facts["nope_scale"] = {"chosen": c, "layers": layers}
         rows.append(("NoPE scale", f"{c:g} on the queries of layers {layers}, as given; nothing was measured"))
+    # Hooks scale the queries of the live model; weights change only in the merged model.
     handles = [] if c is None else scale.hold(live.model, layers, c)
 
     def fold(merged: Any) -> None:

@@ -1,4 +1,4 @@
-"""Text to measure on."""
+"""Text for measurements."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ctxext.evals.perplexity import encode
 
 
 def joined(documents: Any, tokenizer: Any, most: int) -> Tensor:
-    """The documents' tokens in one row, EOS between them where there is one, at most `most`."""
+    """Returns the documents' tokens in one row [N], N at most `most`, with EOS between documents if there is an EOS."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     parts: list[Tensor] = []
     for text in encode(documents, tokenizer, max_tokens=most):

@@ -1,14 +1,14 @@
-"""What a layout costs before any training: the divergence of its predictions from the source's own.
+"""Measures the damage of a layout before any training: the divergence of its predictions from those of the source.
 
-All layouts of a model share their weights, so a layout is a chain of decoder layers, each of a kind (model/layout.py),
-and two layouts that agree in their first layers share those layers' work. Many layouts are measured in one pass over
-the layers: the hidden states of every distinct beginning go from layer to layer, and one layer's weights are in memory
-at a time. With the 2 L layouts that differ from the source in one layer a pass applies L² + 2 L - 1 layers instead of
-2 L², and what has to fit on the device is a layer, not a model; the hidden states wait on the host.
+All layouts of a model share their weights. A layout is a chain of decoder layers, each of a kind (model/layout.py), and
+two layouts with the same first layers share the computation of these layers. Many layouts are measured in one pass over
+the layers: the hidden states of every distinct prefix go from layer to layer, and only one layer's weights are in
+memory at a time. For the 2 L layouts that differ from the source in one layer, a pass applies L² + 2 L - 1 layers
+instead of 2 L². Only one layer has to fit on the device, not the model; the hidden states are stored on the host.
 
     n rows   T tokens of a row   E model width   V vocabulary   L layers   H heads   N positions that are compared
 
-Everything is computed in fp32. There is no training here, and no sampling.
+All computation is in fp32. There is no training here, and no sampling.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from ctxext.train.loss import chunk_of, token_losses
 Layout = tuple[LayerKind, ...]
 Weights = Callable[[str], Tensor | None]
 
-STATE_BYTES = 8 << 30  # of hidden states on the host at a time, about; more layouts than fit are measured in turns
-BATCH_TOKENS = 4096  # that go through a layer at a time
-FIRST_BUCKET = 64  # positions 1..63; from there each bucket is as wide as all before it (evals/perplexity.py)
-RETRIEVES = 0.1  # a head with more than this of its attention on the answer counts as one that retrieves
+STATE_BYTES = 8 << 30  # hidden states on the host at a time, about; further layouts are measured in later groups
+BATCH_TOKENS = 4096  # tokens per forward of a layer
+FIRST_BUCKET = 64  # positions 1..63; each later bucket is as wide as all before it (evals/perplexity.py)
+RETRIEVES = 0.1  # a head with a larger share of attention on the answer counts as a retrieval head
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows to compare predictions on: text first, then questions with their answers in place.
+    """Rows for the comparison of predictions: text first, then questions with their answers in place.
 
     ids      int64 [n,T]
     texts    how many of the rows are text
-    answers  bool [n,T], where the NEXT token belongs to an answer; none in the text
-    needles  bool [n,T], the tokens further up that hold the answer
+    answers  bool [n,T], True where the NEXT token belongs to an answer; False in the text
+    needles  bool [n,T], True for the earlier tokens that contain the answer
     """
 
     ids: Tensor
@@ -68,10 +68,10 @@ class Samples:
 class Damage:
     """Mean KL(source || layout) in nats a token; None where there is nothing to average.
 
-    text     over all positions of the text; `buckets` the same by position, as (start, stop, KL): a prediction made
-             with start <= tokens before it < stop
-    loss     cross entropy of the text above the source's. About `text` on what the model was trained on; on other
-             text the two may order layouts differently, since departing from the source need not be to the worse
+    text     over all positions of the text
+    buckets  the same by position, as (start, stop, KL): predictions with start <= number of preceding tokens < stop
+    loss     cross entropy of the text minus the source's. Close to `text` on text like the training data. On other text
+             the two may order layouts differently, since a difference from the source is not always worse
     answer   over the answers of the questions
     """
 
@@ -81,18 +81,18 @@ class Damage:
     buckets: tuple[tuple[int, int, float], ...]
 
     def score(self, share: float) -> float:
-        """The text's part and `share` times the answers'."""
+        """Returns the damage on the text plus `share` times the damage on the answers."""
         return self.text + share * (self.answer or 0.0)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """A model as one empty stock layer of each kind, and a reader of the weights to be put into it.
+    """A model as one empty stock layer of each kind, and a reader for the weights to load into it.
 
-    decoders  a decoder of one layer for each kind, with its rotations and no norm at its end; weights on meta
-    norm      the model's final norm, empty as well
-    added     parameters of a layer that the source has not: biases 0, sinks that take nothing
-    values    other values for weights of sliding layers, by their names in the checkpoint: sinks and their biases
+    decoders  one-layer decoders by kind, with their rotations and without a final norm; weights on the meta device
+    norm      the model's final norm, also empty
+    added     names of layer parameters that the source does not have: biases of 0, sinks that take nothing
+    values    replacement weights for sliding layers, by their names in the checkpoint: sinks and their biases
     """
 
     config: Config
@@ -105,7 +105,7 @@ class Layers:
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, name: str) -> Tensor:
-        """A weight of the checkpoint, fp32, on the device. Raises ModelError when there is none."""
+        """Returns a weight of the checkpoint, fp32, on the device. Raises ModelError if there is none."""
         found = self.read(name)
         if found is None:
             raise ModelError(f"the checkpoint has no {name}")
@@ -126,14 +126,15 @@ def open_layers(
     target: str | None = None,
     biases: bool = False,
 ) -> Layers:
-    """The layers of the (normalised) source config as `source` and as any of `kinds`, in stock classes.
+    """Returns the layers of a normalised source config, as `source` and as any of `kinds`, in stock classes.
 
-    `source` are the kinds its own layers have. `read` gives a tensor by its name in the checkpoint, when it is called:
-    model/shards.py's `tensor_reader` streams, a state dict's `get` holds everything. `target` and `biases` are those of
-    `hybrid_config`. Raises ModelError for a kind that the target class does not have.
+    `source` are the kinds of the source's own layers. `read` returns a tensor by its checkpoint name when it is called:
+    `tensor_reader` of model/shards.py streams from disk, a state dict's `get` holds all in memory. `target` and
+    `biases` are arguments of `hybrid_config`. Raises ModelError for a kind that the target class does not support.
     """
     decoders, first, L = {}, first_layers(config, 1), config["num_hidden_layers"]
     for kind in dict.fromkeys([*source, *kinds]):
+        # A model of one layer of this kind, with weights on meta: only the rotations are real.
         one = normalise(first_layers(hybrid_config(config, [kind] * L, target, biases=biases), 1))
         hf_config = CONFIG_MAPPING[one["model_type"]].from_dict(one)
         hf_config._attn_implementation = attention.register()
@@ -141,6 +142,7 @@ def open_layers(
             model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
         check_realised(model, one)
         decoder = model.get_decoder().eval()
+        # The final norm follows the last layer only; final_states applies it.
         norm, decoder.norm = decoder.norm, nn.Identity()
         for rotary in rotaries(decoder):
             rotary.to(device)
@@ -152,13 +154,15 @@ def open_layers(
 def final_states(
     layers: Layers, ids: Tensor, layouts: Sequence[Layout], progress: Callable[[], None] = lambda: None
 ) -> dict[Layout, Tensor]:
-    """The hidden states [n,T,E] after the last norm of rows ids [n,T], for each layout, on the CPU."""
+    """Returns the hidden states [n,T,E] after the final norm for rows ids [n,T], for each layout, on the CPU."""
     embedded = nn.functional.embedding(ids.to(layers.device), layers.tensor(EMBEDDING)).cpu()
+    # Hidden states by prefix of layer kinds. All layouts share the empty prefix, the embeddings.
     states: dict[Layout, Tensor] = {(): embedded}
     for index in range(layers.config["num_hidden_layers"]):
         after: dict[Layout, Tensor] = {}
         with weights_of_layer(layers, index):
             for prefix, kinds in _branches(layouts, index).items():
+                # Drop the states of a prefix once its successors are computed, to save host memory.
                 before = states.pop(prefix)
                 for kind in kinds:
                     after[(*prefix, kind)] = apply_layer(layers, kind, before)
@@ -180,12 +184,13 @@ def measure(
     progress: CountProgress = ignore,
     state_bytes: int = STATE_BYTES,
 ) -> list[Damage]:
-    """The damage of each layout; `truth` [n,T,E] are the source's final states (`source_states`).
+    """Returns the damage of each layout. `truth` [n,T,E] are the source's final states (`source_states`).
 
-    Layouts are measured together as far as their hidden states fit in `state_bytes`, about, those that begin alike in
-    one turn; two at least.
+    Layouts are measured together while their hidden states fit into `state_bytes`, approximately; at least two at a
+    time. Layouts with the same first layers share a group where possible.
     """
     groups = _turns(layouts, max(2, state_bytes // truth.nbytes))
+    # The number of layer applications in all groups, for the progress.
     total = sum(len(kinds) for group in groups for i in range(len(group[0])) for kinds in _branches(group, i).values())
     done = 0
 
@@ -194,8 +199,9 @@ def measure(
         done += 1
         progress(done, total)
 
-    positions = samples.answers.clone()  # [n,T]: what is compared
-    positions[: samples.texts, :-1] = True  # the last token's prediction is of nothing that is in the row
+    positions = samples.answers.clone()  # [n,T], the compared positions
+    positions[: samples.texts, :-1] = True  # the last token has no next token in its row
+    # The label of a position is the next token.
     labels, found = samples.ids.roll(-1, 1)[positions], dict[Layout, Damage]()
     for group in groups:
         states = final_states(layers, samples.ids, group, one_more)
@@ -207,12 +213,15 @@ def measure(
 
 @torch.no_grad()
 def source_states(layers: Layers, ids: Tensor) -> Tensor:
-    """The final states [n,T,E] of the source itself, which every layout is compared with."""
+    """Returns the final states [n,T,E] of the source itself, with which every layout is compared."""
     return final_states(layers, ids, [layers.source])[layers.source]
 
 
 def answer_loss(layers: Layers, samples: Samples, truth: Tensor) -> float | None:
-    """The source's own loss at the answers, nats a token: whether it can do what it is asked. None: none are asked."""
+    """Returns the source's own loss at the answers in nats a token; None without questions.
+
+    It shows whether the source can answer the questions at all.
+    """
     if not samples.answers.any():
         return None
     labels = samples.ids.roll(-1, 1)[samples.answers].to(layers.device)
@@ -221,14 +230,17 @@ def answer_loss(layers: Layers, samples: Samples, truth: Tensor) -> float | None
 
 @torch.no_grad()
 def head_scores(layers: Layers, samples: Samples) -> Tensor | None:
-    """The retrieval-head scores of the source, fp32 [L,H]: the attention mass that the last token of the question puts
-    on the tokens that hold the answer, mean over the questions (arXiv 2606.15378; FACTS of its code: the position
-    before the answer, not the entropy and not the trace through training). None where there are no questions.
+    """Returns the retrieval-head scores of the source, fp32 [L,H]; None without questions.
+
+    A score is the attention mass that the last token of the question puts on the tokens with the answer, averaged over
+    the questions (arXiv 2606.15378; second-hand, from its code: the position before the answer, not the entropy and not
+    the trace through training).
     """
     if not samples.answers.any():
         return None
     ids, needles = samples.ids[samples.texts :], samples.needles[samples.texts :].to(layers.device)
-    last = samples.answers[samples.texts :].int().argmax(1).to(layers.device)  # [n]: the one before the answer
+    # argmax finds the first True: the position that predicts the first answer token.
+    last = samples.answers[samples.texts :].int().argmax(1).to(layers.device)  # [n], the position before the answer
     states = nn.functional.embedding(ids.to(layers.device), layers.tensor(EMBEDDING)).cpu()
     scores = []
     for index, kind in enumerate(layers.source):
@@ -251,7 +263,8 @@ def _mass(
     pattern: Pattern,
     scaling: float | None,
 ) -> None:
-    """Add to `masses` what [B,H] of the attention of query `at` [B] falls on the `wanted` keys [B,T]."""
+    """Appends to `masses` the attention mass [B,H] of the queries at `at` [B] on the `wanted` keys [B,T]."""
+    # Attention rows of one query per sequence, not the whole T x T matrix.
     chosen = query[torch.arange(len(at), device=at.device), :, at][:, :, None]  # [B,H,1,D]
     share = attention_rows(chosen, key, at[:, None], sliding_window=pattern.sliding_window, scale=scaling)[:, :, 0]
     masses.append((share * wanted[:, None]).sum(-1).cpu())
@@ -259,8 +272,8 @@ def _mass(
 
 @contextmanager
 def weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
-    """Layer `index`'s weights in the layers of every kind, the same tensors in all, and gone afterwards."""
-    # The checkpoint's weights, and what the class has besides.
+    """Loads layer `index`'s weights into the layers of all kinds, sharing tensors, and frees them afterwards."""
+    # The checkpoint's weights, and initial values for parameters that only the new class has.
     empty = dict(next(iter(layers.decoders.values())).layers[0].named_parameters())
     tensors = {}
     for name, parameter in empty.items():
@@ -268,7 +281,7 @@ def weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
             tensors[name] = torch.full(parameter.shape, initial_value(name), device=layers.device)
         else:
             tensors[name] = layers.tensor(f"model.layers.{index}.{name}")
-    # Sliding layers have fitted values in place of some of them.
+    # Sliding layers use fitted values for some of them.
     fitted = {name: layers.values.get(f"model.layers.{index}.{name}") for name in empty}
     sliding = tensors | {name: value.to(layers.device) for name, value in fitted.items() if value is not None}
     for kind, decoder in layers.decoders.items():
@@ -284,7 +297,7 @@ def weights_of_layer(layers: Layers, index: int) -> Iterator[None]:
 def apply_layer(
     layers: Layers, kind: LayerKind, before: Tensor, watch: Callable[[slice], Callable[..., None]] | None = None
 ) -> Tensor:
-    """The layer that is loaded, as `kind`, over states [n,T,E]; `watch(rows)` watches its attention to those rows."""
+    """Applies the loaded layer, as `kind`, to states [n,T,E]. `watch(rows)` returns a callback for their attention."""
     decoder, after = layers.decoders[kind], torch.empty_like(before)
     for rows in row_batches(before):
         watching = {} if watch is None else {"watch": watch(rows)}
@@ -299,7 +312,7 @@ def row_batches(states: Tensor) -> Iterator[slice]:
 
 
 def _branches(layouts: Sequence[Layout], index: int) -> dict[Layout, list[LayerKind]]:
-    """Each distinct beginning of `index` layers, with the kinds that follow it."""
+    """Each distinct prefix of `index` layers, with the kinds that follow it."""
     branches: dict[Layout, dict[LayerKind, None]] = {}
     for layout in layouts:
         branches.setdefault(layout[:index], {})[layout[index]] = None
@@ -307,16 +320,18 @@ def _branches(layouts: Sequence[Layout], index: int) -> dict[Layout, list[LayerK
 
 
 def _turns(layouts: Sequence[Layout], most: int) -> list[list[Layout]]:
-    """The distinct layouts, those that begin alike together, in groups of at most `most`."""
+    """The distinct layouts in groups of at most `most`; layouts with the same first layers are next to each other."""
     distinct = sorted(set(layouts), key=lambda layout: [(kind.use_rope, kind.sliding_window or 0) for kind in layout])
     return [distinct[start : start + most] for start in range(0, len(distinct), most)]
 
 
 def _apart(truth: Tensor, others: Sequence[Tensor], labels: Tensor, layers: Layers) -> Tensor:
-    """How far predictions from final states [N,E] are from those of `truth`, for each of `others`, fp32
-    [len(others),2,N]: KL(truth || other), and how much less probable `other` thinks the label, in nats.
+    """The distance of predictions from final states `others` to those from `truth` [N,E], fp32 [len(others),2,N].
+
+    The first is KL(truth || other), the second the loss of the label under `other` minus that under `truth`, in nats.
     """
     found, head = torch.empty(len(others), 2, len(truth)), layers.head
+    # Logits are computed in chunks of c positions, since [N,V] would not fit.
     chunk = chunk_of(head)
     for start in range(0, len(truth), chunk):
         rows = slice(start, start + chunk)
@@ -330,11 +345,12 @@ def _apart(truth: Tensor, others: Sequence[Tensor], labels: Tensor, layers: Laye
 
 
 def _damage(values: Tensor, samples: Samples) -> Damage:
-    """The means of what `_apart` found [2,N]: first all positions of the text, then those of the answers."""
+    """The means of the values [2,N] from `_apart`: first all positions of the text, then those of the answers."""
     T = samples.ids.shape[1] - 1
     text, loss = values[:, : samples.texts * T].double().view(2, samples.texts, T).mean(1)  # [T] each
     answers = values[0, samples.texts * T :].double()
     buckets = []
+    # Bucket widths double: 1..63, 64..127, 128..255 and so on.
     for _, group in groupby(range(T), key=lambda position: max(0, ((position + 1) // FIRST_BUCKET).bit_length())):
         places = list(group)
         buckets.append((places[0] + 1, places[-1] + 2, float(text[places].mean())))

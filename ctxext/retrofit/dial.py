@@ -1,13 +1,14 @@
-"""The alpha dial: how far along the way that training went a model had best stand.
+"""The alpha dial: chooses how much of the trained change to keep (0 = base, 1 = trained).
 
-Everything that trained is base + delta: LoRA's scaled product, and the change of embeddings and norms trained whole (a
-tied head goes with its embedding). A multiplier m puts each at base + m * delta: 0 is the base, 1 is as trained. The
-idea is that of WiSE-FT (Wortsman et al., arXiv 2109.01903: interpolating weights between a model and its fine-tuned
-self); by groups of layers, and beyond 1, is ours.
+Every trained weight is base + delta: LoRA's scaled product, and the change of embeddings and norms that trained whole
+(a tied head changes with its embedding). A multiplier m sets each weight to base + m * delta: 0 is the base, 1 is as
+trained. The idea is that of WiSE-FT (Wortsman et al., arXiv 2109.01903: interpolation of weights between a model and
+its fine-tuned version). Multipliers per group of layers, and above 1, are ours.
 
-`choose` sweeps m over GRID for all of it together, then FACTORS of each group in turn around the best, by losses at a
-short and at a long length on one half of held-out text (halves.py), and reports on the other half. Not done: a group
-finer than a third of the layers, m of LoRA apart from that of norms, other measures than the loss.
+`choose` sweeps m over GRID for all weights together. Then it tries FACTORS for each group in turn, starting from the
+best setting so far. It compares losses at a short and at a long length on one half of held-out text (halves.py), and
+reports on the other half. Not done: groups finer than a third of the layers, separate m for LoRA and norms, other
+measures than the loss.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from ctxext.units import format_tokens
 
 GRID = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
 FACTORS = (0.7, 0.85, 1.15, 1.3)
-THIRDS = ("early", "middle", "late")  # of the layers, from the embeddings up
+THIRDS = ("early", "middle", "late")  # of the layers, from the first to the last
 ENDS = "ends"  # embeddings, head and the final norm
 GROUPS = (*THIRDS, ENDS)
 
@@ -42,22 +43,23 @@ Multipliers = dict[str, float]  # by group
 
 @dataclass(frozen=True)
 class Trained:
-    """A module that trained: `turn(m)` puts it at base + m * delta. At 1 it is as trained, to the last bit."""
+    """A trained module. `turn(m)` sets its weights to base + m * delta; m = 1 restores them bit for bit."""
 
     group: str
     turn: Callable[[float], None]
 
 
 def trained(model: Any) -> list[Trained]:
-    """What trained in a live bundle, PEFT's model as `load_model` gives it in fp32.
+    """Returns the trained modules of a live bundle (the PEFT model of `load_model` in fp32).
 
-    A copy of what was trained whole is held for as long as the result is. Raises InputError where there is nothing.
+    The result holds a copy of the weights that trained whole. Raises InputError if there is no trained module.
     """
     layers = causal_lm(model).config.num_hidden_layers
     parts: list[Trained] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
         found = re.search(r"\.layers\.(\d+)\.", name)
+        # Outside the layers are the embeddings, the head and the final norm.
         group = THIRDS[3 * int(found[1]) // layers] if found else ENDS
         if isinstance(module, LoraLayer):
             parts.append(Trained(group, partial(_scale, module, dict(module.scaling))))
@@ -82,19 +84,22 @@ def _between(weight: Tensor, base: Tensor, end: Tensor, m: float) -> None:
 
 
 def turn(parts: Sequence[Trained], multipliers: Multipliers) -> None:
-    """Put every part at its group's multiplier."""
+    """Sets every part to the multiplier of its group."""
     for part in parts:
         part.turn(multipliers[part.group])
 
 
 def everywhere(m: float) -> Multipliers:
-    """One multiplier for all groups."""
+    """Returns the same multiplier for all groups."""
     return dict.fromkeys(GROUPS, m)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the sweep: `stage` is all, or the group that was varied; losses in nats a token by length."""
+    """One point of the sweep. `stage` is "all", or the group that is varied.
+
+    `losses` are in nats a token by length.
+    """
 
     stage: str
     multipliers: Multipliers
@@ -104,8 +109,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Dial:
-    """What `choose` found. Lengths are tokens; `settings` were measured on the half to choose by, `reported` (nats a
-    token by length, of chosen, m = 1 and m = 0) and `differences` on the other."""
+    """The result of `choose`. Lengths are tokens.
+
+    `settings` are measured on the half to choose by. `reported` (nats a token by length, for the chosen setting, m = 1
+    and m = 0) and `differences` are measured on the other half.
+    """
 
     data: str
     lengths: tuple[int, ...]
@@ -120,7 +128,7 @@ class Dial:
         return {"rule": "mean over lengths of nats a token, paired by window; 1 unless told better"} | asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """As (name, value) lines."""
+        """Returns (name, value) lines for the screen."""
         where = " and ".join(format_tokens(length) for length in self.lengths)
         rows = [
             ("alpha multiplier", f"{words(self.chosen)}; {self.why}"),
@@ -133,13 +141,13 @@ class Dial:
 
 
 def difference_row(d: Difference) -> tuple[str, str]:
-    """A paired difference as one line."""
+    """Returns a paired difference as one line."""
     name = f"  {d.suite}, {d.model} less {d.against}, {format_tokens(d.length)}"
     return name, f"{d.value:+.4f} {d.unit} ({d.low:+.4f} to {d.high:+.4f}, p = {d.p:.4f}, n = {d.n}): {d.called}"
 
 
 def words(multipliers: Multipliers) -> str:
-    """One number where all groups have it, else each with its group."""
+    """Returns one number if all groups share it, otherwise each group with its number."""
     if len(set(multipliers.values())) == 1:
         return f"{multipliers[ENDS]:g}"
     return ", ".join(f"{group} {m:.3g}" for group, m in multipliers.items())
@@ -148,10 +156,10 @@ def words(multipliers: Multipliers) -> str:
 def choose(
     loaded: LoadedModel, data: str, lengths: Sequence[int], both: tuple[Half, Half], notice: Notice = lambda _: None
 ) -> Dial:
-    """Sweep, choose, report, and leave the model at what was chosen.
+    """Sweeps the multipliers, chooses, reports, and leaves the model at the chosen setting.
 
-    A value is taken only where the paired test tells its criterion from that of what it replaces: 1 first, then the
-    best so far, group by group. `both` are the halves for `lengths`, as `data` gave them.
+    A setting is taken only if the paired test shows that its criterion is lower than that of the current best, which is
+    m = 1 at first and then changes group by group. `both` are the halves of `data` for `lengths`.
     """
     parts = trained(loaded.model)
     groups = [group for group in GROUPS if any(part.group == group for part in parts)]
@@ -167,13 +175,16 @@ def choose(
         return outcomes
 
     try:
+        # Measure the whole grid first; m = 1 is the setting to beat.
         swept = {m: measure("all", everywhere(m)) for m in GRID}
         chosen, best, why = everywhere(1.0), swept[1.0], "1 is kept: nothing on the grid was better"
         for stage in ("all", *groups):
-            tried = [(everywhere(m), outcomes) for m, outcomes in swept.items() if m]  # 0, the base, is to compare with
+            tried = [(everywhere(m), outcomes) for m, outcomes in swept.items() if m]  # the base (0) is never chosen
             if stage != "all":
+                # Around the best setting so far, vary one group alone.
                 varied = [chosen | {stage: round(f * chosen[stage], 4)} for f in FACTORS]
                 tried = [(multipliers, measure(stage, multipliers)) for multipliers in varied]
+            # The best of several tries needs a stricter test (Bonferroni).
             multipliers, outcomes = min(tried, key=lambda pair: criterion(pair[1]))
             better, figures = told_better(outcomes, best, len(tried))
             if better:
@@ -181,10 +192,12 @@ def choose(
                 why = f"{told_better(best, swept[1.0])[1]} against 1"
             elif stage == "all" and multipliers != chosen:
                 why = f"1 is kept: {words(multipliers)} was not told from it ({figures})"
+        # Report on the other half, which chose nothing.
         reported = _report(loaded, parts, chosen, both[1])
     finally:
         turn(parts, everywhere(1.0))
     turn(parts, chosen)
+    # Differences of the chosen setting (or of m = 1 if that is kept) from the others.
     name, *others = reported
     compared = [d for other in others for d in differences("perplexity", name, reported[name], other, reported[other])]
     return Dial(
@@ -200,7 +213,7 @@ def choose(
 
 
 def _report(loaded: LoadedModel, parts: Sequence[Trained], chosen: Multipliers, half: Half) -> dict[str, list[Outcome]]:
-    """Losses on the half that chose nothing: of what was chosen first, where that is not 1."""
+    """Losses on the half that was not used for choosing. The chosen setting comes first unless it is m = 1."""
     found = {}
     for name, multipliers in (("chosen", chosen), ("m = 1", everywhere(1.0)), ("m = 0", everywhere(0.0))):
         if name != "chosen" or chosen != everywhere(1.0):
@@ -210,9 +223,9 @@ def _report(loaded: LoadedModel, parts: Sequence[Trained], chosen: Multipliers, 
 
 
 def draw(dial: Dial, path: Path) -> None:
-    """The trade-off into `path` (PNG): loss at the short against loss at the long length, and both against m.
+    """Draws the trade-off to `path` (PNG): loss at the short against loss at the long length, and both against m.
 
-    The first is of m from 0.5 up, and of the groups: the way from the base would leave them one spot.
+    The left picture shows m from 0.5 up, and the groups. With smaller m the points near 1 would be too close together.
     """
     from matplotlib.figure import Figure
 
@@ -220,6 +233,7 @@ def draw(dial: Dial, path: Path) -> None:
     short, long = dial.lengths[0], dial.lengths[-1]
     figure = Figure(figsize=(9.0, 3.8), dpi=160, layout="constrained")
     plane, lines = figure.subplots(1, 2)
+    # Left: loss at the short length against loss at the long one.
     near = [setting for setting in swept if setting.multipliers[ENDS] >= 0.5]
     path_x, path_y = ([setting.losses[n] for setting in near] for n in (short, long))
     plane.plot(path_x, path_y, "-", color="#0072B2", marker="o", ms=5, label="all together, m at each point")
@@ -235,6 +249,7 @@ def draw(dial: Dial, path: Path) -> None:
     plane.set(
         xlabel=f"loss at {format_tokens(short)}, nats a token", ylabel=f"loss at {format_tokens(long)}, nats a token"
     )
+    # Right: both losses against m.
     for length, style, colour in ((short, "-o", "#0072B2"), (long, "--s", "#D55E00"))[: len(dial.lengths)]:
         figures = [setting.losses[length] for setting in swept]
         lines.plot(GRID, figures, style, color=colour, label=f"at {format_tokens(length)}")

@@ -1,9 +1,9 @@
 """Held-out text in two halves, one to choose by and one to report on, and a model's losses on windows of it.
 
-A number that was chosen because it did best on a text says too much of itself on that text. So documents go to one half
-or the other (a source of one document is cut in two), and what was chosen is reported on text that chose nothing.
-Windows are whole and side by side (evals/perplexity.py, `truncate`), those of all lengths cut from the same texts: long
-documents alone, shorter ones joined.
+A number that was chosen because it did best on a text looks too good on that text. Therefore each document goes to one
+half (a source of one document is cut in two), and the chosen number is reported on the other half. Windows are whole
+and adjacent (evals/perplexity.py, `truncate`). The windows of all lengths are cut from the same texts: long documents
+alone, shorter ones joined.
 
 B windows of a batch, T tokens of a window, E model width.
 """
@@ -25,14 +25,14 @@ from ctxext.evals.perplexity import EncodedText, Window, check_texts, cut_window
 from ctxext.model.load import LoadedModel
 from ctxext.units import counted
 
-TOKENS = 8_192  # a length, to choose by; the half to report on has twice that
-FEWEST = 8  # windows a length where there is text enough: with fewer than six the paired test can show nothing
+TOKENS = 8_192  # per length, to choose by; the half to report on has twice as many
+FEWEST = 8  # windows per length, if there is enough text: with fewer than six the paired test can show nothing
 _TOKENS_PER_BATCH = 16_384
 
 
 @dataclass(frozen=True)
 class Half:
-    """Texts as ids, int64 [N] each, and the windows to run, all lengths one after another."""
+    """Texts as ids, int64 [N] each, and the windows to run, one length after another."""
 
     texts: list[torch.Tensor]
     windows: list[Window]
@@ -43,12 +43,14 @@ class Half:
 
 
 def halves(data: str, tokenizer: Any, lengths: Sequence[int], fewest: int = FEWEST) -> tuple[Half, Half]:
-    """(to choose by, to report on) from `data`, a source of data/documents.py; of the embedded one what is held out.
+    """Returns (half to choose by, half to report on) of `data`, a source of data/documents.py.
 
-    `lengths` are tokens; of each there are at least `fewest` windows to choose by, where there is text enough. Raises
-    DataError where a half has less text than one window of the greatest length, and what reading raises.
+    Of the embedded corpus only held-out text is used. `lengths` are tokens. Each length has at least `fewest` windows
+    to choose by, if there is enough text. Raises DataError if a half has less text than one window of the greatest
+    length, and the errors of reading.
     """
     longest = max(lengths)
+    # Tokens that each half needs; the half to report on has twice as many.
     needs = [times * max(TOKENS, fewest * longest) for times in (1, 2)]
     documents = read_documents(data, split="held-out" if data == EMBEDDED else None)
     plain = PlainText(tokenizer)
@@ -59,7 +61,7 @@ def halves(data: str, tokenizer: Any, lengths: Sequence[int], fewest: int = FEWE
 
 
 def _split(documents: Iterable[Document], plain: PlainText, needs: Sequence[int]) -> list[list[EncodedText]]:
-    """Each document to the half that has less of what it needs, until both have enough."""
+    """Gives each document to the half with the smaller share of its need, until both halves have enough."""
     sides: list[list[EncodedText]] = [[], []]
     had = [0, 0]
     for document in documents:
@@ -69,6 +71,7 @@ def _split(documents: Iterable[Document], plain: PlainText, needs: Sequence[int]
             had[side] += len(text.ids)
         if had[0] >= needs[0] and had[1] >= needs[1]:
             break
+    # A single document is cut: a third to choose by, two thirds to report on.
     if len(sides[0]) == 1 and not sides[1]:
         ids, size = sides[0][0].ids, sides[0][0].text_bytes
         sides = [
@@ -88,15 +91,16 @@ def _half(texts: list[EncodedText], data: str, tokenizer: Any, lengths: Sequence
     cuts = [cut_windows(texts, T, tokenizer.eos_token_id, "truncate", alone_from=longest) for T in lengths]
     windows = []
     for cut in cuts:
+        # Take n windows evenly spread over all that there are.
         n = min(len(cut.windows), times * max(fewest, TOKENS // cut.length))
         windows += [cut.windows[i * len(cut.windows) // n] for i in range(n)]
     return Half([ids for ids, _ in cuts[0].segments], windows)
 
 
 def losses(loaded: LoadedModel, half: Half) -> list[Outcome]:
-    """The loss of every window, as (nats, tokens scored).
+    """Returns the loss of every window, as (nats, tokens scored).
 
-    Raises ModelError where one is not finite, or a token has no row in the model.
+    Raises ModelError if a loss is not finite, or if a token has no row in the model.
     """
     check_texts(loaded, half.texts)
     found = (run_windows(loaded, half.texts, batch) for batch in batches(half.windows, _TOKENS_PER_BATCH))
@@ -104,7 +108,7 @@ def losses(loaded: LoadedModel, half: Half) -> list[Outcome]:
 
 
 def by_length(outcomes: Sequence[Outcome]) -> dict[int, float]:
-    """Nats a token at each length."""
+    """Returns nats a token at each length."""
     lengths = dict.fromkeys(outcome.length for outcome in outcomes)
     sums = {
         T: [sum(pair) for pair in zip(*((o.score, o.weight) for o in outcomes if o.length == T), strict=True)]
@@ -114,18 +118,19 @@ def by_length(outcomes: Sequence[Outcome]) -> dict[int, float]:
 
 
 def criterion(outcomes: Sequence[Outcome]) -> float:
-    """What is made small: the mean over lengths of nats a token, so that a long length counts as much as a short."""
+    """Returns the number to minimise: nats a token, averaged over lengths, so that all lengths count equally."""
     found = by_length(outcomes)
     return sum(found.values()) / len(found)
 
 
 def told_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int = 1) -> tuple[bool, str]:
-    """Whether `mine` has the lower criterion by evals/compare.py's paired test, and the figures in words.
+    """Returns whether `mine` has a significantly lower criterion (evals/compare.py, paired), and the figures in words.
 
-    `mine` is the best of `looks` that were tried: its p is held to 0.05 / looks (Bonferroni). Without that a scale of
-    1.2 was chosen on `tiny` at p = 0.007 of nine tries, and the other half showed no gain.
+    `mine` is the best of `looks` tries, so that its p must be below 0.05 / looks (Bonferroni). Without this correction,
+    a scale of 1.2 was chosen on `tiny` at p = 0.007 of nine tries, and the other half showed no gain.
     """
     lengths = dict.fromkeys(outcome.length for outcome in mine)
+    # Pairs of the same window, grouped by length; each length counts equally.
     strata = [[(a, b) for a, b in zip(mine, others, strict=True) if a.length == T] for T in lengths]
     value, low, high, p = paired(strata)
     tries = f", the best of {looks} tries" if looks > 1 else ""

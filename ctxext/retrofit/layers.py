@@ -1,14 +1,15 @@
-"""Which layers stay full: the budget, and a search that measures layouts and never trusts a sum of single damages.
+"""Chooses which layers stay full: the budget, and a search that measures layouts instead of adding up single damages.
 
-A choice is the tuple of its full layers, ascending. What a choice costs is asked of a function, many at a time, so that
-layouts can be measured together (damage.py) and the search can be tried without a model. No torch.
+A choice is the ascending tuple of its full layers. A callback measures the cost of choices, many at a time, so that
+layouts can be measured together (damage.py) and the search can run without a model. No torch.
 
-Few layouts are all measured. Of many, full layers are added one by one to the all-sliding layout. A layer's believed
-gain is at first its window's damage less its NoPE's, each measured in the source; the BREADTH most promising are then
-measured together with those already chosen, so that interactions count, and the best is taken. What was measured
-replaces what was believed; the beliefs of all others are scaled by measured over believed, since damages do not add up.
-At the end layers are swapped, the least missed for the most promising. Greedy: no optimum is promised. The fixed
-patterns are among what is measured, so the choice is never worse than they are on what it was measured on.
+If there are few layouts, all are measured. Otherwise full layers are added one by one to the all-sliding layout. The
+first estimate of a layer's gain is the damage of its window minus the damage of its full kind, each measured in the
+source. The BREADTH layers with the largest estimates are measured together with the layers already chosen, so that
+interactions count, and the best is added. Measured gains replace the estimates. All other estimates are scaled by
+measured over estimated gain, since damages do not add up. At the end layers are swapped: those with the smallest loss
+when removed for those with the largest estimates. The search is greedy and does not guarantee an optimum. The fixed
+patterns are also measured, so that the choice is never worse than they are on the measured text.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from ctxext.units import format_tokens, parse_tokens
 Full = tuple[int, ...]
 Measure = Callable[[Sequence[Full]], list[float]]
 
-EXHAUSTIVE = 64  # layouts that are all measured
-BREADTH = 4  # candidates measured for each full layer that is added
-SWAPPED = 3  # layers that may leave, and layers that may come for them, in one round of swaps
+EXHAUSTIVE = 64  # up to this many layouts, all are measured
+BREADTH = 4  # candidates measured for each added full layer
+SWAPPED = 3  # layers that may leave, and layers that may replace them, in one round of swaps
 SWAP_ROUNDS = 2
-FIXED = ("SN", "NS", "SSSN")  # the patterns that a choice is compared with; N is the layout's full letter
-ROW_TOKENS = 2048  # of a calibration row, at least; more where the window is large
+FIXED = ("SN", "NS", "SSSN")  # fixed patterns for comparison; N means the layout's full letter
+ROW_TOKENS = 2048  # of a calibration row, at least; more for a large window
 CALIBRATION_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the planner is asked for, checked. Lengths are tokens.
+    """The checked options of the planner. Lengths are tokens.
 
-    full         layers that stay full
+    full         how many layers stay full
     length       at which the KV cache and FLOPs are counted
-    calibration  text to measure on, as read_documents takes it; of the embedded corpus its training part
-    tokens       of text in all, in rows of `row_tokens`
+    calibration  text to measure on, as for read_documents; of the embedded corpus the training part
+    tokens       of text in total, in rows of `row_tokens`
     """
 
     full: int
@@ -56,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Search:
-    """Every choice that was measured, with its score (less is better); `best` has the full layers asked for."""
+    """All measured choices with their scores (lower is better). `best` has the requested number of full layers."""
 
     best: Full
     measured: dict[Full, float]
@@ -71,7 +72,10 @@ def request_of(
     automatic: bool,
     asked: Mapping[str, Any],
 ) -> Request | None:
-    """The planner's options as they were given, checked; None without the planner, whose options are then refused."""
+    """Checks the planner's options as the user gave them (`asked`). None without the planner (`automatic` False).
+
+    Raises InputError for an option of the planner without the planner.
+    """
     if not automatic:
         if asked:
             option = next(iter(asked)).replace("_", "-")
@@ -106,14 +110,17 @@ def plan_request(
     tokens: int | None,
     i_know: bool,
 ) -> Request:
-    """Check what is asked against the model. Raises InputError for what cannot be, a layout without S or with two
-    kinds of full layers included.
+    """Checks the options against the model. Raises InputError for impossible ones.
+
+    A layout without S, or with two kinds of full layers, is also refused.
     """
+    # Raises for a layout without S or with two kinds of full layers.
     _ = hybrid.full_letter
     window = hybrid.sliding_window or 0
     at = usable_length if length is None else length
     if at < 1:
         raise InputError(f"--length {at}: a number of tokens of 1 or more is needed")
+    # A row must be longer than the window; otherwise the window hides nothing.
     row = min(usable_length, max(ROW_TOKENS, 2 * window))
     if row <= window:
         raise InputError(
@@ -126,7 +133,7 @@ def plan_request(
         raise InputError(
             f"--calibration-tokens {format_tokens(asked)}: at least one row of {format_tokens(row)} is needed"
         )
-    read_documents(calibration or EMBEDDED)  # whether there is such a source; nothing is read yet
+    read_documents(calibration or EMBEDDED)  # raises if there is no such source; reads nothing yet
     full = full_layer_count(budget, shape, source, window, at)
     if full == 0 and not i_know:
         raise InputError(
@@ -139,8 +146,10 @@ def plan_request(
 def full_layer_count(
     budget: str | None, shape: ModelShape, source: Sequence[LayerKind], window: int, length: int
 ) -> int:
-    """How many layers a budget leaves full: a number of layers, a share of the source's KV cache at `length` tokens
-    such as 25%, or None: every second one, as in 1:1 alternation. Raises InputError.
+    """Returns how many layers a budget leaves full.
+
+    The budget is a number of layers, a share of the source's KV cache at `length` tokens such as 25%, or None: every
+    second layer, as in 1:1 alternation. Raises InputError.
     """
     L = shape.num_layers
     if budget is None:
@@ -161,6 +170,7 @@ def full_layer_count(
     if not 0 < value <= 100:
         raise InputError(f"--budget {budget}: a share is more than 0% and at most 100%")
     whole = kv_cache_bytes(shape, [kind.sliding_window for kind in source], length)
+    # The KV cache with k full layers, for each k; the largest k within the budget is taken.
     sizes = [kv_cache_bytes(shape, [None] * k + [window] * (L - k), length) for k in range(L)]
     if sizes[0] > value / 100 * whole:
         raise InputError(
@@ -172,7 +182,7 @@ def full_layer_count(
 
 
 def fixed_choices(L: int, k: int) -> dict[str, Full]:
-    """The patterns a choice is compared with, by name: FIXED tiled over the layers, and k layers evenly spread."""
+    """Returns the patterns for comparison by name: FIXED tiled over the layers, and k layers evenly spread."""
     named = {pattern: tuple(i for i in range(L) if pattern[i % len(pattern)] == "N") for pattern in FIXED}
     if k:
         named["even, last"] = tuple(-(-(i + 1) * L // k) - 1 for i in range(k))
@@ -181,8 +191,10 @@ def fixed_choices(L: int, k: int) -> dict[str, Full]:
 
 
 def search(L: int, k: int, gains: Sequence[float], measure: Measure) -> Search:
-    """The best choice of k of L layers that is found; see the top of this file. `gains` [L]: what each layer is
-    believed to gain by staying full; `measure` gives the score of each choice it is handed.
+    """Returns the best choice of k of L layers that the search finds (see the top of this file).
+
+    `gains` [L] is the estimated gain of keeping each layer full. `measure` returns the score of each choice in its
+    argument.
     """
     measured: dict[Full, float] = {}
 
@@ -191,6 +203,7 @@ def search(L: int, k: int, gains: Sequence[float], measure: Measure) -> Search:
         if new:
             measured.update(zip(new, measure(new), strict=True))
 
+    # With up to EXHAUSTIVE subsets all sizes are measured, otherwise only those up to k layers.
     sizes = range(L + 1) if 2**L <= EXHAUSTIVE else range(k + 1)
     exhaustive = sum(comb(L, size) for size in sizes) <= EXHAUSTIVE
     fixed = fixed_choices(L, k).values()
@@ -218,13 +231,15 @@ def _without(choice: Full, layer: int) -> Full:
 def _add_one_by_one(
     L: int, k: int, gains: Sequence[float], measured: dict[Full, float], look: Callable[[Iterable[Full]], None]
 ) -> list[float]:
-    """Measure a way from no full layer to k of them; returns each layer's believed gain at its end."""
+    """Measures a path from no full layer to k of them. Returns each layer's estimated gain at its end."""
     believed, chosen = list(gains), Full()
     for _ in range(k):
+        # Try the BREADTH layers with the largest estimated gains.
         left = sorted((i for i in range(L) if i not in chosen), key=lambda i: -believed[i])
         tried, rest = left[:BREADTH], left[BREADTH:]
         look(_with(chosen, i) for i in tried)
         found = {i: measured[chosen] - measured[_with(chosen, i)] for i in tried}
+        # Scale the estimates of the other layers by measured over estimated gain.
         meant, got = sum(believed[i] for i in tried), sum(found.values())
         if meant > 0 and got > 0:
             for i in rest:
@@ -238,10 +253,11 @@ def _add_one_by_one(
 def _swap(
     L: int, k: int, believed: Sequence[float], measured: dict[Full, float], look: Callable[[Iterable[Full]], None]
 ) -> None:
-    """Measure exchanges of a chosen layer for another, from the best choice on, until none is better."""
+    """Measures swaps of a chosen layer for another, starting from the best choice, until none is better."""
     for _ in range(SWAP_ROUNDS):
         best = _best(measured, k)
         look(_without(best, i) for i in best)
+        # SWAPPED layers whose removal costs least, and SWAPPED outside layers with the largest estimates.
         leave = sorted(best, key=lambda i: measured[_without(best, i)])[:SWAPPED]
         come = sorted((i for i in range(L) if i not in best), key=lambda i: -believed[i])[:SWAPPED]
         look(_with(_without(best, i), j) for i in leave for j in come)

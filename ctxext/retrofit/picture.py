@@ -1,4 +1,4 @@
-"""The planner's choices as a picture: what a layout keeps in the KV cache against what it costs."""
+"""The planner's choices as a picture: the KV cache of each layout against its damage."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from ctxext.units import format_tokens
 
 
 def pareto_png(plan: LayerPlan) -> bytes:
-    """All choices as points, the best of each number of full layers as a line, the fixed patterns with their names."""
+    """Returns a PNG: all choices as points, the best per number of full layers as a line, fixed patterns by name."""
     figure = Figure(figsize=(5.6, 3.9), dpi=160)
     figure.set_layout_engine("constrained")
     ax = figure.add_subplot()
+    # Sorted by falling score, so that the best choice of each size is the last and is kept.
     best = {len(c.full): c for c in sorted(plan.measured, key=lambda c: (-c.score, c.full))}
     line = [best[k] for k in sorted(best)]
     named = [choice for choice in plan.measured if choice.names]

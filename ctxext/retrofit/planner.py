@@ -1,7 +1,7 @@
-"""The layer planner: calibration text and questions, the damage of each layer and of each choice, and what to report.
+"""The layer planner: calibration text and questions, the damage of each layer and of each choice, and the report.
 
-In forward passes alone, no training: what a layout costs before healing. How well a layout heals is another question,
-and whether the order of damages survives healing is not claimed here.
+It runs forward passes only, without training, and so measures the damage of a layout before healing. How well a layout
+heals is a different question. Whether the order of damages is the same after healing is not claimed here.
 """
 
 from __future__ import annotations
@@ -33,16 +33,18 @@ from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
 from ctxext.retrofit.sinks import open_conversion, sinks_of_windows
 from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
-ANSWER_SHARE = 0.05  # of a score: as if one token in twenty were retrieved. A convention, not a measurement
-ANSWERS_FROM = 1.0  # nats a token: a source with a greater loss at the answers cannot retrieve, its share is 0
+ANSWER_SHARE = 0.05  # weight in a score, as if one token in twenty were retrieved. A convention, not a measurement
+ANSWERS_FROM = 1.0  # nats a token: with a higher loss at the answers a source cannot retrieve, and the share is 0
 LEAST_QUESTIONS = 4
-READ_AHEAD = 8  # times the calibration tokens are read, so that rows come from several documents
+READ_AHEAD = 8  # so many times the calibration tokens are read, so that rows come from several documents
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One layer in the source. `window`: the damage of giving it the window, all else as it is; `full`: of making it
-    what a full layer of the layout is (without RoPE, where that is so); `heads`: the retrieval scores of its heads.
+    """Measurements of one layer in the source.
+
+    `window`: the damage of giving this layer the window, with all else unchanged. `full`: the damage of making it a
+    full layer of the layout (without RoPE if that layer has none). `heads`: the retrieval scores of its heads.
     """
 
     layer: int
@@ -53,7 +55,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Measured:
-    """One choice of full layers: what it costs and what it keeps. Bytes and FLOPs are of one row of `length` tokens."""
+    """One choice of full layers: its damage and its cost. Bytes and FLOPs are of one row of `length` tokens."""
 
     full: Full
     names: tuple[str, ...]
@@ -66,7 +68,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What the planner chose and all that it measured; `share` is what an answer's divergence counts in a score."""
+    """The planner's choice and all measurements. `share` is the weight of the answers' divergence in a score."""
 
     kinds: tuple[LayerKind, ...]
     chosen: Measured
@@ -92,7 +94,7 @@ class LayerPlan:
         }
 
     def facts(self) -> dict[str, Any]:
-        """What the conversion's manifest keeps of it; all of it is in retrofit.json."""
+        """Returns the part for the conversion's manifest; everything is in retrofit.json."""
         return {
             "full_layers": list(self.chosen.full),
             "score": self.chosen.score,
@@ -105,13 +107,13 @@ class LayerPlan:
         }
 
     def frontier(self) -> list[Measured]:
-        """The best choice of each number of full layers, and every fixed pattern; in the order of the KV cache."""
+        """Returns the best choice of each number of full layers, and every fixed pattern, ordered by KV cache."""
         best = {len(c.full): c for c in sorted(self.measured, key=lambda c: (-c.score, c.full))}
         shown = {choice.full: choice for choice in (*best.values(), *(c for c in self.measured if c.names))}
         return sorted(shown.values(), key=lambda c: (c.kv_bytes, c.score))
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table of choices, for HEADER."""
+        """Returns the table of choices, for HEADER."""
         return [
             (
                 ",".join(map(str, c.full)) or "none",
@@ -129,7 +131,7 @@ class LayerPlan:
         ]
 
     def explain(self) -> list[tuple[str, ...]]:
-        """The table of layers, for EXPLAIN."""
+        """Returns the table of layers, for EXPLAIN."""
         return [
             (
                 str(facts.layer),
@@ -144,7 +146,7 @@ class LayerPlan:
         ]
 
     def notes(self) -> list[str]:
-        """How it was measured, in sentences."""
+        """Returns sentences about how the measurements were made."""
         r = self.request
         where = "the embedded corpus's training part" if r.calibration == EMBEDDED else r.calibration
         how = "all there are" if self.exhaustive else "greedy, with swaps"
@@ -175,10 +177,12 @@ def choose_layers(
     say: Callable[[str], None] = lambda line: None,
     device: str | None = None,
 ) -> LayerPlan:
-    """Choose the full layers of a conversion by measuring; `say` gets what was read. Raises DataError for too little
-    text, ModelError for weights that cannot be streamed and for a token without a row.
+    """Chooses the full layers of a conversion by measuring. `say` gets a report of the text that was read.
+
+    Raises DataError for too little text, ModelError for weights that cannot be streamed and for a token without a row.
     """
     began = time.monotonic()
+    # The two kinds of layers of the new layout.
     source, window = plan.source, LayerKind(True, plan.hybrid.sliding_window)
     full = LayerKind(plan.hybrid.full_letter == "F", None)
     _refuse_pickles(source)
@@ -188,14 +192,18 @@ def choose_layers(
     read = distinct(began_reading)
     for line in (line for one in read for line in one.lines()):
         say(f"calibration: {line}")
+    # All ids need a row in the embeddings; rows may be shorter than requested if the text is short.
     check_ids([int(samples.ids.max())], source.config["vocab_size"], source.name)
     request = replace(request, row_tokens=samples.ids.shape[1])
     layers = open_conversion(plan, [window, full], where)
     progress("the source itself", 0, 1)
+    # The final states of the source, which every layout is compared with.
     truth = source_states(layers, samples.ids)
+    # A conversion would fit sinks to sliding layers, so that they are measured with them.
     if values := sinks_of_windows(plan, layers, window, request.calibration):
         say("sliding layers are measured with fitted sinks")
         layers = replace(layers, values=values)
+    # Answers count only if the source itself can retrieve them.
     loss = answer_loss(layers, samples, truth)
     share = ANSWER_SHARE if loss is not None and loss <= ANSWERS_FROM else 0.0
     facts = layer_facts(layers, samples, truth, window, full, lambda *n: progress("each layer by itself", *n))
@@ -208,6 +216,7 @@ def choose_layers(
         found.update(zip(choices, damages, strict=True))
         return [damage.score(share) for damage in damages]
 
+    # First estimates for the search: how much each layer gains by staying full.
     gains = [each.window.score(share) - each.full.score(share) for each in facts]
     result = search(L, request.full, gains, score)
     measured = tuple(_measured(plan, request, choice, found[choice], share) for choice in result.measured)
@@ -243,7 +252,7 @@ def layer_facts(
     full: LayerKind,
     progress: CountProgress = ignore,
 ) -> tuple[LayerFacts, ...]:
-    """Each layer by itself: the damage of the 2 L layouts that differ from the source in one layer, and its heads."""
+    """Measures each layer alone: the damage of the 2 L layouts that differ in one layer, and its heads."""
     L, heads = len(layers.source), head_scores(layers, samples)
     changed = [(*layers.source[:i], kind, *layers.source[i + 1 :]) for kind in (window, full) for i in range(L)]
     damage = measure(layers, samples, changed, truth, progress)
@@ -253,11 +262,11 @@ def layer_facts(
 
 
 def calibration_samples(tokenizer: Any, request: Request, window: int) -> Samples:
-    """Rows of text, evenly out of what is read, and as many passkeys hidden in it, LEAST_QUESTIONS at least.
+    """Returns rows of text, evenly spread over the text that is read, and passkeys hidden in that text.
 
-    The passkeys lie at all depths that are further from the question than the window, where a row has room for that.
-    Raises DataError for text of less than two windows (or than all that the model bears): nothing would be seen of
-    what a window hides.
+    There are as many passkeys as rows, at least LEAST_QUESTIONS. They are at all depths that are further from the
+    question than the window, if a row is long enough. Raises DataError for text shorter than two windows (or than one
+    row, if that is less): such text would show nothing of what a window hides.
     """
     T, source = request.row_tokens, request.calibration
     documents = read_documents(source)
@@ -268,6 +277,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
             f"damage in texts of at least {format_tokens(min(2 * window, T))}",
             hint="give longer text, or a smaller --sliding-window",
         )
+    # Rows of T tokens at evenly spaced places of the text.
     T = min(T, len(ids))
     places = len(ids) // T
     count = min(places, request.tokens // T)
@@ -276,6 +286,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     rows = torch.tensor([[*case.prompt_ids, *case.answer_ids] for case in cases], dtype=torch.int64).view(-1, T)
     answers, needles = torch.zeros(2, count + len(cases), T, dtype=torch.bool)
     for row, case in enumerate(cases, start=count):
+        # Position t is marked if the NEXT token belongs to the answer.
         asked = len(case.prompt_ids)
         answers[row, asked - 1 : T - 1] = True
         needles[row, list(key_places(tokenizer, case))] = True
@@ -284,6 +295,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
 
 def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -> list[Case]:
     rng = private_random("retrofit", T, count)
+    # A needle at this depth or before is further from the question than the window, with a margin of a quarter.
     deepest = max(0.0, 1 - 1.25 * window / T)
     try:
         return [passkey_case(tokenizer, T, deepest * (i + 0.5) / count, rng, filler) for i in range(count)]
@@ -294,6 +306,7 @@ def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -
 def _measured(plan: ConversionPlan, request: Request, choice: Full, damage: Damage, share: float) -> Measured:
     source, at = plan.source, request.length
     windows = [None if i in choice else plan.hybrid.sliding_window for i in range(len(source.kinds))]
+    # Bytes of one KV cache entry.
     item = 4 if (plan.dtype or plan.config.get("dtype")) == "float32" else 2
     size = kv_cache_bytes(source.shape, windows, at, item)
     whole = kv_cache_bytes(source.shape, [kind.sliding_window for kind in source.kinds], at, item)

@@ -1,14 +1,15 @@
-"""The softmax scale of layers without positions, for a length: one constant c on their queries.
+"""The softmax scale of layers without positions, for a given length: one constant c on their queries.
 
-A NoPE layer's softmax spreads over more keys the longer the text; sharper scores bring it back (Wang et al., "Length
-Generalization of Causal Transformers without Position Encoding", arXiv 2404.12224, section 3: one scale for all heads).
-A constant can be folded into weights that any engine runs: into q_proj and its bias, or, where an RMSNorm stands behind
+A NoPE layer's softmax spreads over more keys as the text gets longer. Larger scores make it sharp again (Wang et al.,
+"Length Generalization of Causal Transformers without Position Encoding", arXiv 2404.12224, section 3: one scale for all
+heads). A constant can be folded into weights that any engine runs: into q_proj and its bias, or, if an RMSNorm follows
 q_proj and would undo that, into the norm's weight.
 
-`choose` calibrates c at the target length by the loss of passkey answers, because the loss of text hardly feels c: on
-`tiny` no c was told from 1 by text at 8 times the length, where passkeys found went from 52% to 76%. Text is the guard,
-and decides where the model finds no passkeys. Reported by length, on other keys and on the other half of the text.
-Not done: a c for each head (2404.12224, section 4, trains them), and log n, which no stock class has (model/load.py).
+`choose` calibrates c at the target length by the loss of passkey answers, because the loss of text hardly depends on c:
+on `tiny`, text at 8 times the length did not distinguish any c from 1, while the share of passkeys found rose from 52%
+to 76%. The loss of text is a guard, and decides only if the model finds no passkeys. Results are reported by length, on
+other keys and on the other half of the text. Not done: a c for each head (2404.12224, section 4, trains them), and log
+n, which no stock class has (model/load.py).
 """
 
 from __future__ import annotations
@@ -35,29 +36,29 @@ from ctxext.retrofit.dial import difference_row
 from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, told_better
 from ctxext.units import counted, format_tokens
 
-ANSWERS, TEXT = "passkey answers", "text"  # what c is chosen by
+ANSWERS, TEXT = "passkey answers", "text"  # the measures that c can be chosen by
 GRID = (1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6)
-REFINE = 0.05  # on both sides of what GRID gave
-WINDOWS = 16  # of the target length to choose by: one length has to decide alone
-REPORTING, CHOOSING = 0, 1  # seeds of the keys: `ctxext eval` asks those of 0, so what it finds chose nothing either
+REFINE = 0.05  # step on both sides of the best of GRID
+WINDOWS = 16  # of the target length to choose by: this length alone decides
+REPORTING, CHOOSING = 0, 1  # seeds of the keys: `ctxext eval` uses 0, so that its keys chose nothing either
 CASES = (8, 4)  # by seed, for each length and each of five depths
-TOLERANCE = 0.02  # nats a token that c may cost text at the original length, with 97.5% confidence: perplexity +2%
+TOLERANCE = 0.02  # nats a token: allowed cost on text at the original length, with 97.5% confidence: perplexity +2%
 
 
 def nope_layers(source: ModelSource) -> list[int]:
-    """The full layers without positions."""
+    """Returns the full layers without positions."""
     return [i for i, kind in enumerate(source.kinds) if kind.letter == "N"]
 
 
 def query_module(model: Any, layer: int) -> nn.Module:
-    """The last module with weights that a layer's queries go through: q_norm where there is one, or q_proj."""
+    """Returns the last module with weights on the path of a layer's queries: q_norm if there is one, or q_proj."""
     attention: Any = causal_lm(model).get_decoder().layers[layer].self_attn
     found: nn.Module = attention.q_norm if hasattr(attention, "q_norm") else attention.q_proj
     return found
 
 
 def hold(model: Any, layers: Sequence[int], c: float) -> list[RemovableHandle]:
-    """Multiply the queries of `layers` by c as they are computed; no weight changes. Removing the handles ends it."""
+    """Multiplies the queries of `layers` by c with forward hooks, not in weights. Remove the handles to undo it."""
     multiply = partial(_times, c)
     return [query_module(model, layer).register_forward_hook(multiply) for layer in layers]
 
@@ -68,7 +69,7 @@ def _times(c: float, module: nn.Module, given: Any, out: Tensor) -> Tensor:
 
 @contextmanager
 def held(model: Any, layers: Sequence[int], c: float) -> Iterator[None]:
-    """`hold` for as long as the block lasts."""
+    """Applies `hold` for the duration of the block."""
     handles = hold(model, layers, c)
     try:
         yield
@@ -79,7 +80,10 @@ def held(model: Any, layers: Sequence[int], c: float) -> Iterator[None]:
 
 @torch.no_grad()
 def fold(model: Any, layers: Sequence[int], c: float) -> None:
-    """Multiply the weights that make the queries of `layers` by c: for good. `model` is merged, its weights fp32."""
+    """Multiplies the weights that produce the queries of `layers` by c, permanently.
+
+    `model` is merged, with fp32 weights.
+    """
     for layer in layers:
         for parameter in query_module(model, layer).parameters():
             parameter.mul_(c)
@@ -87,11 +91,14 @@ def fold(model: Any, layers: Sequence[int], c: float) -> None:
 
 @dataclass(frozen=True)
 class NopeScale:
-    """What `choose` found. `decided_by` is ANSWERS or TEXT; `tried` maps c to its nats a token at `target` on what
-    chose, `guard` maps 1, and each c that was weighed, to nats a token by length of the text to choose by.
+    """The result of `choose`.
 
-    The others, of c = 1 and of the best, by length, are of what chose nothing: `losses` and `answers` in nats a token,
-    `passkey` the share found, `differences` between the two. `cases` and `tokens` are (to choose by, to report on).
+    `decided_by` is ANSWERS or TEXT. `tried` maps c to its nats a token at `target` on the cases or text that chose.
+    `guard` maps 1, and each c that was checked, to nats a token by length on the text to choose by.
+
+    The other results compare c = 1 and the best c, by length, on text and keys that chose nothing: `losses` and
+    `answers` in nats a token, `passkey` the share found, `differences` between the two. `cases` and `tokens` are (to
+    choose by, to report on).
     """
 
     data: str
@@ -113,7 +120,7 @@ class NopeScale:
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
-        """As (name, value) lines."""
+        """Returns (name, value) lines for the screen."""
         layers, answers = ", ".join(map(str, self.layers)), self.decided_by == ANSWERS
         keys = (
             f"{ANSWERS}, {counted(self.cases[0], 'case')} of seed {CHOOSING}, guarded by the loss of "
@@ -146,7 +153,7 @@ def _nats(found: dict[int, float]) -> str:
 
 
 def reported_lengths(original: int, target: int) -> list[int]:
-    """The original length, twice that, and so on below the target, and the target."""
+    """Returns the original length, its doublings below the target, and the target."""
     lengths = [min(original, target)]
     while 2 * lengths[-1] < target:
         lengths.append(2 * lengths[-1])
@@ -156,15 +163,18 @@ def reported_lengths(original: int, target: int) -> list[int]:
 def choose(
     loaded: LoadedModel, data: str, lengths: Sequence[int], both: tuple[Half, Half], notice: Notice = lambda _: None
 ) -> NopeScale:
-    """Calibrate c at the last of `lengths`, the first being the original; report at all; leave the model as it came.
+    """Calibrates c at the last of `lengths` and reports at all of them. The model is unchanged afterwards.
 
-    `both` are the halves for `lengths`. Where the model finds a passkey at the original length the loss of the answers
-    is made small, else that of text; `decide` has the rest. The best is reported where it is not chosen, too.
+    The first of `lengths` is the original length, and `both` are the halves for `lengths`. If the model finds a passkey
+    at the original length, the loss of the answers is minimised, otherwise that of text; see `decide`. The best c is
+    also reported if it is not chosen.
     """
     layers, target = nope_layers(loaded.source), lengths[-1]
+    # The guard needs text at the original and at the target length only.
     choosing = Half(both[0].texts, [w for w in both[0].windows if w.length in (lengths[0], target)])
     finds = _finds_passkeys(loaded, lengths[0], notice)
     decided_by = ANSWERS if finds else TEXT
+    # Different keys for choosing and reporting, so that the report is not biased by the choice.
     by, on = (_passkeys(loaded, *ask) if finds else None for ask in (([target], CHOOSING), (lengths, REPORTING)))
     tried: dict[float, list[Outcome]] = {}
     texts: dict[float, list[Outcome]] = {}
@@ -185,12 +195,14 @@ def choose(
         loss = f"{criterion(tried[c]):.4f} nats a token of {decided_by} at {format_tokens(target)}"
         notice(f"NoPE scale {c:g}: {loss}")
 
+    # A coarse grid, then one step of REFINE on both sides of its best.
     for c in GRID:
         measure(c)
     around = decide(tried, text, lengths[0])[1]
     for c in (round(around - REFINE, 4), round(around + REFINE, 4)):
         measure(c)
     chosen, best, why = decide(tried, text, lengths[0])
+    # Report c = 1 and the best on text and keys that chose nothing.
     kept, keys = _others(loaded, layers, list(dict.fromkeys((1.0, best))), both[1], on, notice)
     nats = {name: _answers(outcomes) for name, outcomes in keys.items()}
     return NopeScale(
@@ -214,14 +226,17 @@ def choose(
 def decide(
     tried: dict[float, list[Outcome]], text: Callable[[float], list[Outcome]], original: int
 ) -> tuple[float, float, str]:
-    """(the c to take, the c to report beside 1, why), of c -> outcomes at the target length and c -> those of text.
+    """Returns (the c to use, the c to report next to 1, why).
 
-    The best is taken if it is told from 1 as the best of so many tries, and if text bears it: at the target length text
-    is not told worse, at `original` tokens the interval of what it loses ends at TOLERANCE or below (on `tiny` 1.3 cost
-    0.0195 nats there and 0.0329 on the other half). Where text does not bear it, the next best is asked.
+    `tried` maps c to its outcomes at the target length, `text` returns the outcomes of a c on text. The best c is used
+    if it differs significantly from 1, as the best of that many tries, and if text does not suffer: at the target
+    length the loss of text is not significantly worse, and at `original` tokens the interval of the loss increase ends
+    at TOLERANCE or below (on `tiny` 1.3 cost 0.0195 nats there and 0.0329 on the other half). If text suffers, the next
+    best c is checked.
     """
     order = sorted(tried, key=lambda c: criterion(tried[c]))
     over, harm = [], ""
+    # From the best c down to the last that is better than 1.
     for c in order[: order.index(1.0)]:
         better, figures = told_better(tried[c], tried[1.0], len(tried))
         if not better:
@@ -235,8 +250,9 @@ def decide(
 
 
 def _harm(mine: list[Outcome], plain: list[Outcome], original: int) -> str:
-    """What c does to text that rules it out, in words; "" where nothing does."""
+    """The damage to text that rules a c out, in words; "" if there is none."""
     pairs = [(a, b) for a, b in zip(mine, plain, strict=True) if a.length == original]
+    # The upper end of the interval counts, so that an uncertain loss also rules c out.
     cost, _, most, _ = paired([pairs])
     if most > TOLERANCE:
         figures = f"{cost:.4f} nats a token, at most {most:.4f} with 97.5% confidence"
@@ -250,7 +266,7 @@ def _harm(mine: list[Outcome], plain: list[Outcome], original: int) -> str:
 def _others(
     loaded: LoadedModel, layers: Sequence[int], values: Sequence[float], half: Half, keys: Job | None, notice: Notice
 ) -> tuple[dict[str, list[Outcome]], dict[str, list[Outcome]]]:
-    """What each c of `values` gives on text and on keys that chose nothing."""
+    """The outcomes of each c of `values` on text and keys that chose nothing."""
     texts, found = dict[str, list[Outcome]](), dict[str, list[Outcome]]()
     for c in values:
         notice(f"NoPE scale {c:g} on {'other keys and ' if keys else ''}other text, at all lengths")
@@ -262,10 +278,11 @@ def _others(
 
 
 def _compared(found: dict[str, dict[str, list[Outcome]]]) -> tuple[Difference, ...]:
-    """By suite, where there are two to compare: the second less the first."""
+    """The differences by suite, the second model minus the first, where there are two."""
     compared: list[Difference] = []
     for suite, named in found.items():
         if len(named) == 2:
+            # Answers are compared like perplexity, in nats, and renamed to their own suite afterwards.
             (plain, others), (name, mine) = named.items()
             made = differences("perplexity" if suite == ANSWERS else suite, name, mine, plain, others)  # both in nats
             compared += [replace(difference, suite=suite) for difference in made]
@@ -273,10 +290,10 @@ def _compared(found: dict[str, dict[str, list[Outcome]]]) -> tuple[Difference, .
 
 
 def _finds_passkeys(loaded: LoadedModel, length: int, notice: Notice) -> bool:
-    """Whether the model can do it at all: by luck one in 100,000 is found."""
+    """Whether the model can find passkeys at all; by chance one in 100,000 is found."""
     try:
         found = any(outcome.score for outcome in _run(_passkeys(loaded, [length], CHOOSING)))
-    except InputError as error:  # too short for needle and question
+    except InputError as error:  # too short for a needle and a question
         notice(f"passkey is not measured: {error.message}")
         return False
     if not found:
@@ -285,7 +302,7 @@ def _finds_passkeys(loaded: LoadedModel, length: int, notice: Notice) -> bool:
 
 
 def _passkeys(loaded: LoadedModel, lengths: Sequence[int], seed: int) -> Job:
-    """Passkeys hidden in the embedded corpus's held-out files."""
+    """Passkeys hidden in the held-out files of the embedded corpus."""
     return passkey_job(loaded, Passkey(lengths=tuple(lengths), cases=CASES[seed], seed=seed), Path())
 
 

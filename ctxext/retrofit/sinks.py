@@ -1,19 +1,19 @@
-"""The first token's part in attention, moved into learned sinks and biases: in closed form, without training.
+"""Moves the first token's part in attention into learned sinks and biases: in closed form, without training.
 
 Many pretrained models put much of each head's attention on the first token (StreamingLLM, arXiv 2309.17453). A sliding
 window hides it, and the model breaks. GraniteSWA has a learned sink for each head: one more entry in the softmax, with
-a logit s of its own and the value zero (ops/backends/sink_logits.py).
+its own logit s and the value zero (ops/backends/sink_logits.py).
 
-The first token's logit hardly depends on the query, so that it can be a constant. Its value v0 is not zero, which
-biases make up for. With p the share of the sink and o what attention over the window alone gives,
+The first token's logit hardly depends on the query, so that it can be a constant. Its value v0 is not zero; biases
+compensate for that. With p the share of the sink and o the output of attention over the window alone:
 
     wanted                  p v0 + (1 - p) o  =  v0 + (1 - p) (o - v0)
-    s                       the mean over the queries beyond the window of scale * q . k0, RoPE as it is there
+    s                       the mean over the queries beyond the window of scale * q . k0, with RoPE as in the source
     v_proj.bias   -= v0     the weights of a softmax sum to 1, so attention gives o - v0
-    o_proj.bias   += W_o v0 (the heads of v0 one after the other)
+    o_proj.bias   += W_o v0 (the heads of v0 concatenated)
 
-This is exact for a model whose first token has a constant logit, but for the first W tokens of a text: they see the
-first token itself and the sink. The first token's own output stays v0. The derivation and its use are ours.
+This is exact for a model whose first token has a constant logit, except for the first W tokens of a text: they see both
+the first token itself and the sink. The first token's own output stays v0. The derivation and its use are ours.
 
 Full layers keep sinks that take nothing. No gradient is computed: one pass over the source, layer by layer.
 """
@@ -43,14 +43,17 @@ from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import Layers, Samples, apply_layer, measure, open_layers, weights_of_layer
 from ctxext.train.sinks import EVERY, HANGS
 
-TOKENS, ROW_TOKENS = 4096, 1024  # of calibration text in all and of a row; rows are longer where a window is large
+TOKENS, ROW_TOKENS = 4096, 1024  # calibration text in total and per row; rows are longer for a large window
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """What the source does with its first token: for each layer its share of the attention (mean over heads and over
-    the later half of the queries), logits [H] of the queries beyond the window, and values [K,D]."""
+    """The attention of the source to its first token.
+
+    For each layer: its share of the attention (mean over heads and over the later half of the queries), logits [H] from
+    the queries beyond the window, and values [K,D]. `states` are the source's final states [n,T,E].
+    """
 
     shares: tuple[float, ...]
     logits: tuple[Tensor, ...]
@@ -65,23 +68,26 @@ class FirstToken:
 def fit_sinks(
     plan: ConversionPlan, *, say: Say = lambda line: None, calibration: str = EMBEDDED, device: str | None = None
 ) -> FittedSinks | None:
-    """Sinks and biases for the sliding layers of a conversion; None where the model does not hang on its first token,
-    or where no window hides it from any query of the calibration rows.
+    """Fits sinks and biases for the sliding layers of a conversion.
 
-    The loss of the text above the source's is measured before and after. Where the class has no sinks the result is
-    None, and `say` gets a warning with the class that has them; for windows up to half of a row, with the loss too.
-    Weights that are pickles alone are not read: None. Raises ModelError for weights that are not there and for a token
-    without a row, InputError for a `calibration` that cannot be read or has less than two windows.
+    Returns None if the model does not rely on its first token, or if no window hides it from any query of the
+    calibration rows. The loss of the text above the source's is measured before and after. If the class has no sinks
+    the result is None, and `say` gets a warning that names the class with sinks and, for windows up to half of a row,
+    the loss. Weights that exist only as pickles are not read: None.
+
+    Raises ModelError for missing weights and for a token without a row, InputError for a `calibration` that cannot be
+    read or has less than two windows.
     """
     source, windows = plan.source, {kind.sliding_window for kind in plan.kinds} - {None}
     window = min(windows, default=None)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # No window that hides anything, or no weights that can be streamed.
     if window is None or window >= source.usable_length or only_pickles(source.directory):
         return None
     if not FAMILIES[plan.config["model_type"]].sinks:
         _warn(plan, window, say, where)
         return None
-    # Does the model hang on its first token? One pass over the source says.
+    # One pass over the source shows whether the model relies on its first token.
     ids = _rows(plan, window, calibration)
     least = min(2 * window, _row_tokens(plan, window))
     if calibration != EMBEDDED and ids.shape[1] < least:
@@ -94,6 +100,7 @@ def fit_sinks(
         say(f"sinks: the calibration text has {ids.shape[1]:,} tokens, a window {window:,}: nothing is hidden in it")
         return None
     check_ids([int(ids.max())], source.config["vocab_size"], source.name)
+    # All that follows needs the weights; they are streamed layer by layer.
     layers = open_conversion(plan, plan.kinds, where)
     first = first_token(layers, ids, window)
     if not first.share >= HANGS:  # NaN included
@@ -102,7 +109,7 @@ def fit_sinks(
     values = sink_values(layers, plan.kinds, first)
     if not values:
         return None
-    # The loss under the layout without and with them, on the text that they were fitted to.
+    # The loss under the layout without and with sinks, on the text that they were fitted to.
     before, after = (_loss(fitted, ids, plan, first) for fitted in (layers, replace(layers, values=values)))
     facts = {
         "first_token_share": first.share,
@@ -123,7 +130,7 @@ def fit_sinks(
 
 
 def _warn(plan: ConversionPlan, window: int, say: Say, device: torch.device) -> None:
-    """Say what windows cost a model that hangs on its first token, where the class has no sinks. One row is read."""
+    """Reports the cost of windows for a model that relies on its first token but has no sinks. Reads one row."""
     source, ids = plan.source, _rows(plan, ROW_TOKENS // 2, EMBEDDED)[:1]
     if int(ids.max()) >= source.config["vocab_size"] or ids.shape[1] < 8:
         return
@@ -138,13 +145,13 @@ def _warn(plan: ConversionPlan, window: int, say: Say, device: torch.device) -> 
 
 
 def _loss(layers: Layers, ids: Tensor, plan: ConversionPlan, first: FirstToken) -> float:
-    """The loss of rows ids [n,T] under the plan's layout, above the source's, nats a token."""
+    """The loss of rows ids [n,T] under the plan's layout minus the source's, nats a token."""
     none = torch.zeros_like(ids, dtype=torch.bool)
     return measure(layers, Samples(ids, len(ids), none, none), [plan.kinds], first.states)[0].loss
 
 
 def open_conversion(plan: ConversionPlan, kinds: Sequence[LayerKind], device: torch.device) -> Layers:
-    """A conversion's layers, as the source has them and as any of `kinds`; with biases where sinks may be fitted."""
+    """Returns a conversion's layers as in the source and as any of `kinds`, with biases if sinks may be fitted."""
     source, target = plan.source, str(plan.config["model_type"])
     biases = may_fit_sinks(plan)
     reader = tensor_reader(source.directory)
@@ -154,9 +161,9 @@ def open_conversion(plan: ConversionPlan, kinds: Sequence[LayerKind], device: to
 def sinks_of_windows(
     plan: ConversionPlan, layers: Layers, window: LayerKind, calibration: str = EMBEDDED
 ) -> dict[str, Tensor]:
-    """`sink_values` of every layer, each as if it were `window`: what the planner measures sliding layers with.
+    """Returns `sink_values` of every layer, each as if it were `window`. The planner measures sliding layers with them.
 
-    Empty where the class has no sinks, where none are wanted or needed, and for a source that has windows of its own.
+    Empty if the class has no sinks, if none are wanted or needed, and for a source that already has windows.
     """
     slides = any(kind.sliding_window is not None for kind in layers.source)
     if not may_fit_sinks(plan) or slides or window.sliding_window is None:
@@ -169,28 +176,30 @@ def sinks_of_windows(
 
 
 def _rows(plan: ConversionPlan, window: int, calibration: str) -> Tensor:
-    """Calibration text [n,T], each row beginning as the tokenizer begins a text, with queries beyond the window.
+    """Calibration text [n,T]. Each row begins with the tokens that the tokenizer puts before a text.
 
-    T is less where there is less text.
+    T is long enough for queries beyond the window, but shorter if there is less text.
     """
     tokenizer = load_tokenizer(plan.source.directory)
     begin = torch.tensor(framing(tokenizer)[0], dtype=torch.int64)
+    # About TOKENS tokens in all, at least one row.
     T = _row_tokens(plan, window)
     count = max(1, TOKENS // T)
     ids = joined(read_documents(calibration), tokenizer, count * T)
+    # Leave room for the beginning, so that a row has T tokens.
     own = min(T - len(begin), len(ids))
     rows = ids[: len(ids) // own * own].view(-1, own)[:count]
     return torch.cat((begin.expand(len(rows), -1), rows), dim=1)
 
 
 def _row_tokens(plan: ConversionPlan, window: int) -> int:
-    """How long rows of calibration text are, where there is enough text."""
+    """The length of rows of calibration text, if there is enough text."""
     return min(plan.source.usable_length, max(ROW_TOKENS, window + ROW_TOKENS // 2))
 
 
 @torch.no_grad()
 def first_token(layers: Layers, ids: Tensor, window: int) -> FirstToken:
-    """One pass of the source over rows ids [n,T], T beyond the window."""
+    """Runs one pass of the source over rows ids [n,T], T longer than the window, and returns the FirstToken."""
     states = nn.functional.embedding(ids.to(layers.device), layers.tensor(EMBEDDING)).cpu()
     shares, logits, values = list[float](), list[Tensor](), list[Tensor]()
     for index, kind in enumerate(layers.source):
@@ -198,6 +207,8 @@ def first_token(layers: Layers, ids: Tensor, window: int) -> FirstToken:
         found: list[tuple[float, Tensor]] = []
         with weights_of_layer(layers, index):
             layer = layers.decoders[kind].layers[0]
+            # The first token sees only itself, so that its value does not depend on the rest of a row; average over
+            # rows.
             first = layer.self_attn.v_proj(layer.input_layernorm(states[:, 0].to(layers.device)))
             values.append(first.mean(0).view(-1, layer.self_attn.head_dim).cpu())  # [K,D]
             watch = partial(_watch, found, window, seen)
@@ -218,10 +229,14 @@ def _watch(
     pattern: Pattern,
     scaling: float | None,
 ) -> None:
-    """Add the share of the first token, and its logits [n,H], mean over queries window <= q < seen, of q [n,H,T,D]."""
+    """Appends to `found` the share of the first token, and its logits [n,H].
+
+    The logits are means over queries window <= q < seen of q [n,H,T,D].
+    """
     (H, _, D), K = query.shape[1:], key.shape[1]
     scale = D**-0.5 if scaling is None else scaling
     to_first = key[:, :, :1].repeat_interleave(H // K, dim=1)  # [n,H,1,D]
+    # Logits of the queries from which the window would hide the first token.
     row = (query[:, :, min(window, seen - 1) : seen] * to_first).sum(-1).mean(-1) * scale
     at = torch.arange(seen // 2, seen, EVERY, device=query.device).expand(len(query), -1)
     weights = attention_rows(query[:, :, at[0]], key, at, sliding_window=pattern.sliding_window, scale=scale)
@@ -235,8 +250,10 @@ def _narrows(kind: LayerKind, source: LayerKind) -> bool:
 
 
 def sink_values(layers: Layers, kinds: Sequence[LayerKind], first: FirstToken) -> dict[str, Tensor]:
-    """Tensors of the layers among `kinds` whose window is narrower than the source's, if that has one: sinks [H],
-    v_proj.bias [K D], o_proj.bias [E], fp32."""
+    """Returns the tensors of all layers in `kinds` whose window is narrower than the source's, or new.
+
+    They are sinks [H], v_proj.bias [K D] and o_proj.bias [E], fp32, by their names in the checkpoint.
+    """
     values: dict[str, Tensor] = {}
     for index, (kind, source) in enumerate(zip(kinds, layers.source, strict=True)):
         if not _narrows(kind, source):
@@ -244,6 +261,7 @@ def sink_values(layers: Layers, kinds: Sequence[LayerKind], first: FirstToken) -
         name = f"model.layers.{index}.self_attn."
         v0, logits = first.values[index], first.logits[index]
         of_heads = v0.repeat_interleave(len(logits) // len(v0), dim=0)  # [H,D]
+        # v0 of each query head (K heads repeated to H), through o_proj.
         moved = layers.tensor(f"{name}o_proj.weight").cpu() @ of_heads.reshape(-1)
         values[f"{name}sinks"] = logits
         values[f"{name}v_proj.bias"] = _bias(layers, index, "v_proj", v0.numel()) - v0.reshape(-1)
@@ -252,6 +270,6 @@ def sink_values(layers: Layers, kinds: Sequence[LayerKind], first: FirstToken) -
 
 
 def _bias(layers: Layers, index: int, name: str, size: int) -> Tensor:
-    """The source's own bias; zeros where it has none."""
+    """The source's own bias; zeros if it has none."""
     own = layers.read(f"model.layers.{index}.self_attn.{name}.bias")
     return torch.zeros(size) if own is None else own.float()

@@ -1,18 +1,19 @@
-"""One run on many processes: started, watched, stopped, reported. No torch in the process that does it.
+"""Starts, watches and stops one run on many processes, and reports its result. No torch in the launching process.
 
-Each process is told its place by torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and the
-rest by the run's directory, which all hosts see under one path. torchrun's own agent is not used: it kills 30 seconds
-after a signal, before a long step is done and saved, and who died is known to it and not to its parent.
+Each process gets its rank from torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and
+everything else from the run's directory, which all hosts see under the same path. torchrun's own agent is not used: it
+kills 30 seconds after a signal, before a long step can finish and be saved, and it does not report to its parent which
+process died.
 
 run/launch.json           the ZeRO configuration and the hosts
-run/logs/rank-0.log       what a process printed; its traceback
-run/logs/events.jsonl     what rank 0 says, line by line
+run/logs/rank-0.log       the output of a process, with its traceback
+run/logs/events.jsonl     what rank 0 reports, one event per line
 run/logs/report.json      what rank 0 returns
-run/logs/error-0.json     what a process refused, with a message and a hint
-run/logs/died.json        on several hosts: the process that ended first, for the others' hosts to stop theirs
-run/logs/stop             made when the run is to save and end
+run/logs/error-0.json     the error of a process, with a message and a hint
+run/logs/died.json        with several hosts: the process that ended first, so that the other hosts stop theirs
+run/logs/stop             created when the run has to save and end
 
-run/logs is removed when nothing in it is left to be read.
+run/logs is removed unless it holds something that the user needs to read.
 """
 
 from __future__ import annotations
@@ -42,10 +43,11 @@ from ctxext.train.parallel import Launch, plan_launch
 from ctxext.train.plan import RunPlan, divided
 
 LAUNCH, LOGS = "launch.json", "logs"
-EVENTS, REPORT, DIED, STOP = "events.jsonl", "report.json", "died.json", "stop"  # in LOGS
-PORT = 29500  # of the first host, when there are several; MASTER_PORT names another
-GRACE, KILL_AFTER, TICK = 5.0, 3.0, 0.1  # seconds: for others to end by themselves; after SIGTERM; between two looks
-# to hosts reached by ssh: variables that begin so; no token, which `ps` would show, and no choice of cards
+EVENTS, REPORT, DIED, STOP = "events.jsonl", "report.json", "died.json", "stop"  # file names in LOGS
+PORT = 29500  # of the first host of several; MASTER_PORT overrides it
+GRACE, KILL_AFTER, TICK = 5.0, 3.0, 0.1  # seconds: other processes may end by themselves; wait after SIGTERM; polling
+# Prefixes of the variables that go to hosts reached by ssh. Tokens do not, since `ps` would show them, and neither does
+# the choice of GPUs.
 PASSED_ON = (
     "NCCL_",
     "GLOO_",
@@ -63,14 +65,15 @@ PASSED_ON = (
     "LD_LIBRARY_PATH",
     "XDG_CACHE_HOME",
 )
+# Process names of a compilation in progress.
 BUILDERS = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
-FRESH = 60.0  # seconds: a lock of this age may be of a build that starts
+FRESH = 60.0  # seconds: a younger lock may belong to a build that is starting
 KINDS = {kind.__name__: kind for kind in (InputError, ModelError, DataError, EnvironmentFault, CheckFailed)}
 
 
 @dataclass(frozen=True)
 class Death:
-    """The process that ended first, and how: `code` is its exit code, or minus a signal."""
+    """The process that ended first. `code` is its exit code, or a negative signal number."""
 
     name: str
     code: int
@@ -89,27 +92,32 @@ def launched(
     resume: bool = False,
     repeats: Path | None = None,
 ) -> tuple[RunPlan, Launch | None]:
-    """On how many processes a plan runs (`repeats`: as that run did), and the plan with the memory of one of them."""
+    """Decides how many processes run a plan, and returns the plan with the memory of one process.
+
+    `repeats`: an earlier run whose processes are used again. The Launch is None for one process without DeepSpeed.
+    """
     before = Launch.read(repeats / LAUNCH) if repeats and (repeats / LAUNCH).is_file() else None
     launch = plan_launch(plan, zero, nproc, hostfile, resume=resume, repeats=before)
     return (divided(plan, launch.partition) if launch else plan), launch
 
 
 def launch_run(run: Path, launch: Launch, say: Callable[[str], None], on_step: Callable[[Any], None]) -> dict[str, Any]:
-    """Carry out run/spec.yaml on all processes; the fields of the FinetuneReport.
+    """Executes run/spec.yaml on all processes and returns the fields of the FinetuneReport.
 
-    Ctrl-C or SIGTERM lets the run save and end; the second one kills it. Raises what rank 0, or whichever process was
-    first, refused, and EnvironmentFault for one that died.
+    The first Ctrl-C or SIGTERM lets the run save and end; the second one kills it. Raises the error of rank 0, or of
+    the process that failed first, and EnvironmentFault for a process that died.
     """
     check_environment(launch)
     logs = run.absolute() / LOGS
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir()
     (run / LAUNCH).write_text(launch.dump(), "utf-8")
+    # The tail reads events.jsonl step by step; watch() advances it in each round.
     tail = _events(logs / EVENTS, say, on_step)
     processes = {}
     with _stopping(logs / STOP) as stopping:
         try:
+            # Whatever happens here, no process may survive this function.
             processes = _start(run.absolute(), launch)
             death = watch(processes, lambda: next(tail))
         except KeyboardInterrupt:
@@ -121,19 +129,22 @@ def launch_run(run: Path, launch: Launch, say: Callable[[str], None], on_step: C
     if (logs / DIED).exists():
         death = Death(**json.loads((logs / DIED).read_text("utf-8")))
     if death is not None:
-        if stopping() and death.code == -signal.SIGTERM:  # before the first step, when there is nothing to save
+        if stopping() and death.code == -signal.SIGTERM:  # before the first step; nothing to save
             shutil.rmtree(logs)
             raise KeyboardInterrupt
+        # _fault keeps the logs where a traceback has to be read.
         raise _fault(logs, death)
+    # Success: all processes ended with code 0, and rank 0 wrote its report.
     report: dict[str, Any] = json.loads((logs / REPORT).read_text("utf-8"))
     shutil.rmtree(logs)
     return report | {"out": str(run)}
 
 
 def check_environment(launch: Launch) -> None:
-    """Refuse to start what cannot run here: DeepSpeed, a compiler, a stale lock, a port. Raises EnvironmentFault."""
+    """Raises EnvironmentFault if the run cannot start here: no DeepSpeed, no compiler, a stale lock or a used port."""
     if find_spec("deepspeed") is None:
         raise EnvironmentFault("DeepSpeed is not installed", hint="pip install deepspeed, or leave --zero out")
+    # An offloaded optimizer is compiled by DeepSpeed when it first runs.
     if launch.compiles:
         needed = (os.environ.get("CXX", "c++"), "ninja")
         missing = [name for name in needed if shutil.which(name, path=_environment(launch)["PATH"]) is None]
@@ -145,6 +156,7 @@ def check_environment(launch: Launch) -> None:
         _check_locks()
     first = launch.hosts[0]
     if len(launch.hosts) > 1 and first.local:
+        # Test the port now: if another run uses it, the ranks would fail later and less clearly.
         port = int(os.environ.get("MASTER_PORT", PORT))
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,7 +174,7 @@ def port_in_use(host: str, port: int | str) -> EnvironmentFault:
 
 
 def _check_locks() -> None:
-    """A build that was killed leaves a lock, and every later run waits for it without a word."""
+    """Raises for a stale lock: a killed build leaves one, and every later run waits for it without a message."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
     old = [lock for lock in sorted(root.glob("**/lock")) if time.time() - lock.stat().st_mtime > FRESH]
@@ -174,13 +186,14 @@ def _check_locks() -> None:
 
 
 def _start(run: Path, launch: Launch) -> dict[str, subprocess.Popen[bytes]]:
-    """The ranks, where they are all of this host; otherwise one process a host, which starts its own."""
+    """Starts the ranks if all are on this host; otherwise one process per host, which starts its own ranks."""
     if len(launch.hosts) == 1 and launch.hosts[0].local:
         return start_ranks(run, launch, 0, "127.0.0.1", _free_port())
     processes = {}
     for node, host in enumerate(launch.hosts):
         command = [sys.executable, "-m", "ctxext.train.worker", str(run), str(node)]
         if not host.local:
+            # ssh passes no variables on; set the needed ones with `env`, in the same directory.
             known = [f"{key}={value}" for key, value in os.environ.items() if key.startswith(PASSED_ON)]
             remote = f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(['env', *known, *command])}"
             command = ["ssh", "-o", "BatchMode=yes", host.name, remote]
@@ -192,7 +205,8 @@ def _start(run: Path, launch: Launch) -> dict[str, subprocess.Popen[bytes]]:
 
 
 def start_ranks(run: Path, launch: Launch, node: int, address: str, port: int) -> dict[str, subprocess.Popen[bytes]]:
-    """The processes of one host. Their output goes to run/logs; Ctrl-C at a terminal does not reach them."""
+    """Starts the ranks of one host. Their output goes to run/logs. Ctrl-C in a terminal does not reach them."""
+    # Ranks are numbered host by host, in the order of the hostfile.
     first = sum(host.slots for host in launch.hosts[:node])
     slots, processes = launch.hosts[node].slots, {}
     for local in range(slots):
@@ -219,7 +233,7 @@ def start_ranks(run: Path, launch: Launch, node: int, address: str, port: int) -
 
 
 def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
-    """This process's variables, with what the ranks need besides; those that are set already stay."""
+    """This process's variables plus those that ranks need. Variables that are already set are not changed."""
     known = {
         "OMP_NUM_THREADS": str(max(1, cores() // slots)),
         "TRANSFORMERS_VERBOSITY": "error",
@@ -227,8 +241,8 @@ def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if launch.stage == 3:
-        known["MALLOC_MMAP_THRESHOLD_"] = str(1024**2)  # or glibc keeps the weights that other ranks were given
-    path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"  # pip puts ninja beside python
+        known["MALLOC_MMAP_THRESHOLD_"] = str(1024**2)  # or glibc keeps the memory of other ranks' weights
+    path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"  # pip installs ninja beside python
     return known | os.environ | {"PATH": path}
 
 
@@ -240,16 +254,17 @@ def _free_port() -> int:
 
 
 def watch(processes: Mapping[str, subprocess.Popen[bytes]], look: Callable[[], object]) -> Death | None:
-    """Wait until all have ended; who ended first, if not well: the others then get GRACE to say why, too.
+    """Waits until all processes have ended. Returns the first that failed, or None if all succeeded.
 
-    `look` is called all the while; what it raises ends the wait.
+    After a failure the others get GRACE seconds to write their own errors. `look` is called in every round; an
+    exception from `look` ends the wait.
     """
     while True:
         look()
         codes = {name: process.poll() for name, process in processes.items()}
         bad = [Death(name, code) for name, code in codes.items() if code]
         if bad:
-            death = min(bad, key=lambda death: death.code)  # who was killed died first: the others notice, and raise
+            death = min(bad, key=lambda death: death.code)  # signals are negative: a killed rank is the cause
             until = time.monotonic() + GRACE
             while time.monotonic() < until and any(process.poll() is None for process in processes.values()):
                 time.sleep(TICK)
@@ -260,7 +275,10 @@ def watch(processes: Mapping[str, subprocess.Popen[bytes]], look: Callable[[], o
 
 
 def kill(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
-    """End what still runs: without the others a rank cannot save, and waits. A host's process ends its own ranks."""
+    """Ends all processes that still run.
+
+    Without the other ranks a rank cannot save and would wait for ever. The process of a host ends its own ranks.
+    """
     for process in processes.values():
         if process.poll() is None:
             process.terminate()
@@ -274,7 +292,7 @@ def kill(processes: Mapping[str, subprocess.Popen[bytes]]) -> None:
 
 
 def _fault(logs: Path, death: Death) -> CtxextError:
-    """What to say of a run that failed: a refusal if there is one, or who died and where its traceback is."""
+    """The error of a failed run: the one that a process wrote, or which process died and where its traceback is."""
     refusals = sorted(logs.glob("error-*.json"), key=lambda path: path.stat().st_mtime_ns)
     if refusals:
         data = json.loads(refusals[0].read_text("utf-8"))
@@ -282,6 +300,7 @@ def _fault(logs: Path, death: Death) -> CtxextError:
         refusal: CtxextError = KINDS[data["type"]](data["message"], hint=data["hint"])
         return refusal
     log = logs / f"{death.name.replace(' ', '-')}.log"
+    # No process wrote an error. Quote the last line of the log, unless a signal ended the process.
     lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
     last = next((line for line in reversed(lines) if line.strip() and death.code > 0), None)
     return EnvironmentFault(
@@ -294,11 +313,12 @@ def _fault(logs: Path, death: Death) -> CtxextError:
 
 @contextmanager
 def _stopping(flag: Path) -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into the file `flag`, which rank 0 waits for; the next acts as it always did."""
+    """Creates the file `flag`, which rank 0 polls, at the first SIGINT or SIGTERM. The next acts as usual."""
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: object) -> None:
         flag.touch()
+        # Restore the old handlers at once, so that a second signal ends this process.
         for each, handler in previous.items():
             signal.signal(each, handler)
 
@@ -312,13 +332,14 @@ def _stopping(flag: Path) -> Iterator[Callable[[], bool]]:
 
 
 def _events(path: Path, say: Callable[[str], None], on_step: Callable[[Any], None]) -> Iterator[None]:
-    """Each `next` tells what rank 0 wrote since the last one."""
+    """Each `next` reports the events that rank 0 wrote since the last one."""
     done = 0
     while True:
         if path.exists():
             with path.open("rb") as file:
                 file.seek(done)
                 for line in file:
+                    # Rank 0 is still writing this line; read it in the next round.
                     if not line.endswith(b"\n"):
                         break
                     done += len(line)

@@ -1,4 +1,4 @@
-"""What is known of a model from evaluations lying under ./runs. No torch."""
+"""What evaluations under ./runs have measured of a model. No torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ctxext.model.source import ModelSource
 
 
 def measured_length(source: ModelSource, root: Path = manifests.RUNS) -> int | None:
-    """The longest length, in tokens, at which an eval under `root` measured the model with these weights.
+    """Returns the longest length, in tokens, at which an eval under `root` measured the model with these weights.
 
-    No weights are read: a plan that is only printed does not hash a model of 140 GB. An eval hashes the weights that it
-    measures, and the user's cache remembers them by path, size and time of change. Weights that are not remembered were
-    not measured here, as far as is known: None.
+    No weights are read: `--plan` must not hash a model of 140 GB. An eval hashes the weights that it measures, and the
+    user's cache keeps these hashes by path, size and modification time. Weights without a cached hash count as never
+    measured: None.
     """
     if source.path is None or not root.is_dir():
         return None
@@ -26,6 +26,7 @@ def measured_length(source: ModelSource, root: Path = manifests.RUNS) -> int | N
             continue
         if manifest is not None and manifest.kind == "eval":
             evals.append(manifest)
+    # An eval's manifest lists the hashes of the weights that it measured as parents.
     weights = manifests.remembered_hashes(source.path) if evals else None
     lengths = [
         manifest.facts.get("longest", 0)

@@ -1,4 +1,4 @@
-"""Out of memory: which of a plan's items is the largest, and the next knob to turn against it. No torch."""
+"""Out-of-memory errors: the largest items of a plan's estimate, and the next option that lowers them. No torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ctxext.machine.memory import is_out_of_memory
 from ctxext.train.plan import RunPlan
 from ctxext.units import format_bytes, format_tokens
 
-TILE = 4096  # tokens; the suggestion for memory.tiles
+TILE = 4096  # tokens; the suggested value of memory.tiles
 
 
 @contextmanager
 def naming_what_is_largest(plan: RunPlan) -> Iterator[None]:
-    """Where memory runs out inside, raises `out_of_memory` instead."""
+    """Raises `out_of_memory` in place of an out-of-memory error inside the block."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -25,7 +25,7 @@ def naming_what_is_largest(plan: RunPlan) -> Iterator[None]:
 
 
 def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:
-    """What to tell: the largest item as estimated, and what makes it smaller."""
+    """Returns the error to raise: the largest items as estimated, and the option that lowers them."""
     ranked = sorted(plan.memory.items(), key=lambda item: -item[1])
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked[:3])
     return EnvironmentFault(
@@ -36,11 +36,15 @@ def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:
 
 
 def next_knob(plan: RunPlan) -> str:
-    """The `--set` that lowers the largest item that can still be lowered; what changes results comes last."""
+    """Returns the `--set` option that lowers the largest item that can still be lowered.
+
+    `micro_batch_size` comes before all others, and a smaller ctx is the fallback if no other option is left.
+    """
     spec, tried = plan.spec, list[str]()
     memory = spec.memory
     if spec.micro_batch_size > 1:
         return "micro_batch_size=1"
+    # Items of the memory estimate -> the option that lowers them; None if it is already set.
     knobs = {
         "activations": "memory.checkpoint=true" if not memory.checkpoint else None,
         "layer": "memory.checkpoint=true" if memory.checkpoint > 1
@@ -52,6 +56,7 @@ def next_knob(plan: RunPlan) -> str:
         "weights": {"lora": "memory.quantize=nf4", "full": "--zero 3 over several cards"}[spec.tuning]
         if memory.quantize == "none" else None,
     }  # fmt: skip
+    # The largest item comes first, so that the first option found is the one to try.
     for name in sorted(plan.memory, key=lambda name: -plan.memory[name]):
         if knob := knobs.get(name):
             tried.append(knob)

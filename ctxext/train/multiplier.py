@@ -1,12 +1,12 @@
-"""The multiplier on LoRA's alpha that suits a model and its data: short runs at seven of them, judged on held-out text.
+"""Finds the multiplier on LoRA's alpha for a model and its data: seven short runs, compared on held-out text.
 
-The rules of ops/low_rank.py give alpha's shape in rank and width; what is left to tune is one factor. Every trial has
-the same start (the adapter adds nothing yet), the same data in the same order and the same learning rate, and differs
-in lora.multiplier alone. Judged by the held-out loss after the last step, never by the training loss, which the largest
-multipliers lower soonest.
+The rules in ops/low_rank.py give alpha as a function of rank and width; one factor is left to tune. All trials start
+from the same weights (a new adapter adds nothing), with the same data in the same order and the same learning rate.
+Only lora.multiplier differs. The held-out loss after the last step decides, never the training loss, which the largest
+multipliers lower first.
 
-Not done: a search over the learning rate as well (raise alpha, not the rate: arXiv 2606.12883), and any claim that the
-best of a few dozen steps is the best of a long run. No torch before the first trial: refusals are quick.
+Not done: a search over the learning rate (raise alpha, not the rate: arXiv 2606.12883). The best value of a few dozen
+steps is not claimed to be the best of a long run. No torch before the first trial, so that refusals are quick.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ from ctxext.train.run import start_run, way_out
 if TYPE_CHECKING:
     from ctxext.train.loop import Events
 
-GRID = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # times the spec's own lora.multiplier
-STEPS = 30  # of a trial, where none are asked for: those of the preset are meant for a whole run
-VALIDATIONS = 6  # of a trial, about, beside that before its first step
-SMALL = 0.02  # nats a token by which two held-out losses must differ to be called different, as in train/validation.py
+GRID = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # factors on the spec's own lora.multiplier
+STEPS = 30  # of a trial, if none are requested: the steps of a preset are meant for a whole run
+VALIDATIONS = 6  # of a trial, about; one more comes before its first step
+SMALL = 0.02  # nats a token: smaller differences of held-out losses do not count, as in train/validation.py
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A short run. `training` and `held_out` are (step, nats a token), finite; `stopped`: why it counts as diverged."""
+    """The result of one short run.
+
+    `training` and `held_out` are (step, nats a token), `held_out` with finite losses only. `stopped`: why the trial
+    counts as diverged.
+    """
 
     multiplier: float
     training: tuple[tuple[int, float], ...]
@@ -43,13 +47,16 @@ class Trial:
 
     @property
     def final(self) -> float | None:
-        """The held-out loss after the last step; None where there is none to judge by."""
+        """The held-out loss after the last step; None for a diverged trial or one without held-out losses."""
         return self.held_out[-1][1] if self.held_out and self.stopped is None else None
 
 
 @dataclass(frozen=True)
 class Search:
-    """Every trial, by ascending multiplier, with the one that the spec itself has; `best` has the lowest `final`."""
+    """All trials by ascending multiplier. `given` is the multiplier of the spec itself, which is one of them.
+
+    `best` is the trial with the lowest `final`.
+    """
 
     trials: tuple[Trial, ...]
     given: float
@@ -65,7 +72,7 @@ class Search:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What is to be known before the option is used."""
+        """What the user should know before using the option."""
         best, said = self.best, list[str]()
         assert best.final is not None
         given = next(trial for trial in self.trials if trial.multiplier == self.given)
@@ -83,11 +90,11 @@ class Search:
 
 
 def plan_trials(plan: RunPlan) -> list[RunPlan]:
-    """The plan's trials, one for each of GRID, by ascending multiplier.
+    """Returns the plans of the trials, one for each value of GRID, by ascending multiplier.
 
-    A trial keeps the spec, its steps included, but for a warm-up of at most a fifth of them, and what only a whole run
-    wants. It stops where the run would have rolled back: half the learning rate is another trial. Raises InputError for
-    a plan that has no multiplier, several contexts, or nothing to judge by.
+    A trial keeps the spec, including its steps, except for a warm-up of at most a fifth of the steps and for options
+    that only a whole run needs. A trial stops where the run would roll back, since half the learning rate would be
+    another trial. Raises InputError for a plan without a multiplier, with several contexts, or without held-out text.
     """
     spec = plan.spec
     if spec.tuning != "lora":
@@ -99,6 +106,7 @@ def plan_trials(plan: RunPlan) -> list[RunPlan]:
             "validation.every_steps: null holds nothing out, and multipliers are judged on held-out text",
             hint="use another preset, or add --set validation.every_steps=50",
         )
+    # Validate about VALIDATIONS times, and judge the last weights without passkeys or limits.
     validation = replace(
         spec.validation,
         every_steps=max(1, spec.steps // VALIDATIONS),
@@ -106,6 +114,7 @@ def plan_trials(plan: RunPlan) -> list[RunPlan]:
         passkey=None,
         max_short_ppl_increase=None,
     )
+    # One checkpoint at most, and no telemetry: a trial is never resumed.
     trial = replace(
         spec,
         optimizer=replace(spec.optimizer, warmup_steps=min(spec.optimizer.warmup_steps, spec.steps // 5)),
@@ -120,13 +129,14 @@ def plan_trials(plan: RunPlan) -> list[RunPlan]:
 def find_multiplier(
     trials: list[RunPlan], scratch: Path, given: float, events: Events, on_trial: Callable[[Trial], None]
 ) -> Search:
-    """Run `trials` one after the other below `scratch`, and leave nothing there; `events` talk during the first alone.
+    """Runs `trials` one after another below `scratch`, and removes their files.
 
-    Raises InputError where the data is too short to hold some out, CheckFailed where every trial diverged, and
-    KeyboardInterrupt when one is interrupted.
+    `events.say` gets the messages of the first trial only; `on_trial` gets every result. Raises InputError if the data
+    is too short to hold some out, CheckFailed if every trial diverged, and KeyboardInterrupt if a trial is interrupted.
     """
     from ctxext.train.prepare import prepare_data
 
+    # Check the data once and silently, before any trial trains.
     if prepare_data(trials[0], replace(events, say=lambda line: None))[1] is None:
         raise InputError(
             f"{trials[0].spec.data.described}: too short to hold some out, and multipliers are judged on held-out text",
@@ -146,7 +156,7 @@ def find_multiplier(
 
 
 def run_trial(plan: RunPlan, run: Path, events: Events | None = None) -> Trial:
-    """Train a plan at `run`, keep its curves and remove the rest. One that diverges is a result, not an error."""
+    """Trains a plan in `run`, keeps its curves and removes the rest. A divergence is a result, not an error."""
     from ctxext.train import metrics
     from ctxext.train.finetune import run_finetune
 
@@ -154,14 +164,16 @@ def run_trial(plan: RunPlan, run: Path, events: Events | None = None) -> Trial:
     with _removed(run):
         start_run(plan, run)
         try:
+            # An unfinished run was interrupted by the user: end the whole search.
             if not run_finetune(plan, run, events=events).finished:
                 raise KeyboardInterrupt
         except CheckFailed as error:
             stopped = error.message
         except EnvironmentFault as error:
-            # A trial by itself is not resumed, and is removed.
+            # The usual hint is to resume the run, but a trial is removed and cannot be resumed.
             error.hint = "make room, then search again" if error.hint == way_out(run) else error.hint
             raise
+        # A stopped trial also has curves; read them before the directory is removed.
         training, held_out = (
             tuple((line["step"], line["loss"]) for line in metrics.read(run / name))
             for name in (metrics.STEPS, metrics.VALIDATIONS)

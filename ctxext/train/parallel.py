@@ -1,7 +1,8 @@
-"""--zero, --nproc and --hostfile -> Launch: how many processes, where, and how ZeRO partitions. No torch.
+"""Turns --zero, --nproc and --hostfile into a Launch: the processes, hosts and ZeRO partitioning. No torch.
 
-A file of --zero (deepspeed_configs/) says how to partition and communicate. What it could say about batch, rates,
-clip, precision or recomputation would be said twice, so it is refused there and belongs to the training spec.
+A file for --zero (deepspeed_configs/) configures partitioning and communication only. Batch sizes, learning rates,
+clipping, precision and recomputation belong to the training spec. The file may not repeat them and is refused if it
+does.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ctxext.units import counted
 
 FOLDER, DEFAULT = "deepspeed_configs", "2"
 ALLOWED = ("zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown")
-BELONGS = {  # DeepSpeed's keys, and where the training spec says the same
+BELONGS = {  # DeepSpeed's keys -> the fields of the training spec that replace them
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
     "train_batch_size": "global_batch_size",
@@ -37,13 +38,13 @@ BELONGS = {  # DeepSpeed's keys, and where the training spec says the same
     "data_types": "dtype",
     "activation_checkpointing": "memory",
 }
-BUCKET = 500_000_000  # DeepSpeed's own reduce_bucket_size
+BUCKET = 500_000_000  # DeepSpeed's default reduce_bucket_size
 _HOST = re.compile(r"(?P<name>[A-Za-z0-9_.:-]+)\s+slots=(?P<slots>[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)
 class Host:
-    """A machine and the processes it gets."""
+    """A machine and its number of processes."""
 
     name: str
     slots: int
@@ -55,7 +56,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Launch:
-    """launch.json: `zero` is DeepSpeed's configuration, less all that the spec says."""
+    """The content of launch.json. `zero` is the DeepSpeed configuration without the keys that the spec covers."""
 
     zero: dict[str, Any]
     hosts: tuple[Host, ...]
@@ -72,7 +73,7 @@ class Launch:
 
     @property
     def partition(self) -> Partition:
-        """What it divides, for the plan's memory; what its file leaves out is as in DeepSpeed."""
+        """The ZeRO partitioning, for the plan's memory. Missing keys have DeepSpeed's defaults."""
         zero, stage = self.zero["zero_optimization"], self.stage
         return Partition(
             ranks=self.world,
@@ -86,18 +87,18 @@ class Launch:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for `--plan --json`."""
+        """Returns plain data for `--plan --json`."""
         partition = asdict(self.partition)
         offloaded = {name: value for name, value in partition.items() if name.startswith("offload_")}
         return {"processes": self.world, "nodes": len(self.hosts), "zero_stage": self.stage, **offloaded}
 
     @property
     def compiles(self) -> bool:
-        """Whether DeepSpeed compiles its optimizer for the CPU when it first runs."""
+        """Whether DeepSpeed compiles its CPU optimizer when it first runs."""
         return "offload_optimizer" in self.zero["zero_optimization"]
 
     def summary(self) -> str:
-        """One line for the screen."""
+        """Returns one line for the screen."""
         offload = ", ".join(
             name.removeprefix("offload_") for name in self.zero["zero_optimization"] if name.startswith("offload_")
         )
@@ -126,13 +127,15 @@ def plan_launch(
     resume: bool = False,
     repeats: Launch | None = None,
 ) -> Launch | None:
-    """What the three options ask for; None for the simple default, one process without DeepSpeed.
+    """Returns the Launch that the three options request; None for the default, one process without DeepSpeed.
 
-    Where none is given and a run is repeated that was launched, `repeats` it is.
+    Without any of the options, `repeats` (the Launch of the run that is repeated) is used again, if there is one.
+    Raises InputError for options that contradict each other or that this plan cannot run with.
     """
     if hostfile is not None and nproc is not None:
         raise InputError("--nproc and --hostfile both say how many processes", hint="write slots=N in the hostfile")
     if hostfile is None and zero is None and nproc is None and repeats is not None:
+        # The machine or the spec may differ from that of the earlier run, so that everything is checked again.
         launch = replace(repeats, resume=False)
         _check(plan, launch)
         return launch
@@ -146,22 +149,25 @@ def plan_launch(
 
 
 def _check(plan: RunPlan, launch: Launch) -> None:
-    """Refuse what this plan cannot do on several processes."""
+    """Raises InputError for everything that this plan cannot do on several processes."""
     world, spec = launch.world, plan.spec
     here = launch.hosts[0].slots
     gpus = visible_gpus()
     if launch.hosts[0].local and 0 < gpus < here:
         raise InputError(f"{here} processes on a machine of {counted(gpus, 'GPU')}: one GPU serves one process")
     if len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
+        # The first host is the rendezvous address, which every host has to be able to resolve.
         far = [host.name for host in launch.hosts if not host.local]
         if far:
             raise InputError(f"{far[0]} cannot reach the first host as {launch.hosts[0].name}", hint="write its name")
+    # Each context has its own global batch size.
     for stage in (*plan.earlier, plan):
         _check_batch(stage.global_batch_size, world)
     if spec.optimizer.name != "adamw":
         raise InputError(f"optimizer.name {spec.optimizer.name} under ZeRO: allowed is adamw, which ZeRO partitions")
     if spec.memory.quantize != "none":
         raise InputError(f"memory.quantize {spec.memory.quantize} under ZeRO is not supported", hint="use one process")
+    # The rest needs whole weights on a rank: under ZeRO 3, DeepSpeed gathers them only in its own forward.
     if launch.stage == 3 and plan.teacher is not None and plan.teacher.source is not None:
         raise InputError(
             f"distill.teacher {plan.teacher.source.name} under ZeRO 3: a second model would be divided with the first",
@@ -176,7 +182,7 @@ def _check(plan: RunPlan, launch: Launch) -> None:
 
 
 def _check_batch(batch: int, world: int) -> None:
-    """Every process runs the same number of sequences: under ZeRO-3 each forward pass is of all of them."""
+    """Requires equally many sequences per process: under ZeRO-3 each forward pass involves all processes."""
     if batch % world:
         below, above = batch // world * world, -(-batch // world) * world
         nearest = f"{below} or {above}" if below else f"{above}"
@@ -187,12 +193,13 @@ def _check_batch(batch: int, world: int) -> None:
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """Lines `name slots=N`; # starts a comment."""
+    """Returns the hosts of a file with lines `name slots=N`; # starts a comment. Raises InputError or SpecError."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the hostfile {path}: {error}") from error
     hosts, faults = list[Host](), list[str]()
+    # Collect all faulty lines before raising, so that the user can fix them at once.
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         match = _HOST.fullmatch(text)
@@ -206,9 +213,9 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
 
 def read_zero(name: str) -> dict[str, Any]:
-    """The configuration --zero names: a path, ./deepspeed_configs, or the one that was shipped.
+    """Returns the DeepSpeed configuration for --zero: a path, a name in ./deepspeed_configs, or a shipped one.
 
-    Raises InputError when there is none, SpecError with all that does not belong into it.
+    Raises InputError if there is none, and SpecError with all keys that do not belong into it.
     """
     path = _find(name)
     try:
@@ -224,6 +231,7 @@ def read_zero(name: str) -> dict[str, Any]:
         for key in data
         if key not in ALLOWED
     ]
+    # "auto" values are for Hugging Face's Trainer, which is not used here.
     faults += [f'{key}: "auto" is filled in by nobody here; leave the key out' for key in _autos(data, "")]
     zero = data.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
@@ -243,6 +251,7 @@ def _find(name: str) -> Path:
             raise InputError(f"no file {name}", hint=f"names known without a path: {', '.join(zero_names())}")
         return Path(name)
     for root in (Path(FOLDER), shipped(FOLDER)):
+        # The user's folder comes before the shipped one. "2" and "zero2" name the same file.
         path = root / f"zero{name.removeprefix('zero')}.json"
         if "/" not in name and path.is_file():
             return path
@@ -250,7 +259,7 @@ def _find(name: str) -> Path:
 
 
 def zero_names() -> list[str]:
-    """What --zero knows by name, sorted."""
+    """Returns the names that --zero accepts, sorted."""
     found = [path for root in (Path(FOLDER), shipped(FOLDER)) for path in root.glob("zero*.json")]
     return sorted({path.stem.removeprefix("zero") for path in found})
 

@@ -1,7 +1,7 @@
-"""A small passkey grid while a model trains, under the attention it will run with: one forward a case, answer fed in.
+"""A small passkey grid during training, under the inference attention: one forward per case, with the answer as input.
 
-The same cases every time (data/haystack.py), hidden in held-out text of the embedded corpus. A case is right when every
-token of its answer is the most probable one at its place.
+The cases are always the same (data/haystack.py), hidden in held-out text of the embedded corpus. A case is correct when
+every token of its answer is the most probable one at its position.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ctxext.train.engine import Engine
 from ctxext.train.loss import IGNORED
 from ctxext.train.plan import RunPlan
 
-HAYSTACK = 32  # characters for every token of the longest case: room for filler to begin in many places
+HAYSTACK = 32  # characters per token of the longest case, so that the filler can start at many places
 
 
 def grid_cases(plan: RunPlan) -> tuple[Case, ...]:
-    """The cases of validation.passkey, none where it is off. Raises InputError for a length too short for a needle."""
+    """Returns the cases of validation.passkey, () if off. Raises InputError for a length too short for a needle."""
     spec = plan.spec.validation.passkey
     if spec is None:
         return ()
@@ -36,16 +36,17 @@ def grid_cases(plan: RunPlan) -> tuple[Case, ...]:
 
 @torch.no_grad()
 def measure(engine: Engine, cases: Sequence[Case], backend: str) -> dict[str, Any]:
-    """Accuracy (0 to 1) and mean nats of an answer token, of all cases and in `cells`, one a length and depth.
+    """Measures accuracy (0 to 1) and mean nats of an answer token, over all cases and in `cells` (length, depth).
 
-    Every rank runs its share of the cases; the model is to be in eval mode.
+    Every rank runs its share of the cases. The caller sets the model to eval mode.
     """
     cells = {cell: i for i, cell in enumerate(dict.fromkeys((case.length, case.depth) for case in cases))}
     sums = torch.zeros(len(cells), 4, dtype=torch.float64)  # (right, cases, nats, answer tokens)
     for first in range(0, len(cases), engine.world):
-        mine = first + engine.rank < len(cases)  # every rank runs equally often, for ZeRO-3's sake
+        mine = first + engine.rank < len(cases)  # ZeRO-3 needs equally many forwards on every rank
         case = cases[first + engine.rank if mine else first]
         ids, answer = torch.tensor(case.prompt_ids + case.answer_ids), len(case.answer_ids)
+        # Score the answer alone. Labels are shifted by one: the label of position t is token t + 1.
         labels = torch.full((len(ids) - 1,), IGNORED)
         labels[-answer:] = ids[-answer:]
         inputs = (x[None].to(engine.device) for x in (ids[:-1], labels))
@@ -53,13 +54,17 @@ def measure(engine: Engine, cases: Sequence[Case], backend: str) -> dict[str, An
         if mine:
             row = [float(right.all()), 1.0, float(nats.sum()), answer]
             sums[cells[case.length, case.depth]] += torch.tensor(row, dtype=torch.float64)
+    # Sum over all ranks, so that every rank returns the same result.
     sums = torch.tensor(engine.total(*sums.flatten().tolist())).view(-1, 4)
     rows = [{"length": length, "depth": depth} | _rates(sums[i]) for (length, depth), i in cells.items()]
     return _rates(sums.sum(0)) | {"cells": rows}
 
 
 def in_words(grid: dict[str, Any]) -> str:
-    """`passkey 50% (512: 100%, 1,024: 0%), 0.731 nats an answer token`; every cell has as many cases."""
+    """Returns a line such as `passkey 50% (512: 100%, 1,024: 0%), 0.731 nats an answer token`.
+
+    The mean over depths is exact, because every cell has the same number of cases.
+    """
     by_length: dict[int, list[float]] = {}
     for cell in grid["cells"]:
         by_length.setdefault(cell["length"], []).append(cell["accuracy"])

@@ -1,6 +1,6 @@
-"""FinetuneSpec and a model's files -> RunPlan: every derived number and every refusal, without torch.
+"""Turns a FinetuneSpec and a model's files into a RunPlan: all derived numbers and all refusals. No torch.
 
-`ctxext finetune --plan` prints a RunPlan and stops; a run executes it and derives nothing more.
+`ctxext finetune --plan` prints a RunPlan and stops. A run executes the RunPlan and derives nothing else.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, 
 from ctxext.units import counted, first_of, format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
-QUANTIZED = {"none": None, "nf4": 0.52, "int8": 1.0}  # bytes of a weight, scales included
-S2_ONLY = ("group_size", "grow", "shift")  # of AttentionSpec; dense_last holds of a run that is dense throughout
+QUANTIZED = {"none": None, "nf4": 0.52, "int8": 1.0}  # bytes per weight, including scales
+S2_ONLY = ("group_size", "grow", "shift")  # fields of AttentionSpec; dense_last is also valid for a dense run
 GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx / 4
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run, decided. Lengths in tokens, memory in bytes on one device, flops of one optimizer step.
+    """One run with all decisions made. Lengths in tokens, memory in bytes on one device, FLOPs of one optimizer step.
 
     config             the model's normalised config with its new positions
     group_size         G where full layers train with S²-Attn, None where they train dense
-    sink_tokens        first tokens of a document that S²-Attn always sees; None: measured when training starts
-    step_flops         with what is computed again; `model_flops` without: MFU counts these
-    first, stop        the steps at this ctx, from `first` (from 0) up to, not including, `stop`; `earlier` has the
-                       plans of the shorter contexts before it, whose positions, groups and batches are their own
-    tokens_before      what they train on
-    teacher            whom it learns from; None: from the text alone
-    gpu                whether it is planned for a GPU; None: for this machine
+    sink_tokens        first tokens of a document that every S²-Attn query sees; None: measured when training starts
+    step_flops         FLOPs of a step, recomputation included
+    model_flops        FLOPs of a step without recomputation; MFU uses these
+    first, stop        the steps at this ctx, from `first` (counted from 0) up to, but not including, `stop`
+    earlier            the plans of the shorter contexts before this one, with their own positions, groups and batches
+    tokens_before      tokens that the earlier contexts train on
+    teacher            the model that this run learns from; None: the run learns from the text alone
+    gpu                True or False: planned for a machine with or without a GPU; None: for this machine
     """
 
     spec: FinetuneSpec
@@ -69,16 +70,16 @@ class RunPlan:
     gpu: bool | None = None
 
     def stage_of(self, done: int) -> RunPlan:
-        """The plan of the step after `done` steps; the last one's once all are done."""
+        """Returns the plan of the step after `done` steps; the plan of the last stage when all steps are done."""
         return next((plan for plan in self.earlier if done < plan.stop), self)
 
     @property
     def tokens(self) -> int:
-        """Of the whole run."""
+        """Tokens of the whole run."""
         return self.tokens_after(self.stop)
 
     def tokens_after(self, done: int) -> int:
-        """Tokens trained on after `done` steps, the last of them at this ctx."""
+        """Returns the tokens trained on after `done` steps. The last of these steps is at this ctx."""
         return self.tokens_before + self.tokens_per_step * (done - self.first)
 
     @property
@@ -95,23 +96,23 @@ class RunPlan:
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
-        """What each layer sees in training, before the schedule."""
+        """The attention pattern of each layer in training, without the schedule."""
         windows = [kind.sliding_window for kind in self.kinds]
         full = Pattern(None, self.group_size, sink_tokens=self.sink_tokens or 0)
         return tuple(full if W is None else Pattern(W) for W in windows)
 
     def attention_at(self, step: int) -> Attention:
-        """(group_size, shift) of the full layers at a step; None, None is dense."""
+        """Returns (group_size, shift) of the full layers at a step; (None, None) is dense."""
         spec = self.spec
         return attention_at(spec.attention, self.group_size, spec.ctx, step, self.steps, spec.seed)
 
     def objective_at(self, step: int) -> Objective | None:
-        """What a step learns from a teacher; None where there is none."""
+        """Returns the distillation objective of a step; None for a run without a teacher."""
         distill = self.spec.distill
         return None if distill is None else objective_at(distill.objectives, step, self.steps)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for `--json`."""
+        """Returns plain data for `--json`."""
         return {
             "model": self.source.name,
             "layout": pattern_text(self.kinds),
@@ -139,7 +140,7 @@ class RunPlan:
         }
 
     def rows(self) -> list[tuple[str, str]]:
-        """The plan as (name, value) lines for a screen."""
+        """Returns the plan as (name, value) lines for the screen."""
         rows = [
             ("model", f"{self.source.name} ({pattern_text(self.kinds)})"),
             ("ctx", f"{format_tokens(self.spec.ctx)} tokens"),
@@ -174,6 +175,7 @@ class RunPlan:
             ),
         ]
         if any(not kind.use_rope for kind in self.kinds):
+            # NoPE layers have no positions to stretch, so that only a measurement can show their usable length.
             longest = self.measured_length
             known = "never measured" if longest is None else f"measured to {format_tokens(longest)}"
             rows.append(("NoPE layers", f"no positions to stretch, but their attention dilutes with length ({known})"))
@@ -183,6 +185,7 @@ class RunPlan:
         if not any(kind.sliding_window is None for kind in self.kinds):
             return "none: every layer is sliding"
         if self.group_size is None:
+            # The alternative to the chosen attention: S²-Attn for a dense run, dense for an S²-Attn run.
             other, name = max(2, self.spec.ctx // GROUPS_PER_CTX), "S²-Attn"
         else:
             other, name = None, "dense"
@@ -215,13 +218,16 @@ class RunPlan:
 def plan_run(
     source: ModelSource, spec: FinetuneSpec, *, gpu: bool | None = None, trainables: Trainables | None = None
 ) -> RunPlan:
-    """Derive a run, for this machine or one with a `gpu` or without; `trainables` where they are known already.
+    """Derives a run for this machine, or for a machine with or without a GPU (`gpu`).
 
-    Raises InputError or ModelError for whatever cannot be trained as asked.
+    `trainables` skips their derivation when the caller already knows them. Raises InputError or ModelError for
+    everything that cannot be trained as requested.
     """
+    # Refusals without arithmetic come first: they are quick and read no teacher.
     refuse(source, spec, on_gpu(gpu))
     source = source.with_original_length(spec.original_length)
     spec = _rooted(spec)
+    # The teacher uses the layout from before the conversion, so that it is planned apart from the new positions.
     teacher = plan_teacher(source, spec)
     positions = plan_positions(
         source.config,
@@ -236,6 +242,7 @@ def plan_run(
     group_size = _group_size(source, spec)
     sink_tokens = _sink_tokens(spec, group_size)
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
+    # One sequence's FLOPs, averaged over the schedule. The teacher adds its forward pass to both counts.
     earlier, flops = _earlier(source, spec, gpu), _mean_flops(source, spec, group_size)
     taught = teacher_flops(teacher, source, spec.ctx, mask=spec.data.document_mask) if teacher else 0
     plan = RunPlan(
@@ -249,9 +256,11 @@ def plan_run(
         global_batch_size=batch,
         steps=spec.steps,
         dtype=("bfloat16" if on_gpu(gpu) else "float32") if spec.dtype == "auto" else spec.dtype,
+        # `divided` fills in the memory below; it needs the rest of the plan.
         memory={},
         step_flops=batch * (flops[0] + taught),
         model_flops=batch * (flops[1] + taught),
+        # All contexts get equal shares of the steps; this ctx trains in the last share.
         first=len(spec.stages) * spec.steps // (len(spec.stages) + 1),
         stop=spec.steps,
         tokens_before=earlier[-1].tokens if earlier else 0,
@@ -263,15 +272,16 @@ def plan_run(
 
 
 def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
-    """The plan with the memory of one of the processes that share it."""
+    """Returns the plan with the memory of one of the processes that share the run."""
     gpu, spec = on_gpu(plan.gpu), plan.spec
+    # A process cannot hold more sequences than its share of the global batch.
     sequences = max(1, min(spec.micro_batch_size, plan.global_batch_size // partition.ranks))
     item_bytes = 2 if plan.dtype == "bfloat16" else 4
-    if not gpu and plan.trainables.parameters <= partition.bucket:  # what is never touched takes no memory on a CPU
+    if not gpu and plan.trainables.parameters <= partition.bucket:  # untouched memory costs nothing on a CPU
         partition = replace(partition, buffers=1)
     memory = cost.training_memory(
         plan.source.shape,
-        [_pattern(kind, None if spec.attention.dense_last else plan.group_size) for kind in plan.kinds],  # its largest
+        [_pattern(kind, None if spec.attention.dense_last else plan.group_size) for kind in plan.kinds],  # the largest
         spec.ctx,
         sequences,
         trainable=plan.trainables.parameters,
@@ -297,12 +307,12 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
 
 
 def on_gpu(given: bool | None) -> bool:
-    """What was given, or whether this machine has a GPU for torch (machine/gpu.py; torch is not imported here)."""
+    """Returns `given`; if it is None, whether this machine has a GPU for torch (machine/gpu.py, without torch)."""
     return visible_gpus() > 0 if given is None else given
 
 
 def _rooted(spec: FinetuneSpec) -> FinetuneSpec:
-    """Paths of data and teacher from the root: a run may be resumed from another directory."""
+    """Makes the paths of data and teacher absolute, because a run may be resumed from another directory."""
     mixture = tuple(replace(part, source=_absolute(part.source)) for part in spec.data.mixture)
     spec = replace(spec, data=replace(spec.data, source=_absolute(spec.data.source), mixture=mixture))
     if spec.distill is None:
@@ -315,17 +325,20 @@ def _absolute(source: str) -> str:
 
 
 def _earlier(source: ModelSource, spec: FinetuneSpec, gpu: bool | None) -> tuple[RunPlan, ...]:
-    """The plans of the shorter contexts: groups are a part of their ctx, and positions stretch where they have to."""
+    """The plans of the shorter contexts. Group sizes follow from each ctx; positions stretch only where they must."""
     plans, count, tokens = list[RunPlan](), len(spec.stages) + 1, 0
     for number, ctx in enumerate(spec.stages):
         attention = replace(spec.attention, group_size=None)
+        # A context within the trained length needs no RoPE scaling.
         scaling = spec.rope_scaling if ctx > (source.original_length or source.usable_length) else Auto()
         changes: dict[str, Any] = {"attention": attention, "rope_scaling": scaling}
+        # Passkey lengths beyond this ctx do not fit into its sequences; drop them.
         if passkey := spec.validation.passkey:
             fit = tuple(length for length in passkey.lengths if length <= ctx)
             fitting = replace(passkey, lengths=fit) if fit else None
             changes["validation"] = replace(spec.validation, passkey=fitting)
         plan = plan_run(source, replace(spec, ctx=ctx, stages=(), **changes), gpu=gpu)
+        # plan_run plans a run of its own without stages; set its place in the whole run.
         first, stop = (k * spec.steps // count for k in (number, number + 1))
         plans.append(replace(plan, first=first, stop=stop, tokens_before=tokens))
         tokens = plans[-1].tokens
@@ -333,7 +346,7 @@ def _earlier(source: ModelSource, spec: FinetuneSpec, gpu: bool | None) -> tuple
 
 
 def _mean_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> tuple[int, int]:
-    """`_flops` on average over the attention schedule."""
+    """`_flops`, averaged over the attention schedule."""
     totals = [0, 0]
     for size, steps in phases(spec.attention, group_size, spec.ctx, spec.steps).items():
         for i, flops in enumerate(_flops(source, spec, size)):
@@ -342,7 +355,7 @@ def _mean_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None)
 
 
 def _flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> tuple[int, int]:
-    """FLOPs of a sequence's step, with and without what is computed again; full layers in groups, or dense."""
+    """FLOPs of one sequence in a step, with and without recomputation. None: full layers are dense."""
     layers, trains = [_pattern(kind, group_size) for kind in source.kinds], spec.tuning == "full"
     again, shape, kept = bool(spec.memory.checkpoint), source.shape, spec.memory.keep == "attention"
     return (
@@ -352,17 +365,19 @@ def _flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> t
 
 
 def _pattern(kind: LayerKind, group_size: int | None) -> tuple[int | None, int | None]:
-    """(window, group) of a layer while it trains: S²-Attn is for layers without a window."""
+    """(window, group) of a layer in training. S²-Attn applies only to layers without a window."""
     return (kind.sliding_window, None) if kind.sliding_window is not None else (None, group_size)
 
 
 def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
-    """G of S²-Attn in tokens, None for dense. auto: S²-Attn when every layer is full, of several heads."""
+    """G of S²-Attn in tokens, None for dense. auto: S²-Attn when all layers are full and have several heads."""
     full, heads = [kind.sliding_window is None for kind in source.kinds], source.shape.num_heads
+    # S²-Attn shifts half of the heads, so that it needs at least two.
     wanted = spec.attention.train
     if wanted == "auto":
         wanted = "s2" if all(full) and heads > 1 else "dense"
     if wanted == "dense":
+        # Options that only S²-Attn uses have no effect on a dense run; refuse them.
         default = AttentionSpec()
         given = [name for name in S2_ONLY if getattr(spec.attention, name) != getattr(default, name)]
         given += ["sinks"] * (spec.attention.sinks not in ("auto", 0))
@@ -383,7 +398,7 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
 
 
 def _sink_tokens(spec: FinetuneSpec, group_size: int | None) -> int | None:
-    """How many first tokens S²-Attn also sees; None where that is measured when training starts."""
+    """How many first tokens S²-Attn also sees; None: measured when training starts."""
     asked = spec.attention.sinks
     if group_size is None:
         return 0

@@ -1,7 +1,7 @@
-"""A small model from nothing: tokenizer and random weights, then the finetuning loop with everything trainable.
+"""Trains a small model from scratch: a tokenizer, random weights, then the finetuning loop with all weights trainable.
 
-It exists for the embedded model `tiny`, which must be reproducible by one command; it is no framework for pretraining.
-The stages follow each other as ordinary runs, each on the result of the one before, with a fresh optimizer.
+This exists for the embedded model `tiny`, which one command must be able to reproduce. It is not a framework for
+pretraining. The stages are ordinary runs, each on the result of the one before, with a fresh optimizer.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ctxext.train.run import start_run, way_out
 from ctxext.train.spec import FinetuneSpec, Positive
 
 EOS = "<|end|>"
-# Files of the run, which are not of the model.
+# Files that belong to the run and not to the model.
 OF_THE_RUN = ("spec.yaml", "data.json", "metrics.jsonl", "validation.jsonl", manifests.FILE_NAME, "README.md")
 START_ANEW = "make room, then give the command again with --force: a pretraining starts anew"
-TOKENIZER_CHARACTERS = 6_000_000  # of the embedded corpus, to learn the merges from
+TOKENIZER_CHARACTERS = 6_000_000  # of the embedded corpus; the merges are learned from them
 
 
 @spec
 class ShapeSpec:
-    """A Llama with tied embeddings. Widths in scalars, `length` in tokens; digits are tokens of their own."""
+    """A Llama with tied embeddings. Widths in scalars, `length` in tokens. Each digit is a token of its own."""
 
     vocab_size: Positive
     hidden_size: Positive
@@ -51,7 +51,7 @@ class ShapeSpec:
 
 @spec
 class PretrainSpec:
-    """A model and the runs that train it; every stage has `tuning: full`."""
+    """A model and the runs that train it. Every stage has `tuning: full`."""
 
     shape: ShapeSpec
     stages: tuple[FinetuneSpec, ...]
@@ -63,20 +63,23 @@ class PretrainSpec:
 
 
 def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[RunPlan, Path], Any]) -> Path:
-    """Make the untrained model, run every stage through `train`, put the last result at `out`.
+    """Writes the untrained model, runs every stage with `train`, and puts the last result at `out`.
 
-    The stages' directories stay in `<out>.stages` with their metrics. Raises InputError when a stage was interrupted.
+    The directories of the stages stay in `<out>.stages` with their metrics. Raises InputError when a stage was
+    interrupted.
     """
     check_free(out, force)
     stages = out.with_name(f"{out.name}.stages")
     if not force:
         check_free(stages)
     if stages.exists():
+        # Do not remove the stages of a pretraining that still runs.
         with locked(stages, "pretraining"):
             shutil.rmtree(stages)
     claim(stages)
     with locked(stages, "pretraining"), disk_faults(out, hint=START_ANEW):
         current = _train_stages(recipe, stages, out.name, train)
+    # Copy only the model's files; those of the last run do not belong to the result.
     with staged_output(out, force) as staging:
         for path in current.iterdir():
             if path.is_file() and path.name not in OF_THE_RUN:
@@ -86,13 +89,13 @@ def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[R
 
 
 def _train_stages(recipe: PretrainSpec, stages: Path, name: str, train: Callable[[RunPlan, Path], Any]) -> Path:
-    """The untrained model, then every stage on the one before it; the directory of the last."""
+    """Writes the untrained model and trains every stage on the one before. Returns the directory of the last stage."""
     current = stages / "0-untrained"
     try:
         current.mkdir()
         write_untrained(recipe, current)
     except BaseException:
-        # Nothing was trained: the same command can begin again.
+        # Nothing is trained yet. Remove the stages, so that the same command can be repeated.
         shutil.rmtree(stages, ignore_errors=True)
         raise
     for number, stage in enumerate(recipe.stages, start=1):
@@ -102,7 +105,7 @@ def _train_stages(recipe: PretrainSpec, stages: Path, name: str, train: Callable
         try:
             finished = train(plan, run).finished
         except EnvironmentFault as error:
-            # A stage by itself is not resumed.
+            # The usual hint is to resume the run, but a stage alone cannot be resumed.
             error.hint = START_ANEW if error.hint == way_out(run) else error.hint
             raise
         if not finished:
@@ -114,9 +117,10 @@ def _train_stages(recipe: PretrainSpec, stages: Path, name: str, train: Callable
 
 
 def describe(recipe: PretrainSpec, stages: Path, directory: Path, name: str) -> None:
-    """Write the model card and the manifest: the recipe, each stage's facts, and what the corpus was."""
+    """Writes the model card and the manifest: the recipe, each stage's facts, and the fingerprint of the corpus."""
     from ctxext.data import corpus
 
+    # Only finished stages have a manifest; the untrained model has none.
     runs = sorted(path for path in stages.iterdir() if (path / manifests.FILE_NAME).exists())
     facts = [manifest.facts for manifest in map(manifests.read, runs) if manifest is not None]
     length = recipe.shape.length
@@ -136,7 +140,7 @@ def describe(recipe: PretrainSpec, stages: Path, directory: Path, name: str) -> 
 
 
 def write_untrained(recipe: PretrainSpec, directory: Path) -> None:
-    """A checkpoint with random weights and a tokenizer learned from the embedded corpus."""
+    """Writes a checkpoint with random weights, and a tokenizer trained on the embedded corpus."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -153,12 +157,16 @@ def write_untrained(recipe: PretrainSpec, directory: Path) -> None:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
+    # The seed is set directly before the random initialisation.
     torch.manual_seed(recipe.seed)
     LlamaForCausalLM(config).save_pretrained(directory)
 
 
 def train_tokenizer(vocab_size: int, seed: int) -> Any:
-    """Byte-level BPE over the embedded corpus; every digit is a token, so that numbers can be copied digit by digit."""
+    """Returns a byte-level BPE tokenizer trained on the embedded corpus.
+
+    Every digit is a token of its own, so that the model can copy numbers digit by digit.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What cannot be trained as asked, where no arithmetic is needed to say so. No torch."""
+"""Refusals that need no arithmetic. No torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ctxext.train import recompute
 from ctxext.train.spec import FinetuneSpec
 from ctxext.units import format_tokens
 
-NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels take whole ones alone
+NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels accept only whole blocks
 
 
 def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
-    """What no arithmetic is needed to refuse."""
+    """Raises InputError or ModelError for what cannot be trained, as far as that needs no arithmetic."""
     if source.base is not None:
         raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
     if source.config.get("attention_dropout"):
@@ -20,6 +20,7 @@ def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
             f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
             hint="set it to 0 in config.json",
         )
+    # Options of the validation that this model or ctx does not support.
     passkey = spec.validation.passkey
     if passkey is not None and max(passkey.lengths) > spec.ctx:
         raise InputError(
@@ -31,6 +32,7 @@ def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
             "validation.max_short_ppl_increase: nothing says which length this model was first trained at",
             hint="add --original-length",
         )
+    # Memory options that this model does not support.
     recompute.check(spec.memory, [kind.sliding_window for kind in source.kinds])
     if spec.memory.quantize != "none" and spec.tuning == "full":
         raise InputError(

@@ -1,7 +1,7 @@
-"""Whether a run's data is what it was when the run began: contents are compared, and files that changed are named.
+"""Checks that a run's data is the same as at its start. Contents are compared, and changed files are named. No torch.
 
-run/data.json   {"files": {path: sha256}, "changed": [what changed and was accepted, in words]}; the hash of all is in
-                spec.yaml. A run of an older version has no data.json, and its hash is of times. No torch.
+run/data.json   {"files": {path: sha256}, "changed": [accepted changes, in words]}; the hash of all files is in
+                spec.yaml. A run of an older version has no data.json, and its hash uses modification times.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ DATA_FILE = "data.json"
 
 
 def data_hash(data: DataSpec) -> str | None:
-    """A hash of what is read, of all parts of a mixture; None where that is a data set of the hub, which has none."""
+    """Returns a hash of all files of all parts of a mixture; None for a data set of the hub, which has no hash."""
     return _together(data, _contents)
 
 
 def write_record(run: Path, data: DataSpec, changed: Sequence[str] = ()) -> None:
-    """data.json, whole or not at all. `changed` is what differs from the data that the run began with."""
+    """Writes data.json atomically. `changed`: the differences from the data at the start of the run."""
     record = {"files": _files(data), "changed": list(changed)}
     write_whole(run / DATA_FILE, json.dumps(record, indent=1) + "\n")
 
 
 def changes_of_data(run: Path) -> list[str]:
-    """What of the data changed while the run was interrupted, and was accepted with --force."""
+    """Returns the changes of the data while the run was interrupted that were accepted with --force."""
     return list(_record(run).get("changed", []))
 
 
 def moved_data(run: Path, then: str | None, data: DataSpec, now: str | None) -> list[str]:
-    """What differs from the data that `run` began with, in words; nothing where the contents are the same.
+    """Returns the differences from the data at the start of `run`, in words; [] if the contents are the same.
 
     `then` is the hash in the run's spec.yaml, `now` is `data_hash(data)`.
     """
     if now == then:
         return []
     if then is not None and then == _by_time(data):
-        # The files are the same. This version reads more of them, which would be other data.
+        # The old hash matches: no file has changed. But this version may read more files, so that the data differs.
         return [f"{path} (the version that began this run did not read it)" for path in _read_since(data)]
+    # Compare file by file: missing, new and changed ones.
     before, after = _record(run).get("files"), _files(data)
     if not isinstance(before, dict):
         return ["its files (an older version began this run and did not record which)"]
@@ -57,7 +58,7 @@ def moved_data(run: Path, then: str | None, data: DataSpec, now: str | None) -> 
 
 
 def some_of(moved: Sequence[str]) -> str:
-    """The first few, and how many more there are."""
+    """Returns the first few differences in one line, and the number of the others."""
     rest = len(moved) - NAMED
     return ", ".join(moved[:NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
@@ -67,7 +68,7 @@ def _contents(part: MixturePart) -> str:
 
 
 def _by_time(data: DataSpec) -> str | None:
-    """The hash that versions before this one wrote; None where it cannot be made of what is there."""
+    """The hash that older versions wrote; None if it cannot be computed from the files that are there."""
 
     def hashed(part: MixturePart) -> str | None:
         return fingerprints.by_time(part.source, text_field=part.text_field, format=part.format)
@@ -76,7 +77,7 @@ def _by_time(data: DataSpec) -> str | None:
 
 
 def _together(data: DataSpec, hashed: Callable[[MixturePart], str | None]) -> str | None:
-    """The parts' hashes as one; None where there is none, or where one of them is None."""
+    """One hash of all parts' hashes; None if there are no parts with a hash, or if a part's hash is None."""
     hashes = [hashed(part) for part in data.parts if part.source == EMBEDDED or _is_path(part.source)]
     if len(hashes) < 2 or None in hashes:
         return hashes[0] if len(hashes) == 1 else None
@@ -95,7 +96,7 @@ def _files(data: DataSpec) -> dict[str, str]:
 
 
 def _read_since(data: DataSpec) -> list[str]:
-    """The files that this version reads and older ones passed over."""
+    """The files that this version reads and older versions skipped."""
     paths = [path for part in data.parts for path in file_hashes(part.source, format=part.format) or {}]
     before = {
         str(path)
@@ -107,7 +108,7 @@ def _read_since(data: DataSpec) -> list[str]:
 
 
 def _record(run: Path) -> dict[str, Any]:
-    """What data.json says; a file that is absent or broken says nothing."""
+    """The content of data.json; {} if the file is missing or damaged."""
     try:
         record = json.loads((run / DATA_FILE).read_bytes())
     except (OSError, ValueError, RecursionError):

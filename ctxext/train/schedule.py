@@ -1,7 +1,8 @@
-"""What attention full layers train with at a step: S²-Attn throughout, growing groups, a drawn shift, dense at the end.
+"""The training attention of full layers at each step: S²-Attn, growing groups, a random shift, dense at the end.
 
-S²-Attn never connects two tokens further apart than a group within one layer, so dependencies longer than a group are
-learned badly, or unlearned (our own small experiments; LOG.md). These are the ways out that cost little. No torch.
+Within one layer, S²-Attn never connects two tokens that are further apart than one group. Dependencies longer than a
+group are therefore learned badly, or unlearned (our own small experiments; LOG.md). These options reduce the problem at
+low cost. No torch.
 """
 
 from __future__ import annotations
@@ -15,19 +16,24 @@ Attention = tuple[int | None, int | None]  # (group_size, shift) in tokens; (Non
 
 
 def attention_at(spec: AttentionSpec, group_size: int | None, ctx: int, step: int, steps: int, seed: int) -> Attention:
-    """(group_size, shift) of the full layers at `step` (from 0) of `steps`; `group_size` None is dense throughout."""
+    """Returns (group_size, shift) of the full layers at `step` (from 0) of `steps`.
+
+    `group_size` None means that all steps are dense.
+    """
     if group_size is None or step >= (sparse := steps - round(spec.dense_last * steps)):
         return None, None
     if spec.grow:
+        # Double the group in equal parts of the S²-Attn steps, while it is below ctx.
         sizes = [group_size]
         while 2 * sizes[-1] < ctx:
             sizes.append(2 * sizes[-1])
         group_size = sizes[step * len(sizes) // sparse]
     if spec.shift == "half":
         return group_size, None
+    # The draw depends on seed and step alone, so that a resumed run repeats it.
     return group_size, Random(f"{seed}/{step}").randint(1, group_size - 1)
 
 
 def phases(spec: AttentionSpec, group_size: int | None, ctx: int, steps: int) -> dict[int | None, int]:
-    """How many steps train with each group size, None for dense; what a plan counts its FLOPs by."""
+    """Returns how many steps train with each group size, None for dense. A plan computes its mean FLOPs from it."""
     return dict(Counter(attention_at(spec, group_size, ctx, step, steps, 0)[0] for step in range(steps)))

@@ -1,6 +1,6 @@
-"""The training spec: what a finetune run is asked to do. Frozen, strict, no torch.
+"""The training spec: the options of a finetune run. Frozen, strict, no torch.
 
-Each field says its unit. Presets (presets/finetune) state only what differs from the defaults here.
+Each field states its unit. Presets (presets/finetune) list only the values that differ from these defaults.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ Format = Literal["text", "messages", "prompt", "prompt_chat"]
 
 @spec
 class AttentionSpec:
-    """How full layers attend while training; sliding layers always use their window, and inference is always dense.
+    """How full layers attend in training. Sliding layers always use their window, and inference is always dense.
 
-    train       auto: s2 for models with full attention everywhere, dense for hybrids, whose few full layers can
-                afford it; s2: S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)
+    train       auto: s2 for models with full attention in all layers, dense for hybrids, which have few full layers;
+                s2: S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)
     group_size  tokens of an S²-Attn group; None: ctx / 4
-    sinks       first tokens of its document that a query of S²-Attn sees beside its group. auto: 1 for a model that
-                puts much of its attention on the first token, which is measured when training starts (train/sinks.py),
-                else 0, as published. auto is 0 with memory.tiles and, with a warning, under ZeRO 3
-    grow        groups double, in equal parts of the S²-Attn steps, up to half of ctx and more
-    shift       half: the shifted heads' groups are moved by G // 2, as published; random: by a draw at each step
-    dense_last  the last share of the steps trains dense
-    backend     what computes it (ops/backends/choice.py); auto: by device, dtype and pattern. One that is named
-                serves or is refused
+    sinks       first tokens of its document that an S²-Attn query sees in addition to its group. auto: 1 for a model
+                that puts much of its attention on the first token, measured when training starts (train/sinks.py);
+                otherwise 0, as published. auto is 0 with memory.tiles and, with a warning, under ZeRO 3
+    grow        groups double, in equal parts of the S²-Attn steps, up to half of ctx or more
+    shift       half: the groups of the shifted heads move by G // 2, as published; random: by a random amount drawn at
+                each step
+    dense_last  the share of the steps, at the end, that train dense
+    backend     the attention backend (ops/backends/choice.py); auto: chosen by device, dtype and pattern. A named
+                backend runs or is refused; there is no fallback
     """
 
     train: Literal["auto", "s2", "dense"] = "auto"
@@ -56,7 +57,7 @@ def _check_format(source: str, format: Format, text_field: str) -> None:
 
 @spec
 class MixturePart:
-    """One source of a mixture: `weight` is its share of the sequences beside the others'; the rest as in DataSpec."""
+    """One source of a mixture. `weight` is its share of the sequences, relative to the others; rest as in DataSpec."""
 
     source: str
     weight: Rate = 1.0
@@ -69,12 +70,12 @@ class MixturePart:
 
 @spec
 class SamplesSpec:
-    """Text that the model writes itself, as it was before any conversion: `source: self`.
+    """Text that the model samples itself, in its state before any conversion: `source: self`.
 
-    tokens       how many are sampled, once for a model and these settings; training goes through them again
-    temperature  of the sampling, from all of the vocabulary
-    batch        documents written at a time, each from its first token to its end, or to the model's original length
-    seed         of the sampling; runs of other seeds share the text
+    tokens       how many tokens are sampled, once per model and settings; training repeats them as needed
+    temperature  of the sampling, from the whole vocabulary
+    batch        documents sampled at a time, each from its first token to its end, or to the model's original length
+    seed         of the sampling; runs with other seeds share the text
     """
 
     tokens: Tokens = 512 * 1024
@@ -85,23 +86,24 @@ class SamplesSpec:
 
 @spec
 class DataSpec:
-    """Where text comes from.
+    """Where the training text comes from.
 
-    source              a file or directory of text (.txt, .text, .md) or rows (.jsonl, .json, .parquet), .gz and .zst
-                        too; a `datasets` id; `embedded`; or `self`
-    format              what a JSONL or Parquet row is: text; messages (of roles, by the tokenizer's chat template);
-                        prompt (`prompt` and `completion`, joined as they are) or prompt_chat (these as a user's and an
-                        assistant's message). Of all but text the loss is on the answers alone (data/chat.py)
+    source              a file or directory of text (.txt, .text, .md) or rows (.jsonl, .json, .parquet), also as .gz or
+                        .zst; a `datasets` id; `embedded`; or `self`
+    format              the content of a JSONL or Parquet row: text; messages (with roles, rendered by the tokenizer's
+                        chat template); prompt (`prompt` and `completion`, concatenated) or prompt_chat (the two as a
+                        user's and an assistant's message). For all formats except text, the loss is on the answers
+                        alone (data/chat.py)
     text_field          the field of a JSONL or Parquet row that holds the text
-    mixture             several sources in proportion to weights, instead of `source`, `format` and `text_field`
-    min_tokens          of a document; shorter ones are left out
-    max_tokens          of a document; longer ones are left out
-    bos                 True: a document begins with BOS where the tokenizer adds one to a text (of rows that a chat
+    mixture             several sources in proportion to their weights, instead of `source`, `format` and `text_field`
+    min_tokens          of a document; shorter documents are left out
+    max_tokens          of a document; longer documents are left out
+    bos                 True: a document begins with BOS where the tokenizer adds one to a text (for rows that a chat
                         template renders: where the template writes one)
     document_mask       True: tokens do not see other documents packed into the same sequence
     synthetic_fraction  of the embedded corpus: the share of synthetic text
-    synthetic_kinds     which synthetic texts (data/synthetic.py)
-    samples             of `self`: how it is sampled
+    synthetic_kinds     of the embedded corpus: which synthetic texts (data/synthetic.py)
+    samples             of `self`: the sampling settings
     """
 
     source: str = EMBEDDED
@@ -126,6 +128,7 @@ class DataSpec:
         if not self.mixture:
             _check_format(self.source, self.format, self.text_field)
             return
+        # A mixture replaces the three fields of a single source, so that both together are ambiguous.
         given = [
             name
             for name, default in (("source", EMBEDDED), ("format", "text"), ("text_field", "text"))
@@ -136,6 +139,7 @@ class DataSpec:
         whole = sum(part.weight for part in self.mixture)
         seen = set[tuple[str, str, str]]()
         for part in self.mixture:
+            # A tiny share is refused, and so is the same source twice.
             if part.weight < whole / 1000:
                 raise ValueError(f"mixture: {part.source} has less than a thousandth of the weight ({part.weight:g})")
             key = (part.source, part.format, part.text_field)
@@ -145,7 +149,7 @@ class DataSpec:
 
     @property
     def parts(self) -> tuple[MixturePart, ...]:
-        """Every source as a part; one where there is no mixture."""
+        """All sources as parts; one part if there is no mixture."""
         return self.mixture or (MixturePart(source=self.source, format=self.format, text_field=self.text_field),)
 
     @property
@@ -158,17 +162,18 @@ class DataSpec:
 
 @spec
 class Objective:
-    """What a part of a run with a teacher minimises: weights of errors summed over the tokens that count.
+    """The loss of one part of a run with a teacher: weights of terms summed over the tokens that count.
 
-    share      of the steps, beside the other objectives' shares
-    kl         nats: KL of the teacher's next-token distribution from the model's
-    top_k      the KL is over the teacher's k most probable tokens and all others as one; None: over all
+    share      of the steps, relative to the other objectives' shares
+    kl         nats: KL divergence of the student's next-token distribution from the teacher's
+    top_k      the KL uses the teacher's k most probable tokens and all other tokens as one; None: all tokens
     ce         nats: cross entropy of the text
-    hidden     the squared error of every layer's output, over the mean square of the teacher's in the same sequence
-    attention  the same of every layer's attention alone, each given the teacher's input to it, so that errors do not
-               add up (after the per-layer stage of HALO, arXiv 2601.22156; whose input its layers get is our guess)
-    beyond     nats: cross entropy of the tokens further into their document than the teacher was trained for; the
-               other errors are of the tokens before
+    hidden     the squared error of every layer's output, divided by the mean square of the teacher's output in the same
+               sequence
+    attention  the same for every layer's attention alone. Each layer gets the teacher's input, so that errors do not
+               add up (after the per-layer stage of HALO, arXiv 2601.22156; which input its layers get is our guess)
+    beyond     nats: cross entropy of the tokens beyond the length that the teacher was trained for, within their
+               document; the other terms use the tokens before
     """
 
     share: Rate = 1.0
@@ -188,9 +193,9 @@ class Objective:
 
 @spec
 class DistillSpec:
-    """Learning from a teacher, to get back what a conversion lost.
+    """Distillation from a teacher, to recover what a conversion lost.
 
-    teacher     self: the model's own frozen weights in the layout and positions they were pretrained with, no second
+    teacher     self: the model's own frozen weights in the layout and positions of their pretraining, without a second
                 model in memory; or a directory, preset or hub id of a model with the same vocabulary
     objectives  one after the other
     """
@@ -203,15 +208,15 @@ class DistillSpec:
 class OptimizerSpec:
     """AdamW on fp32 master weights.
 
-    name                   adamw, or bitsandbytes' adamw8bit (moments in 8 bits) and paged_adamw8bit (on the host when
-                           the GPU is full; on a CPU the same as adamw8bit)
-    learning_rate          of the LoRA matrices, or of everything under `tuning: full`
+    name                   adamw, or bitsandbytes' adamw8bit (8-bit moments) and paged_adamw8bit (moments move to the
+                           host when the GPU is full; on a CPU the same as adamw8bit)
+    learning_rate          of the LoRA matrices, or of all weights under `tuning: full`
     whole_learning_rate    of embeddings and norms; None: learning_rate
-    sinks_learning_rate    of sinks and biases that a conversion has fitted and an adapter trains (lora.sinks): logits
-                           and values of another size than matrices
+    sinks_learning_rate    of sinks and biases that a conversion fitted and an adapter trains (lora.sinks); these are
+                           logits and values, on another scale than matrices
     warmup_steps           optimizer steps of linear warm-up
     schedule               after warm-up: constant, cosine down to a tenth, or wsd (the last fifth linear to zero)
-    clip                   the gradient norm may be this many times its running mean; larger ones are scaled down
+    clip                   the gradient norm may be this many times its running mean; larger gradients are scaled down
     """
 
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
@@ -228,16 +233,16 @@ class OptimizerSpec:
 
 @spec
 class MemorySpec:
-    """What is kept, recomputed, moved or made smaller. Every knob but `quantize` gives the same numbers.
+    """What is kept, recomputed, offloaded or quantised. All options except `quantize` give the same numbers.
 
-    checkpoint  True: a layer keeps its input alone, and is computed again in the backward pass (no: everything is
-                kept); a number k: one input is kept for every k layers, which are computed again together
-    keep        attention: full and S² layers keep their attention's output and logsumexp as well, instead of
-                computing the attention twice; sliding layers are cheap and are recomputed whole
-    tiles       tokens of a tile in which sliding and S² layers are recomputed and differentiated, so that the work
-                memory of a layer is that of a tile; None: whole rows
-    offload     the layers' inputs wait on the host (pinned, copied beside the computation on a GPU)
-    quantize    the frozen weights of the linear layers in 4 (nf4, double quantisation) or 8 bits, through bitsandbytes
+    checkpoint  True: a layer keeps only its input and is recomputed in the backward pass; False: all activations are
+                kept; a number k: one input is kept for every k layers, which are recomputed together
+    keep        attention: full and S² layers also keep the output and logsumexp of their attention, which is then
+                computed only once; sliding layers are cheap and are fully recomputed
+    tiles       tokens of a tile. Sliding and S² layers are recomputed and differentiated tile by tile, so that the
+                working memory of a layer is that of one tile; None: whole rows
+    offload     the layers' inputs are stored on the host (pinned; on a GPU the copy overlaps the computation)
+    quantize    the frozen weights of the linear layers in 4 (nf4, double quantisation) or 8 bits, with bitsandbytes
     """
 
     checkpoint: bool | Positive = True
@@ -249,14 +254,15 @@ class MemorySpec:
 
 @spec
 class FaultSpec:
-    """What survives, and what happens when training goes wrong.
+    """Checkpoints, and the reaction to a divergence.
 
     save_steps      optimizer steps between checkpoints; the first step is always saved
-    save_minutes    minutes between checkpoints, whichever comes first; None: by steps alone
-    keep            checkpoints kept, the newest
-    keep_at_end     they stay when the run is done, for `ctxext probe` to follow it through; else they are removed
-    on_divergence   a loss or gradient that is not finite, or a spike: rollback goes back to the newest checkpoint once,
-                    with the learning rates halved, and stops the second time; stop stops
+    save_minutes    minutes between checkpoints, whichever comes first; None: only save_steps counts
+    keep            how many checkpoints are kept, newest first
+    keep_at_end     True: checkpoints stay after the run, so that `ctxext probe` can follow the training; False: they
+                    are removed
+    on_divergence   for a loss or gradient that is not finite, and for a spike. rollback: the first time, return to the
+                    newest checkpoint with half the learning rates; the second time, stop. stop: stop
     spike           nats a token by which a step's loss may exceed its running mean
     """
 
@@ -270,7 +276,7 @@ class FaultSpec:
 
 @spec
 class PasskeySpec:
-    """A passkey grid: `cases` at each of `lengths` (tokens, up to ctx) and `depths` (0 first, 1 last)."""
+    """A passkey grid: `cases` for each pair of `lengths` (tokens, up to ctx) and `depths` (0 first, 1 last)."""
 
     lengths: Annotated[tuple[Tokens, ...], Field(min_length=1)]
     depths: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)] = (0.0, 0.5, 1.0)
@@ -279,13 +285,14 @@ class PasskeySpec:
 
 @spec
 class ValidationSpec:
-    """Held-out loss during training, always under the attention the model will run with, never S²-Attn.
+    """Held-out loss during training, always under the model's inference attention, never S²-Attn.
 
-    every_steps             optimizer steps between two; also before the first and after the last. None: never
-    sequences               of ctx tokens; of a user's text at most a tenth
-    result                  what a run leaves: the last weights, or the best by held-out loss
-    max_short_ppl_increase  share by which perplexity at the original length may rise, such as 0.1; None: any
-    passkey                 a grid that every validation measures as well; in a shorter stage, the lengths that fit
+    every_steps             optimizer steps between two validations; also before the first and after the last step.
+                            None: never
+    sequences               how many sequences of ctx tokens; at most a tenth of a user's text
+    result                  which weights a run returns: the last, or the best by held-out loss
+    max_short_ppl_increase  share by which perplexity at the original length may rise, such as 0.1; None: no limit
+    passkey                 a grid that every validation also measures; a shorter stage uses the lengths that fit
     """
 
     every_steps: Positive | None = 50
@@ -303,10 +310,10 @@ class ValidationSpec:
 
 @spec
 class TelemetrySpec:
-    """Where else the numbers of metrics.jsonl and validation.jsonl go; each needs its package.
+    """Additional targets for the numbers of metrics.jsonl and validation.jsonl; each needs its package.
 
     tensorboard  event files in the run's directory
-    wandb        a project of Weights & Biases
+    wandb        the name of a Weights & Biases project
     """
 
     tensorboard: bool = False
@@ -315,12 +322,12 @@ class TelemetrySpec:
 
 @spec
 class FinetuneSpec:
-    """One run.
+    """One training run.
 
-    ctx                tokens of a training sequence, and what the result is made for
-    stages             shorter contexts to train at first, ascending, each for an equal share of the steps
-    rope_scaling       see model/positions.py; always from the original trained length
-    original_length    tokens; overrides what the model's files say
+    ctx                tokens of a training sequence, and the target context of the result
+    stages             shorter contexts that train first, ascending, each for an equal share of the steps
+    rope_scaling       see model/positions.py; always relative to the original trained length
+    original_length    tokens; overrides the value in the model's files
     tuning             lora (adapter plus embeddings and norms) or full
     steps              optimizer steps
     tokens_per_step    tokens; rounded down to whole sequences, at least one. Ignored when global_batch_size is given

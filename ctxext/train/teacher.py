@@ -1,8 +1,8 @@
-"""Whom a run learns from, decided from files: the teacher, what it costs, and every refusal. No torch.
+"""Plans the teacher of a run from files alone: which model, its cost, and all refusals. No torch.
 
-`self` is the model's own frozen weights under the layout and positions they were pretrained with (model/relayout.py):
-no second model is in memory, and what is compared is what the conversion changed. So the frozen weights must not move,
-and must be the pretrained ones.
+`self` is the model's own frozen weights under the layout and positions of their pretraining (model/relayout.py). No
+second model is in memory, and the comparison shows exactly what the conversion changed. Therefore the frozen weights
+must not change, and must be the pretrained ones.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ STRETCHING = ("dynamic", "longrope")  # RoPE types whose frequencies depend on h
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher, decided.
+    """A planned teacher.
 
-    source  a model of its own; None: self
-    config  the normalised config it runs with
-    length  tokens of a document that it was trained for: beyond, nobody teaches
+    source  a separate model; None: self
+    config  the normalised config that it runs with
+    length  tokens of a document that it was trained for; it teaches nothing beyond them
     """
 
     source: ModelSource | None
@@ -41,9 +41,13 @@ class Teacher:
 
 
 def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
-    """The teacher of a run, None for a run without. Raises InputError for one that cannot teach this model, and for
-    `data: self` of a model that is not the pretrained one any more."""
+    """Returns the teacher of a run, None for a run without a teacher.
+
+    Raises InputError for a teacher that cannot teach this model, and for `data: self` when the model is no longer the
+    pretrained one.
+    """
     if any(part.source == SELF for part in spec.data.parts):
+        # The model samples its training text in its original layout; this raises if that is not known.
         original_config(source)
     if spec.distill is None:
         return None
@@ -52,6 +56,7 @@ def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
         teacher = _self(source, spec, spec.distill)
     else:
         teacher = _other(source, spec.distill)
+    # Frequencies that depend on the row length would differ from those that the teacher was trained with.
     kind = rope_of(teacher.config).get("rope_type")
     if spec.ctx > teacher.length and kind in STRETCHING:
         raise InputError(
@@ -69,6 +74,7 @@ def _self(source: ModelSource, spec: FinetuneSpec, distill: DistillSpec) -> Teac
             hint="use tuning: lora, or the path of the model that teaches",
         )
     config, length = original_config(source), spec.original_length or source.usable_length
+    # Without a change, the KL and the layer errors are zero from the start.
     unchanged = config == source.config and isinstance(spec.rope_scaling, Auto) and spec.ctx <= length
     if unchanged and not any(objective.ce for objective in distill.objectives):
         raise InputError(
@@ -83,13 +89,14 @@ def _self(source: ModelSource, spec: FinetuneSpec, distill: DistillSpec) -> Teac
 
 
 def _other(source: ModelSource, distill: DistillSpec) -> Teacher:
-    found = resolve(distill.teacher, weights=False)  # a plan needs none
+    found = resolve(distill.teacher, weights=False)  # a plan needs no weights
     mine, theirs = source.config["vocab_size"], found.config["vocab_size"]
     if mine != theirs:
         raise InputError(
             f"distill.teacher: {found.name} predicts {theirs:,} tokens, {source.name} {mine:,}: another vocabulary",
             hint="a teacher needs the same tokenizer",
         )
+    # Layer-by-layer errors need the same number of layers and the same width.
     sizes = [(s.shape.num_layers, s.shape.hidden_size) for s in (source, found)]
     if any(objective.hidden or objective.attention for objective in distill.objectives) and sizes[0] != sizes[1]:
         raise InputError(
@@ -102,7 +109,7 @@ def _other(source: ModelSource, distill: DistillSpec) -> Teacher:
 
 
 def _check_layers(spec: FinetuneSpec) -> None:
-    """`hidden` and `attention` look at whole layers, one by one."""
+    """Raises InputError if `hidden` or `attention` need layer outputs that the memory options do not provide."""
     assert spec.distill is not None
     if not any(objective.hidden or objective.attention for objective in spec.distill.objectives):
         return
@@ -116,24 +123,34 @@ def _check_layers(spec: FinetuneSpec) -> None:
 
 
 def objective_at(objectives: Sequence[Objective], step: int, steps: int) -> Objective:
-    """The objective of `step` (from 0) of `steps`: each has its share, rounded, and at least one step."""
+    """Returns the objective of `step` (from 0) of `steps`. Each has its share, rounded, and at least one step."""
+    # The end of each objective in steps, by its cumulative share.
     ends = [steps * end / sum(o.share for o in objectives) for end in accumulate(o.share for o in objectives)]
     last = len(objectives) - 1
+    # Where each objective after the first starts: at least one step for each one before it and each one after it.
     starts = [max(i + 1, min(round(end), steps - last + i)) for i, end in enumerate(ends[:-1])]
     return objectives[bisect.bisect_right(starts, step)]
 
 
 def teacher_flops(teacher: Teacher, source: ModelSource, T: int, *, mask: bool) -> int:
-    """FLOPs of a teacher's forward for a row of T tokens; with a document mask it sees all of them, in pieces."""
+    """Returns the FLOPs of the teacher's forward for a row of T tokens.
+
+    With a document mask the teacher sees the whole row in pieces of its own length; without one, only the first piece.
+    """
     shape = (teacher.source or source).shape
     whole, rest = divmod(T, teacher.length)
+    # Attention is quadratic, so that pieces cost less than one long row.
     pieces = [teacher.length] * whole + ([rest] if rest else [])
     layers: list[cost.Layer] = [(None, None)] * shape.num_layers
     return sum(cost.forward_flops(shape, layers, piece) for piece in (pieces if mask else pieces[:1]))
 
 
 def teacher_bytes(teacher: Teacher, source: ModelSource, spec: FinetuneSpec, tokens: int, item_bytes: int) -> int:
-    """Memory that a teacher adds: its last states, its logits of a chunk, of a model of its own the weights."""
+    """Returns the memory in bytes that a teacher adds.
+
+    These are its last hidden states (with a `hidden` objective those of every layer) and, for a separate model, its
+    weights. `tokens` are the tokens of one forward.
+    """
     assert spec.distill is not None
     shape = (teacher.source or source).shape
     states = 1 + shape.num_layers * any(objective.hidden for objective in spec.distill.objectives)
@@ -142,12 +159,15 @@ def teacher_bytes(teacher: Teacher, source: ModelSource, spec: FinetuneSpec, tok
 
 
 def teacher_weights(teacher: Teacher | None, spec: FinetuneSpec) -> ModelSource | None:
-    """A teacher of its own with the files of its weights, fetched from the hub if need be; None for self, and none."""
+    """Returns a separate teacher with its weight files, fetched from the hub if necessary.
+
+    None for `self` and for a run without a teacher.
+    """
     if teacher is None or teacher.source is None or spec.distill is None:
         return None
     return resolve(spec.distill.teacher)
 
 
 def absolute(teacher: str) -> str:
-    """A path of a teacher from the root: a run may be resumed from another directory."""
+    """Returns a teacher's path as an absolute one, because a run may be resumed from another directory."""
     return str(Path(teacher).absolute()) if teacher != SELF and Path(teacher).exists() else teacher

@@ -1,4 +1,4 @@
-"""What train/launch.py starts: `python -m ctxext.train.worker RUN` is one rank, `... RUN NODE` one host's ranks."""
+"""The processes that train/launch.py starts: `python -m ctxext.train.worker RUN` a rank, `... RUN NODE` a host."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from ctxext.train.parallel import Launch
 
 
 def run_rank(run: Path) -> None:
-    """Train as the rank that the environment names. Rank 0 tells the run's directory how it goes."""
+    """Trains as the rank that the environment names. Rank 0 writes its events and its report to the run's directory."""
     import torch
 
-    if not torch.cuda.is_available():  # before DeepSpeed is imported, which would look by itself
+    if not torch.cuda.is_available():  # before the import of DeepSpeed, which would choose by itself
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ctxext.train.finetune import run_finetune
     from ctxext.train.loop import Events
@@ -44,11 +44,13 @@ def run_rank(run: Path) -> None:
     from ctxext.train.run import plan_resumed
 
     launch, logs = Launch.read(run / LAUNCH), run / LOGS
+    # Only rank 0 reports events and watches for a stop; the loop passes its decision to the other ranks.
     events = Events()
     if os.environ["RANK"] == "0":
         tell = _teller(logs / EVENTS)
         events = Events(lambda line: tell(say=line), lambda metrics: tell(step=metrics.as_dict()))
         threading.Thread(target=_heed, args=(logs / STOP, os.getppid()), daemon=True).start()
+    # The plan comes from run/spec.yaml, with the memory of one rank.
     plan = divided(plan_resumed(run), launch.partition)
     report = run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)
     if os.environ["RANK"] == "0":
@@ -57,7 +59,10 @@ def run_rank(run: Path) -> None:
 
 
 def leave() -> None:
-    """End the ranks' communication together: gloo's threads, still there when a process ends, now and then abort it."""
+    """Ends the communication of all ranks together.
+
+    Threads of gloo that still run when a process ends sometimes abort it.
+    """
     from torch import distributed
 
     if distributed.is_initialized():
@@ -66,7 +71,7 @@ def leave() -> None:
 
 
 def run_host(run: Path, node: int) -> int:
-    """Start and watch the ranks of one of several hosts, and stop them when another host lost one."""
+    """Starts and watches the ranks of one of several hosts, and stops them when another host has lost a rank."""
     launch, died = Launch.read(run / LAUNCH), run / LOGS / DIED
     port, parent = int(os.environ.get("MASTER_PORT", PORT)), os.getppid()
 
@@ -74,12 +79,14 @@ def run_host(run: Path, node: int) -> int:
         if died.exists() or os.getppid() != parent:
             raise SystemExit(1)
 
+    # SIGTERM raises SystemExit, so that `finally` below ends the ranks.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     processes = start_ranks(run, launch, node, launch.hosts[0].name, port)
     try:
         death = watch(processes, look)
     finally:
         kill(processes)
+    # Tell the launcher and the other hosts. The first death wins: later ones are consequences.
     if death is not None and not died.exists():
         write_whole(died, json.dumps(asdict(death)))
     return 0 if death is None else 1
@@ -87,8 +94,8 @@ def run_host(run: Path, node: int) -> int:
 
 def _teller(path: Path) -> Callable[..., None]:
     def tell(**event: Any) -> None:
-        # These lines are talk: where the disk is full they are lost, and the run goes on. The file has to end in a
-        # whole line, since the launcher reads each line as JSON.
+        # These lines are only progress output: if the disk is full they are lost, and the run continues. The file has
+        # to end in a whole line, since the launcher parses each line as JSON.
         line = json.dumps(event).encode() + b"\n"
         try:
             with path.open("ab", buffering=0) as file:
@@ -102,14 +109,17 @@ def _teller(path: Path) -> Callable[..., None]:
 
 
 def _heed(flag: Path, parent: int) -> None:
-    """SIGTERM to ourselves when the run is to stop, or nobody is left who started it: the loop saves, and all end."""
+    """Sends SIGTERM to this process when the run has to stop, or when the launching process is gone.
+
+    The training loop then saves, and all ranks end.
+    """
     while not flag.exists() and os.getppid() == parent:
         time.sleep(TICK)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _refusal(error: BaseException, run: Path) -> CtxextError | None:
-    """What an exception says to the user, if it says anything."""
+    """The error to show to the user for an exception; None for an unexpected one, whose traceback is needed."""
     if isinstance(error, SpecError):
         return InputError(error.message, hint=error.hint)
     if "EADDRINUSE" in str(error):
@@ -131,7 +141,7 @@ def main(arguments: list[str]) -> int:
         try:
             write_whole(run / LOGS / f"error-{os.environ['RANK']}.json", json.dumps(data))
         except EnvironmentFault:
-            # The last line of the rank's log is what the launcher tells where there is no such file.
+            # Without this file, the launcher shows the last line of the rank's log.
             sys.stderr.write(f"{refusal.message}\n")
         return refusal.exit_code
     return 0
