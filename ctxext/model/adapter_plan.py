@@ -1,8 +1,8 @@
-"""What trains: LoRA where, at which scale, and which modules whole. Arithmetic over a config; no torch.
+"""Plans the trainable set: where LoRA goes, at which scale, and which modules train fully. No torch.
 
-LongLoRA (arXiv 2309.12307, section 3.3) trains LoRA on attention plus embeddings and norms: LoRA alone does not carry
-a model to long contexts. The modules trained whole are listed by their full names, because PEFT matches a short name
-such as `norm` against everything that ends in it.
+LongLoRA (arXiv 2309.12307, section 3.3) trains LoRA on attention plus embeddings and norms, because LoRA alone does not
+extend a model to long contexts. The fully trained modules are listed by their full names, because PEFT matches a short
+name such as `norm` against every name that ends in it.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ctxext.ops.low_rank import alpha
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 EMBEDDINGS = "model.embed_tokens"
-FITTED = ("sinks", "v_proj.bias", "o_proj.bias")  # of a layer's self_attn: what a conversion fits
+FITTED = ("sinks", "v_proj.bias", "o_proj.bias")  # tensors of a layer's self_attn that a conversion can fit
 
 
 @spec
 class LoraSpec:
-    """A LoRA adapter, and what trains whole beside it.
+    """A LoRA adapter, and the modules that train fully with it.
 
     alpha       sqrt: 256 sqrt(rank), second-hand from arXiv 2606.12883; curvature: sqrt(3 fan_in rank), ours; a number
-    multiplier  a factor on alpha, whichever rule gave it
-    embeddings  full (trained whole; with tied embeddings the head moves with them), lora, or frozen
+    multiplier  a factor on alpha, for every rule
+    embeddings  full (trained fully; with tied embeddings the head changes with them), lora, or frozen
     norms       full or frozen
-    sinks       of a conversion with fitted sinks (retrofit/sinks.py): full (they and the biases beside them train, at
-                optimizer.sinks_learning_rate) or frozen. Sinks that a model brings itself stay frozen
+    sinks       of a conversion with fitted sinks (retrofit/sinks.py): full (the sinks and the biases fitted with them
+                train, at optimizer.sinks_learning_rate) or frozen. Sinks that a model had before stay frozen
     """
 
     rank: Annotated[int, Field(ge=1)] = 8
@@ -53,7 +53,7 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class LoraModules:
-    """All modules of one name (`q_proj` of every layer): they share fan-in, alpha and scale = alpha / rank."""
+    """All modules of one name, such as `q_proj` of every layer. They share fan-in, alpha and scale = alpha / rank."""
 
     name: str
     count: int
@@ -66,8 +66,14 @@ class LoraModules:
 
 @dataclass(frozen=True)
 class Trainables:
-    """The trainable set of a run. `whole` are full module names, `direct` names of tensors of the base that train in
-    their place; parameters are counts of scalars."""
+    """The trainable set of a run.
+
+    tuning      full or lora
+    lora        the modules with LoRA, grouped by name
+    whole       full names of the modules that train fully
+    direct      names of the base's tensors that train in place
+    parameters  this and all *_parameters are counts of scalars
+    """
 
     tuning: str
     lora: tuple[LoraModules, ...]
@@ -86,10 +92,11 @@ class Trainables:
 
 
 def plan_trainables(config: Config, tuning: str, lora: LoraSpec, fitted_layers: Sequence[int] = ()) -> Trainables:
-    """Decide what trains for a normalised config. Raises InputError for a combination PEFT would get wrong.
+    """Plans the trainable set for a normalised config. Raises InputError for a combination that PEFT handles wrongly.
 
-    `fitted_layers` are those in which a conversion has fitted sinks and biases.
+    `fitted_layers` are the layers in which a conversion fitted sinks and biases.
     """
+    # The names that end in norm.weight are those of all norms, also of qk-norm.
     tensors = expected_tensors(config)
     sizes = {name: math.prod(shape) for name, shape in tensors.items()}
     norms = {name: size for name, size in sizes.items() if name.endswith("norm.weight")}
@@ -102,6 +109,7 @@ def plan_trainables(config: Config, tuning: str, lora: LoraSpec, fitted_layers: 
             "embeddings: lora on a model with tied embeddings would leave its head behind",
             hint="use embeddings: full or frozen",
         )
+    # One group for each name: modules of one name have the same shape in every layer.
     targets = list(lora.target_modules)
     groups = tuple(_lora_modules(config, name, lora) for name in targets)
     if lora.embeddings == "lora":
@@ -125,14 +133,14 @@ def plan_trainables(config: Config, tuning: str, lora: LoraSpec, fitted_layers: 
 
 
 def in_adapted(name: str, targets: Container[str]) -> str:
-    """The name under PEFT of a tensor of the base: that of a layer with LoRA lies in the layer that LoRA wraps."""
+    """Returns the name under PEFT of a tensor of the base. In a layer with LoRA the tensor is in `base_layer`."""
     module, _, own = name.rpartition(".")
     wrapped = ".base_layer" if module.rpartition(".")[2] in targets else ""
     return f"base_model.model.{module}{wrapped}.{own}"
 
 
 def is_fitted(name: str) -> bool:
-    """Whether a tensor under PEFT, by its name, is a sink or a bias that a conversion fits."""
+    """Returns whether a tensor under PEFT has the name of a sink or a bias that a conversion can fit."""
     return name.replace(".base_layer", "").endswith(FITTED)
 
 

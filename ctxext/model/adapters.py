@@ -1,9 +1,11 @@
-"""LoRA and the modules trained whole, through PEFT: attached, saved, reopened, merged, and counted at every step.
+"""LoRA and fully trained modules through PEFT: attach, save, reopen and merge, with a count at every step.
 
-What PEFT gets wrong when left alone, and what is done here: short names in `modules_to_save` match too much (full
-names, and the set is asserted); tied embeddings come apart (`ensure_weight_tying`); modules trained whole stay in bf16
-(the caller hands fp32 masters to `save_adapter`); a save that drops tensors says nothing (the file is reopened and
-compared with what trained).
+PEFT has these problems by default, and this module avoids them:
+
+short names in `modules_to_save` match too many modules   full names are used, and the trainable set is checked
+tied embeddings become untied                             `ensure_weight_tying`
+fully trained modules stay in bf16                        the caller passes fp32 masters to `save_adapter`
+a save that drops tensors gives no error                  the file is reopened and compared with the trained tensors
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from ctxext.model.weights import ADAPTER_FILE
 
 
 def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> PeftModel:
-    """Put the planned adapter on a model; B starts at zero, so it computes what it did. `base` is recorded by PEFT.
+    """Attaches the planned adapter to a model. B starts at zero, so the outputs do not change at first.
 
-    Raises CheckFailed when what trains is not exactly what was planned.
+    `base` is the path of the base that PEFT records. Raises CheckFailed when the trainable set differs from the plan.
     """
+    # PEFT takes one alpha for all modules, and `alpha_pattern` where they differ.
     alphas = {group.name: group.alpha for group in plan.lora}
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -40,10 +43,11 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
     )
     adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
     adapted.peft_config["default"].base_model_name_or_path = base  # PEFT takes the model's own, maybe relative, path
-    # Tensors of the base that train in their place: PEFT has frozen them with everything else.
+    # Tensors of the base that train in place: PEFT froze them with everything else.
     direct = [in_adapted(name, alphas) for name in plan.direct]
     for name in direct:
         adapted.get_parameter(name).requires_grad_(True)
+    # Compare with the plan by name (all but LoRA's matrices) and by count. Shapes are the full ones, also under ZeRO-3.
     found = trainable(adapted)
     whole = {f"base_model.model.{module}.modules_to_save.default.weight" for module in plan.whole}
     strangers = {name for name in found if ".lora_" not in name} ^ (whole | set(direct))
@@ -58,31 +62,35 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
 
 
 def trainable(model: Any) -> dict[str, Tensor]:
-    """Every tensor that trains, by its name in the model; a tied head counts once."""
+    """Returns every trainable tensor by its name in the model. A tied head counts once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, also where ZeRO-3 has left a part of it, flat, on this rank."""
+    """Returns the shape of the whole parameter, also where ZeRO-3 keeps only a flat part of it on this rank."""
     shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
     return shape
 
 
 def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor]) -> int:
-    """Write adapter_config.json and adapter_model.safetensors, then reopen and account for every trained tensor.
+    """Writes adapter_config.json and adapter_model.safetensors, then reopens the file and checks every trained tensor.
 
-    `masters` are the fp32 values of everything that trains, by parameter name; they are what is saved. Returns the
-    number of tensors. Raises CheckFailed when one is not found again, equal to the last bit.
+    `masters` are the fp32 values of all trainable tensors, by parameter name; these values are saved. Returns the
+    number of saved tensors. Raises CheckFailed when a tensor is missing in the file or differs in any bit.
     """
+    # Replace every trainable entry of the state dict by its master. The match is by object, because a tied head has two
+    # names for one parameter.
     master_of = {id(parameter): masters[name] for name, parameter in trainable(model).items()}
     aliases = model.named_parameters(remove_duplicate=False)  # a tied head is the embedding under a second name
     state = dict(model.state_dict()) | {n: master_of[id(p)] for n, p in aliases if id(p) in master_of}
     saved = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    # PEFT leaves out the tensors of the base that train in place: add them.
     saved |= {name: masters[name] for name in masters if _is_direct(name)}
     saved = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in saved.items()}
     save_file(saved, directory / ADAPTER_FILE, metadata={"format": "pt"})
     model.peft_config["default"].save_pretrained(str(directory))
     reopened = load_file(directory / ADAPTER_FILE)
+    # PEFT saves without the adapter's name ("default") and without the wrapper's part of the path.
     for name, tensor in masters.items():
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         if key not in reopened or not torch.equal(reopened[key], tensor.detach().cpu()):
@@ -94,15 +102,19 @@ def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor
 
 
 def _is_direct(name: str) -> bool:
-    """Whether a trained tensor is one of the base's own. PEFT loads it by this name, and does not save it."""
+    """Returns whether a trained tensor is one of the base's own. PEFT loads it by this name, but does not save it."""
     return ".lora_" not in name and ".modules_to_save." not in name
 
 
 def open_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
-    """Put a saved adapter on its base, for inference. Raises ModelError when a stored tensor finds no place."""
+    """Attaches a saved adapter to its base, for inference. Raises ModelError when a stored tensor was not loaded.
+
+    It also raises ModelError when a tensor of the adapter is missing in the file.
+    """
     adapted: PeftModel = PeftModel.from_pretrained(model, str(directory), local_files_only=True)
     stored = load_file(directory / ADAPTER_FILE)
     placed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    # `get_peft_model_state_dict` does not list fitted sinks and biases: add those that the file has.
     own = dict(adapted.named_parameters())
     placed |= {name: own[name] for name in stored if is_fitted(name) and name in own}
     lost = sorted(stored.keys() ^ placed.keys())
@@ -115,7 +127,10 @@ def open_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
 
 
 def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
-    """Fold the adapter into an fp32 base; the result is an ordinary model, tied where the base was tied."""
+    """Merges the adapter into an fp32 base. The result is an ordinary model, tied where the base is tied.
+
+    Raises ModelError for a model in another dtype.
+    """
     wide = {parameter.dtype for parameter in adapted.parameters()}
     if wide != {torch.float32}:
         raise ModelError(f"merging is done in fp32, the model holds {', '.join(map(str, wide))}")

@@ -1,14 +1,14 @@
-"""ctxext's attention as one entry in transformers' AttentionInterface: what each layer may see, never a T x T mask.
+"""ctxext's attention, registered in transformers' AttentionInterface. It never builds a T x T mask.
 
-A layer's window comes from the stock class itself, which hands it over with every call. What training adds (document
-bounds, S²-Attn groups on the layers without a window) travels as keyword arguments of `model.forward`, so a model
-holds no hidden state and switching back to another implementation restores it exactly. The one exception is asked for
-by name (`load_model(nope_log_scale=)`): an attribute of that name on the attention modules of N layers, never on disk.
-For experiments a layer may be told to see less or to leave heads out (`intervening`), for as long as a block lasts.
+The stock class passes a layer's window with every call. Training passes document bounds and S²-Attn groups (for the
+layers without a window) as keyword arguments of `model.forward`. A model therefore holds no hidden state, and switching
+to another implementation restores it exactly. There is one explicit exception, `load_model(nope_log_scale=)`: it sets
+an attribute of that name on the attention modules of N layers. The attribute is never saved to disk. For experiments,
+`intervening` limits what a layer sees or masks heads while a `with` block runs.
 
     model(input_ids, document_starts=starts, group_size=2048, backend="auto")
 
-Not done: static caches, soft-capping, dropout. Each is refused, none is dropped silently.
+Not supported: static caches, soft-capping, dropout. Each raises ModelError; none is ignored silently.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ from ctxext.ops.masks import Pattern
 
 @dataclass(frozen=True)
 class Intervention:
-    """What is taken from one layer: `visible` tokens are all that a query sees, itself included (None: as ever), and
-    `masked` heads give zeros."""
+    """A restriction of one layer's attention, for experiments.
+
+    visible  tokens that a query sees at most, itself included; None changes nothing
+    masked   heads whose output is zero
+    """
 
     visible: int | None = None
     masked: tuple[int, ...] = ()
 
 
-NAME = "ctxext"  # transformers treats names containing sdpa, flash or flex_attention specially: this has none
+NAME = "ctxext"  # transformers treats names with sdpa, flash or flex_attention specially; this one has none of them
 
 
 def attend(
@@ -59,16 +62,18 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention. query [B, H, T, D], key and value [B, K, S, D], RoPE applied; returns [B, T, H, D].
+    """Computes one layer's attention. query [B, H, T, D], key and value [B, K, S, D], after RoPE; returns [B, T, H, D].
 
     attention_mask   [B, S] bool from `left_padding`, or None
     document_starts  [B, T], the index within the row at which each token's document starts
     group_size       S²-Attn's G in tokens, used on layers without a window; training only
-    shift            tokens that the shifted heads' groups are moved by; None is G // 2
-    sink_tokens      first tokens of its document that a query sees beside its S²-Attn group; nothing without groups
-    backend          ops/backends/choice.py
+    shift            tokens by which the groups of the shifted heads move; None is G // 2
+    sink_tokens      first tokens of its document that a query sees beside its S²-Attn group; no effect without groups
+    backend          see ops/backends/choice.py
     s_aux            [H], the logit of each head's learned sink (transformers' name), or None
-    watch            called as watch(module, query, key, pattern, scaling) before the layer attends: for measurements
+    watch            a callback for measurements: watch(module, query, key, pattern, scaling), before the attention
+
+    Raises ModelError for soft-capping, for dropout, and for a mask that this attention does not support.
     """
     _refuse_unsupported(module, softcap, dropout)
     if attention_mask is not None:
@@ -81,6 +86,7 @@ def attend(
         if document_starts is not None:
             raise ModelError("padding and packed documents cannot be combined")
         document_starts = _padding_as_starts(attention_mask, query.shape[2])
+    # S²-Attn replaces full attention only: a layer with a window keeps its window.
     grouped = sliding_window is None and group_size is not None
     pattern = Pattern(None, group_size, shift, sink_tokens) if grouped else Pattern(sliding_window)
     change: Intervention | None = getattr(module, "intervention", None)
@@ -88,6 +94,7 @@ def attend(
         pattern = _narrowed(pattern, change.visible)
     if (a := getattr(module, "nope_log_scale", None)) is not None:
         query = _by_log_position(query, key.shape[2], document_starts, a)
+    # The callback gets the query and the pattern that the layer uses: after every change above.
     if watch is not None:
         watch(module, query, key, pattern, scaling)
     out = choice.attention(
@@ -109,11 +116,12 @@ def _refuse_unsupported(module: nn.Module, softcap: float | None, dropout: float
 
 @contextmanager
 def intervening(decoder: Any, changes: Mapping[int, Intervention]) -> Iterator[None]:
-    """While the block lasts, the layers of `decoder` named in `changes`, from 0, see less or have heads masked.
+    """Applies `changes` to the layers of `decoder` (index from 0) while the `with` block runs.
 
-    Every forward of the model has it, decoding with a cache included; nothing of it is saved. Raises ModelError for a
-    layer or a head that is not there, and for fewer than one visible token.
+    The changes apply to every forward pass, decoding with a cache included. Nothing is saved. Raises ModelError for a
+    layer or a head that does not exist, and for fewer than one visible token.
     """
+    # Check all changes before the first one is applied.
     layers = list(decoder.layers)
     heads = decoder.config.num_attention_heads
     for index, change in changes.items():
@@ -130,6 +138,7 @@ def intervening(decoder: Any, changes: Mapping[int, Intervention]) -> Iterator[N
 
 
 def _narrowed(pattern: Pattern, visible: int) -> Pattern:
+    # A window of at most `visible` keys.
     if pattern.group_size is not None:
         raise ModelError("an intervention is for the attention a model runs with, not for S²-Attn")
     return Pattern(min(visible, pattern.sliding_window or visible))
@@ -147,12 +156,14 @@ def left_padding(
     config: Any = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function transformers calls once a forward: the padding of the keys at hand, [B, S] bool, or None.
+    """Returns the padding of the current keys, [B, S] bool, or None. transformers calls this as its mask function.
 
-    transformers says with `allow_is_causal_skip` that it wants more of a mask than causality (documents told by
-    position_ids, tokens that see each other both ways), and with a `local_size` that is not the window that it wants
-    chunks. None of it is had here, so that it is refused. (While tracing it always says so: then it cannot be told.)
+    transformers sets `allow_is_causal_skip` to False when it needs more than a causal mask: documents detected from
+    position_ids, or tokens that see each other in both directions. It passes a `local_size` other than the window when
+    it needs chunks. None of these masks is supported; this function raises ModelError. While torch.compile traces, the
+    flag is always False and carries no information, so it is not checked.
     """
+    # The queries must be the last tokens of the keys. That does not hold for a static cache.
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
         raise ModelError("ctxext's attention takes transformers' dynamic cache, not a static one")
     chunked = local_size not in (None, getattr(config, "sliding_window", None))
@@ -163,18 +174,21 @@ def left_padding(
         )
     if attention_mask is None:
         return None
+    # A sliding layer's cache holds only the last keys: cut the mask to them.
     padding = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
     if bool(padding.all()):
         return None
+    # A token before a pad means padding on the right or inside the row.
     if bool((padding[:, :-1] & ~padding[:, 1:]).any()):
         raise ModelError("padding must be on the left, before a row's first token")
     return padding
 
 
 def _by_log_position(query: Tensor, keys: int, starts: Tensor | None, a: float) -> Tensor:
-    """The query at position t of its document times log(t + a) / log(a): HALO's rule for layers without positions at
-    inference (arXiv 2601.22156, there a = 500). query [B, H, T, D], whose last sits at the last of S `keys`; starts as
-    `document_starts` above.
+    """Multiplies the query at position t of its document by log(t + a) / log(a).
+
+    This is HALO's rule for layers without positions at inference (arXiv 2601.22156, there a = 500). query is
+    [B, H, T, D]; its last token is the last of S `keys`. `starts` is as `document_starts` in `attend`.
     """
     t = torch.arange(keys - query.shape[2], keys, device=query.device)[None]  # [1, T]
     t = t if starts is None else t - starts.to(t.device)  # [B, T]
@@ -183,14 +197,14 @@ def _by_log_position(query: Tensor, keys: int, starts: Tensor | None, a: float) 
 
 
 def _padding_as_starts(padding: Tensor, queries: int) -> Tensor:
-    """Left padding is a document that starts late: [B, S] bool -> [B, T] starts. A pad sees itself alone."""
+    """Converts left padding, [B, S] bool, to document starts, [B, T]. A pad token sees only itself."""
     keys = padding.shape[1]
     index = torch.arange(keys - queries, keys, device=padding.device)
     return torch.minimum(index, (~padding).sum(1, keepdim=True))
 
 
 def register() -> str:
-    """Make `attn_implementation="ctxext"` known to transformers; returns that name. Calling again changes nothing."""
+    """Registers `attn_implementation="ctxext"` in transformers and returns that name. A repeated call has no effect."""
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, left_padding)
     return NAME

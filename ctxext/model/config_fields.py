@@ -1,6 +1,7 @@
-"""What the fields of a config.json may hold, checked before anything is computed from them. No torch.
+"""Tables of the allowed values of config.json's fields, and the checks that run before any computation. No torch.
 
-Bounds are far beyond any model there is: they stand where a number turns into a list, a tensor or a power of itself.
+The bounds are far beyond every existing model. They limit the size of lists, tensors and powers that are computed from
+a number in the file.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def whole(low: int, high: int = 2**31) -> Check:
-    """A whole number; true and false are none."""
+    """Returns the check for a whole number from `low` to `high`. true and false are not numbers."""
     return (lambda value: type(value) is int and low <= value <= high), f"a whole number from {low} to {high:,}"
 
 
 def real(low: float, high: float) -> Check:
-    """A number between two bounds; NaN is not."""
+    """Returns the check for a number from `low` to `high`. NaN fails."""
     return (lambda value: type(value) in (int, float) and low <= value <= high), f"a number from {low:g} to {high:g}"
 
 
@@ -90,12 +91,12 @@ FIELDS: dict[str, Check] = {
     "residual_multiplier": real(0, 1e6),
     "attention_multiplier": real(0, 1e6),
 }
-LABELS: dict[str, Check] = {  # of classifiers; transformers makes as many as a config.json asks for
+LABELS: dict[str, Check] = {  # of classifiers; transformers creates as many labels as a config.json requests
     "num_labels": or_null(whole(0, 10_000)),
     "id2label": or_null(TABLE),
     "label2id": or_null(TABLE),
 }
-FACTS: dict[str, Check] = {  # of a ctxext.json beside a model
+FACTS: dict[str, Check] = {  # of the ctxext.json in a model's directory
     "original_length": or_null(SIZE),
     "usable_length": or_null(SIZE),
     "name": or_null(TEXT),
@@ -109,16 +110,16 @@ KEPT = {
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
-}  # no other reaches a class of transformers
+}  # no other field reaches a class of transformers
 GRANITE = (
     "layer_rope_theta",
     "embedding_multiplier",
     "logits_scaling",
     "residual_multiplier",
     "attention_multiplier",
-)  # that granite_swa alone has
-UNREAD: dict[str, tuple[str, ...]] = {  # model_type: those of them that its class does not read
-    # a cache of transformers would read a window
+)  # only granite_swa has these
+UNREAD: dict[str, tuple[str, ...]] = {  # model_type: the fields of KEPT that its class does not read
+    # the class of llama has no window, but a cache of transformers would read one
     "llama": ("sliding_window", "use_sliding_window", "max_window_layers", *GRANITE),
     "mistral": ("attention_bias", "mlp_bias", *GRANITE),
     "qwen2": ("attention_bias", "mlp_bias", *GRANITE),
@@ -127,7 +128,7 @@ UNREAD: dict[str, tuple[str, ...]] = {  # model_type: those of them that its cla
     "mellum": ("mlp_bias", *GRANITE),
     "granite_swa": ("use_sliding_window", "max_window_layers", "no_rope_layers", "no_rope_layer_interval"),
 }
-EFFECTS: dict[str, tuple[tuple[Any, ...], str]] = {  # field: the values that change nothing, what to do about others
+EFFECTS: dict[str, tuple[tuple[Any, ...], str]] = {  # field: the values without effect, and a hint for other values
     "quantization_config": ((None, {}), "give the model that the quantised weights were made from"),
     "compression_config": ((None, {}), "give the model that the quantised weights were made from"),
     "partial_rotary_factor": ((None, 1), "only models whose whole heads are rotated are supported"),
@@ -157,7 +158,7 @@ ROPE: dict[str, Check] = {
 
 
 def check_fields(values: dict[str, Any], table: dict[str, Check], file: object = "config.json") -> None:
-    """Raises ModelError with every field of `values` that holds what `table` does not allow."""
+    """Raises ModelError that lists every field of `values` with a value that `table` does not allow."""
     wrong = [
         f"{name} is {_shown(values[name])}, allowed is {allowed}"
         for name, (sound, allowed) in table.items()
@@ -168,14 +169,14 @@ def check_fields(values: dict[str, Any], table: dict[str, Check], file: object =
 
 
 def check_effects(config: dict[str, Any]) -> None:
-    """Refuses fields that no class declares and transformers reads all the same, unless they change nothing."""
+    """Raises ModelError for fields that no class declares but transformers reads, unless their value has no effect."""
     for name, (idle, hint) in EFFECTS.items():
         if name in config and config[name] not in idle:
             raise ModelError(f"config.json: {name} {_shown(config[name])} is not supported", hint=hint)
 
 
 def check_padding(config: dict[str, Any]) -> None:
-    """Refuses a pad_token_id for which the embedding has no row: no class of transformers can be built with it."""
+    """Raises ModelError for a pad_token_id without a row in the embedding: no transformers class accepts it."""
     pad, rows = config.get("pad_token_id"), config["vocab_size"]
     if pad is not None and pad >= rows:
         raise ModelError(
@@ -185,7 +186,7 @@ def check_padding(config: dict[str, Any]) -> None:
 
 
 def check_lengths(config: dict[str, Any]) -> None:
-    """Lists with an entry a layer have as many as there are layers. Raises ModelError."""
+    """Raises ModelError for a per-layer list whose length is not the number of layers."""
     layers = config["num_hidden_layers"]
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta"):
         if config.get(name) is not None and len(config[name]) != layers:
@@ -193,7 +194,7 @@ def check_lengths(config: dict[str, Any]) -> None:
 
 
 def check_layers(config: dict[str, Any]) -> None:
-    """Refuses lists of layers that transformers' masks, kernels, caches and classes do not read in one way."""
+    """Raises ModelError for layer lists that transformers' masks, kernels, caches and classes read differently."""
     family, types = config["model_type"], set(config.get("layer_types") or ())
     if family == "smollm3" and config.get("no_rope_layers") is None and config.get("no_rope_layer_interval") == 0:
         raise ModelError(
@@ -216,7 +217,7 @@ def check_layers(config: dict[str, Any]) -> None:
 
 
 def check_rope(rope: dict[str, Any], head_dim: int) -> None:
-    """One set of RoPE parameters, whose `rope_type` is known. Raises ModelError."""
+    """Checks one set of RoPE parameters that has a supported `rope_type`. Raises ModelError."""
     check_fields(rope, ROPE, "config.json, rope_parameters")
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelError("config.json: rope_parameters: high_freq_factor must be above low_freq_factor")
@@ -225,6 +226,7 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
             f"config.json, rope_parameters: partial_rotary_factor {_shown(share)} is not supported: whole heads are "
             "rotated"
         )
+    # The only value of these three yarn fields that is supported is truncate = true, which is the default.
     for name in ("mscale", "mscale_all_dim", "truncate") if rope["rope_type"] == "yarn" else ():
         if rope.get(name) is not None and (name, rope[name]) != ("truncate", True):
             raise ModelError(f"config.json, rope_parameters: yarn with {name} {_shown(rope[name])} is not supported")

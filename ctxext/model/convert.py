@@ -1,7 +1,8 @@
-"""A pretrained model into an ordinary Hugging Face hybrid: config edit, weight copy, proof.
+"""Converts a pretrained model into an ordinary Hugging Face hybrid: config edit, weight copy, proof.
 
-Everything config.json and the safetensors headers can refuse is refused before torch is imported. The output is
-written beside its place and renamed there whole, `config.json` last, after the gate has passed.
+`plan_conversion` makes every check that config.json and the safetensors headers allow, before torch is imported.
+`run_conversion` writes the output into a staging directory beside its final path and renames that directory at the
+end. It writes `config.json` last, after the gate has passed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything about a conversion that files alone decide."""
+    """A conversion as planned from files alone.
+
+    kinds         the layer layout of the output
+    config        the output's config.json
+    dtype         the dtype to cast the weights to; None keeps the stored dtype
+    allow_pickle  whether pickled weights (pytorch_model.bin) may be read
+    target        the requested model_type of the output; None is the family's first
+    sinks         whether fitting of learned sinks was requested
+    """
 
     source: ModelSource
     hybrid: HybridSpec
@@ -63,11 +72,11 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class FittedSinks:
-    """Learned sinks that stand for the first token where a window hides it (retrofit/sinks.py).
+    """Learned sinks that replace the first token where a window hides it (retrofit/sinks.py).
 
-    values  the tensors to write, by name, whole
-    facts   of the manifest and the report: which layers, and what it changed
-    rows    the same as lines for the screen
+    values  the tensors to write, by name, each one complete
+    facts   entries for the manifest and the report: which layers, and what changed
+    rows    the same facts as (name, value) lines for the screen
     """
 
     values: Mapping[str, Any]
@@ -77,9 +86,12 @@ class FittedSinks:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What `convert` did. `gate` is None when it was switched off; sizes in bytes, lengths in tokens. `warning` tells
-    of a layout that is allowed and does not do what layouts are for, and of a file that was left out. `sinks` and
-    `sink_rows` are the facts and rows of FittedSinks."""
+    """The result of a conversion. Sizes are in bytes, lengths in tokens.
+
+    gate              the numbers of the gate; None when the gate was switched off
+    warning           reports a layout that is allowed but has no effect, and a file that was left out
+    sinks, sink_rows  the facts and rows of FittedSinks
+    """
 
     source: str
     out: str
@@ -100,7 +112,7 @@ class ConversionReport:
         return {name: value for name, value in asdict(self).items() if name != "sink_rows"}
 
     def rows(self) -> list[tuple[str, str]]:
-        """The report as (name, value) lines for a screen or a model card."""
+        """Returns the report as (name, value) lines for a screen or a model card."""
         rows = [
             ("source", self.source),
             ("architecture", f"{self.family} -> {self.architecture}"),
@@ -141,11 +153,13 @@ def plan_conversion(
     model_class: str = "auto",
     sinks: str = "none",
 ) -> ConversionPlan:
-    """Decide and check a conversion without torch. Raises InputError or ModelError for whatever cannot be done.
+    """Plans and checks a conversion without torch.
 
-    `model_class` is the model_type of the output; auto is the family's first. `sinks`: auto fits them where the class
-    has them and the model hangs on its first token (retrofit/sinks.py).
+    `model_class` is the model_type of the output; auto is the family's first. `sinks` auto requests fitted sinks, which
+    are made only where the class has sinks and the model depends on its first token (retrofit/sinks.py). Raises
+    InputError or ModelError for a conversion that is not possible.
     """
+    # Check the arguments first: `resolve` may download a model from the hub.
     if sinks not in ("auto", "none"):
         raise InputError(f"--sinks {sinks}: allowed are auto, none")
     target = None if model_class == "auto" else model_class
@@ -153,6 +167,7 @@ def plan_conversion(
         raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     layout = find_hybrid(hybrid, sliding_window)
     source = sources.resolve(model, allow_pickle=allow_pickle)
+    # Only an explicit output path is checked here, and it must not replace the source. `staged_output` checks again.
     if out is not None:
         check_free(out, force, keep=[source.path])
     if source.base is not None:
@@ -163,6 +178,7 @@ def plan_conversion(
             f"supported are {', '.join(SOURCES)}"
         )
     require_tokenizer(source.directory)
+    # `hybrid_config` raises where the target class cannot express the layout.
     kinds = layer_kinds(layout, source.config["num_hidden_layers"], full_layers)
     config = hybrid_config(source.config, kinds, target)
     if dtype is not None:
@@ -172,12 +188,12 @@ def plan_conversion(
 
 
 def may_fit_sinks(plan: ConversionPlan) -> bool:
-    """Whether the class of the output has learned sinks and they are wanted."""
+    """Returns whether sinks are requested and the output's class has them."""
     return plan.sinks and FAMILIES[plan.config["model_type"]].sinks
 
 
 def with_kinds(plan: ConversionPlan, kinds: Sequence[LayerKind]) -> ConversionPlan:
-    """The same conversion to another layout. Raises ModelError when the target class cannot express it."""
+    """Returns the same conversion with another layout. Raises ModelError when the target class cannot express it."""
     dtype = {} if plan.dtype is None else {"dtype": plan.dtype}
     return replace(plan, kinds=tuple(kinds), config=hybrid_config(plan.source.config, kinds, plan.target) | dtype)
 
@@ -192,10 +208,11 @@ def run_conversion(
     sinks: FittedSinks | None = None,
     progress: CountProgress = ignore,
 ) -> ConversionReport:
-    """Copy the weights, prove them, put the result in place. Raises CheckFailed when the proof fails.
+    """Copies the weights, runs the gate and moves the result to its final path.
 
-    With `sinks` the copy is proved first, then the sinks are written, then the layout is proved with them.
-    `attachments` are more files of the output, by name; `facts` more of its manifest's: how the layout was chosen.
+    With `sinks` the gate first proves the copy; the sinks are then written, and the gate proves the layout with them.
+    `attachments` are further files of the output, by name. `facts` are further entries of its manifest, such as how the
+    layout was chosen. Raises CheckFailed when the proof fails.
     """
     import torch
 
@@ -206,12 +223,16 @@ def run_conversion(
     began = time.monotonic()
     source, directory = plan.source, plan.source.directory
     dtype = getattr(torch, plan.dtype) if plan.dtype else None
+    # Both checks raise before anything is written: a config.json that transformers reads differently, and a tokenizer
+    # that would give other ids in the output's class.
     check_source(source)
     tokenizer = _tokenizer_files(plan)
+    # Fitted sinks also need biases on all attention projections (retrofit/sinks.py), so the config gets them.
     plan = plan if sinks is None else _with_biases(plan)
     added = new_tensors(source.config, normalise(plan.config))
     with staged_output(plan.out, force) as staging:
         _check_room(staging, plan)
+        # Tensors that only the target class has get values that change no output: zero biases, sinks without weight.
         copy_weights(
             directory,
             staging,
@@ -223,6 +244,7 @@ def run_conversion(
         )
         copy_companions(directory, staging, tokenizer)
         dropped = drop_generation_config(staging)
+        # The gate reads the staged weights, and raises before config.json makes the directory a model.
         numbers = _prove(staging, plan, sinks, gate, dtype)
         report = _report(plan, numbers, time.monotonic() - began, dropped)
         if sinks is not None:
@@ -234,6 +256,7 @@ def run_conversion(
 
 
 def _with_biases(plan: ConversionPlan) -> ConversionPlan:
+    # q, k, v and o all get a bias, also where the source has none.
     config = hybrid_config(plan.source.config, plan.kinds, plan.target, biases=True)
     return replace(plan, config=config | ({} if plan.dtype is None else {"dtype": plan.dtype}))
 
@@ -241,7 +264,7 @@ def _with_biases(plan: ConversionPlan) -> ConversionPlan:
 def _prove(
     staging: Path, plan: ConversionPlan, sinks: FittedSinks | None, gate: bool, dtype: Any
 ) -> dict[str, Any] | None:
-    """The gate's numbers, None without one. Sinks are written once the copy is proved to be the source."""
+    """Returns the gate's numbers, or None without a gate. Writes the sinks after the first comparison has run."""
     from ctxext.model.gate import run_gate
     from ctxext.model.shards import replace_tensors
 
@@ -267,16 +290,16 @@ def _prove(
 
 
 def write_config(directory: Path, config: Config) -> None:
-    """Write config.json, the file without which a directory is no model: always the last one.
+    """Writes config.json. Call it last: without this file a directory is not a model.
 
-    RoPE is spelled for transformers 4 and 5, and the release that this was written with is stated.
+    The file has the RoPE fields of transformers 4 and of transformers 5, and the transformers version in use.
     """
     written = written_for_both(config) | {"transformers_version": importlib.metadata.version("transformers")}
     (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _tokenizer_files(plan: ConversionPlan) -> dict[str, bytes]:
-    """What is written in place of the source's tokenizer files, so that the output's class reads the same ids."""
+    """Returns the files that replace the source's tokenizer files, so that the output's class gives the same ids."""
     from ctxext.model.tokenizer import settle, version
 
     settled = settle(plan.source.directory, plan.config)
@@ -290,11 +313,12 @@ def _tokenizer_files(plan: ConversionPlan) -> dict[str, bytes]:
 
 
 def _check_room(staging: Path, plan: ConversionPlan) -> None:
-    """Compare what is about to be written with what is free on that disk. Raises EnvironmentFault.
+    """Compares the size of the output with the free space on its disk. Raises EnvironmentFault.
 
-    Counted are the weight files that are copied (or their numbers in the new dtype, 8 KiB for a header), tensors that
-    the target class has besides, and the files that go with them.
+    The size counts the copied weight files (or their parameters in the new dtype, plus 8 KiB for a header), the tensors
+    that only the target class has, and the companion files such as the tokenizer.
     """
+    # `item`: bytes per parameter; 2 for a 16-bit dtype and for a config that states none.
     directory, item = plan.source.directory, {"float32": 4, "float64": 8}.get(str(plan.config.get("dtype")), 2)
     stored = sum(path.stat().st_size for path in weight_files(directory, plan.allow_pickle) if path.is_file())
     kept = stored if plan.dtype is None else item * parameter_count(plan.source.shape) + 8192
@@ -309,7 +333,9 @@ def _check_room(staging: Path, plan: ConversionPlan) -> None:
 
 
 def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float, dropped: str | None) -> ConversionReport:
+    # `dropped` is the reason why generation_config.json was left out, or None.
     shape, length = plan.source.shape, plan.source.usable_length
+    # The KV cache at the usable length, with the new layout and with the source's own.
     item = 4 if (plan.dtype or plan.config.get("dtype")) == "float32" else 2
     cache, before = (
         kv_cache_bytes(shape, [kind.sliding_window for kind in kinds], length, item)
@@ -332,7 +358,7 @@ def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float, d
 
 
 def _warning(kinds: Sequence[LayerKind], length: int) -> str | None:
-    """Where no sliding layer of a layout ever hides a key; `length` is what the model bears."""
+    """Returns a warning where the windows are too large to hide any key. `length`: tokens that the model supports."""
     windows = [kind.sliding_window for kind in kinds if kind.sliding_window is not None]
     if not windows or min(windows) < length:
         return None
@@ -343,6 +369,7 @@ def _warning(kinds: Sequence[LayerKind], length: int) -> str | None:
 
 
 def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionReport, more: Mapping[str, Any]) -> None:
+    # Writes the model card, the manifest and, last, config.json. `more` are further facts of the manifest.
     source = plan.source
     weights = (
         "its weights are unchanged" if report.sinks is None else "its weights are unchanged but for sinks and biases"
@@ -357,6 +384,8 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
     rows = [*report.rows(), *quantised]
     card = model_card(f"{source.name} {plan.hybrid_name}", text, rows, stated_licence(source.directory))
     (staging / "README.md").write_text(card, "utf-8")
+    # `spec` records the request, `facts` the results. Later commands read the source's layout and RoPE from the facts
+    # (`source.original_config`).
     spec = {
         "model": source.name,
         "hybrid": plan.hybrid_name,

@@ -1,17 +1,18 @@
-"""The families ctxext converts, and the stock transformers class each becomes. Tables and plain dicts; no torch.
+"""The families that ctxext converts, and the stock transformers class of each. Tables and plain dicts; no torch.
 
-| source  | hybrid class                | what the class can say of a layer                                    |
+| source  | hybrid class                | what the class can express for each layer                            |
 |---------|-----------------------------|----------------------------------------------------------------------|
-| llama   | SmolLM3ForCausalLM          | RoPE or not, window or not, each layer by itself                     |
-| mistral | SmolLM3ForCausalLM          | the same; the source's own window on every layer is kept as its own  |
+| llama   | SmolLM3ForCausalLM          | RoPE or not, window or not, independently for each layer             |
+| mistral | SmolLM3ForCausalLM          | the same; the source's own layout has its window on every layer      |
 | qwen2   | SmolLM3ForCausalLM          | the same; q, k, v have biases, o_proj gets a zero bias               |
 | qwen3   | MellumForCausalLM, all dense| RoPE per layer type: all full layers alike, all sliding layers alike |
 | llama, mistral, qwen2 | GraniteSWAForCausalLM, by name | as SmolLM3, and a learned sink for each head          |
 
-The targets have defaults that would be silently wrong (SmolLM3 puts the window on the NoPE layers, ties embeddings,
-and takes theta 2e6), so every field is written out. On disk SmolLM3's `no_rope_layers[i] == 1` means the layer USES
-RoPE; that inversion is known to this file alone. GraniteSWA's `layer_rope_theta[i]` is 0 where a layer has no RoPE.
-A sink of logit NO_SINK has a share of exactly zero, so that GraniteSWA holds a Llama exactly.
+The target classes have defaults that would be silently wrong: SmolLM3 puts the window on the NoPE layers, ties the
+embeddings and uses theta 2e6. A conversion therefore writes every field. On disk SmolLM3's `no_rope_layers[i] == 1`
+means that the layer USES RoPE; only this file and hybrids.py handle that inversion. GraniteSWA's `layer_rope_theta[i]`
+is 0 where a layer has no RoPE. A sink of logit NO_SINK has a share of exactly zero, so that GraniteSWA can represent a
+Llama exactly.
 """
 
 from __future__ import annotations
@@ -43,8 +44,13 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Family:
-    """One model_type: how its config.json is read, and the model_types that its conversions may have, the first one by
-    default. `sinks`: each head has a learned sink."""
+    """One model_type: how its config.json is read, and what it can become.
+
+    targets  the model_types that its conversions may have; the first is the default
+    kinds    a function from a config to the layer layout
+    qk_norm  queries and keys are normalised for each head
+    sinks    each head has a learned sink
+    """
 
     name: str
     targets: tuple[str, ...]
@@ -58,6 +64,7 @@ def _plain_kinds(config: Config) -> tuple[LayerKind, ...]:
 
 
 def _qwen_kinds(config: Config) -> tuple[LayerKind, ...]:
+    # Without layer_types, the layers from max_window_layers on have the window. Every layer has RoPE.
     layers = config["num_hidden_layers"]
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     types = config.get("layer_types")
@@ -68,6 +75,8 @@ def _qwen_kinds(config: Config) -> tuple[LayerKind, ...]:
 
 
 def _smollm3_kinds(config: Config) -> tuple[LayerKind, ...]:
+    # `no_rope_layers` has 1 where a layer uses RoPE. Without that list every `no_rope_layer_interval`th layer is NoPE,
+    # and without layer_types the window is on the NoPE layers: SmolLM3's own defaults.
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
     layers = config["num_hidden_layers"]
     uses_rope = config.get("no_rope_layers")
@@ -86,6 +95,7 @@ def _smollm3_kinds(config: Config) -> tuple[LayerKind, ...]:
 def _mellum_kinds(config: Config) -> tuple[LayerKind, ...]:
     if set(config.get("mlp_layer_types") or ["sparse"]) != {"dense"}:
         raise ModelError("mellum with mixture-of-experts layers is not supported, only dense layers are")
+    # A layer type whose RoPE is NO_ROPE, with any theta, does not rotate.
     rope = config["rope_parameters"]
     return tuple(
         LayerKind(
@@ -109,7 +119,7 @@ def _granite_kinds(config: Config) -> tuple[LayerKind, ...]:
     )
 
 
-NO_SINK = -1e4  # the logit of a sink that takes nothing: sigmoid(lse + 1e4) is 1 in every dtype
+NO_SINK = -1e4  # the logit of a sink without weight: sigmoid(lse + 1e4) is 1 in every dtype
 HYBRIDS = ("smollm3", "granite_swa")
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", HYBRIDS, lambda config: (LayerKind(True, None),) * config["num_hidden_layers"]),
@@ -120,7 +130,7 @@ FAMILIES: dict[str, Family] = {
     "mellum": Family("mellum", ("mellum",), _mellum_kinds, qk_norm=True),
     "granite_swa": Family("granite_swa", ("granite_swa",), _granite_kinds, sinks=True),
 }
-# what transformers takes for a field that config.json leaves out, where that is not what llama's absence means
+# transformers' default for a field that config.json leaves out, where it differs from that of llama
 DEFAULTS: dict[str, Config] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
@@ -159,7 +169,7 @@ REQUIRED = (
 
 
 def family_of(config: Config) -> Family:
-    """The row for a config.json; raises ModelError for a model_type ctxext does not know."""
+    """Returns the table entry for a config.json. Raises ModelError for a model_type that ctxext does not support."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
@@ -167,17 +177,19 @@ def family_of(config: Config) -> Family:
 
 
 def normalise(config: Config) -> Config:
-    """A copy of a raw config.json with every field this package reads present, old spellings included, and no other.
+    """Returns a copy of a raw config.json with every field that this package reads, and no other field.
 
     `rope_theta` and `rope_scaling` (transformers 4) become `rope_parameters`. Raises ModelError for a missing or
-    senseless field (config_fields.py).
+    invalid field (config_fields.py).
     """
+    # Check before any computation: unsupported fields first, then types and bounds, then list lengths.
     family_of(config)
     if missing := [field for field in REQUIRED if config.get(field) is None]:
         raise ModelError(f"config.json: {', '.join(missing)} missing")
     check_effects(config)
     check_fields(config, FIELDS | LABELS)
     check_lengths(config)
+    # Keep only the fields that the class reads, with the class's defaults for those that are absent.
     read = KEPT - set(UNREAD.get(config["model_type"], ()))
     config = {k: v for k, v in (DEFAULTS.get(config["model_type"], {}) | config).items() if k in read}
     check_padding(config)
@@ -195,6 +207,7 @@ def normalise(config: Config) -> Config:
         raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported, only silu is")
     config.setdefault("tie_word_embeddings", False)
     config.setdefault("rms_norm_eps", 1e-6)
+    # The defaults of these two classes for layer_types. `check_layers` and `read_rope` need the list.
     if config["model_type"] == "mellum" and not config.get("layer_types"):
         config["layer_types"] = ["full_attention"] * config["num_hidden_layers"]
     if family_of(config).sinks and not config.get("layer_types"):
@@ -213,7 +226,7 @@ def normalise(config: Config) -> Config:
 
 
 def _check_multipliers(config: Config) -> None:
-    """Refuses the scales of a Granite that a Llama has not. Raises ModelError."""
+    """Raises ModelError for scales of a Granite that differ from those of a Llama."""
     meant = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
     for name, value in (meant | {"attention_multiplier": config["head_dim"] ** -0.5}).items():
         if not math.isclose(config[name], value, rel_tol=1e-12):
@@ -221,7 +234,7 @@ def _check_multipliers(config: Config) -> None:
 
 
 def model_shape(config: Config) -> ModelShape:
-    """The sizes ops/cost.py counts with, from a normalised config."""
+    """Returns the sizes for the formulas of ops/cost.py, from a normalised config."""
     return ModelShape(
         hidden_size=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
@@ -239,6 +252,7 @@ def model_shape(config: Config) -> ModelShape:
 
 
 def qkv_bias(config: Config) -> bool:
+    # Qwen2 always has biases on q, k and v, and none on o. For other families attention_bias decides all four.
     return config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
 
 
@@ -247,7 +261,7 @@ def _o_bias(config: Config) -> bool:
 
 
 def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight a checkpoint with this (normalised) config has."""
+    """Returns name and shape of every weight of a checkpoint with this (normalised) config. A tied head is none."""
     width, heads, kv_heads, dim = (
         config[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
     )
@@ -279,18 +293,18 @@ def expected_tensors(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def new_tensors(source: Config, target: Config) -> dict[str, tuple[int, ...]]:
-    """Weights the target class has and the source lacks: biases and sinks (`initial_value`)."""
+    """Returns the weights that the target class has and the source lacks: biases and sinks (see `initial_value`)."""
     before, after = expected_tensors(source), expected_tensors(target)
     return {name: shape for name, shape in after.items() if name not in before}
 
 
 def initial_value(name: str) -> float:
-    """What fills a weight of `new_tensors`: the model then computes what it did before. Sinks take nothing."""
+    """Returns the fill value of a weight of `new_tensors`. With it the model computes the same as the source."""
     return NO_SINK if name.endswith("sinks") else 0.0
 
 
 def rope_of(config: Config) -> Config:
-    """The rope_parameters of the layers that use RoPE (all alike in the supported families); {} when none does."""
+    """Returns the rope_parameters of the layers that use RoPE, or {} when none does. All RoPE layers have the same."""
     rope = config["rope_parameters"]
     if "rope_type" in rope:
         return dict(rope)
@@ -301,12 +315,14 @@ def rope_of(config: Config) -> Config:
 
 
 def with_rope(config: Config, rope: Config) -> Config:
-    """A copy of a normalised config whose RoPE layers use `rope`; NoPE layers stay NoPE."""
+    """Returns a copy of a normalised config whose RoPE layers use `rope`. NoPE layers stay NoPE."""
     if "rope_type" in config["rope_parameters"]:
         changed = config | {"rope_parameters": dict(rope)}
+        # GraniteSWA also has a theta per layer, 0 for NoPE.
         if config.get("layer_rope_theta"):
             changed["layer_rope_theta"] = [rope["rope_theta"] if theta else 0 for theta in config["layer_rope_theta"]]
         return changed
+    # Mellum: one set of parameters per layer type.
     kinds = family_of(config).kinds(config)
     uses_rope = {name: kind.use_rope for kind, name in zip(kinds, config["layer_types"], strict=True)}
     nested = {name: dict(rope) if uses_rope.get(name) else old for name, old in config["rope_parameters"].items()}
@@ -314,7 +330,7 @@ def with_rope(config: Config, rope: Config) -> Config:
 
 
 def first_layers(config: Config, layers: int) -> Config:
-    """The config of the same model cut after its first `layers` layers."""
+    """Returns the config of the same model with only its first `layers` layers."""
     by_layer = ("layer_types", "no_rope_layers", "mlp_layer_types", "layer_rope_theta")
     lists = {k: v[:layers] for k, v in config.items() if k in by_layer and v}
     return config | lists | {"num_hidden_layers": layers}

@@ -1,8 +1,10 @@
-"""What RoPE's frequencies come out as: the papers' formulas once more, in plain Python, and what was built beside them.
+"""Computes RoPE's frequencies from the papers' formulas, in plain Python, and checks those of a built model.
 
-transformers makes a model's frequencies from `rope_parameters`; here they are stated again, so that what was built can
-be compared with what was meant. Sources: linear (position interpolation) arXiv 2306.15595; YaRN 2309.00071; LongRoPE
-2402.13753; dynamic (NTK) scaling as in transformers; llama3 as released with Llama 3.1.
+transformers makes a model's frequencies from `rope_parameters`. This module has the formulas a second time, so that the
+built frequencies can be compared with the intended ones.
+
+Sources: linear (position interpolation) arXiv 2306.15595; YaRN 2309.00071; LongRoPE 2402.13753; dynamic (NTK) scaling
+as in transformers; llama3 as released with Llama 3.1.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from ctxext.model.families import Config, family_of, rope_of
 
 
 def inverse_frequencies(rope: Config, head_dim: int, max_positions: int, length: int = 0) -> tuple[list[float], float]:
-    """(the head_dim / 2 angles per token of position, the factor on cos and sin), by the papers' formulas.
+    """Returns (the head_dim / 2 angles per position in radians, the factor on cos and sin), by the papers' formulas.
 
-    `length` is the running length in tokens, which dynamic and longrope depend on; 0 is a freshly built model.
+    `length` is the running length in tokens, which dynamic and longrope depend on; 0 is that of a newly built model.
+    Raises ModelError for an unknown rope_type.
     """
     theta, kind = float(rope["rope_theta"]), rope.get("rope_type", "default")
     steps = [2 * i / head_dim for i in range(head_dim // 2)]
@@ -29,12 +32,14 @@ def inverse_frequencies(rope: Config, head_dim: int, max_positions: int, length:
         return plain, 1.0
     if kind == "linear":
         return [f / factor for f in plain], 1.0
+    # NTK with the growing factor: theta rises with the running length beyond max_positions.
     if kind == "dynamic":
         ratio = factor * max(length, max_positions) / max_positions - (factor - 1)
         theta *= ratio ** (head_dim / (head_dim - 2))
         return [theta**-step for step in steps], 1.0
     if kind == "llama3":
         return [_llama3_frequency(f, rope, original) for f in plain], 1.0
+    # Two sets of factors: the short one up to the original length, the long one beyond it.
     if kind == "longrope":
         factor = factor or max_positions / original
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
@@ -51,6 +56,7 @@ def inverse_frequencies(rope: Config, head_dim: int, max_positions: int, length:
 
 
 def _llama3_frequency(frequency: float, rope: Config, original: int) -> float:
+    # Many turns within the original length keep the frequency, few turns divide it by the factor, with a ramp between.
     turns = original * frequency / (2 * math.pi)  # rotations within the original length
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     ramp = min(max((turns - low) / (high - low), 0.0), 1.0)
@@ -60,7 +66,8 @@ def _llama3_frequency(frequency: float, rope: Config, original: int) -> float:
 def _yarn_frequencies(
     plain: list[float], rope: Config, theta: float, dim: int, factor: float, original: int
 ) -> list[float]:
-    def index(rotations: float) -> float:  # the frequency index that turns so often within the original length
+    # Indices below `low` keep their frequency, those above `high` are divided by the factor, with a ramp between.
+    def index(rotations: float) -> float:  # the index of the frequency with so many turns within the original length
         return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(index(rope.get("beta_fast") or 32.0)), 0)
@@ -71,15 +78,16 @@ def _yarn_frequencies(
 
 
 def check_realised(model: Any, config: Config) -> float:
-    """Compare the frequencies a built model holds with the intended ones; returns the largest relative difference.
+    """Compares the frequencies of a built model with the intended ones. Returns the largest relative difference.
 
-    Raises CheckFailed when they differ by more than 1e-5: then a config edit did nothing, or did something else.
+    Raises CheckFailed when they differ by more than 1e-5: then a change of the config had no effect, or another effect.
     """
     rope = rope_of(config)
     if not rope:
         return 0.0
     intended, scale = inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"])
     worst = 0.0
+    # A class with RoPE per layer type has one set of buffers per type, told apart by a prefix of the name.
     for prefix, rotary in product(_rope_prefixes(config), rotaries(model.get_decoder())):
         realised = getattr(rotary, f"{prefix}inv_freq").tolist()
         if len(realised) != len(intended):
@@ -95,15 +103,16 @@ def check_realised(model: Any, config: Config) -> float:
 
 
 def forget_lengths(model: Any, config: Config) -> None:
-    """Let dynamic frequencies follow from the running length alone: a text that begins at position 0 begins anew.
+    """Makes dynamic frequencies depend on the running length alone. A text that starts at position 0 resets them.
 
-    transformers keeps those of the longest text a model has seen until one is shorter than the original length, so that
-    what a model computes would hang on what it was given before. Other scalings are left as they are.
+    transformers keeps the frequencies of the longest text so far, until a text is shorter than the original length. The
+    output of a model would therefore depend on its earlier inputs. Other scalings do not change.
     """
     if rope_of(config).get("rope_type") != "dynamic":
         return
     prefixes = _rope_prefixes(config)
 
+    # The hook runs before each rotary forward. A pass that continues a cache starts beyond 0 and resets nothing.
     def begin(rotary: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         positions = named["position_ids"] if "position_ids" in named else given[1]
         if positions.min() > 0:
@@ -117,16 +126,18 @@ def forget_lengths(model: Any, config: Config) -> None:
 
 
 def rotaries(decoder: Any) -> list[Any]:
-    """The modules that make the rotations of a decoder's layers: one, or none where no layer of a class that has one
-    for each theta uses RoPE."""
+    """Returns the modules that compute the rotations of a decoder's layers.
+
+    Most classes have one. GraniteSWA has one for each theta, so none where no layer uses RoPE.
+    """
     return list(decoder.rotary_embs) if hasattr(decoder, "rotary_embs") else [decoder.rotary_emb]
 
 
 def switch_length(config: Any) -> int | None:
-    """The length in tokens beyond which RoPE's frequencies follow the length of the text; None where they never do.
+    """Returns the length in tokens beyond which RoPE's frequencies depend on the text length; None where they never do.
 
-    `config` is a built model's, of transformers. The frequencies of dynamic RoPE change with every token beyond it,
-    those of longrope once.
+    `config` is the transformers config of a built model. Beyond that length the frequencies of dynamic RoPE change with
+    every token; those of longrope change once.
     """
     found = [int(config.max_position_embeddings) for rope in _rope_sets(config) if rope["rope_type"] == "dynamic"]
     found += [
@@ -136,10 +147,10 @@ def switch_length(config: Any) -> int | None:
 
 
 def same_frequencies_from(config: Any, length: int) -> int:
-    """The shortest text, in tokens, that has the RoPE frequencies of a text of `length` tokens.
+    """Returns the length in tokens of the shortest text with the same RoPE frequencies as a text of `length` tokens.
 
-    1 where nothing has changed up to `length`. A cache of n tokens serves a text of `length` if n is at least this.
-    `config` is a built model's, of transformers.
+    This is 1 where the frequencies do not change up to `length`. A cache of n tokens is valid for a text of `length`
+    tokens if n is at least this value. `config` is the transformers config of a built model.
     """
     switch = switch_length(config)
     if switch is None or length <= switch:
@@ -149,7 +160,7 @@ def same_frequencies_from(config: Any, length: int) -> int:
 
 
 def _rope_sets(config: Any) -> list[Config]:
-    """The RoPE parameters of a built model's config: one set, or one for each type of layer that has any."""
+    """Returns the RoPE parameters of a built model's config: one set, or one for each layer type that has RoPE."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]
 

@@ -1,16 +1,19 @@
-"""The proof of a conversion, in two numbers.
+"""The gate: proves a conversion with two comparisons of logits.
 
-identity  the converted weights in the SOURCE's own layout (for most: full attention and RoPE everywhere), in the target
-          class, against the source itself: 0 in fp32, or a config field was forgotten
-hybrid    the real layout in stock transformers against the same model walked by hand in fp64 (model/walk.py): rounding
-          only, or the window or the missing RoPE is on the wrong layer or off by one
+identity  compares the converted weights in the target class, with the SOURCE's own layout (mostly full attention and
+          RoPE everywhere), with the source itself. The difference in fp32 must be 0; otherwise a config field is
+          missing
+hybrid    compares stock transformers with the new layout with a hand-written forward pass of the same model in fp64
+          (model/walk.py). Only rounding may differ; otherwise a window or a missing RoPE is on the wrong layer, or a
+          window is off by one
 
-How much rounding is allowed is measured on the model itself, since it grows with depth and with the length of a row:
-the walk is taken in fp32 as well, and what it differs by from fp64 is fp32's rounding in this model on these tokens.
+Rounding grows with depth and with the row length, so the gate measures the allowed difference on the model itself. It
+runs the hand-written pass in fp32 as well; the difference from fp64 is the rounding of fp32 in this model on these
+tokens.
 
-What is proved of a window is that its layer has it, and of how many keys it is: the code that applies one of 100,000
-is that of one of 1,024. So windows beyond LARGEST_WINDOW are compared at that, in both models of a comparison
-(attention by hand takes T x T of memory), and their own number is read in the stock class's config.
+For a window the gate proves that the right layer has it and that its number of keys is right. The same code applies a
+window of 100,000 and one of 1,024. The hand-written attention takes T x T memory, so both models of a comparison use
+LARGEST_WINDOW in place of a larger window, and the gate checks the real number in the stock class's config.
 """
 
 from __future__ import annotations
@@ -35,19 +38,24 @@ from ctxext.model.stock import built_config, stock_config
 from ctxext.model.walk import walk
 from ctxext.ops.cost import parameter_count
 
-LARGEST_WINDOW = 1024  # keys; the walk takes time in the square of it, and in fp64
-# Times the walk's own fp32 rounding, since stock kernels add in another order. Measured (195 tokens, window 128): stock
-# was off by 0.8 and 1.1 times that (stories260K, SmolLM2-135M); a window off by one on one layer by 600 times and more.
+LARGEST_WINDOW = 1024  # keys; the time of the fp64 walk grows with the square of this
+# Allowed multiple of the walk's own fp32 rounding; stock kernels add in another order. Measured with 195 tokens and a
+# window of 128: stock differs by 0.8 and 1.1 times that rounding (stories260K, SmolLM2-135M), and a window that is off
+# by one on one layer differs by 600 times or more.
 ALLOWANCE = 8
-BLIND = 1e-2  # of the largest logit: with more rounding than this, the comparison would show nothing
+BLIND = 1e-2  # as a part of the largest logit; with a larger tolerance the comparison would detect nothing
 
 
 @dataclass(frozen=True)
 class GateReport:
-    """Differences are max |logit - logit|; `hybrid_tolerance` is ALLOWANCE times the rounding of fp32. `layers` of
-    `num_layers` were compared, on `tokens` random tokens.
+    """The two differences of the gate and the conditions they were measured under.
 
-    `window_stand_in` is the window that stood in for larger ones, in keys; None: every window was as it is.
+    identity_max_diff   max |logit - logit| of the first comparison
+    hybrid_max_diff     the same of the second comparison
+    hybrid_tolerance    ALLOWANCE times the rounding of fp32
+    tokens              number of random tokens compared
+    layers, num_layers  layers compared, and layers of the model
+    window_stand_in     the window used in place of larger ones, in keys; None: every window kept its size
     """
 
     identity_max_diff: float
@@ -78,15 +86,17 @@ def run_gate(
     biases: bool = False,
     between: Callable[[], None] = lambda: None,
 ) -> GateReport:
-    """Run both comparisons in fp32. Raises CheckFailed when one fails.
+    """Runs both comparisons in fp32. Raises CheckFailed when one fails.
 
-    `target` and `biases` as in `hybrid_config`. `between` is called after the first comparison: it may change weights
-    of `out` on purpose, such as sinks, which the second comparison then has.
+    `target` and `biases` are as in `hybrid_config`. `between` is called after the first comparison. It may change
+    weights of `out`, for example write sinks, and the second comparison then includes the change.
 
-    Runs past every window by 67 tokens, a window beyond LARGEST_WINDOW counting as that. A model too large to hold in
-    fp32 is cut to its first layers; the report says to how many. With `dtype` the source's weights are rounded to it
-    first, as the conversion's were.
+    The row is 67 tokens longer than the largest window (LARGEST_WINDOW at most), and at least 128 tokens. A model that
+    is too large to hold in fp32 is cut to its first layers; the report says to how many. With `dtype` the source's
+    weights are rounded to it first, as the conversion's weights are.
     """
+    # Seeded, so that a repeated gate gives the same numbers. The row must be longer than every window: a shorter one
+    # would not show a wrong window.
     layers = _affordable_layers(source_config)
     tested, tested_source = _bounded(kinds), _bounded(source_kinds)
     windows = [kind.sliding_window for kind in [*tested, *tested_source] if kind.sliding_window is not None]
@@ -94,6 +104,8 @@ def run_gate(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(source_config["vocab_size"], (1, tokens), generator=generator)
 
+    # First comparison, identity. The truth is the source as transformers reads it, with the same cuts (window, number
+    # of layers) as our config.
     config = stock_config(source)
     theirs = _window_of(config)
     if theirs not in {kind.sliding_window for kind in source_kinds}:
@@ -108,11 +120,14 @@ def run_gate(
     identity_diff = _difference(_logits(out, built_config(identity), ids, None, target), truth)
     between()
 
+    # Second comparison, hybrid. A window that is compared at LARGEST_WINDOW gets its real number checked in the config.
     if tested != tuple(kinds):
         _check_number(hybrid_config(source_config, kinds, target, biases=biases), kinds)
     hybrid = first_layers(hybrid_config(source_config, tested, target, biases=biases), layers)
     by_hand, tolerance = _truth_by_hand(out, hybrid, tested[:layers], ids)
     hybrid_diff = _difference(_logits(out, built_config(hybrid), ids, None, target), by_hand)
+
+    # `stand_in` records whether any window of either layout was reduced.
     stand_in = LARGEST_WINDOW if (tested, tested_source) != (tuple(kinds), tuple(source_kinds)) else None
     every = source_config["num_hidden_layers"]
     report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, every, stand_in)
@@ -126,16 +141,18 @@ def run_gate(
 
 
 def _truth_by_hand(out: Path, config: Config, kinds: Sequence[LayerKind], ids: Tensor) -> tuple[Tensor, float]:
-    """Logits [1, T, V] of the walk in fp64, and by how much a right model in fp32 may differ from them.
+    """Returns logits [1, T, V] of the walk in fp64, and the difference that a correct fp32 model may have from them.
 
-    Raises CheckFailed where rounding alone is as large as what the comparison looks for.
+    Raises CheckFailed where rounding alone is so large that the comparison would detect nothing.
     """
     read = tensor_reader(out)
     with torch.no_grad():
         exact = walk(read, config, kinds, ids, torch.float64)
         rounding = _difference(walk(read, config, kinds, ids), exact)
     largest = max(1.0, exact.abs().max().item())
+    # At least one fp32 rounding step of the largest logit: a very small model may measure a rounding of zero.
     tolerance = ALLOWANCE * max(rounding, torch.finfo(torch.float32).eps * largest)
+    # `not <=` also fails for NaN.
     if not tolerance <= BLIND * largest:
         raise CheckFailed(
             f"fp32 alone moves this model's logits by {rounding:.3g} (the largest is {largest:.3g}): the hybrid layout "
@@ -146,7 +163,7 @@ def _truth_by_hand(out: Path, config: Config, kinds: Sequence[LayerKind], ids: T
 
 
 def _bounded(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
-    """A layout with LARGEST_WINDOW for every larger window."""
+    """Returns the layout with LARGEST_WINDOW in place of every larger window."""
     return tuple(
         kind if kind.sliding_window is None else replace(kind, sliding_window=min(kind.sliding_window, LARGEST_WINDOW))
         for kind in kinds
@@ -154,7 +171,7 @@ def _bounded(kinds: Sequence[LayerKind]) -> tuple[LayerKind, ...]:
 
 
 def _window_of(config: Any) -> int | None:
-    """The window that a stock class has by its config, None where it uses none."""
+    """Returns the window that a stock class reads from its config, or None where it uses none."""
     used = getattr(config, "use_sliding_window", True)
     if getattr(config, "layer_types", None):
         used = used and "sliding_attention" in config.layer_types
@@ -162,7 +179,7 @@ def _window_of(config: Any) -> int | None:
 
 
 def _check_number(config: Config, kinds: Sequence[LayerKind]) -> None:
-    """A window too large to be compared by what it computes is at least the number that the stock class reads."""
+    """Checks that the stock class reads the layout's window, where the window is too large to compare by logits."""
     read = _window_of(built_config(config))
     if read not in {kind.sliding_window for kind in kinds} - {None}:
         raise CheckFailed(f"the converted config.json gives transformers a window of {read}, the layout has another")
@@ -171,17 +188,17 @@ def _check_number(config: Config, kinds: Sequence[LayerKind]) -> None:
 def _logits(
     directory: Path, config: Any, ids: Tensor, rounded_to: torch.dtype | None, target: str | None = None
 ) -> Tensor:
-    """Logits [1, T, V] of a stock model in fp32; its weights optionally rounded to another dtype on the way.
+    """Returns logits [1, T, V] of a stock model in fp32, with weights optionally rounded to another dtype first.
 
-    Both models of a comparison use one implementation of attention: sdpa, but eager where the `target` class has sinks,
-    which transformers computes there alone.
+    Both models of a comparison use the same attention implementation: sdpa, or eager where the `target` class has
+    sinks, because transformers computes sinks only in eager.
     """
     model = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
         dtype=torch.float32,
         attn_implementation="eager" if target is not None and FAMILIES[target].sinks else "sdpa",
-        generation_config=GenerationConfig(),  # transformers would read config.json for one, and `out` has none yet
+        generation_config=GenerationConfig(),  # else transformers reads config.json, which `out` does not have yet
         local_files_only=True,
         trust_remote_code=False,
     ).eval()
@@ -190,19 +207,21 @@ def _logits(
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(rounded_to))
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    # Free the weights now: `_affordable_layers` counts on one fp32 model in memory at a time.
     del model
     gc.collect()
     return logits
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
-    """max |a - b|; NaN anywhere is a difference without bound."""
+    """Returns max |a - b|; infinity where any element is NaN."""
     worst = (a - b).abs().max().item()
     return worst if worst == worst else float("inf")
 
 
 def _affordable_layers(config: Config) -> int:
-    """How many layers fit in memory in fp32, with half of what is free left alone; at least one."""
+    """Returns how many layers fit in fp32 into half of the free memory; at least one."""
+    # `outside` is what every cut keeps: the embeddings, and the head where it is not tied. All in bytes.
     layers, shape = config["num_hidden_layers"], model_shape(config)
     whole = 4 * parameter_count(shape)
     outside = 4 * config["vocab_size"] * config["hidden_size"] * (1 if shape.tied else 2)

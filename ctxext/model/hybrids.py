@@ -1,4 +1,4 @@
-"""The config.json of a conversion: the class that a source becomes, with every field written. Plain dicts; no torch."""
+"""Builds the config.json of a conversion: the target class, with every field written. Plain dicts; no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ctxext.model.families import Config, family_of, qkv_bias
 from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.rope_fields import NO_ROPE
 
-ANY_WINDOW = 128  # GraniteSWA makes the mask of a window also where no layer uses one
+ANY_WINDOW = 128  # GraniteSWA builds a window's mask even where no layer uses one, so it needs some number
 
 
 def target_of(source: Config, target: str | None = None) -> str:
-    """The model_type of a source's conversions. Raises InputError for one that cannot hold it exactly."""
+    """Returns the model_type of a source's conversions. Raises InputError for a `target` its family does not have."""
     family = family_of(source)
     if target is None:
         return family.targets[0]
@@ -29,11 +29,13 @@ def target_of(source: Config, target: str | None = None) -> str:
 def hybrid_config(
     source: Config, kinds: Sequence[LayerKind], target: str | None = None, *, biases: bool = False
 ) -> Config:
-    """The target class's config.json for a (normalised) source config and a layout, every field written.
+    """Returns the target class's config.json for a (normalised) source config and a layout, with every field written.
 
-    `target` is a model_type of the source's family, by default the first. With `biases` all of q, k, v and o have one,
-    also where the source's have none. Raises ModelError when the target class cannot express the layout.
+    `target` is a target model_type of the source's family, by default the first. With `biases`, q, k, v and o all have
+    a bias, also where the source has none. Raises ModelError when the target class cannot express the layout, and
+    InputError for a target that the family does not have.
     """
+    # The fields that all target classes share.
     target = target_of(source, target)
     config = {
         "vocab_size": source["vocab_size"],
@@ -55,11 +57,13 @@ def hybrid_config(
         "attention_bias": qkv_bias(source) or biases,
         "attention_dropout": source.get("attention_dropout", 0.0),
     }
+    # Fields that are written only where the source states them.
     for field in ("original_max_position_embeddings", "original_rope_theta"):
         if field in source:
             config[field] = source[field]
     if source.get("dtype") or source.get("torch_dtype"):
         config["dtype"] = source.get("dtype") or source["torch_dtype"]
+    # All target classes have one window number for the whole model.
     windows = {kind.sliding_window for kind in kinds} - {None}
     if len(windows) > 1:
         raise ModelError(f"{pattern_text(kinds)}: one model has one window, not {sorted(windows)}")
@@ -70,6 +74,7 @@ def hybrid_config(
 
 
 def _write_smollm3(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
+    # `no_rope_layers` has 1 where the layer USES RoPE.
     return {
         "architectures": ["SmolLM3ForCausalLM"],
         "model_type": "smollm3",
@@ -85,6 +90,7 @@ def _write_smollm3(source: Config, kinds: Sequence[LayerKind], window: int | Non
 
 def _write_mellum(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
     rope = source["rope_parameters"]
+    # Mellum has RoPE parameters per layer type: collect them, and raise where two layers of one type disagree.
     per_type: dict[str, Config] = {}
     for kind, name in zip(kinds, types, strict=True):
         parameters = dict(rope) if kind.use_rope else NO_ROPE | {"rope_theta": rope["rope_theta"]}
@@ -92,6 +98,7 @@ def _write_mellum(source: Config, kinds: Sequence[LayerKind], window: int | None
             raise ModelError(
                 f"{pattern_text(kinds)}: qwen3 becomes a Mellum model, whose {name} layers all have RoPE or none has"
             )
+    # Mellum is a mixture-of-experts class. "dense" on every layer uses a plain MLP; the expert fields have no effect.
     return {
         "architectures": ["MellumForCausalLM"],
         "model_type": "mellum",
@@ -110,6 +117,7 @@ def _write_mellum(source: Config, kinds: Sequence[LayerKind], window: int | None
 
 def _write_granite_swa(source: Config, kinds: Sequence[LayerKind], window: int | None, types: list[str]) -> Config:
     rope = dict(source["rope_parameters"])
+    # The multipliers of a Granite get the values at which it computes the same as a Llama.
     return {
         "architectures": ["GraniteSWAForCausalLM"],
         "model_type": "granite_swa",

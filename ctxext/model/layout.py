@@ -1,10 +1,10 @@
-"""What each layer of a model is: with RoPE or without, full attention or a sliding window.
+"""The layer layout of a model: for each layer RoPE or no RoPE, and full attention or a sliding window.
 
     S   RoPE + sliding window        N   no positional encoding (NoPE) + full        F   RoPE + full
 
-A `layer_pattern` is tiled over the layers from layer 0 and cut at the last one. The alternation of sliding layers and
-full layers without RoPE is "SWA-128-NoPE" of "Rethinking the Role of Efficient Attention in Hybrid Architectures"
-(arXiv 2606.15378, abstract); which of the two comes first is not stated there, ours is S at layer 0.
+A `layer_pattern` repeats over the layers from layer 0 and is cut at the last layer. The alternation of sliding layers
+and full layers without RoPE is "SWA-128-NoPE" of "Rethinking the Role of Efficient Attention in Hybrid Architectures"
+(arXiv 2606.15378, abstract). The abstract does not state which of the two comes first; S at layer 0 is ours.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class LayerKind:
     @property
     def letter(self) -> str:
         if self.sliding_window is not None:
-            return "S" if self.use_rope else "s"  # "s": a sliding layer without RoPE, read from others' models only
+            return "S" if self.use_rope else "s"  # "s": a sliding layer without RoPE; only in models made elsewhere
         return "F" if self.use_rope else "N"
 
 
 @spec
 class HybridSpec:
-    """A layout preset: letters tiled over the layers, and the window of the S layers in tokens."""
+    """A layout preset: letters that repeat over the layers, and the window of the S layers in tokens."""
 
     layer_pattern: str
     sliding_window: int | None = None
@@ -56,7 +56,10 @@ class HybridSpec:
 
     @property
     def full_letter(self) -> str:
-        """The letter a layer named by `--full-layers` gets: the pattern's one letter other than S."""
+        """The letter of the layers listed in `--full-layers`: the pattern's only letter other than S.
+
+        Raises InputError where the pattern does not have S and exactly one other letter.
+        """
         letters = set(self.layer_pattern) - {"S"}
         if len(letters) != 1 or "S" not in self.layer_pattern:
             raise InputError(
@@ -67,7 +70,11 @@ class HybridSpec:
 
 
 def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
-    """A layout by preset name, YAML path or pattern (`SSSN`); `sliding_window` replaces the preset's."""
+    """Returns a layout by preset name, YAML path or pattern (`SSSN`). `sliding_window` replaces the preset's window.
+
+    Raises InputError for an unknown name, for a window without sliding layers, and for sliding layers without a window.
+    """
+    # A name that consists of the letters S, N and F only is a pattern, never a preset.
     if name and set(name) <= set(LETTERS):
         data: dict[str, object] = {"layer_pattern": name}
     else:
@@ -85,7 +92,7 @@ def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
 
 
 def _preset(name: str) -> presets.Preset:
-    """The preset; of a name that may have been meant as a pattern, the refusal says why it is none."""
+    """Returns the preset. For an unknown name of letters only, the error also says why it is not a pattern."""
     try:
         return presets.find("hybrid", name)
     except SpecError:
@@ -102,10 +109,10 @@ def _preset(name: str) -> presets.Preset:
 
 
 def layer_kinds(hybrid: HybridSpec, num_layers: int, full_layers: str | None = None) -> tuple[LayerKind, ...]:
-    """The layout of a model of `num_layers` layers.
+    """Returns the layout of a model of `num_layers` layers.
 
-    `full_layers` is `odd`, `even`, `last` or a list such as `3,7,11` (layers counted from 0): those layers get the
-    pattern's full letter and all others S. Raises InputError for a layer that does not exist.
+    `full_layers` is `odd`, `even`, `last` or a list such as `3,7,11` (layers counted from 0). These layers get the
+    pattern's full letter and all others get S. Raises InputError for a layer that does not exist.
     """
     if full_layers is None:
         letters = [hybrid.layer_pattern[i % len(hybrid.layer_pattern)] for i in range(num_layers)]
@@ -136,7 +143,7 @@ def _full_layers(text: str, num_layers: int) -> set[int]:
 
 
 def pattern_text(kinds: Sequence[LayerKind]) -> str:
-    """The layout as letters, one a layer, and the windows in use: `SNSNSN, window 128`."""
+    """Returns the layout as text, one letter per layer, and the windows in use: `SNSNSN, window 128`."""
     letters = "".join(kind.letter for kind in kinds)
     if len(set(letters)) == 1 and len(letters) > 8:
         letters = f"{len(letters)} x {letters[0]}"
@@ -145,13 +152,13 @@ def pattern_text(kinds: Sequence[LayerKind]) -> str:
 
 
 def layout_facts(kinds: Sequence[LayerKind]) -> dict[str, object]:
-    """A layout as a manifest holds it: a letter a layer, and the one window of those that slide."""
+    """Returns a layout in the form of a manifest: one letter per layer, and the one window of the sliding layers."""
     windows = [kind.sliding_window for kind in kinds if kind.sliding_window is not None]
     return {"layers": "".join(kind.letter for kind in kinds), "sliding_window": max(windows, default=None)}
 
 
 def kinds_of(facts: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    """`layout_facts` read back."""
+    """Returns the layout that `layout_facts` describes."""
     window = facts["sliding_window"]
     letters = {"S": LayerKind(True, window), "s": LayerKind(False, window)}
     letters |= {"N": LayerKind(False, None), "F": LayerKind(True, None)}

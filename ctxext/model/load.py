@@ -1,4 +1,4 @@
-"""The one way a model gets into memory: positions set before it is built, every weight accounted for."""
+"""Loads checkpoints into memory. Positions are set before a model is built, and every weight is accounted for."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ctxext.model.layout import LayerKind, pattern_text
 from ctxext.model.shards import cast, check_finite, tensor_reader
 from ctxext.model.source import ModelSource, read_config, resolve
 from ctxext.model.stock import built_config, check_same_reading, generation_config
-from ctxext.model.tokenizer import load_tokenizer as load_tokenizer  # for those who import it from here
+from ctxext.model.tokenizer import load_tokenizer as load_tokenizer  # re-exported: other modules import it from here
 from ctxext.model.weights import HEAD, ignored
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, with ctxext's attention; for a bundle, the base with its adapter on.
+    """A model that is ready to run, with ctxext's attention; for a bundle, the base with its adapter attached.
 
-    `model` is transformers' causal LM, or PEFT's wrapper around one. Lengths are tokens.
+    `model` is transformers' causal LM, or PEFT's wrapper around one. Lengths are in tokens.
     """
 
     model: Any
@@ -58,12 +58,14 @@ def load_model(
     device: str | None = None,
     nope_log_scale: float | None = None,
 ) -> LoadedModel:
-    """Load a source model, a conversion, a bundle or a merged directory, in eval mode.
+    """Loads a source model, a conversion, a bundle or a merged directory, in eval mode.
 
-    `nope_log_scale` a: N layers multiply the query at position t by log(t + a) / log(a) (model/attention.py).
-    It lives in the modules in memory: nothing that is saved has it. Raises what `resolve` raises, InputError where
-    there is no such layer, and ModelError when a weight is missing or left over.
+    `device` None is CUDA where it is available, otherwise the CPU. `nope_log_scale` a: N layers multiply the query at
+    position t by log(t + a) / log(a) (model/attention.py). That setting exists only in memory and is never saved.
+    Raises what `resolve` raises, InputError for `nope_log_scale` where the layout has no N layer, and ModelError when a
+    weight is missing or left over.
     """
+    # A bundle is built from its base's weights under the bundle's config: that config has the new positions.
     source = model if isinstance(model, ModelSource) else resolve(str(model))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     weights = source.base.directory if source.base else source.directory
@@ -80,7 +82,7 @@ def load_model(
 def check_source(source: ModelSource) -> None:
     """Raises ModelError where stock transformers reads a model's config.json (of a bundle: its base's) differently.
 
-    A length that the user stated (`with_original_length`) is no field of the file and is not compared.
+    A length that the user stated (`with_original_length`) is not a field of the file and is not compared.
     """
     model = source.base or source
     check_same_reading(model.directory, normalise(read_config(model.directory)))
@@ -89,11 +91,12 @@ def check_source(source: ModelSource) -> None:
 def build_model(
     weights: Path, config: Config, dtype: torch.dtype, *, quantize: str = "none", device: torch.device | None = None
 ) -> PreTrainedModel:
-    """The stock class of a normalised config, filled from the checkpoint in `weights`, RoPE checked as realised.
+    """Builds the stock class of a normalised config, loads the checkpoint in `weights`, and checks RoPE's frequencies.
 
-    `quantize` nf4 or int8 stores the linear layers' weights through bitsandbytes as they are read, on `device`; the
-    head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing, left over, NaN or infinite
-    in `dtype`, and for a tied model whose stored head is another matrix than its embeddings.
+    `quantize` nf4 or int8: bitsandbytes stores the weights of the linear layers quantised, on `device`, while they are
+    read; the head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing, left over, NaN or
+    infinite in `dtype`, and for a tied model whose stored head differs from its embeddings. Raises CheckFailed where
+    the built model has other RoPE frequencies than the config means.
     """
     name = attention.register()
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -106,6 +109,7 @@ def build_model(
         output_loading_info=True,
         **({} if quantize == "none" else quantization(quantize, dtype, device or torch.device("cpu"))),
     )
+    # transformers only warns about these. A stored head that the model does not need is checked below.
     lost = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     stray = [key for key in sorted(info["unexpected_keys"]) if not ignored(key) and key != HEAD]
     if lost or stray:
@@ -114,25 +118,28 @@ def build_model(
             f"first {(lost + stray)[0]}"
         )
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if config["tie_word_embeddings"] and head.weight is not embeddings.weight:  # transformers leaves such a pair untied
+    # transformers leaves the two untied where the stored head differs from the embeddings.
+    if config["tie_word_embeddings"] and head.weight is not embeddings.weight:
         raise ModelError(
             f"{weights}: config.json says tied embeddings, but {HEAD} differs from them",
             hint="set tie_word_embeddings to false in config.json if the head is its own",
         )
     if quantize == "none":
         _check_numbers(model, weights)
-    embeddings.padding_idx = None  # nothing is padded here, and the row of a token that is also the EOS has to train
+    # No padding token is used here, and torch gives the padding row no gradient. That row may be the EOS, which trains.
+    embeddings.padding_idx = None
     check_realised(model, config)
     forget_lengths(model, config)
     return model
 
 
 def _check_numbers(model: Any, weights: Path) -> None:
-    """Raises ModelError for a weight that is NaN or infinite, and says where only the dtype in memory makes it so."""
+    """Raises ModelError for a NaN or infinite weight. The error says where only the cast to the dtype causes it."""
     for name, parameter in model.named_parameters():
         try:
             check_finite(parameter, f"{weights}: {name}")
         except ModelError:
+            # A finite stored value became infinite in memory: `cast` raises the error that names the dtype.
             stored = tensor_reader(weights)(name)
             if stored is not None and stored.isfinite().all():
                 cast(stored, parameter.dtype, f"{weights}: {name}")
@@ -140,7 +147,7 @@ def _check_numbers(model: Any, weights: Path) -> None:
 
 
 def quantization(name: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Arguments of from_pretrained for nf4 (QLoRA, arXiv 2305.14314: NormalFloat, double quantisation) or int8.
+    """Returns arguments of from_pretrained for nf4 (QLoRA, arXiv 2305.14314: NormalFloat, double quantisation) or int8.
 
     Raises EnvironmentFault where bitsandbytes is missing.
     """
@@ -158,7 +165,7 @@ def quantization(name: str, dtype: torch.dtype, device: torch.device) -> dict[st
 
 
 def scale_queries(model: Any, kinds: Sequence[LayerKind], a: float) -> None:
-    """Tell the attention of every N layer its a > 1. Raises InputError where the layout has none."""
+    """Sets a > 1 on the attention of every N layer. Raises InputError where the layout has no N layer."""
     if not any(kind.letter == "N" for kind in kinds):
         raise InputError(
             f"nope_log_scale {a:g}: the layout {pattern_text(kinds)} has no N layer whose queries to scale"
@@ -169,12 +176,12 @@ def scale_queries(model: Any, kinds: Sequence[LayerKind], a: float) -> None:
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """The causal LM itself, with PEFT's wrapper taken off if there is one (its layers stay adapted)."""
+    """Returns the causal LM without PEFT's wrapper, if there is one. Its layers keep their adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def hidden_states(model: Any, input_ids: Tensor, **attention_arguments: Any) -> Tensor:
-    """The final hidden states [B, T, E] (after the last norm) of input_ids [B, T]; no logits are made.
+    """Returns the final hidden states [B, T, E] (after the last norm) of input_ids [B, T]. It computes no logits.
 
     `attention_arguments` go to model/attention.py: document_starts, group_size, backend.
     """
@@ -184,13 +191,13 @@ def hidden_states(model: Any, input_ids: Tensor, **attention_arguments: Any) -> 
 
 
 def output_weight(model: Any) -> Tensor:
-    """The head's weight [V, E], the very tensor that trains where it trains."""
+    """Returns the head's weight [V, E]: the trainable tensor itself where the head trains."""
     head = causal_lm(model).get_output_embeddings()
     weight: Tensor = active_module(head).weight
     return weight
 
 
 def active_module(module: Any) -> Any:
-    """The module in use behind PEFT's wrapper for modules trained whole; the module itself where there is none."""
+    """Returns the active module inside PEFT's wrapper for fully trained modules; without a wrapper, `module` itself."""
     saved = getattr(module, "modules_to_save", None)
     return saved[module.active_adapters[0]] if saved is not None else module

@@ -1,4 +1,4 @@
-"""A bundle into an ordinary Hugging Face directory: merged in fp32, proved against the live model, then cast."""
+"""Merges a bundle into an ordinary Hugging Face directory: merge in fp32, compare with the live model, then cast."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from ctxext.model.stock import drop_generation_config
 from ctxext.model.tokenizer import settle, warning
 
 SHARD_BYTES = 5 * 1024**3
-TOLERANCE = 1e-4  # of the largest logit, in fp32
+TOLERANCE = 1e-4  # as a part of the largest logit, in fp32
 PROBE_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class Adjustment:
-    """What was done to a live bundle before it is merged, so that the gates prove it with everything else.
+    """A change of the live bundle before the merge. The checks of the merge cover it.
 
-    facts  for the report and the manifest; rows  the same as (name, value) lines
-    fold   does to the merged model's weights what the live one does without changing them
-    draw   writes pictures into the output
+    facts  entries for the report and the manifest
+    rows   the same facts as (name, value) lines
+    fold   writes into the merged model's weights what the live model computes without a change of its weights
+    draw   writes figures into the output
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -48,11 +49,12 @@ class Adjustment:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """live: base with adapter, fp32; merged: fp32; saved: read back from disk in `dtype`. Differences are max |.|.
+    """The result of a merge: three models compared, and their perplexities.
 
-    Perplexities are on the same text, before and after the cast to `dtype`; `perplexity_of` says how, on what text and
-    how many tokens. `adjustment` is what was done to the live
-    model first, with all that was measured to choose it.
+    live is the base with its adapter in fp32, merged is the merged model in fp32, saved is the model read back from
+    disk in `dtype`. Differences are max |logit - logit|. Both perplexities are on the same text, before and after the
+    cast to `dtype`; `perplexity_of` states the method, the text and the number of tokens. `adjustment` are the facts of
+    the change of the live model, with the measurements that chose it; `adjusted` are its rows.
     """
 
     source: str
@@ -69,13 +71,13 @@ class MergeReport:
     seconds: float
     adjustment: dict[str, Any] = field(default_factory=dict)
     adjusted: tuple[tuple[str, str], ...] = ()
-    tokenizer: str | None = None  # how AutoTokenizer reads the output otherwise than ctxext, and what to use
+    tokenizer: str | None = None  # how AutoTokenizer reads the output differently from ctxext, and what to use
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "adjusted"}
 
     def rows(self) -> list[tuple[str, str]]:
-        """The report as (name, value) lines."""
+        """Returns the report as (name, value) lines."""
         return [
             ("bundle", f"{self.source} on {self.base}"),
             *self.adjusted,
@@ -101,15 +103,19 @@ def merge(
     adjust: Callable[[LoadedModel], Adjustment] = lambda live: Adjustment(),
     asked: dict[str, Any] | None = None,
 ) -> MergeReport:
-    """Merge a bundle. `measure` gives a loaded model's perplexity, and of what; `adjust` changes the live one first.
+    """Merges a bundle and writes it to `out`.
 
-    `asked` is what `adjust` was told, for the manifest. Raises CheckFailed when the proof fails.
+    `measure` returns a loaded model's perplexity and a description of the text. `adjust` changes the live model before
+    the merge. `asked` are the settings that `adjust` got, for the manifest. `dtype` None is the base's dtype. Raises
+    CheckFailed when a comparison fails.
     """
+    # Load in fp32: `merge_adapter` accepts nothing else, and the tolerance below is for fp32.
     began = time.monotonic()
     assert source.base is not None
     dtype = dtype or source.base.config.get("dtype") or source.base.config.get("torch_dtype") or "float32"
     live = load_model(source, dtype="float32")
     adjustment = adjust(live)
+    # Measure the live model before the merge: `merge_adapter` changes its weights in place.
     ids = _probe(source.config["vocab_size"], live.device)
     before, (perplexity_live, of) = _logits(live.model, ids), measure(live)
     merged = merge_adapter(live.model).eval()
@@ -118,13 +124,15 @@ def merge(
     merged_diff, tolerance = ((after - before).abs().max().item(), TOLERANCE * max(1.0, before.abs().max().item()))
     if not merged_diff <= tolerance:
         raise CheckFailed(f"merged logits differ from the live model's by {merged_diff:.3g} (allowed {tolerance:.2g})")
-    for name, parameter in merged.named_parameters():  # and not the buffers: RoPE's frequencies stay in fp32
+    # Cast parameters only: the buffers, RoPE's frequencies, stay in fp32. `cast` raises for a value that overflows.
+    for name, parameter in merged.named_parameters():
         parameter.data = cast(parameter.data, getattr(torch, dtype), f"the merged {name}")
     expected = _logits(merged, ids)
     with staged_output(out, force) as staging:
         config = source.config | {"dtype": dtype}
         _save(staging, merged.state_dict(), config)
         problem = _save_companions(source, staging, config)
+        # Read the directory back before it gets its final name. Same dtype, same device: the logits must be identical.
         reloaded: Any = build_model(staging, config, getattr(torch, dtype)).to(live.device).eval()
         saved_diff = (_logits(reloaded, ids) - expected).abs().max().item()
         if saved_diff != 0.0:
@@ -153,7 +161,7 @@ def merge(
 
 
 def _save_companions(source: ModelSource, staging: Path, config: Config) -> str | None:
-    """Write tokenizer, templates and licence; how AutoTokenizer would read other ids all the same, or None."""
+    """Writes tokenizer, templates and licence. Returns how AutoTokenizer would still read other ids, or None."""
     tokenizer = settle(source.directory, config)
     copy_companions(source.directory, staging, tokenizer.files)
     drop_generation_config(staging)
@@ -161,6 +169,7 @@ def _save_companions(source: ModelSource, staging: Path, config: Config) -> str 
 
 
 def _tied_as_it_should_be(model: Any, config: Config) -> bool:
+    # Returns whether the head is tied. Raises CheckFailed where that differs from the base's config.
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     if tied != bool(config["tie_word_embeddings"]):
         raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, the base is not")
@@ -168,7 +177,7 @@ def _tied_as_it_should_be(model: Any, config: Config) -> bool:
 
 
 def _probe(vocabulary: int, device: torch.device) -> Tensor:
-    """The ids [1, T] on which logits are compared, the same every time."""
+    """Returns the ids [1, T] for the comparison of logits, the same in every run."""
     return torch.randint(vocabulary, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -181,7 +190,7 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
 
 
 def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
-    """The weights the config implies, and no others (a tied head is no tensor of its own), in shards of 5 GiB."""
+    """Writes exactly the weights that the config implies, in shards of 5 GiB. A tied head is not a separate tensor."""
     named = {name: state[name] for name in expected_tensors(config)}
     save_torch_state_dict(named, directory, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
 
@@ -191,6 +200,7 @@ def _describe(directory: Path, source: ModelSource, config: Config, report: Merg
     text = [f"{report.base} with {report.source} merged into it.", runtime_note(config)]
     card = model_card(f"{report.source}, merged", text, report.rows(), stated_licence(source.directory))
     (directory / "README.md").write_text(card, "utf-8")
+    # The merged model keeps the lengths of the bundle, and names both of its parents.
     lengths = {"name": f"{source.name}-merged"} | {
         name: source.manifest.facts.get(name) for name in ("original_length", "usable_length")
     }

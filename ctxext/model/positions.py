@@ -1,11 +1,12 @@
-"""RoPE for a longer context: which scaling, and from which original length.
+"""Plans RoPE for a longer context: which scaling, and from which original length.
 
-Every scaling is derived from the ORIGINAL trained length, however often a model was extended before, and written as
-transformers' own `rope_parameters`; transformers builds the model from them, and frequencies.py compares.
+Every scaling is derived from the ORIGINAL trained length, no matter how often a model was extended before. It is
+written as transformers' own `rope_parameters`. transformers builds the model from them, and frequencies.py checks the
+result.
 
 Sources: linear (position interpolation) arXiv 2306.15595; YaRN 2309.00071; LongRoPE 2402.13753; NTK-aware and dynamic
 scaling as in transformers; llama3 as released with Llama 3.1. `ntk` and `abf` only change theta; transformers has no
-type of those names. Not done: searching LongRoPE's factors (the user gives them).
+type with these names. Not done: the search for LongRoPE's factors (the user gives them).
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ Factor = Annotated[float, Field(ge=1.0)]
 
 @spec
 class Auto:
-    """Linear when RoPE layers must look past the original length, else nothing; scaled models keep their type."""
+    """Linear when RoPE layers look farther than the original length, else no scaling. Scaled models keep their type."""
 
     type: Literal["auto"] = "auto"
 
 
 @spec
 class NoScaling:
-    """Leave the positions as they are, also beyond the trained length."""
+    """Leaves the positions unchanged, also beyond the trained length."""
 
     type: Literal["none"] = "none"
 
 
 @spec
 class Linear:
-    """Position interpolation: position m becomes m / factor. `factor` None: ceil(ctx / original length)."""
+    """Position interpolation: position m becomes m / factor. `factor` None is ceil(ctx / original length)."""
 
     type: Literal["linear"] = "linear"
     factor: Factor | None = None
@@ -51,7 +52,7 @@ class Linear:
 
 @spec
 class Ntk:
-    """theta becomes theta * s^(d / (d - 2)), s = factor, d = head dimension."""
+    """NTK-aware scaling: theta becomes theta * s^(d / (d - 2)) with s = factor and d = head dimension."""
 
     type: Literal["ntk"] = "ntk"
     factor: Factor | None = None
@@ -59,7 +60,7 @@ class Ntk:
 
 @spec
 class Abf:
-    """Adjusted base frequency: theta as given."""
+    """Adjusted base frequency: theta gets the given value."""
 
     type: Literal["abf"] = "abf"
     theta: Annotated[float, Field(gt=1.0)]
@@ -67,7 +68,7 @@ class Abf:
 
 @spec
 class Dynamic:
-    """NTK with a factor that grows with the running length; max_position_embeddings stays the original."""
+    """NTK with a factor that grows with the running length. max_position_embeddings stays at the original length."""
 
     type: Literal["dynamic"] = "dynamic"
     factor: Factor | None = None
@@ -96,7 +97,7 @@ class LongRope:
 
 @spec
 class Llama3:
-    """Llama 3.1's scaling: long wavelengths interpolated, short ones kept, a ramp between."""
+    """Llama 3.1's scaling: long wavelengths are interpolated, short ones are kept, with a ramp between."""
 
     type: Literal["llama3"] = "llama3"
     factor: Factor | None = None
@@ -116,12 +117,15 @@ RopeScaling = Annotated[
 
 @dataclass(frozen=True)
 class PositionPlan:
-    """What the positions of a model become. `rope_parameters` None: they stay as they are.
+    """The planned positions of a model.
 
-    reach                    the farthest any layer with RoPE looks at this ctx, in tokens
-    factor                   reach (or ctx) over original_length, as used; 1.0 when nothing is scaled
-    max_position_embeddings  tokens; what the saved config says
-    usable_length            tokens that a model trained so bears
+    rope_parameters          the new RoPE; None: RoPE does not change
+    max_position_embeddings  the value in the saved config, in tokens
+    usable_length            tokens that the model supports after training with these positions
+    original_length          tokens of the first training; None when it is not known
+    reach                    the largest distance that a layer with RoPE looks back at this ctx, in tokens
+    factor                   the scaling factor; by default reach or ctx over original_length, rounded up; 1.0 without
+                             scaling
     summary                  one line for the screen
     """
 
@@ -134,7 +138,8 @@ class PositionPlan:
     summary: str
 
     def apply(self, config: Config) -> Config:
-        """A copy of a normalised config with these positions."""
+        """Returns a copy of a normalised config with these positions."""
+        # Record the original length and theta, so that a later extension starts from them.
         known: Config = {"max_position_embeddings": self.max_position_embeddings}
         if self.original_length is not None:
             known["original_max_position_embeddings"] = self.original_length
@@ -145,23 +150,29 @@ class PositionPlan:
 
 
 def original_theta(config: Config) -> float:
-    """theta as first trained: ntk and abf rewrite `rope_theta`, and a later extension must not start from that."""
+    """Returns theta of the first training. ntk and abf change `rope_theta`; a later extension needs the original."""
     return float(config.get("original_rope_theta") or rope_of(config)["rope_theta"])
 
 
 def reach_of(kinds: Sequence[LayerKind], ctx: int) -> int:
-    """The farthest a layer with RoPE looks: max over those layers of min(W, ctx), in tokens; 0 without RoPE."""
+    """Returns the largest distance in tokens that a layer with RoPE looks back.
+
+    This is the maximum of min(W, ctx) over the layers with RoPE; 0 where no layer has RoPE.
+    """
     return max((min(kind.sliding_window or ctx, ctx) for kind in kinds if kind.use_rope), default=0)
 
 
 def plan_positions(
     config: Config, scaling: Any, ctx: int, *, original_length: int | None, usable_length: int
 ) -> PositionPlan:
-    """Decide the positions for training and running at `ctx` tokens. Raises InputError when asked for the senseless.
+    """Plans the positions for training and running at `ctx` tokens.
 
-    `scaling` is one of the RopeScaling specs. A model whose usable length covers ctx keeps the positions it has under
-    `auto`. ctx below the original length is allowed with auto or none (healing needs it), refused with a scaling.
+    `scaling` is one of the RopeScaling specs. With `auto`, a model whose usable length covers ctx keeps its positions.
+    A ctx up to the original length is allowed with auto or none (healing needs it). Raises InputError for an explicit
+    scaling there, for a scaling of a model without RoPE, for an unknown original length where one is needed, and where
+    `auto` would scale a longrope model further.
     """
+    # The checks are in this order, so that a model that needs no scaling needs no original length.
     rope, kinds = rope_of(config), family_of(config).kinds(config)
     reach = reach_of(kinds, ctx)
     keep = partial(_kept, config, ctx, original_length, usable_length, reach)
@@ -172,12 +183,14 @@ def plan_positions(
         return keep(f"positions untouched: usable to {format_tokens(usable_length)} tokens already")
     if not automatic and not reach:
         raise InputError(f"rope_scaling {scaling.type}: no layer of this model uses RoPE", hint="use rope_scaling auto")
+    # Every scaling below is derived from the original length.
     if original_length is None:
         raise InputError(
             f"RoPE is scaled already ({rope.get('rope_type')}, factor {rope.get('factor')}) and nothing says from "
             "which original length",
             hint="add --original-length, the context the model was first trained at",
         )
+    # Sliding windows may keep every RoPE layer within trained distances. Then `auto` scales nothing.
     if automatic and reach <= original_length:
         far = f"look {format_tokens(reach)} tokens back" if reach else "are none"
         return keep(f"no interpolation needed: layers with RoPE {far}, trained at {format_tokens(original_length)}")
@@ -195,9 +208,13 @@ def plan_positions(
 def _kept(
     config: Config, ctx: int, original_length: int | None, usable_length: int, reach: int, summary: str
 ) -> PositionPlan:
-    """The positions stay as they are, at a length that may be beyond any before."""
+    """Returns a plan that keeps RoPE, for a ctx that may be longer than any length before.
+
+    Raises InputError where the kept RoPE is scaled from another original length than `original_length`.
+    """
     rope, limit = rope_of(config), max(ctx, config["max_position_embeddings"])
-    if rope.get("rope_type") == "dynamic":  # a raised max_position_embeddings would keep it from ever starting
+    # Dynamic scaling starts beyond max_position_embeddings: a higher value would turn it off.
+    if rope.get("rope_type") == "dynamic":
         limit = config["max_position_embeddings"]
     stated = rope.get("original_max_position_embeddings")
     if None not in (stated, original_length) and stated != original_length:
@@ -210,7 +227,8 @@ def _kept(
 
 
 def _scaled(config: Config, scaling: Any, ctx: int, original_length: int, reach: int, automatic: bool) -> PositionPlan:
-    """The positions under a scaling; where it is `automatic`, nothing trained is stretched less than before."""
+    """Returns a plan with a scaling. If `automatic`, the factor (ntk: theta) is at least the model's own."""
+    # An automatic factor covers the reach of the RoPE layers; an explicit scaling covers the whole ctx.
     rope = rope_of(config)
     default = float(math.ceil((reach if automatic else ctx) / original_length))
     if automatic and rope.get("rope_type") == scaling.type:
@@ -225,6 +243,7 @@ def _scaled(config: Config, scaling: Any, ctx: int, original_length: int, reach:
         f"{scaling.type}, {change}, from the original {format_tokens(original_length)} "
         f"(layers with RoPE reach {format_tokens(reach)})"
     )
+    # Warn where an explicit factor is too small: some layers then see rotations that training never used.
     if scaling.type in ("linear", "yarn") and factor * original_length < reach:
         summary += f"; beyond {format_tokens(int(factor * original_length))} positions are ones it never saw"
     longest = original_length if scaling.type == "dynamic" else ctx
@@ -232,7 +251,10 @@ def _scaled(config: Config, scaling: Any, ctx: int, original_length: int, reach:
 
 
 def _same_type(rope: Config, theta: float) -> Any:
-    """The scaling `auto` uses: a model that was trained under a scaling keeps its type, any other gets linear."""
+    """Returns the scaling for `auto`: a scaled model keeps its type, every other model gets linear.
+
+    Raises InputError for longrope.
+    """
     old = rope.get("rope_type", "default")
     if old == "llama3":
         return Llama3(low_freq_factor=rope["low_freq_factor"], high_freq_factor=rope["high_freq_factor"])
@@ -244,12 +266,14 @@ def _same_type(rope: Config, theta: float) -> Any:
             "this model uses longrope: its factors hold for one length",
             hint="give rope_scaling {type: longrope, short_factor: [...], long_factor: [...]}",
         )
+    # A changed theta without a scaling type comes from an earlier ntk or abf.
     if old == "default" and rope["rope_theta"] != theta:
         return Ntk()
     return Dynamic() if old == "dynamic" else Linear()
 
 
 def _rope_parameters(scaling: Any, theta: float, head_dim: int, factor: float, original: int) -> Config:
+    # The scaling in transformers' form. `theta` and `original` are those of the first training.
     match scaling.type:
         case "linear" | "dynamic":
             return {"rope_type": scaling.type, "rope_theta": theta, "factor": factor}

@@ -1,9 +1,10 @@
 """Another layout over the same weights: a second model of stock classes that shares every weight with the first.
 
-`relayout` builds the class of a config without weights and puts the first model's own linear layers, embeddings and
-norms into it, the very modules, with adapters and what was trained whole beside them left off. So a model can be its
-own teacher (train/distill.py) and a layout can be measured before it is written (retrofit/), at the memory of the RoPE
-frequencies alone. Quantised weights are shared as well: what is shared is the module that knows how to use them.
+`relayout` builds the class of a config without weights and inserts the linear layers, embeddings and norms of the first
+model. It inserts the same module objects, without adapters and without the modules that training replaced. A model can
+therefore be its own teacher (train/distill.py), and a layout can be measured before it is written (retrofit/). The only
+extra memory is that of the RoPE frequencies. Quantised weights are shared as well, because the shared module contains
+the code that uses them.
 """
 
 from __future__ import annotations
@@ -25,18 +26,20 @@ from ctxext.model.load import causal_lm
 
 
 def relayout(model: Any, config: Config) -> PreTrainedModel:
-    """The frozen weights of `model` under another normalised config of the same shapes, in eval mode.
+    """Returns the frozen weights of `model` under another normalised config of the same shapes, in eval mode.
 
-    `model` is a causal LM or PEFT's wrapper around one; what its adapter and its modules trained whole hold is not part
-    of the result, whose logits are those of the base checkpoint. Do not move or cast the result: its modules are the
-    model's. It is meant for forward passes; a gradient would reach nothing that trains. Raises ModelError where a
-    weight of `config` is not among the model's.
+    `model` is a causal LM or PEFT's wrapper around one. The result leaves out the adapter and the fully trained
+    modules, so it uses the weights of the base checkpoint. Do not move or cast the result: it shares its modules with
+    `model`. Use it for forward passes only; a gradient reaches no trainable parameter. Raises ModelError where `model`
+    lacks a weight of `config`.
     """
+    # Build the class on the meta device: its parameters take no memory. Its buffers, the RoPE frequencies, are real.
     base = causal_lm(model)
     hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))
     hf_config._attn_implementation = attention.register()
     with init_empty_weights(include_buffers=False):
         other: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
+    # Replace every module that holds parameters with the model's module of the same name.
     for name, module in list(other.named_modules()):
         if not list(module.parameters(recurse=False)):
             continue
@@ -47,7 +50,8 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
         if list(own.parameters(recurse=False)) == []:
             raise ModelError(f"{name} holds no weight of its own in the model")
         if list(module.children()):
-            # A part with weights of its own around others, such as attention with sinks: it keeps its layout.
+            # A module with parameters and with submodules, such as attention with sinks: take over its parameters only,
+            # so that it keeps the layout of `config`.
             for own_name, weight in own.named_parameters(recurse=False):
                 setattr(module, own_name, weight)
             continue
@@ -55,10 +59,12 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
         setattr(other.get_submodule(parent), child, _without_bias(own, module, name))
     if config["tie_word_embeddings"]:
         _tie(other)
+    # A parameter that is still on the meta device has no weight.
     left = [name for name, parameter in other.named_parameters() if parameter.is_meta]
     if left:
         raise ModelError(f"{len(left)} weights of the layout were not found in the model, first {left[0]}")
     device = other.get_input_embeddings().weight.device
+    # The new buffers were made on the CPU; the shared weights may be on an accelerator.
     for module in other.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
@@ -69,7 +75,7 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
 
 
 def _without_bias(own: Any, wanted: Any, name: str) -> Any:
-    """The model's module; where it has a bias that the layout has not, a linear layer of the same weight without."""
+    """Returns the model's module; where only that has a bias, a linear layer with the same weight and no bias."""
     if getattr(own, "bias", None) is None or getattr(wanted, "bias", None) is not None:
         return own
     if type(own) is not nn.Linear:
@@ -84,7 +90,8 @@ def _without_bias(own: Any, wanted: Any, name: str) -> Any:
 
 
 def frozen_module(module: Any) -> Any:
-    """The module as it came from the checkpoint, behind PEFT's wrapper if there is one."""
+    """Returns the module that came from the checkpoint, without PEFT's wrappers if there are any."""
+    # `modules_to_save` keeps the module in `original_module`, LoRA in `base_layer`; both wrappers can be nested.
     while True:
         inner = getattr(module, "original_module", None)
         inner = inner if inner is not None else getattr(module, "base_layer", None)
@@ -94,7 +101,7 @@ def frozen_module(module: Any) -> Any:
 
 
 def _tie(model: Any) -> None:
-    """A head that is the frozen embedding: under PEFT the model's own head may be the one that trains."""
+    """Sets the frozen embedding as the head. Under PEFT the model's own head may be the trained copy."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:
         return
@@ -105,10 +112,12 @@ def _tie(model: Any) -> None:
 
 
 def rotations(decoder: Any, x: Tensor) -> Callable[[int], tuple[Tensor, Tensor] | None]:
-    """RoPE's cos and sin [1,T,D] for rows x [B,T,E] as the decoder gives them to a layer, by the layer's index.
+    """Returns a function from a layer's index to RoPE's cos and sin [1,T,D] for rows x [B,T,E], as the decoder does.
 
-    A layer without RoPE is given some as well and does not use them, or None where its class rotates whatever it gets.
+    A layer without RoPE also gets values and ignores them. It gets None in a class whose layers rotate whenever they
+    get values.
     """
+    # Three forms of decoder: one rotary module per theta (GraniteSWA), one for all layers, one per layer type (Mellum).
     positions = torch.arange(x.shape[1], device=x.device)[None]
     if (thetas := getattr(decoder.config, "layer_rope_theta", None)) is not None:
         made = {rotary.config.rope_parameters["rope_theta"]: rotary(x, positions) for rotary in rotaries(decoder)}

@@ -1,7 +1,7 @@
-"""RoPE in a config.json: read as transformers 5 reads it, written for transformers 4 and 5. Plain dicts; no torch.
+"""Reads RoPE in a config.json as transformers 5 does, and writes it for transformers 4 and 5. No torch.
 
-transformers 5 has `rope_parameters`; transformers 4 has `rope_theta` and `rope_scaling`. A file may have both. Then
-transformers 5 takes `rope_scaling`, so that both have to say the same.
+transformers 5 uses `rope_parameters`; transformers 4 uses `rope_theta` and `rope_scaling`. A file may have both. Then
+transformers 5 takes `rope_scaling`, so both must have the same values.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from ctxext.model.config_fields import LAYER_TYPES, check_rope
 
 Config = dict[str, Any]
 ORIGINAL = "original_max_position_embeddings"
-THETA = 10_000.0  # transformers' default, but for the model_types in families.DEFAULTS
+THETA = 10_000.0  # transformers' default, except where families.DEFAULTS has another one
 NO_ROPE = {"rope_type": "proportional", "partial_rotary_factor": 0.0}  # every frequency is zero: no rotation
-ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type: the numbers it cannot do without
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type: its required fields
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -23,14 +23,14 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type: the numbers it cannot 
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-FROM_A_LENGTH = ("yarn", "longrope", "llama3")  # their frequencies follow from the length of the first training
+FROM_A_LENGTH = ("yarn", "longrope", "llama3")  # their frequencies depend on the original training length
 
 
 def read_rope(config: Config) -> Config:
-    """`rope_parameters` in the spelling of transformers 5, whichever spelling the config has.
+    """Returns `rope_parameters` in the form of transformers 5, from either form.
 
-    `config` is a normalised config but for RoPE; the fields of RoPE are taken out of it. Raises ModelError for what
-    transformers does not read, and where two spellings say different things.
+    `config` is a config that is normalised except for RoPE. This function removes the RoPE fields from it. Raises
+    ModelError for values that transformers does not read, and where the two forms disagree.
     """
     nested = config["model_type"] == "mellum"
     if nested and "rope_scaling" in config:
@@ -40,9 +40,11 @@ def read_rope(config: Config) -> Config:
     for rope in (fifth, fourth):
         if not isinstance(rope, dict):
             raise ModelError(f"config.json: RoPE parameters must be an object, not {rope!r}")
+    # Mellum has one set of parameters per layer type.
     if nested:
         types = config["layer_types"]
         return {name: _mellum_rope(fifth, name, config) for name in LAYER_TYPES if name in fifth or name in types}
+    # Complete both forms before the comparison: a default in one form may be written out in the other.
     read = [_complete({"rope_theta": theta} | rope, config) for rope in (fourth, fifth) if rope]
     if len(read) == 2 and read[0] != read[1]:
         names = sorted(name for name in read[0].keys() | read[1].keys() if read[0].get(name) != read[1].get(name))
@@ -54,7 +56,7 @@ def read_rope(config: Config) -> Config:
 
 
 def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
-    """What a Mellum config says of one type of layer: RoPE's parameters, or that there is none."""
+    """Returns the RoPE parameters of one layer type of a Mellum config; NO_ROPE with a theta where it has no RoPE."""
     one = rope.get(name)
     if not isinstance(one, dict):
         raise ModelError(f"config.json: rope_parameters must have an object for {name}")
@@ -65,11 +67,11 @@ def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
 
 
 def _complete(rope: Config, config: Config) -> Config:
-    """One set of RoPE parameters with every number stated. Raises ModelError for what transformers cannot compute."""
+    """Returns one set of RoPE parameters with every number stated. Raises ModelError for a missing or invalid one."""
     if by_type := [name for name in LAYER_TYPES if name in rope]:
         raise ModelError(f"config.json: RoPE parameters for {by_type[0]} inside those for all layers")
     rope = dict(rope)
-    kind = rope.setdefault("rope_type", rope.get("type", "default"))  # where both stand, transformers' choice
+    kind = rope.setdefault("rope_type", rope.get("type", "default"))  # rope_type has priority, as in transformers
     rope.pop("type", None)
     if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise ModelError(f"config.json: rope_type {kind!r}; supported are {', '.join(ROPE_FIELDS)}")
@@ -84,7 +86,7 @@ def _complete(rope: Config, config: Config) -> Config:
         )
     check_rope(rope, config["head_dim"])
     if kind in FROM_A_LENGTH:
-        # what stands beside the parameters comes before what stands inside, null included
+        # A length at the top level of the config has priority over one inside the parameters, also when it is null.
         stated = config if ORIGINAL in config else rope
         rope[ORIGINAL] = stated.get(ORIGINAL, config["max_position_embeddings"])
         if rope[ORIGINAL] is None:
@@ -96,9 +98,9 @@ def _complete(rope: Config, config: Config) -> Config:
 
 
 def written_for_both(config: Config) -> Config:
-    """A normalised config with `rope_theta` and `rope_scaling` beside `rope_parameters`, as transformers 4 reads them.
+    """Returns a normalised config with `rope_theta` and `rope_scaling` added, in the form that transformers 4 reads.
 
-    Unchanged where layers of one model have different RoPE: transformers 4 has no spelling for that.
+    A config with RoPE per layer type (Mellum) stays unchanged: transformers 4 has no form for it.
     """
     rope = config["rope_parameters"]
     if "rope_type" not in rope:
@@ -106,18 +108,21 @@ def written_for_both(config: Config) -> Config:
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     both = config | {"rope_theta": rope["rope_theta"]}
     both["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
-    if rope["rope_type"] == "longrope":  # whose length transformers 4 reads beside the parameters only
+    if rope["rope_type"] == "longrope":  # transformers 4 reads its original length only at the top level
         both[ORIGINAL] = rope[ORIGINAL]
     return both
 
 
 def unlike_transformers_4(config: Config) -> str | None:
-    """Why transformers 4 does not compute what transformers 5 does from a config of `written_for_both`; None where it
-    does, as far as its formulas go (4.57.3's were read)."""
+    """Returns why transformers 4 computes something else than transformers 5 from a config of `written_for_both`.
+
+    None where both compute the same, by the formulas of 4.57.3.
+    """
     rope = config["rope_parameters"]
     if config.get("model_type") in ("mellum", "granite_swa"):
         return f"it has no {config['model_type']} class"
     if rope["rope_type"] == "longrope" and rope.get("factor") and not rope.get("attention_factor"):
+        # transformers 4 derives the factor of longrope, and with it the scale of cos and sin, from the two lengths.
         ratio = config["max_position_embeddings"] / rope[ORIGINAL]
         if rope["factor"] != ratio:
             return f"it takes {ratio:g} for the factor of longrope, not {rope['factor']:g}"

@@ -1,4 +1,4 @@
-"""Copying a checkpoint shard by shard: at most one shard in memory, every value checked to be finite."""
+"""Copies checkpoints shard by shard: at most one shard in memory, and every value is checked to be finite."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from ctxext.progress import CountProgress, ignore
 
 @contextmanager
 def open_shard(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]]:
-    """(names, a function that reads one tensor). Pickles are opened with `weights_only`, which runs no code.
+    """Opens a weight file and yields (names, a function that reads one tensor).
 
-    Raises ModelError for a file that is not what its name says.
+    Pickles are opened with `weights_only`, which runs no code. Raises ModelError for a file that is missing or damaged,
+    or that holds anything other than named tensors.
     """
     if path.suffix == ".bin":
         tensors = _unpickled(path)
@@ -44,7 +45,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: no such file", hint="the checkpoint is incomplete: copy it again")
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-    except Exception as error:  # of the reader of pickles, of zip files, of torch: whatever a damaged file calls forth
+    except Exception as error:  # a damaged file raises many types: from pickle, from zipfile, from torch
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ModelError(
             f"{path} holds more than tensors, or is damaged ({type(error).__name__}: {reason})",
@@ -57,11 +58,13 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def tensor_reader(directory: Path) -> Callable[[str], Tensor | None]:
-    """A function name -> tensor over a safetensors checkpoint, None for a name it does not hold; reads when called.
+    """Returns a function name -> tensor over a safetensors checkpoint; None for a missing name.
 
-    Names are the model's, whatever prefix they are stored with. Where the head alone is stored, it is the embeddings
-    too, as it is in a tied model; that one which is not tied has both is checked before (check_tensors).
+    Each call reads from the file. Names are the model's, with whatever prefix they are stored. Where only the head is
+    stored, it also serves as the embeddings, as in a tied model. `check_tensors` has already checked that an untied
+    model has both.
     """
+    # Read the names of all shards once: stored name -> file, then the model's name -> stored name.
     where: dict[str, Path] = {}
     for path in weight_files(directory):
         with open_shard(path) as (names, _):
@@ -89,17 +92,19 @@ def copy_weights(
     allow_pickle: bool = False,
     progress: CountProgress = ignore,
 ) -> None:
-    """Write `source`'s weights to `out`, cast to `dtype` if one is given, plus `added` tensors.
+    """Writes `source`'s weights to `out`, cast to `dtype` if one is given, plus the `added` tensors.
 
-    A shard that needs no change is copied as a file; in others, tensors get the model's names. Raises ModelError for
-    NaN or infinite values, for values that `dtype` does not hold, for a pickled checkpoint that disagrees with its
-    config, and for a tied model whose stored head is not its embedding.
+    `expected` are name and shape of the weights to keep. A shard that needs no change is copied as a file; in other
+    shards the tensors get the model's names. Raises ModelError for NaN or infinite values, for values that overflow in
+    `dtype`, for a pickled checkpoint that disagrees with its config, and for a tied model whose stored head differs
+    from its embeddings.
     """
     files = weight_files(source, allow_pickle)
     if not files:
         raise ModelError(f"{source}: no weights to copy")
     check_pickles(source, files, expected)
     copying = _Copying(files, _names(files, HEAD not in expected), expected, dtype)
+    # The `added` tensors get a shard of their own at the end, so that the other shards can stay plain copies.
     weight_map: dict[str, str] = {}
     shards = len(files) + bool(added)
     for number, path in enumerate(files, start=1):
@@ -114,6 +119,7 @@ def copy_weights(
         save_file(tensors, out / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(added, name)
         progress(shards, shards)
+    # transformers needs an index for more than one shard. A single file is model.safetensors and has none.
     if shards > 1:
         size = sum((out / name).stat().st_size for name in set(weight_map.values()))
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
@@ -121,10 +127,12 @@ def copy_weights(
 
 
 def replace_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write other values for some tensors of a safetensors checkpoint, in the dtypes they are stored in.
+    """Replaces the values of some tensors of a safetensors checkpoint, in their stored dtypes.
 
-    Each shard that holds one is written again. Raises ModelError for a name that no shard has.
+    Every shard that holds one of them is written again. Raises ModelError for a name that no shard has, and for a value
+    that overflows in the stored dtype.
     """
+    # Read the whole shard before it is overwritten.
     left = set(tensors)
     for path in weight_files(directory):
         with open_shard(path) as (names, get):
@@ -141,7 +149,13 @@ def replace_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class _Copying:
-    """What holds for all shards of one copy: the files, stored name -> the model's, what it needs, the new dtype."""
+    """The settings of one copy, for all its shards.
+
+    files     the weight files of the source
+    names     stored name -> the model's name
+    expected  name and shape of every weight that the model needs
+    dtype     the dtype to cast to; None keeps the stored dtype
+    """
 
     files: list[Path]
     names: Mapping[str, str]
@@ -149,7 +163,7 @@ class _Copying:
     dtype: torch.dtype | None
 
     def find(self, wanted: str) -> Tensor:
-        """One tensor by the model's name, in whichever shard it lies."""
+        """Returns one tensor by the model's name, from any shard. Raises ModelError where no shard has it."""
         for path in self.files:
             with open_shard(path) as (names, get):
                 for name in names:
@@ -167,11 +181,11 @@ def _names(files: Sequence[Path], tied: bool) -> dict[str, str]:
 
 
 def _copy_shard(path: Path, out: Path, copying: _Copying) -> list[str]:
-    """Write one shard's tensors under the model's names; returns those names."""
+    """Writes one shard's tensors under the model's names. Returns those names."""
     dtype, tensors = copying.dtype, {}
     with open_shard(path) as (stored, get):
         kept = {name: copying.names[name] for name in stored if copying.names[name] in copying.expected}
-        # a file with nothing to rename, drop or cast is copied whole, once its numbers are known to be sound
+        # A safetensors file with nothing to rename, drop or cast is copied as a file, after its values are checked.
         as_it_is = dtype is None and list(kept.values()) == list(stored) and path.suffix != ".bin"
         for name in stored:
             tensor = get(name)
@@ -187,7 +201,7 @@ def _copy_shard(path: Path, out: Path, copying: _Copying) -> list[str]:
 
 
 def _check_head(path: Path, name: str, tensor: Tensor, copying: _Copying) -> None:
-    """A tied model's second copy of its embeddings is dropped, and has to equal them. Raises ModelError."""
+    """Raises ModelError where a tied model stores a head that differs from its embeddings. The copy drops this head."""
     if name == HEAD and name not in copying.expected and not torch.equal(tensor, copying.find(EMBEDDING)):
         raise ModelError(
             f"{path}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}",
@@ -196,7 +210,7 @@ def _check_head(path: Path, name: str, tensor: Tensor, copying: _Copying) -> Non
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Raises ModelError for NaN and infinite values. The least and the largest value tell, without a copy."""
+    """Raises ModelError for NaN and infinite values. It looks at the minimum and maximum, which needs no copy."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     least, largest = tensor.detach().aminmax()
@@ -205,7 +219,7 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A finite tensor in another dtype. Raises ModelError where a value becomes infinite in it."""
+    """Returns a finite tensor in another dtype. Raises ModelError where the cast makes a value infinite."""
     result = tensor.to(dtype)
     if result.is_floating_point() and result.numel() and not math.isfinite(result.abs().max().item()):
         kind = str(dtype).removeprefix("torch.")
@@ -217,7 +231,10 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def check_pickles(source: Path, files: list[Path], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """A pickled checkpoint has no header to check: open it (weights only) and compare names and shapes."""
+    """Opens a pickled checkpoint (weights only) and compares names and shapes, because it has no header to check.
+
+    Does nothing for safetensors. Raises ModelError where the checkpoint disagrees with `expected`.
+    """
     if not any(path.suffix == ".bin" for path in files):
         return
     tensors: dict[str, TensorInfo] = {}
@@ -228,7 +245,7 @@ def check_pickles(source: Path, files: list[Path], expected: Mapping[str, tuple[
 
 
 def stored_dtype(files: Sequence[Path]) -> torch.dtype:
-    """The dtype of the first stored tensor; float32 where no shard has one."""
+    """Returns the dtype of the first stored tensor; float32 where no shard has a tensor."""
     for path in files:
         with open_shard(path) as (names, get):
             if names:

@@ -1,7 +1,7 @@
-"""Finding a MODEL argument: a local directory, a GGUF file, a preset or a hub id, tried in that order. No torch.
+"""Resolves a MODEL argument: a local directory, a GGUF file, a preset or a hub id, in that order. No torch.
 
-What is found is described by files alone (config.json, safetensors headers, ctxext.json), so that every refusal these
-can decide comes before torch is imported.
+The description of a model comes from files alone (config.json, safetensors headers, ctxext.json). Every error that
+these files can show is raised before torch is imported.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ctxext.ops.cost import ModelShape
 CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]  # all that a plan reads
+HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]  # all files that planning reads
 HUB_FILES = ["*.safetensors", *HUB_TEXTS, CARD, *(f"{name}*" for name in LICENCES)]
 
 
@@ -45,12 +45,13 @@ HUB_FILES = ["*.safetensors", *HUB_TEXTS, CARD, *(f"{name}*" for name in LICENCE
 class ModelSource:
     """A model as its files describe it.
 
-    path             the directory; None when only a preset's shapes are known (planning needs no weights)
+    path             the directory; None when only the shapes are known (planning needs no weights)
     kind             source, model, conversion, finetune (a bundle: adapter on a base) or merge
     config           config.json, normalised
-    original_length  tokens the model was FIRST trained at; None when its RoPE is scaled and nothing says from where
-    usable_length    tokens it bears now
-    base             for a bundle: the model the adapter sits on
+    original_length  length in tokens of the FIRST training; None when RoPE is scaled and the config does not state it
+    usable_length    tokens that the model supports now
+    manifest         ctxext.json; None for a model that ctxext did not write
+    base             for a bundle: the base model of the adapter
     """
 
     name: str
@@ -68,7 +69,7 @@ class ModelSource:
 
     @property
     def paths(self) -> list[Path | None]:
-        """What no output may replace: the directory, and its base's."""
+        """The directories that no output may replace: the model's own, and its base's."""
         return [self.path, *([] if self.base is None else [self.base.path])]
 
     @property
@@ -77,19 +78,19 @@ class ModelSource:
 
     @property
     def fitted_layers(self) -> tuple[int, ...]:
-        """The layers in which a conversion has fitted sinks and biases (retrofit/sinks.py)."""
+        """The layers in which a conversion fitted sinks and biases (retrofit/sinks.py); empty for other models."""
         facts = self.manifest.facts if self.kind == "conversion" and self.manifest else {}
         return tuple((facts.get("sinks") or {}).get("layers", ()))
 
     @property
     def directory(self) -> Path:
-        """The directory, where there must be one."""
+        """The model's directory. Raises ModelError where only the shapes are known."""
         if self.path is None:
             raise ModelError(f"{self.name}: weights are needed here, only its shapes are known")
         return self.path
 
     def with_original_length(self, tokens: int | None) -> ModelSource:
-        """The same model, first trained at `tokens`."""
+        """Returns the same model with `tokens` as its original length; None changes nothing."""
         if tokens is None:
             return self
         told = self.config | {"original_max_position_embeddings": tokens}
@@ -97,15 +98,18 @@ class ModelSource:
 
 
 def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> ModelSource:
-    """Find `model`; with `weights`, its files are checked against config.json (and fetched from the hub if need be).
+    """Finds `model` and describes it. With `weights`, also checks its weight files against config.json.
 
-    Raises InputError when there is no such model, ModelError when its files are incomplete or disagree, and
-    EnvironmentFault when the hub cannot be reached.
+    A hub model is downloaded: all files with `weights`, otherwise only its text files. Raises InputError when there is
+    no such model, ModelError when its files are incomplete or disagree, and EnvironmentFault when the hub cannot be
+    reached.
     """
-    if isdir(model):  # which, unlike Path.is_dir, says no to names that no system has
+    # `isdir` returns False for a name that no file system allows, where Path.is_dir may raise.
+    if isdir(model):
         return from_directory(Path(model), weights=weights, allow_pickle=allow_pickle)
     if isfile(model) or model.lower().endswith(".gguf"):
         return _from_gguf(Path(model), weights)
+    # A name without a slash is a preset. OWNER/NAME is a hub id, and every other name with a slash is a missing path.
     if "/" in model and not HUB_ID.fullmatch(model):
         raise InputError(
             f"{model}: no such directory", hint="give a directory with a config.json, a preset or a hub id"
@@ -119,7 +123,11 @@ def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> 
 def from_directory(
     path: Path, *, weights: bool = True, allow_pickle: bool = False, name: str | None = None
 ) -> ModelSource:
-    """Describe the model in a directory: a plain Hugging Face one, or any of ctxext's outputs."""
+    """Describes the model in a directory: a plain Hugging Face model, or any output of ctxext.
+
+    Raises ModelError when its files are incomplete or disagree. Pickled weights are not checked here
+    (shards.check_pickles does that).
+    """
     manifest = manifest_of(path)
     facts: dict[str, Any] = manifest.facts if manifest else {}
     config = normalise(read_config(path))
@@ -130,6 +138,7 @@ def from_directory(
         _check_adapter(path, manifest)
     elif weights and not (allow_pickle and only_pickles(path)):
         check_tensors(path, read_tensors(path), expected_tensors(config))
+    # Lengths that ctxext recorded have priority over those that config.json implies.
     original = facts.get("original_length") or original_length(config)
     usable = facts.get("usable_length") or usable_length(config)
     name = name or facts.get("name") or path.resolve().name
@@ -137,7 +146,7 @@ def from_directory(
 
 
 def manifest_of(path: Path) -> Manifest | None:
-    """ctxext.json of a model, with what is read of it later of the right kind; None without one. Raises ModelError."""
+    """Returns ctxext.json of a model, or None without one. Raises ModelError for a field of a wrong type."""
     manifest = manifests.read(path)
     if manifest is not None:
         check_fields(manifest.facts, FACTS, path / manifests.FILE_NAME)
@@ -147,7 +156,7 @@ def manifest_of(path: Path) -> Manifest | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json as it stands. Raises ModelError when it is missing, absurd in size, or no JSON object."""
+    """Returns config.json unchanged. Raises ModelError when it is missing, too large (10 MB), or not a JSON object."""
     file = path / "config.json"
     if not file.is_file():
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
@@ -161,7 +170,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """What a JSON file holds. Raises ModelError when that is no object."""
+    """Returns the object in a JSON file. Raises ModelError for any other content."""
     try:
         found = json.loads(file.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
@@ -172,7 +181,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def original_length(config: Config) -> int | None:
-    """The first trained length a config tells of, in tokens; None when its RoPE is scaled from an unstated length."""
+    """Returns the length in tokens of the first training; None when RoPE is scaled and the config does not state it."""
     rope = rope_of(config)
     stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if stated is None and rope.get("rope_type") == "linear":
@@ -181,8 +190,11 @@ def original_length(config: Config) -> int | None:
 
 
 def usable_length(config: Config) -> int:
-    """The length a config claims to bear, in tokens: max_position_embeddings, or the original length times the factor
-    that interpolates it where that is more (many configs of scaled models keep the first number as it was)."""
+    """Returns the length in tokens that a config claims to support.
+
+    This is max_position_embeddings, or the original length times the scaling factor where that is more: many configs of
+    scaled models leave max_position_embeddings at the original length.
+    """
     rope, claimed = rope_of(config), config["max_position_embeddings"]
     original = original_length(config)
     if original is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn", "longrope"):
@@ -191,11 +203,14 @@ def usable_length(config: Config) -> int:
 
 
 def original_config(source: ModelSource) -> Config:
-    """The config under which a model's weights compute what they were pretrained to: its own, or of a conversion that
-    of the model it was made from, in the conversion's class.
+    """Returns the config under which a model's weights compute what they were pretrained for.
 
-    Raises InputError for what has been trained since, and for a conversion that does not say what it was made from.
+    For a pretrained model this is its own config. For a conversion it is a config with the layout and RoPE of the
+    source model, in the conversion's class (with fitted sinks in a class without sinks). Raises InputError for a model
+    that ctxext trained, for a conversion that does not record its source's layout, and for one whose fitted sinks
+    changed biases that its source had.
     """
+    # Kind `model` without parents: an output that ctxext pretrained from scratch.
     pretrained = source.kind == "model" and source.manifest is not None and not source.manifest.parents
     if source.kind == "source" or pretrained:
         return source.config
@@ -214,7 +229,7 @@ def original_config(source: ModelSource) -> Config:
                 hint="name the source where a teacher is asked for: --set distill.teacher=SOURCE",
             )
         if sinks:
-            # The weights without what was fitted: those of a class that has neither sinks nor these biases.
+            # Leave out the fitted sinks and biases: use a class that has neither.
             config |= {"model_type": "llama", "attention_bias": False}
         return hybrid_config(config, kinds)
     except (KeyError, TypeError):
@@ -223,12 +238,12 @@ def original_config(source: ModelSource) -> Config:
 
 
 def tensors_of(source: ModelSource) -> dict[str, TensorInfo]:
-    """The stored tensors of a model that is no bundle."""
+    """Returns the stored tensors of a model that is not a bundle. Raises what `read_tensors` raises."""
     return read_tensors(source.directory)
 
 
 def require_tokenizer(path: Path) -> None:
-    """Raise ModelError unless the directory has a tokenizer."""
+    """Raises ModelError unless the directory has a tokenizer."""
     if not any((path / name).is_file() for name in TOKENIZERS):
         raise ModelError(
             f"{path}: no tokenizer ({' or '.join(TOKENIZERS)})", hint="copy the tokenizer's files beside the weights"
@@ -236,6 +251,7 @@ def require_tokenizer(path: Path) -> None:
 
 
 def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
+    # The base must exist at the recorded path, must not be a bundle, and must have the recorded weights.
     if manifest is None or "base" not in manifest.parents:
         raise ModelError(
             f"{path}: an adapter without a ctxext.json that names its base",
@@ -246,6 +262,7 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
     if isfile(base / "adapter_config.json"):
         raise ModelError(f"{path}: its base {base} is an adapter too", hint="merge that one first")
     if not isdir(base):
+        # A base in the GGUF cache can be rebuilt from its file, so it gets another hint.
         cached = base.parent.name == "gguf" and base.parent.parent.name == "ctxext"
         raise ModelError(
             f"{path}: its base {base} is not there any more",
@@ -262,7 +279,7 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
 
 
 def _check_adapter(path: Path, manifest: Manifest | None) -> None:
-    """A bundle's files, before PEFT opens them: readable, and as many trained tensors as were saved."""
+    """Checks a bundle's files before PEFT opens them: they are readable, and no trained tensor is missing."""
     read_object(path / "adapter_config.json")
     stored = len(read_header(path / ADAPTER_FILE))
     saved = manifest.facts.get("trained_tensors") if manifest else None
@@ -271,12 +288,12 @@ def _check_adapter(path: Path, manifest: Manifest | None) -> None:
 
 
 def _patterns(allow_pickle: bool) -> list[str]:
-    """The files of a hub model that are fetched where its weights are needed."""
+    """Returns the file patterns to download from the hub where the weights are needed."""
     return [*HUB_FILES, *([PICKLE, "pytorch_model-*.bin"] if allow_pickle else [])]
 
 
 def _from_gguf(file: Path, weights: bool) -> ModelSource:
-    """The model of a GGUF file: its header's shapes, or with `weights` its directory in the cache (model/gguf.py)."""
+    """Describes a GGUF file by its header, or with `weights` by its dequantised directory in the cache (gguf.py)."""
     from ctxext.model import gguf
 
     if weights:
@@ -288,6 +305,7 @@ def _from_gguf(file: Path, weights: bool) -> ModelSource:
 
 
 def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
+    # A preset names a directory beside it, or a hub model with its shapes. Without weights the shapes are enough.
     preset = presets.find_model(name)
     model = presets.model_preset(preset)
     if model.directory is not None:

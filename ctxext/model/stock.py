@@ -1,7 +1,7 @@
-"""What stock transformers reads of a model directory, beside what this package reads of it.
+"""Compares how stock transformers and this package read a model directory.
 
-The comparison runs wherever a directory is opened, so that a field which the two read differently is refused by name
-and never computed with. transformers is called on the files as they are; no remote code.
+The comparison runs wherever a directory is opened. A field that the two read differently raises an error that names it,
+before any computation uses it. transformers reads the unchanged files, without remote code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WITHOUT_EFFECT = frozenset(
     {
         "architectures",
         "transformers_version",
-        "dtype",  # of the weights in memory: every caller states its own
+        "dtype",  # of the weights in memory: every caller passes its own
         "id2label",
         "label2id",
         "problem_type",
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = frozenset(
         "is_encoder_decoder",
         "pretraining_tp",
         "use_cache",
-        "use_sliding_window",  # read by way of layer_types and of windows, which are compared
+        "use_sliding_window",  # acts through layer_types and the window, which are compared
         "max_window_layers",
         "no_rope_layer_interval",
         "bos_token_id",
@@ -56,19 +56,19 @@ WITHOUT_EFFECT = frozenset(
 
 
 def stock_config(path: Path) -> Any:
-    """config.json as stock transformers reads it. Raises ModelError where transformers does not."""
+    """Returns config.json as stock transformers reads it. Raises ModelError where transformers cannot read it."""
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        config.standardize_rope_params()  # as its formulas do before they read a length that stands beside
+        config.standardize_rope_params()  # transformers' formulas do this before they read a length at the top level
         return config
-    except Exception as error:  # the checks of a config class raise many kinds
+    except Exception as error:  # the checks of a config class raise many types
         raise ModelError(f"{path / 'config.json'}: transformers does not read it ({_short(error)})") from error
 
 
 def built_config(config: Config) -> Any:
-    """The stock class's config for a normalised config. Raises ModelError where the class refuses it."""
+    """Returns the stock class's config for a normalised config. Raises ModelError where the class rejects it."""
     try:
-        built = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))  # it may write into what is nested
+        built = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))  # it may change nested objects
         built.standardize_rope_params()
         return built
     except Exception as error:
@@ -91,12 +91,12 @@ def check_same_reading(path: Path, config: Config) -> None:
 
 
 def compared_fields(config: Any) -> Iterable[str]:
-    """The declared fields of a config that can reach the logits."""
+    """Returns the declared fields of a config that can change the logits."""
     return sorted({field.name for field in fields(config)} - WITHOUT_EFFECT)
 
 
 def _plain(config: Any, name: str) -> Any:
-    """A field's value; RoPE parameters without what stands for nothing."""
+    """Returns a field's value; of RoPE parameters only the entries that have an effect."""
     value = getattr(config, name, None)
     if name == "rope_parameters" and isinstance(value, dict):
         return _plain_rope(value)
@@ -111,13 +111,14 @@ def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def generation_config(directory: Path, config: Config) -> GenerationConfig:
-    """The tokens that end a text, by generation_config.json; by config.json where transformers does not read that file.
+    """Returns a generation config with the tokens that end a text.
 
-    Nothing else of the file is taken: sampling is this package's own. A file of any content is accepted.
+    They come from generation_config.json, or from config.json where transformers cannot read that file. The other
+    fields are not used, because this package has its own sampling. A file with any content is accepted.
     """
     try:
         given = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
-    except Exception:  # no such file, no JSON, or fields that transformers' own checks refuse
+    except Exception:  # no such file, not JSON, or fields that transformers' own checks reject
         given = config.get("eos_token_id")
     listed = given if isinstance(given, list) else [given]
     ids = [token for token in listed if isinstance(token, int) and not isinstance(token, bool)]
@@ -125,13 +126,14 @@ def generation_config(directory: Path, config: Config) -> GenerationConfig:
 
 
 def drop_generation_config(directory: Path) -> str | None:
-    """Remove a generation_config.json with which transformers opens no model; returns why, None where it was kept.
+    """Removes a generation_config.json that stops transformers from opening the model.
 
-    A file that is no JSON is kept: transformers takes it for none.
+    Returns the reason, or None where the file is kept or missing. A file that is not JSON is kept: transformers treats
+    it as missing.
     """
     try:
         GenerationConfig.from_pretrained(directory, local_files_only=True)
-    except OSError:  # there is none, or it is no JSON
+    except OSError:  # the file is missing, or it is not JSON
         return None
     except Exception as error:
         (directory / "generation_config.json").unlink()

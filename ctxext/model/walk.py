@@ -1,11 +1,11 @@
-"""A model written out by hand, one layer after the other: the truth that conversions are held to.
+"""A hand-written forward pass, layer by layer: the reference that the gate compares conversions with.
 
-Plain torch over naive_attention, nothing from transformers: the window, RoPE or its absence, biases and qk-norm of
-every layer are read off the layout, so a stock class that was configured wrongly cannot agree with it. Slow and small:
-O(T^2) memory in attention, weights fetched one layer at a time.
+It uses plain torch and naive_attention, and nothing from transformers. It takes the window and RoPE of every layer from
+the layout, and biases and qk-norm from the weights. A stock class with a wrong configuration therefore gives different
+logits. The code is slow and short: attention takes O(T^2) memory, and weights are read one tensor at a time.
 
-In fp64 the walk is exact for this purpose: its rounding is 2^-29 of fp32's. Angles of RoPE stay those of fp32, which
-every class of transformers computes in.
+In fp64 the walk is exact for this purpose: its rounding is 2^-29 of that of fp32. The angles of RoPE stay in fp32,
+because every class of transformers computes them in fp32.
 
 Shapes: B batch, T tokens, E model width, H query heads, K kv heads, D head dim, V vocabulary.
 """
@@ -27,15 +27,15 @@ from ctxext.ops.masks import Pattern, lower_bounds
 Weights = Callable[[str], Tensor | None]  # name -> tensor, None where the checkpoint has no such tensor
 
 
-HEAD_ROWS = 8192  # of the vocabulary, that are multiplied at once: the head in fp64 would be twice its size in memory
+HEAD_ROWS = 8192  # rows of the head multiplied at once: the whole head in fp64 would take twice its size in memory
 
 
 def walk(
     weights: Weights, config: Config, kinds: Sequence[LayerKind], input_ids: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Logits [B, T, V] of a normalised config's model under `kinds`, computed in `dtype` and returned in fp32.
+    """Returns logits [B, T, V] of a normalised config's model under `kinds`, computed in `dtype`, returned in fp32.
 
-    `len(kinds)` layers are walked.
+    The pass covers `len(kinds)` layers. Raises KeyError for a weight that `weights` does not have.
     """
     T = input_ids.shape[1]
     embedding = _need(weights, "model.embed_tokens.weight", torch.float32)
@@ -56,16 +56,19 @@ def walk(
 def _attention(
     weights: Weights, name: str, config: Config, kind: LayerKind, h: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
+    # Self-attention of one layer: normed states h [B, T, E] -> [B, T, E], output projection included.
     B, T, _ = h.shape
     D = config["head_dim"]
     q, k, v = (
         _linear(weights, f"{name}{p}_proj", h).view(B, T, -1, D).transpose(1, 2) for p in "qkv"
     )  # (B, H|K, T, D)
+    # Qwen3 and Mellum normalise each head of q and k before RoPE. Other families have no such weights.
     norms = weights(f"{name}q_norm.weight"), weights(f"{name}k_norm.weight")
     if norms[0] is not None and norms[1] is not None:
         q, k = (_rms_norm(x, w.to(h.dtype), config["rms_norm_eps"]) for x, w in zip((q, k), norms, strict=True))
     if kind.use_rope:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    # `ratio` query heads share one kv head. A learned sink has one logit per query head.
     lo = lower_bounds(Pattern(sliding_window=kind.sliding_window, group_size=None), T)
     ratio = q.shape[1] // k.shape[1]
     sinks = weights(f"{name}sinks")
@@ -73,13 +76,13 @@ def _attention(
     groups = [
         naive_attention(q[:, g * ratio : (g + 1) * ratio], k[:, g : g + 1], v[:, g : g + 1], lo, sink_logits=logits[g])
         for g in range(k.shape[1])
-    ]  # one kv head at a time: T x T x ratio at most
+    ]  # one kv head at a time, so that the scores take at most T x T x ratio
     out = torch.cat(groups, dim=1)
     return _linear(weights, f"{name}o_proj", out.transpose(1, 2).reshape(B, T, -1))
 
 
 def _rotation(config: Config, T: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D / 2] of the RoPE layers; empty when no layer uses RoPE."""
+    """Returns cos and sin [T, D / 2] of the RoPE layers, both empty when no layer uses RoPE."""
     rope = rope_of(config)
     if not rope:
         return torch.empty(0), torch.empty(0)
@@ -89,7 +92,7 @@ def _rotation(config: Config, T: int) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) by their angles: the pairing of the Llama family."""
+    """Rotates the pairs (x_i, x_{i + D/2}) by their angles. This is the pairing of the Llama family."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -104,6 +107,7 @@ def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def _need(weights: Weights, name: str, dtype: torch.dtype) -> Tensor:
+    # One weight in `dtype`. Raises KeyError where the checkpoint does not have it.
     tensor = weights(name)
     if tensor is None:
         raise KeyError(name)

@@ -1,7 +1,7 @@
-"""Which files of a directory hold its weights, and what they hold, from headers alone. No torch, no tensor is read.
+"""Finds the weight files of a directory and lists their tensors from headers alone. No torch; it reads no tensor.
 
-The rules are those of transformers' `from_pretrained`: model.safetensors comes before an index of shards, safetensors
-come before pickles, and a stored name may lack the prefix `model.` or have it twice.
+The rules are those of transformers' `from_pretrained`: model.safetensors has priority over an index of shards,
+safetensors have priority over pickles, and a stored name may lack the prefix `model.` or have it twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AGAIN = "download or copy the file again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: the file it lies in, its safetensors dtype name (F32, BF16, ...) and its shape."""
+    """One stored tensor: its file, its safetensors dtype name (F32, BF16, ...; empty for a pickle) and its shape."""
 
     file: str
     dtype: str
@@ -37,7 +37,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file. Raises ModelError when it is truncated or lies about its sizes."""
+    """Returns the tensors of one safetensors file. Raises ModelError when it is missing, truncated or inconsistent."""
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -51,8 +51,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def weight_files(directory: Path, allow_pickle: bool = False) -> list[Path]:
-    """The weight files that transformers reads, in its order; [] where there are none, or only pickles that are not
-    allowed. Raises ModelError for an index that transformers does not read."""
+    """Returns the weight files that transformers reads, in its order.
+
+    Returns [] where there are none, or only pickles that are not allowed. Raises ModelError for an index that
+    transformers does not read.
+    """
     single, several = (PICKLE, PICKLE_INDEX) if allow_pickle and only_pickles(directory) else (SINGLE, INDEX)
     if (directory / single).is_file():
         return [directory / single]
@@ -62,7 +65,7 @@ def weight_files(directory: Path, allow_pickle: bool = False) -> list[Path]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The `weight_map` of an index: tensor name -> shard. Raises ModelError for one that transformers does not read."""
+    """Returns an index's `weight_map`: tensor name -> shard. Raises ModelError where transformers does not read it."""
     try:
         index = json.loads(path.read_text("utf-8"))
         weight_map = dict(index["weight_map"])
@@ -82,9 +85,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def read_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a (possibly sharded) safetensors checkpoint, by the name it is stored under.
+    """Returns every tensor of a (possibly sharded) safetensors checkpoint, by its stored name.
 
-    Raises ModelError when there is none, a shard is missing or truncated, or the index names a tensor no shard has.
+    Raises ModelError when there is no checkpoint, when a shard is missing or truncated, or when the index names a
+    tensor that is not in its shard.
     """
     files = weight_files(directory)
     if not files:
@@ -104,12 +108,13 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
 
 
 def only_pickles(directory: Path) -> bool:
-    """Whether the weights are pytorch_model.bin, or shards of it, and nothing else."""
+    """Returns whether the weights are only pytorch_model.bin, or shards of it."""
     safe = (directory / INDEX).is_file() or (directory / SINGLE).is_file()
     return not safe and ((directory / PICKLE).is_file() or (directory / PICKLE_INDEX).is_file())
 
 
 def _no_weights(directory: Path) -> ModelError:
+    # The error for the most likely cause: a broken link of a hub download, pickles only, or a wrong directory.
     for name in (SINGLE, INDEX):
         if (directory / name).is_symlink():
             return ModelError(
@@ -126,8 +131,11 @@ def _no_weights(directory: Path) -> ModelError:
 
 
 def model_name(stored: str) -> str:
-    """The model's name of a tensor that is stored under `stored`: transformers adds `model.` to a name that lacks it,
-    as in checkpoints of the model without its head, and takes off one that is too many."""
+    """Returns the model's name of a tensor with the stored name `stored`.
+
+    As transformers does, this adds `model.` to a name that lacks it (checkpoints of a model without its head), and
+    removes one of two.
+    """
     if not stored.startswith(PREFIX):
         return stored if stored == HEAD else PREFIX + stored
     rest = stored.removeprefix(PREFIX)
@@ -135,10 +143,10 @@ def model_name(stored: str) -> str:
 
 
 def model_names(stored: Iterable[str], tied: bool) -> dict[str, str]:
-    """Stored name -> the model's name, for all tensors of a checkpoint.
+    """Returns stored name -> the model's name, for all tensors of a checkpoint.
 
-    A tied model whose one matrix is stored as the head has it as its embeddings. Raises ModelError where two stored
-    tensors are one tensor of the model.
+    Where a tied model stores its one matrix as the head, the head gets the name of the embeddings. Raises ModelError
+    where two stored tensors get the same name.
     """
     names = {name: model_name(name) for name in stored}
     if tied and EMBEDDING not in names.values():
@@ -151,11 +159,12 @@ def model_names(stored: Iterable[str], tied: bool) -> dict[str, str]:
 
 
 def check_tensors(directory: Path, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare stored tensors with what config.json implies; raises ModelError naming the first disagreements.
+    """Compares stored tensors with those that config.json implies. Raises ModelError with the first differences.
 
-    A tied model may store its head a second time, or in place of the embeddings; that two copies are equal is checked
-    where tensors are read.
+    A tied model may store its head as a second copy, or in place of the embeddings. Whether two copies are equal is
+    checked where tensors are read.
     """
+    # A second copy of the embeddings is allowed, but it needs their shape.
     tied = HEAD not in expected
     own = {name: tensors[stored] for stored, name in model_names(tensors, tied).items()}
     wanted = dict(expected) | ({HEAD: expected[EMBEDDING]} if tied and HEAD in own and EMBEDDING in expected else {})
@@ -168,7 +177,7 @@ def check_tensors(directory: Path, tensors: Mapping[str, TensorInfo], expected: 
     faults += [
         f"{name}: stored as {info.dtype}; supported are {', '.join(FLOATS)}"
         for name, info in own.items()
-        if name in wanted and info.dtype and info.dtype not in FLOATS  # a pickle's has no name
+        if name in wanted and info.dtype and info.dtype not in FLOATS  # a tensor of a pickle has no dtype name here
     ]
     faults += [
         f"{name}: in the file, unknown to config.json"
@@ -182,5 +191,5 @@ def check_tensors(directory: Path, tensors: Mapping[str, TensorInfo], expected: 
 
 
 def ignored(name: str) -> bool:
-    """Stored tensors that carry nothing: old checkpoints keep RoPE's frequencies, which config.json implies."""
+    """Returns whether a stored tensor has no use: old checkpoints store RoPE's frequencies, known from config.json."""
     return name.endswith("rotary_emb.inv_freq")
