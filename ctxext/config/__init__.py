@@ -1,1 +1,1 @@
-"""Floor 2: YAML into frozen specs, presets by name, the manifest beside every output. Imports no torch."""
+"""Floor 2: YAML into frozen specs, presets by name, the manifest of every output. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a spec, in this project's words: path, what was given, what is allowed."""
+"""Describes pydantic's errors in a spec as this project does: path, given value, allowed values."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ _ALLOWED = {
     "string_pattern_mismatch": "text that matches {pattern}",
     "finite_number": "a finite number",
 }
-# Not said of what has a fault further in: of a list too, since pydantic counts the items that are good.
-_MOST = 50  # lines; a file with more faults than that is no spec
+_MOST = 50  # lines; a file with more faults is not a spec at all
+# Fault types that are not reported for a value with a fault inside it. This includes lists, since pydantic counts only
+# the valid items.
 _WRONG_SHAPE = {"dataclass_type", "literal_error", "none_required", "union_tag_not_found", "too_short"}
 
 
@@ -49,8 +50,9 @@ class _Fault:
 
 
 def describe(cls: type, data: Any, error: ValidationError) -> list[str]:
-    """One line a fault, as pydantic orders them. The branches of a union that do not fit are one fault."""
+    """Returns one line per fault, in pydantic's order. The union branches that do not match count as one fault."""
     found = [_fault(data, line) for line in error.errors(include_url=False)]
+    # If a fault lies deeper, the outer "wrong type" faults come from union branches that were not meant.
     outer = {fault.path[:depth] for fault in found for depth in range(len(fault.path))}
     lines: dict[tuple[str | int, ...], list[_Fault]] = {}
     for fault in found:
@@ -61,9 +63,10 @@ def describe(cls: type, data: Any, error: ValidationError) -> list[str]:
 
 
 def _fault(data: Any, line: Any) -> _Fault:
-    """`loc` less the names of union branches that pydantic puts between the keys."""
+    """Converts one pydantic error. The path is `loc` without the names of union branches that pydantic inserts."""
     path: list[str | int] = []
     last = len(line["loc"]) - 1
+    # A step belongs to the path only if the data has it; walk the data along with `loc`.
     for position, step in enumerate(line["loc"]):
         if (isinstance(data, dict) and step in data) or (isinstance(data, list) and isinstance(step, int)):
             path.append(step)
@@ -85,6 +88,7 @@ def _line(cls: type, data: Any, path: tuple[str | int, ...], faults: list[_Fault
         return f"{where}: missing; it has no default"
     if kinds == {"unexpected_keyword_argument"}:
         return f"{where}: unknown key; {_near(str(path[-1]), _keys(cls, data, path[:-1]))}"
+    # A ValueError of `__post_init__` has a full sentence; the other faults share one "got ...; allowed: ... or ...".
     told = [fault.allowed for fault in faults if fault.type == "value_error"]
     allowed = " or ".join(dict.fromkeys(fault.allowed for fault in faults if fault.type != "value_error"))
     given = f"got {_shown(faults[0].given)}; allowed: {allowed}" if allowed else ""
@@ -99,17 +103,18 @@ def _near(key: str, keys: list[str]) -> str:
 
 
 def _keys(cls: type, data: Any, path: tuple[str | int, ...]) -> list[str]:
-    """The keys of the spec at `path`; of every spec that may stand there, when there are several."""
+    """Returns the keys of the spec at `path`; if several specs are possible there, the keys of all of them."""
     specs = _specs(cls, data)
     for step in path:
         data = data[step]
+        # An index stays within the annotation, since `_specs` already looks inside lists and tuples.
         inner = specs if isinstance(step, int) else [get_type_hints(outer).get(step) for outer in specs]
         specs = [found for annotation in inner for found in _specs(annotation, data)]
     return list(dict.fromkeys(field.name for found in specs for field in fields(found)))
 
 
 def _specs(annotation: Any, data: Any) -> list[Any]:
-    """The specs an annotation names, less those whose `type` is not the one that `data` gives."""
+    """Returns the specs that an annotation names, without those whose `type` differs from the one in `data`."""
     if is_dataclass(annotation):
         tag = get_type_hints(annotation).get("type")
         given = data.get("type") if isinstance(data, dict) else None

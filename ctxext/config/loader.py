@@ -1,8 +1,8 @@
-"""YAML into frozen specs: strict, typed, every fault at once.
+"""Reads YAML into frozen specs: strict, typed, and with all faults in one error.
 
-PyYAML reads `2e-5` as text, `010` as 8, `1:30` as 90 and `yes` as true (YAML 1.1). Here only `true` and
-`false` are booleans, `null`, `~` and nothing are null, integers are decimal, `2e-5` is a float, and the rest
-is text. Refused: anchors, aliases, tags, keys that stand twice or are no text, numbers such as `010`, `0x1f`.
+PyYAML reads `2e-5` as text, `010` as 8, `1:30` as 90 and `yes` as true (YAML 1.1). Here only `true` and `false` are
+booleans, `null`, `~` and nothing are null, integers are decimal, `2e-5` is a float, and the rest is text. Rejected:
+anchors, aliases, tags, keys that occur twice or are not text, numbers such as `010`, `0x1f`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ctxext.config.faults import describe
 from ctxext.errors import InputError, SpecError
 from ctxext.units import parse_tokens
 
-LARGEST = 64 * 1024  # bytes of a file, characters of a value: PyYAML reads 100 KB a second, a preset has one or two
+LARGEST = 64 * 1024  # bytes of a file, characters of a value: PyYAML reads 100 KB/s, a preset has one or two KB
 
 S = TypeVar("S")
 
@@ -34,8 +34,11 @@ _STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def spec(cls: type[S]) -> type[S]:
-    """A frozen, keyword-only pydantic dataclass. No type is coerced, but an int may stand for a float, and an
-    unknown key is a fault. A contradiction between fields is a ValueError raised in `__post_init__`."""
+    """Makes a class a frozen, keyword-only pydantic dataclass.
+
+    No type is coerced, except that an int may be given for a float. An unknown key is a fault. A contradiction
+    between fields is a ValueError raised in `__post_init__`.
+    """
     made: Any = pydantic_dataclass(cls, frozen=True, kw_only=True, config=_STRICT)
     return made
 
@@ -52,14 +55,15 @@ Tokens = Annotated[int, BeforeValidator(_tokens), Field(gt=0)]
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
-    """The mapping in a YAML file of UTF-8 text, at most 64 KiB; an empty file is an empty mapping.
+    """Returns the mapping in a YAML file of UTF-8 text, at most 64 KiB; an empty file is an empty mapping.
 
     Raises:
-        InputError: no such file, or one that cannot be read.
-        SpecError: what is in it breaks the rules at the top of this file, with line and column.
+        InputError: there is no such file, or it cannot be read.
+        SpecError: the content breaks the rules at the top of this file; has line and column.
     """
     path = Path(path)
     try:
+        # Check the size first, since PyYAML is slow enough for a large file to look like a hang.
         if path.stat().st_size > LARGEST:
             raise SpecError(str(path), [f"{path.stat().st_size:,} bytes; allowed: at most {LARGEST:,}"])
         text = path.read_bytes().decode("utf-8-sig")
@@ -76,16 +80,16 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def parse_value(text: str, source: str = "--set") -> Any:
-    """One YAML value, as after the `=` of `--set`: `8`, `2e-5`, `true`, `100k` (text), `[q_proj, v_proj]`.
+    """Parses one YAML value, as after the `=` of `--set`: `8`, `2e-5`, `true`, `100k` (text), `[q_proj, v_proj]`.
 
     Raises:
-        SpecError: not one YAML value under the rules at the top of this file.
+        SpecError: the text is not one YAML value under the rules at the top of this file.
     """
     return _parse(text, source)
 
 
 def assignments(given: Sequence[str], example: str = "passkey.cases=4") -> dict[str, Any]:
-    """What `--set key=value` was given, as a key's last value. Raises InputError for one without `=`."""
+    """Returns the values of `--set key=value` options; a repeated key keeps its last value. InputError without `=`."""
     found = {}
     for text in given:
         key, equals, value = text.partition("=")
@@ -96,11 +100,13 @@ def assignments(given: Sequence[str], example: str = "passkey.cases=4") -> dict[
 
 
 def set_value(data: dict[str, Any], path: str, value: Any) -> None:
-    """Sets `data["a"]["b"]` for the path "a.b", in place. Missing mappings are made, and a value that is no
-    mapping gives way to one: setting `rope_scaling.type` over `rope_scaling: auto` starts a new mapping.
+    """Sets `data["a"]["b"]` for the path "a.b", in place.
+
+    Missing mappings are created. A value that is not a mapping is replaced by one: setting `rope_scaling.type` over
+    `rope_scaling: auto` starts a new mapping.
 
     Raises:
-        InputError: an empty path, or one with an empty part.
+        InputError: the path is empty or has an empty part.
     """
     keys = path.split(".")
     if not all(keys):
@@ -114,13 +120,13 @@ def set_value(data: dict[str, Any], path: str, value: Any) -> None:
 
 
 def build(cls: type[S], data: dict[str, Any], *, source: str) -> S:
-    """The spec of class `cls` that `data` describes; `source` names the file or option in errors.
+    """Returns the spec of class `cls` that `data` describes; `source` names the file or option in errors.
 
     Raises:
-        SpecError: with every fault, each with its dotted path, what was given and what is allowed.
+        SpecError: with all faults, each with its dotted path, the given value and the allowed values.
     """
     try:
-        # Through JSON, because strict types there still let a list be a tuple and a mapping a nested spec.
+        # Validate as JSON: there strict mode still accepts a list for a tuple and a mapping for a nested spec.
         return TypeAdapter(cls).validate_json(json.dumps(data, default=_plain, allow_nan=False))
     except ValidationError as error:
         faults = describe(cls, data, error)
@@ -130,12 +136,15 @@ def build(cls: type[S], data: dict[str, Any], *, source: str) -> S:
 
 
 def dump_yaml(value: Any) -> str:
-    """A spec, or plain data, as YAML that `read_yaml` and `build` turn into an equal one."""
+    """Returns a spec, or plain data, as YAML that `read_yaml` and `build` turn into an equal one."""
     return _dumped(value, width=110)
 
 
 def flow(value: Any) -> str:
-    """The same on one line, as `--set` reads it: `{steps: 20}`, `[q_proj, v_proj]`, `text`, `null`."""
+    """Returns a spec, or plain data, as YAML on one line, as `--set` reads it.
+
+    Examples: `{steps: 20}`, `[q_proj, v_proj]`, `text`, `null`.
+    """
     return _dumped(value, width=LARGEST, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
 
 
@@ -158,6 +167,7 @@ def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.MarkedYAMLError as error:
+        # PyYAML's own text spans several lines; report the position and the problem on one line.
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = error.problem or error.context or "not YAML"
@@ -176,11 +186,12 @@ def _kind(value: Any) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with its own reading of plain scalars; anything clever is refused."""
+    """A SafeLoader with its own rules for plain scalars. It rejects anchors, aliases, tags and repeated keys."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        # Anchors and tags are visible only on events, before a node is built from them.
         event = self.peek_event()
         if getattr(event, "anchor", None) is not None:
             raise _refusal(event, "anchors and aliases (& and *) are not allowed")
@@ -189,6 +200,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # SafeLoader would silently keep the last of several equal keys.
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -201,11 +213,12 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 class _StrictDumper(yaml.SafeDumper):
-    """SafeDumper that quotes what `_StrictLoader` would not read back as text."""
+    """A SafeDumper that quotes what `_StrictLoader` would not read back as text."""
 
     yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
 
     def ignore_aliases(self, data: Any) -> bool:
+        # `_StrictLoader` rejects aliases, so a value that occurs twice is written twice.
         return True
 
 
@@ -242,6 +255,7 @@ _SCALARS: tuple[tuple[str, str, str, Callable[[Any, ScalarNode], Any]], ...] = (
     ("odd", r"[-+]?0(?:[0-9_]+|[xXoObB][0-9a-fA-F_]+)(?:\.[0-9]*)?|[-+]?\.(?:inf|nan)", "-+.0123456789", _odd_number),
 )
 
+# A resolver is found by the first character of a scalar. Only null may be empty, which has the key "".
 for _name, _pattern, _first, _constructor in _SCALARS:
     _tag = f"tag:yaml.org,2002:{_name}"
     _StrictLoader.add_constructor(_tag, _constructor)

@@ -1,7 +1,7 @@
-"""Locks that keep two processes from writing one output or filling one cache at the same time.
+"""Locks that prevent two processes from writing one output or filling one cache at the same time.
 
-They are advisory locks of the file system (flock). They end with the process that holds them, however it ends. A file
-system without locks is taken as it is.
+They are advisory file system locks (flock). The system releases a lock when the process that holds it ends, however
+it ends. On a file system without locks the code continues without locking.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import IO
 
 from ctxext.errors import InputError
 
-_PATIENCE, _PAUSE = 0.2, 0.02  # seconds that `hold` waits for a process that only looks whether a lock is free
+_PATIENCE, _PAUSE = 0.2, 0.02  # seconds; how long `hold` waits for a process that only checks the lock, and its pause
 
 
 def hold(file: IO[str] | int, out: Path, what: str) -> None:
     """Locks `file` until it is closed, so that no other process writes `out` at the same time.
 
-    Raises InputError where another process has the lock. A file system without locks is taken as it is.
+    Raises InputError if another process has the lock. Returns without a lock on a file system without locks.
     """
     until = time.monotonic() + _PATIENCE
     while True:
@@ -30,7 +30,7 @@ def hold(file: IO[str] | int, out: Path, what: str) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            # A process that only asks whether the lock is free has it for less than a millisecond.
+            # A process in `is_locked` holds the lock for less than a millisecond: retry for a short time.
             if time.monotonic() >= until:
                 raise busy(out, what) from None
             time.sleep(_PAUSE)
@@ -40,7 +40,7 @@ def hold(file: IO[str] | int, out: Path, what: str) -> None:
 
 @contextmanager
 def locked(directory: Path, what: str) -> Iterator[None]:
-    """Holds the lock of a directory that exists within the block. Raises InputError where another process has it."""
+    """Holds the lock of an existing directory within the block. Raises InputError if another process has it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         hold(descriptor, directory, what)
@@ -50,11 +50,15 @@ def locked(directory: Path, what: str) -> Iterator[None]:
 
 
 def busy(out: Path, what: str) -> InputError:
+    # The error for an output whose lock another process has.
     return InputError(f"{out} is being written by another {what}", hint="give another --out")
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock of a file or directory; False where there is none, or no lock can be had."""
+    """Checks whether a process holds the lock of a file or directory.
+
+    Returns False if the path cannot be opened or the file system has no locks.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -72,15 +76,16 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def alone_at(lock: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Within the block no other process has the same lock file; one that comes later waits. The file is removed.
+    """Lets only one process at a time run the block for one lock file; later processes wait.
 
-    `waiting()` is called once, before this process waits.
+    The lock file is removed at the end. `waiting()` is called once, before this process waits.
 
-    A file system without locks is taken as it is: nothing is kept from anybody, and the caller looks again before it
-    replaces what is there. Raises OSError where the file cannot be made.
+    On a file system without locks the block runs without protection, so the caller must check again before it replaces
+    existing files. Raises OSError if the lock file cannot be created.
     """
     waited = False
     while True:
+        # Try without blocking first, so that `waiting` is called before the blocking attempt.
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waited else fcntl.LOCK_NB))
@@ -91,7 +96,8 @@ def alone_at(lock: Path, waiting: Callable[[], None] = lambda: None) -> Iterator
             continue
         except OSError:
             break
-        # The process before may have removed the file while this one waited for it: then it locks nothing.
+        # The previous holder may have removed the file while this process waited. A lock on a removed file protects
+        # nothing, so check that the path still leads to the same file, and start again if it does not.
         try:
             if os.path.samestat(os.fstat(descriptor), os.stat(lock)):
                 break

@@ -1,4 +1,4 @@
-"""ctxext.json, beside every output: what made it, from what, and with which versions."""
+"""The manifest ctxext.json of every output: the command that made it, its inputs, and the versions."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ RUNS = Path("runs")
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "safetensors")
 _WEIGHTS = re.compile(r".+\.safetensors|(?:pytorch|adapter)_model.*\.bin")
 _CACHE_FORMAT = 1
-SMALL = 64 * 1024  # bytes; `content_hashes` does not remember the hash of a smaller file of data
+SMALL = 64 * 1024  # bytes; `content_hashes` does not cache the hash of a smaller data file
 
 
 @spec
 class Manifest:
-    """What an output says of itself.
+    """The content of an output's ctxext.json.
 
-    kind: conversion, finetune, model, eval and the like. created: ISO 8601, UTC, with microseconds.
-    command: as typed. spec: resolved, plain data. parents: by role, each with its path and weight hashes.
-    facts: what was measured, and the sha256 of the output's own weights.
+    kind      conversion, finetune, model, eval and the like
+    created   ISO 8601, UTC, with microseconds
+    command   as typed
+    spec      resolved, plain data
+    parents   by role, each with its path and weight hashes
+    facts     what was measured, and the sha256 of the output's own weights
     """
 
     kind: str
@@ -62,7 +65,7 @@ def new(
     facts: dict[str, Any],
     command: list[str] | None = None,
 ) -> Manifest:
-    """A manifest of now, with this process's command line and the versions installed."""
+    """Returns a manifest with the current time, this process's command line and the installed versions."""
     return Manifest(
         kind=kind,
         created=datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -75,9 +78,11 @@ def new(
 
 
 def write(directory: Path, manifest: Manifest) -> Path:
-    """Writes ctxext.json into a directory that exists; where weights lie in it, their hashes are among its facts.
-    The file is there whole or not at all: a directory that has one is finished. What JSON cannot hold is a TypeError, a
-    number that is not finite a ValueError."""
+    """Writes ctxext.json into an existing directory; if the directory holds weights, adds their hashes to the facts.
+
+    The file appears whole or not at all: a directory that has one is finished. Raises TypeError for a value that
+    JSON cannot hold, and ValueError for a number that is not finite.
+    """
     path = Path(directory) / FILE_NAME
     data, own = asdict(manifest), weight_hashes(directory)
     if own:
@@ -87,10 +92,10 @@ def write(directory: Path, manifest: Manifest) -> Path:
 
 
 def read(directory: Path) -> Manifest | None:
-    """The manifest of an output; None where there is none.
+    """Returns the manifest of an output, or None if there is none.
 
     Raises:
-        ModelError: there is one, and it is broken.
+        ModelError: the manifest exists and is broken.
     """
     path = Path(directory) / FILE_NAME
     try:
@@ -105,7 +110,10 @@ def read(directory: Path) -> Manifest | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that shape a result; None for one that is absent. Imports no package."""
+    """Returns the versions of Python and of the packages that affect results.
+
+    An absent package has None. No package is imported.
+    """
     found: dict[str, str | None] = {"python": ".".join(str(part) for part in sys.version_info[:3])}
     found["ctxext"] = ctxext.__version__
     for package in _PACKAGES:
@@ -117,21 +125,21 @@ def versions() -> dict[str, str | None]:
 
 
 def parent(directory: Path) -> dict[str, Any]:
-    """The entry of `parents` for a model directory: its absolute path and its weight hashes."""
+    """Returns the entry of `parents` for a model directory: its absolute path and its weight hashes."""
     return {"path": str(Path(directory).absolute()), "weights": weight_hashes(directory)}
 
 
 def weight_hashes(directory: Path) -> dict[str, str]:
-    """The sha256 of each weight file (safetensors, or torch's bin) of a directory, by name, sorted.
+    """Returns the sha256 of each weight file (safetensors, or torch's bin) of a directory, by name, sorted.
 
-    A hash is remembered in the user's cache by the file's real path, size and modification time (ns).
+    The user's cache stores each hash by the file's real path, size and modification time (ns).
     """
     paths = _weight_files(directory)
     return {path.name: digest for path, digest in zip(paths, content_hashes(paths, small=0), strict=True)}
 
 
 def remembered_hashes(directory: Path) -> dict[str, str] | None:
-    """`weight_hashes` where all of them are remembered; None where a file would have to be read."""
+    """Returns `weight_hashes` if the cache has all of them, and None if a file would have to be read."""
     known, hashes = _read_cache(), {}
     for path in _weight_files(directory):
         status = path.stat()
@@ -143,7 +151,7 @@ def remembered_hashes(directory: Path) -> dict[str, str] | None:
 
 
 def file_hash(path: Path) -> str:
-    """The sha256 of one file, remembered as those of weights are."""
+    """Returns the sha256 of one file, cached as those of weights are."""
     return content_hashes([Path(path)], small=0)[0]
 
 
@@ -152,9 +160,9 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def content_hashes(paths: Iterable[Path], *, small: int = SMALL) -> list[str]:
-    """The sha256 of each file, in the order given, remembered as `weight_hashes` does.
+    """Returns the sha256 of each file, in the given order, cached as in `weight_hashes`.
 
-    Files below `small` bytes are hashed each time: the cache is one file, and data may be many small ones.
+    Files below `small` bytes are hashed each time: the cache is one file, and a data set may have many small files.
     """
     known = _read_cache()
     fresh: dict[str, list[Any]] = {}
@@ -169,6 +177,7 @@ def content_hashes(paths: Iterable[Path], *, small: int = SMALL) -> list[str]:
             if status.st_size >= small:
                 fresh[real] = entry
         hashes.append(entry[2])
+    # Write the cache once at the end, not once per file.
     if fresh:
         _write_cache(fresh)
     return hashes
@@ -177,12 +186,12 @@ def content_hashes(paths: Iterable[Path], *, small: int = SMALL) -> list[str]:
 def newest(
     root: Path, kinds: Collection[str], accept: Callable[[Path, Manifest], bool] = lambda path, manifest: True
 ) -> Path:
-    """The output of one of `kinds` directly under `root` that was created last, by its manifest.
+    """Returns the most recent output of one of `kinds` directly under `root`, by the time in its manifest.
 
-    Outputs whose manifest is broken are passed over.
+    Outputs with a broken manifest are skipped. `accept` may reject further ones.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such output.
     """
     found = []
     for path in sorted(Path(root).glob("[!.]*/")):
@@ -199,7 +208,10 @@ def newest(
 
 
 def default_out(command: str, name: str) -> Path:
-    """./runs/<UTC time>-<command>-<name>: the time to the microsecond, so that two runs never share one."""
+    """Returns ./runs/<UTC time>-<command>-<name>.
+
+    The time has microseconds, so that two runs never share a directory.
+    """
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "output"
     return RUNS / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}-{command}-{safe}"
 
@@ -210,7 +222,7 @@ def _cache_path() -> Path:
 
 
 def _read_cache() -> dict[str, list[Any]]:
-    """A cache that is absent, broken or of another format is an empty one."""
+    """Returns the entries of the hash cache. A cache that is absent, broken or of another format counts as empty."""
     try:
         data = json.loads(_cache_path().read_bytes())
         entries = data["files"] if data["format"] == _CACHE_FORMAT else {}
@@ -228,7 +240,8 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _write_cache(fresh: dict[str, list[Any]]) -> None:
-    """Atomically, over what is there by now; a cache that cannot be written costs time and nothing else."""
+    """Merges `fresh` into the current cache file, atomically. A cache that cannot be written only costs time."""
+    # Read the cache again, since another process may have added entries. Drop entries of files that no longer exist.
     files = {path: entry for path, entry in (_read_cache() | fresh).items() if os.path.exists(path)}
     try:
         _cache_path().parent.mkdir(parents=True, exist_ok=True)

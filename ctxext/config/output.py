@@ -1,9 +1,9 @@
-"""Outputs that appear whole or not at all: they are written beside their place and renamed into it at the end.
+"""Outputs that appear whole or not at all: they are written next to their final path and renamed at the end.
 
-A killed process can leave two things beside an output NAME. Neither of them blocks the next command.
+A killed process can leave two things next to an output NAME. Neither of them blocks the next command.
 
-.NAME.partial-HOST-ID   unfinished work. The next command of the same host that writes NAME removes it, unless a living
-                        process holds its lock. What another host left has to be removed by hand.
+.NAME.partial-HOST-ID   unfinished work. The next command on the same host that writes NAME removes it, unless a living
+                        process holds its lock. Work of another host must be removed by hand.
 .NAME.old-ID            the output that --force was replacing. Nothing removes it: rename it back, or remove it by hand.
 """
 
@@ -25,14 +25,14 @@ from ctxext.config.locks import busy, hold, is_locked
 from ctxext.errors import CtxextError, EnvironmentFault, InputError
 from ctxext.units import format_bytes
 
-MARKS = ("ctxext.json", "spec.yaml", "request.json", "pipeline.json")  # one is in all that ctxext wrote or began
+MARKS = ("ctxext.json", "spec.yaml", "request.json", "pipeline.json")  # each output of ctxext has at least one of them
 _ELSEWHERE = "give another --out"
-_LONGEST_NAME = 120  # bytes of an output's name that a hidden neighbour repeats; a file name has at most 255
+_LONGEST_NAME = 120  # bytes; a hidden neighbour's name contains the output's name, and a file name has at most 255
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.EBUSY, errno.ESTALE)
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # of a rename onto what another process put there
-# Libraries hide the error number. safetensors and tokenizers put it into the text of an exception of their own, numpy
-# says in two ways how much it did not write.
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)  # a rename onto a path that another process has created
+# Libraries hide the error number. safetensors and tokenizers put it into the text of their own exceptions; numpy has
+# two messages for a write that was cut short.
 _FULL_TEXTS = re.compile(
     r"No space left on device|os error 28\b|Disk quota exceeded|\d+ requested and \d+ written|Not enough free space"
 )
@@ -40,11 +40,11 @@ _FULL_TEXTS = re.compile(
 
 @contextmanager
 def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
-    """Yields a new directory, which becomes `out` when the block ends and is removed when the block fails.
+    """Yields a new directory that becomes `out` when the block succeeds and is removed when the block fails.
 
-    The directory lies beside `out`, so that the rename at the end copies nothing. With `force` an older `out` is
-    replaced at that moment and not before. Of two processes that write one `out`, the second is refused: at its start
-    where it sees the first, else at its end.
+    The directory is next to `out`, so that the final rename copies nothing. With `force` an older `out` is replaced
+    at that moment and not before. If two processes write the same `out`, the second one gets an error: at its start
+    if it can see the first one, else at its end.
 
     Raises:
         InputError: `out` exists (without `force`), `force` must not replace it, or another process writes it.
@@ -53,14 +53,16 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
     out = Path(out)
     check_free(out, force)
     target = out.absolute()
+    # Note what is at `out` now: at the end only this may be replaced, not an output that appeared meanwhile.
     before = _identity(target)
     with disk_faults(out):
         _clean_neighbours(target)
+        # Parents that do not exist yet; on failure those that are still empty are removed again.
         made = [path for path in target.parents if not path.exists()]
         try:
             with _locked_directory(target) as partial:
                 try:
-                    # The fault is named before the partial output is removed: it says how much is free.
+                    # Build the error before the partial output is removed, since its message has the free space.
                     with disk_faults(out):
                         yield partial
                         _put_in_place(partial, target, before)
@@ -74,15 +76,15 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Writes a file that is there whole or not at all, over what was there. Its directory has to exist.
+    """Writes a file that appears whole or not at all, over an existing one. Its directory must exist.
 
-    Two processes that write one path both succeed; the last one's file stays. Raises EnvironmentFault where the disk is
-    full or the path cannot be written.
+    If two processes write the same path, both succeed and the last file stays. Raises EnvironmentFault if the disk
+    is full or the path cannot be written.
     """
-    # The name is unique, since containers that share a directory have the same process ids.
+    # A random name, since containers that share a directory may have equal process ids.
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     try:
-        # The fault is named before the partial file is removed: it says how much is free.
+        # Build the error before the partial file is removed, since its message has the free space.
         with disk_faults(path, hint="make room, then give the command again"):
             partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
             partial.replace(path)
@@ -91,25 +93,29 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 
 def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ()) -> None:
-    """Refuses an `out` that `staged_output` would refuse; call it before long work.
+    """Raises InputError for an `out` that `staged_output` would reject; call it before long work.
 
-    `keep` are paths the work reads from: an `out` that is or holds one of them is refused, `force` or not. So is a
-    directory that ctxext did not write, unless it is empty, and one that another process is writing.
+    `keep` are paths that the work reads from: an `out` that is or contains one of them is rejected, with or without
+    `force`. The same holds for a directory that ctxext did not write, unless it is empty, and for one that another
+    process is writing.
     """
     out = Path(out)
     if out.name in ("", ".."):
         raise InputError(f"{out} cannot be an output; allowed: a new directory")
     if not os.path.lexists(out):
+        # The nearest existing parent must be a directory, or the output could not be created.
         above = next(path for path in out.absolute().parents if os.path.lexists(path))
         if not above.is_dir():
             raise InputError(f"{above} is no directory: nothing can be written below it", hint=_ELSEWHERE)
         return
     if not force:
         raise InputError(f"{out} exists", hint="give --force to replace it, or another --out")
+    # Never replace the working directory, the home directory or an input, nor a directory that contains one of them.
     real = out.resolve()
     for kept in (Path.cwd(), Path.home(), *(path for path in keep if path is not None)):
         if kept.resolve().is_relative_to(real):
             raise InputError(f"{out} holds {kept}: even --force does not replace it", hint=_ELSEWHERE)
+    # A link, a file or an empty directory may be replaced; the directory may vanish during the check.
     before = _identity(out.absolute())
     try:
         if out.is_symlink() or not out.is_dir() or not any(out.iterdir()):
@@ -126,7 +132,7 @@ def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ())
 
 
 def claim(out: Path) -> None:
-    """Makes the directory of an output that grows in its place. Raises InputError where another process made it."""
+    """Creates the directory of an output that is written in place. Raises InputError if another process created it."""
     with disk_faults(out):
         try:
             out.mkdir(parents=True)
@@ -136,9 +142,10 @@ def claim(out: Path) -> None:
 
 @contextmanager
 def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Iterator[None]:
-    """Makes room for an output that grows in its place, and names the faults of its disk.
+    """Moves an older output out of the way for an output that is written in place, and reports disk errors.
 
-    An older output (with `force`) is put aside. It comes back when the block fails and leaves nothing at `out`.
+    The older output (with `force`) is renamed. It returns if the block leaves nothing at `out`, and is removed
+    otherwise.
     """
     check_free(out, force, keep)
     target = out.absolute()
@@ -156,9 +163,9 @@ def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Itera
 
 @contextmanager
 def disk_faults(out: Path, hint: str = f"make room, or {_ELSEWHERE}") -> Iterator[None]:
-    """Raises EnvironmentFault where the block that writes `out` fails for want of room or permission.
+    """Raises EnvironmentFault if the block that writes `out` fails because of disk space or permissions.
 
-    `hint` says what to do about a full disk.
+    `hint` states what to do about a full disk.
     """
     try:
         yield
@@ -172,15 +179,17 @@ def disk_faults(out: Path, hint: str = f"make room, or {_ELSEWHERE}") -> Iterato
 def environment_fault(
     error: BaseException, out: Path, hint: str = f"make room, or {_ELSEWHERE}"
 ) -> EnvironmentFault | None:
-    """What an error says of the disk or its permissions, as an EnvironmentFault; None for any other error.
+    """Returns an EnvironmentFault for an error of the disk or its permissions, and None for any other error.
 
-    `out` is what was being written. Where the error names a file, that file is the place.
+    `out` is the path being written. If the error names a file, the message names the place of that file.
     """
     if isinstance(error, CtxextError):
         return None
+    # An OSError of a rename has the destination in `filename2`.
     given = (error.filename2 or error.filename) if isinstance(error, OSError) else None
     named = Path(os.fsdecode(given)).absolute() if isinstance(given, str | bytes) else None
     if is_full_disk(error):
+        # A full disk, a used-up quota and used-up inodes need different messages.
         place = _existing(named or Path(out))
         if isinstance(error, OSError) and error.errno == errno.EDQUOT:
             return EnvironmentFault(f"the disk quota of {place} is used up", hint=hint)
@@ -189,7 +198,7 @@ def environment_fault(
         return EnvironmentFault(f"the disk of {place} is full ({room})", hint=hint)
     if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
         if named is not None and not named.is_relative_to(Path(out).absolute().parent):
-            # Something else than the output, such as a file that is read.
+            # The file is not part of the output, such as an input file.
             return EnvironmentFault(f"{named}: {error.strerror}", hint="look at its permissions, and at its disk")
         where = f" ({named})" if named else ""
         return EnvironmentFault(f"cannot write {out}: {error.strerror}{where}", hint=_ELSEWHERE)
@@ -197,7 +206,7 @@ def environment_fault(
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether an exception of the system or of a library says that a disk, its quota or its inodes are used up."""
+    """Checks whether an exception of the system or of a library means that a disk, quota or inode table is full."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return _FULL_TEXTS.search(str(error)) is not None
@@ -205,7 +214,7 @@ def is_full_disk(error: BaseException) -> bool:
 
 @contextmanager
 def _locked_directory(target: Path) -> Iterator[Path]:
-    """A new, locked directory beside `target`; the lock says that its writer lives. The parents are made, too."""
+    """Yields a new, locked directory next to `target`; the lock shows that its writer is alive. Creates the parents."""
     while True:
         partial = _beside(target, f"partial-{_host()}")
         try:
@@ -213,7 +222,7 @@ def _locked_directory(target: Path) -> Iterator[Path]:
             partial.mkdir()
             descriptor = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
-            # Another process removed a parent that it had made, or took the directory for a stale one.
+            # Another process removed a parent that it had created, or removed the directory as a stale one.
             continue
         try:
             hold(descriptor, target, "process")
@@ -230,9 +239,10 @@ def _locked_directory(target: Path) -> Iterator[Path]:
 
 
 def _clean_neighbours(target: Path) -> None:
-    """Removes what killed processes of this host left beside `target`. Raises InputError where one of them lives."""
+    """Removes the leftovers of killed processes of this host next to `target`. InputError if a writer is alive."""
     prefix = f".{_short(target.name)}.partial-{_host()}-"
     siblings = list(target.parent.iterdir()) if target.parent.is_dir() else []
+    # The name must match exactly: prefix, host and a 32-digit id.
     for path in siblings:
         if not path.name.startswith(prefix) or not re.fullmatch("[0-9a-f]{32}", path.name.removeprefix(prefix)):
             continue
@@ -241,21 +251,22 @@ def _clean_neighbours(target: Path) -> None:
         except OSError:
             continue
         try:
+            # A free lock means that the writer is dead.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path, ignore_errors=True)
         except BlockingIOError:
             raise busy(target, "process") from None
         except OSError:
-            # Without locks nothing says whether the writer lives.
+            # Without file locks it is unknown whether the writer is alive: leave the directory.
             continue
         finally:
             os.close(descriptor)
 
 
 def _put_in_place(partial: Path, target: Path, before: tuple[int, ...] | None) -> None:
-    """Renames `partial` to `target` in place of what had the identity `before`, None for nothing.
+    """Renames `partial` to `target`, in place of an output with the identity `before` (None for nothing).
 
-    Raises InputError where another process put something there since.
+    Raises InputError if another process has written `target` since then.
     """
     aside, now = _beside(target, "old"), _identity(target)
     if now is not None:
@@ -263,6 +274,7 @@ def _put_in_place(partial: Path, target: Path, before: tuple[int, ...] | None) -
             raise _overtaken(target)
         target.rename(aside)
     try:
+        # The older output returns to its place if the rename fails and nothing else is at `target`.
         partial.rename(target)
     except BaseException as error:
         if now is not None and not os.path.lexists(target):
@@ -281,9 +293,9 @@ def _overtaken(target: Path) -> InputError:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """What tells an output at `path` from another one that takes its place; None where there is none.
+    """Returns a key that changes if another output takes the place of the one at `path`; None if there is none.
 
-    An inode is given again to the next directory: the inodes and times of the MARKS are compared, too.
+    A new directory may reuse the inode of a removed one, so the key includes the inodes and times of the MARKS.
     """
     if not os.path.lexists(path):
         return None
@@ -299,7 +311,7 @@ def _identity(path: Path) -> tuple[int, ...] | None:
 
 
 def _beside(target: Path, kind: str) -> Path:
-    """A hidden name beside `target` that no other process has."""
+    """Returns a hidden name next to `target` that no other process uses."""
     return target.with_name(f".{_short(target.name)}.{kind}-{uuid.uuid4().hex}")
 
 
@@ -314,18 +326,19 @@ def _host() -> str:
 
 
 def _existing(path: Path) -> Path:
-    """`path` or the nearest directory above it that exists and that will stay."""
+    """Returns `path` or its nearest parent that exists and that is not temporary."""
     places = (path.absolute(), *path.absolute().parents)
     return next(place for place in places if not re.search(r"\.partial-|/\.bundle-", str(place)) and place.is_dir())
 
 
 def _inodes_used_up(place: Path) -> bool:
     status = os.statvfs(place)
+    # Some file systems report no inode counts at all (f_files is 0).
     return status.f_files > 0 and status.f_favail == 0 and status.f_bavail > 0
 
 
 def _remove(path: Path) -> None:
-    """Removes a directory, file or link, as far as it can be removed."""
+    """Removes a directory, file or link. Errors while removing a directory are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -1,4 +1,4 @@
-"""A spec made of parts: what an option of the command line goes to."""
+"""Assigns command-line options to a spec that consists of parts."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def spread(
     classes: Mapping[str, type],
     of: str,
 ) -> None:
-    """Put the values of `given` into `whole` and `parts`, plain data that specs are built from later.
+    """Puts the values of `given` into `whole` and `parts`, plain data from which specs are built later.
 
-    A key is one of `names`, the fields of the whole; PART.field, where PART is a part's `tag`; or a field, which goes
-    to all parts that have it. `classes` are the specs by tag, `of` is what is spoken of. Raises InputError for a key
-    that fits nothing.
+    A key is one of `names` (the fields of the whole), or PART.field (PART is a part's `tag`), or a field, which goes
+    to all parts that have it. `classes` are the specs by tag; `of` names the subject in messages. Raises InputError
+    for a key that matches nothing.
     """
     for key, value in given.items():
         if key in names:
             whole[key] = value
             continue
         named, dot, field = key.rpartition(".")
+        # Without a part's name every part that has the field gets the value.
         takers = [
             one
             for one in parts

@@ -1,4 +1,4 @@
-"""Presets found by name: a path, then ./presets, then the copy that came with the package.
+"""Finds presets by name: first as a path, then in ./presets, then in the copy that comes with the package.
 
 A preset is a YAML file that states only what differs from the defaults of the spec it is built into.
 """
@@ -25,7 +25,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class Preset:
-    """What one YAML file says. `name` is the file's stem."""
+    """The content of one YAML file. `name` is the file's stem."""
 
     kind: str
     name: str
@@ -35,7 +35,7 @@ class Preset:
 
 @spec
 class ModelShape:
-    """What planning needs of a model's config.json, under Hugging Face's names; lengths in tokens."""
+    """The fields of a model's config.json that planning needs, under Hugging Face's names; lengths in tokens."""
 
     hidden_size: Annotated[int, Field(gt=0)]
     num_hidden_layers: Annotated[int, Field(gt=0)]
@@ -55,10 +55,10 @@ class ModelShape:
 
 @spec
 class ModelPreset:
-    """A model by its short name: where it is (`hub_id`, or a `directory` beside the preset), and what can be
-    planned without its weights.
+    """A model by its short name: its location, and the shapes with which it can be planned without its weights.
 
-    `original_length` is what it was first trained at, `usable_length` what it bears now, in tokens.
+    The location is `hub_id`, or a `directory` next to the preset. `original_length` is the length at which the model
+    was first trained, `usable_length` the length it supports now, in tokens.
     """
 
     family: str
@@ -79,23 +79,25 @@ class ModelPreset:
 
 
 def shipped(folder: str) -> Path:
-    """The directory `folder` ("presets", "deepspeed_configs") that came with the package: inside it when
-    installed from a wheel, beside it in a checkout."""
+    """Returns the directory `folder` ("presets", "deepspeed_configs") that comes with the package.
+
+    An installed wheel has it inside the package, a checkout next to it.
+    """
     package = Path(ctxext.__file__).parent
     inside = package / folder
     return inside if inside.is_dir() else package.parent / folder
 
 
 def find(kind: str, name: str) -> Preset:
-    """The preset `name` means: an existing file, ./presets/<kind>/<name>.yaml, or the one that was shipped.
+    """Returns the preset of a name: an existing file, ./presets/<kind>/<name>.yaml, or the one in the package.
 
     Raises:
         InputError: there is none; the hint has the nearest names, or all of them.
-        SpecError: the file is no YAML mapping.
+        SpecError: the file is not a YAML mapping.
     """
     if _looks_like_a_path(name):
         path = Path(name)
-        if not isfile(path):  # which, unlike is_file, says no to names that no system has
+        if not isfile(path):  # unlike Path.is_file, it returns False for names that are invalid on this system
             raise InputError(f"no file {name}", hint=f"names known without a path: {_list(kind)}")
         return Preset(kind, path.stem, path, read_yaml(path))
     if _NAME.fullmatch(name):
@@ -105,12 +107,15 @@ def find(kind: str, name: str) -> Preset:
                 return Preset(kind, name, path, read_yaml(path))
     close = difflib.get_close_matches(name, names(kind), n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else None
-    one = kind.removesuffix("s")  # the kinds that are plurals, models and pipelines, speak of one here
+    one = kind.removesuffix("s")  # singular for the message: "models" and "pipelines" are plurals
     raise InputError(f"no {one} preset is named {name!r}; allowed: a YAML file, or {_list(kind)}", hint=hint)
 
 
 def find_model(name: str) -> Preset:
-    """A model's preset, of a name that is no directory: whoever misspelt a directory is told that it was looked for."""
+    """Returns a model's preset for a name that is not a directory.
+
+    The error also says that there is no such directory, for users who misspelt one.
+    """
     try:
         return find("models", name)
     except SpecError:
@@ -121,27 +126,28 @@ def find_model(name: str) -> Preset:
 
 
 def names(kind: str) -> list[str]:
-    """The names `find` knows for a kind, sorted."""
+    """Returns the names that `find` knows for a kind, sorted."""
     found = {path.stem for root in _roots(kind) for path in root.glob("*.yaml")}
     return sorted(name for name in found if _NAME.fullmatch(name))
 
 
 def kinds(kind: str | None = None) -> tuple[str, ...]:
-    """All kinds, or the one that is named. Raises InputError for one that is not known."""
+    """Returns all kinds, or only the given one. Raises InputError for an unknown kind."""
     if kind is not None and kind not in KINDS:
         raise InputError(f"no presets of kind {kind!r}; allowed: {', '.join(KINDS)}")
     return KINDS if kind is None else (kind,)
 
 
 def parted(name: str) -> tuple[str, str]:
-    """ "finetune/heal" as its kind and name; of a file, or a name of one kind alone, the kind is found.
+    """Splits "finetune/heal" into kind and name; finds the kind of a file, or of a name that only one kind has.
 
-    Raises InputError where no kind has the name, or several have.
+    Raises InputError if no kind has the name, or several have.
     """
     kind, slash, rest = name.partition("/")
     if slash and kind in KINDS:
         return kind, rest
     if _looks_like_a_path(name):
+        # A file in a directory such as presets/eval/ has the kind of that directory.
         if Path(name).parent.name in KINDS:
             return Path(name).parent.name, name
         raise InputError(f"{name}: which kind of preset is it?", hint=f"KIND/{name}; kinds are {', '.join(KINDS)}")
@@ -153,13 +159,13 @@ def parted(name: str) -> tuple[str, str]:
 
 
 def comment(kind: str, name: str) -> str:
-    """What a preset's own comment at its top says, as one line."""
+    """Returns the comment at the top of a preset, as one line."""
     lines = find(kind, name).path.read_text("utf-8").splitlines()
     return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
 
 
 def model_preset(preset: Preset) -> ModelPreset:
-    """Raises SpecError, with the path of the file, when it does not say what a model needs."""
+    """Builds the ModelPreset of a preset. Raises SpecError, with the file's path, if a field is missing or wrong."""
     return build(ModelPreset, preset.data, source=str(preset.path))
 
 

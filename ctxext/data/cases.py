@@ -1,8 +1,8 @@
-"""Questions to be answered by generating: made once, written as JSONL with a manifest and a hash, run from the file.
+"""Questions that a model answers by generating: made once, written as JSONL with a manifest, run from the file.
 
-A case is text, so that a person can read it and another tool can score it; how many tokens it has was counted with one
-tokenizer, whose hash is in the manifest. Generators take a private `random.Random`, never the global one, seeded by the
-case's own id: the cases of one task do not depend on which others are made.
+The manifest has the file's hash. A case is text, so that a person can read it and another tool can score it. Its number
+of tokens was counted with one tokenizer, whose hash is in the manifest. Generators use a private `random.Random`, never
+the global one, seeded by the case's own id: the cases of one task do not depend on which others are made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import ctxext
 from ctxext.config.output import disk_faults, write_whole
-from ctxext.data.prompts import prompt_ids as prompt_ids  # for those who import it from here
+from ctxext.data.prompts import prompt_ids as prompt_ids  # re-exported
 from ctxext.errors import DataError, InputError
 
 _FIELDS = {"id": str, "task": str, "length": int, "prompt": str, "references": list, "max_new_tokens": int}
@@ -27,10 +27,10 @@ _FIELDS = {"id": str, "task": str, "length": int, "prompt": str, "references": l
 class Case:
     """One question: `prompt` ends where the answer begins.
 
-    id              unique in its file, and the same whatever the tokenizer: what comparisons pair by
-    length          tokens asked for: prompt and `max_new_tokens` together have at most as many
-    references      answers; whether all or one of them must be found is the task's affair
-    facts           what else is known of it, such as its depth
+    id              unique in its file, and the same for every tokenizer: comparisons pair cases by it
+    length          requested tokens: prompt and `max_new_tokens` together have at most as many
+    references      answers; the task decides whether all or one of them must be found
+    facts           other known facts, such as its depth
     """
 
     id: str
@@ -43,16 +43,18 @@ class Case:
 
 
 def private_random(*of: object) -> random.Random:
-    """A generator that depends on `of` alone, in every process and on every platform."""
+    """Returns a generator that depends only on `of`, in every process and on every platform."""
     return random.Random("/".join(map(str, of)))
 
 
 def largest(fits: Callable[[int], bool], start: int = 1) -> int:
-    """The largest n >= 0 that fits, by doubling and halving, where all below one that fits do too.
+    """Returns the largest n >= 0 for which `fits(n)`, by doubling and halving; 0 if not even 1 fits.
 
-    What is almost monotonic (tokens merge) is off by a little: the caller tests what it made. 0 where not even 1 fits.
+    `fits` should hold for all numbers below one for which it holds. If it is only almost monotonic (tokens merge),
+    the result may be off by a little, so the caller tests what it made.
     """
     low, high = 0, max(1, start)
+    # After this loop `low` fits and `high` does not.
     while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
@@ -62,12 +64,15 @@ def largest(fits: Callable[[int], bool], start: int = 1) -> int:
 
 
 def write_cases(path: Path, cases: Sequence[Case], facts: dict[str, Any]) -> dict[str, Any]:
-    """JSONL at `path`, then its manifest with `facts`, the count, the version and the file's sha256."""
+    """Writes JSONL to `path`, then its manifest with `facts`, the count, the version and the file's sha256."""
     return write_rows(path, cases, {**facts, "cases": len(cases)})
 
 
 def write_rows(path: Path, rows: Sequence[Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """The same of any dataclass. The manifest comes last: rows without one are of a writer that was killed."""
+    """Does the same as `write_cases` for any dataclass, without the count.
+
+    The manifest is written last: rows without one come from a process that was killed.
+    """
     lines = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows).encode()
     manifest = {**facts, "ctxext": ctxext.__version__, "sha256": hashlib.sha256(lines).hexdigest()}
     with disk_faults(path):
@@ -78,15 +83,16 @@ def write_rows(path: Path, rows: Sequence[Any], facts: dict[str, Any]) -> dict[s
 
 
 def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
-    """The cases of a file and its manifest (empty where it has none).
+    """Returns the cases of a file and its manifest (empty if there is none).
 
     Errors: InputError (no such file), DataError (a line that does not parse, a field that is missing or of another
-    type, an id that stands twice, no case at all: each with its line; bytes that are not those of the manifest).
+    type, a repeated id, each with its line; no case at all; bytes that differ from the manifest's hash).
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the cases {path}: {error.strerror}") from None
+    # A file without a manifest is accepted, such as one written by hand; with one its bytes must match.
     manifest = json.loads(manifest_of(path).read_bytes()) if manifest_of(path).is_file() else {}
     if manifest and hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise DataError(
@@ -95,6 +101,7 @@ def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
     if not data.strip():
         raise DataError(f"{path} holds no case")
     cases, seen = [], set[str]()
+    # Split only at "\n": str.splitlines also splits at characters that may occur inside a JSON string.
     for number, line in enumerate(data.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
         case = _case(line, f"{path}:{number}")
         if case.id in seen:
@@ -120,14 +127,15 @@ def _case(line: str, place: str) -> Case:
 
 
 def manifest_of(path: Path) -> Path:
-    """Where the manifest of a file of rows stands: beside it."""
+    """Returns the path of the manifest of a file of rows: next to the file."""
     return path.with_name(f"{path.name}.manifest.json")
 
 
 def evenly(cases: Iterable[Any], limit: int | None, groups: Callable[[Any], Sequence[object]]) -> list[Any]:
-    """At most `limit` of `cases`, taken in turn from each group, and within it from each group of the next level.
+    """Returns at most `limit` of `cases`, taken in turn from each group, and within a group from each subgroup.
 
-    `groups(case)` are a case's groups, outermost first, such as (length, task, depth). Order is kept.
+    `groups(case)` returns a case's groups, outermost first, such as (length, task, depth). The order of the cases is
+    kept.
     """
     everything = list(cases)
     if limit is None or limit >= len(everything):
@@ -142,6 +150,7 @@ def _in_turns(indices: list[int], groups: list[tuple[object, ...]], level: int) 
     parts: dict[object, list[int]] = {}
     for i in indices:
         parts.setdefault(groups[i][level], []).append(i)
+    # Order each group by its subgroups first, then take one index from each group per round.
     queues = [_in_turns(part, groups, level + 1) for part in parts.values()]
     longest = max(len(queue) for queue in queues)
     return [queue[turn] for turn in range(longest) for queue in queues if turn < len(queue)]

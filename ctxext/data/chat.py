@@ -1,23 +1,24 @@
-"""Rows of instruction data as documents: what a model is to read, and which spans of it are answers to be scored.
+"""Reads rows of instruction data as documents: the text, and the spans of answers that training scores.
 
-Three formats of a row beside plain text:
+Three formats of a row besides plain text:
 
     messages      `messages`, a list of {role, content}, rendered by the tokenizer's chat template
     prompt        `prompt` and `completion`, joined as they are: no template, no space between them
     prompt_chat   `prompt` and `completion` as a user's and an assistant's message, rendered by the template
 
-An answer is what an assistant writes and the marker that ends its turn, so that the model learns to stop. Which part of
-the conversation it lies in is found by rendering the conversation up to there, never by looking for the text, which may
-stand elsewhere as well; a template whose rendering of a beginning is no beginning of the whole is refused. In that part
-the answer ends with the first control token behind what the assistant says: what a template writes after it (ChatML's
-line end) is not scored, and a row whose last message is an answer ends there. Where a template writes no control token
-behind an answer, all that it writes there belongs to the answer.
+An answer is the text of an assistant plus the marker that ends its turn, so that the model learns to stop. To find
+the part of the conversation with an answer, the code renders the conversation up to that point. It never searches
+for the text, which may also occur elsewhere. If the rendering of a first part is not a prefix of the whole
+rendering, the row is rejected. Within its part, the answer ends with the first control token after the assistant's
+text. What a template writes after that token (the newline of ChatML) is not scored, and a row whose last message is
+an answer ends there. If a template writes no control token after an answer, all that it writes there belongs to the
+answer.
 
-Every message's text has to be in what the template renders, white space apart. Text of a message that is a control
-token of the tokenizer is refused: it would end a turn or begin one.
+The rendering must contain the text of every message, except for white space. A message that contains a control token
+of the tokenizer in its text is rejected: the token would end or begin a turn.
 
-Left out on purpose: tools, images, and weights of messages; a row that has them is refused. `{% generation %}` marks of
-a template are not read.
+Deliberately not supported: tools, images, and weights of messages; a row that has them is rejected.
+`{% generation %}` marks of a template are not read.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ from ctxext.data.documents import Document, Rows, checked_text
 from ctxext.errors import DataError, InputError
 
 ASSISTANT = "assistant"
-VERSION = 2  # of how rows are read: another number makes their tokens again
+VERSION = 2  # version of how rows are read: a new number invalidates cached tokens
 EXAMPLE = 'write {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
 
 
 def chat_rows(format: str, tokenizer: Any) -> Rows:
-    """What reads the rows of one of the three formats. InputError where it needs a chat template and there is none."""
+    """Returns the reader for rows of one of the three formats.
+
+    Raises InputError if the format needs a chat template and the tokenizer has none.
+    """
     if format == "prompt":
         return Rows(("prompt", "completion"), _joined)
     if not tokenizer.chat_template:
@@ -46,6 +50,7 @@ def chat_rows(format: str, tokenizer: Any) -> Rows:
             "data.format=prompt joins prompt and completion without one",
         )
 
+    # Compile the pattern once, since each row needs it.
     controls = _controls(tokenizer)
 
     def conversation(row: dict[str, Any], place: str) -> Document:
@@ -62,7 +67,7 @@ def chat_rows(format: str, tokenizer: Any) -> Rows:
 
 
 def template_hash(tokenizer: Any) -> str:
-    """sha256 of what decides a row's text and answers: the template, the special tokens it may name, and this file."""
+    """Returns the sha256 of what decides a row's text and answers: the template, its special tokens, and VERSION."""
     state = [
         VERSION,
         tokenizer.chat_template,
@@ -84,13 +89,14 @@ def _pair(row: dict[str, Any], place: str) -> tuple[str, str]:
 
 
 def _messages(row: dict[str, Any], place: str) -> list[dict[str, str]]:
-    """The row's messages, if each is {role, content} and an assistant speaks, though not first."""
+    """Returns the row's messages after checks: each is {role, content}, and an assistant speaks, but not first."""
     if row.get("tools"):
         raise DataError(f"{place}: field 'tools': tools are not supported", hint="leave rows with tools out")
     given = row["messages"]
     if not isinstance(given, list) or not given:
         found = "an empty list" if given == [] else type(given).__name__
         raise DataError(f"{place}: field 'messages' holds {found}, not a list of messages", hint=EXAMPLE)
+    # Check each message first, then the roles of the conversation.
     messages = [_message(message, f"{place}: message {number}") for number, message in enumerate(given, start=1)]
     roles = [message["role"] for message in messages]
     if ASSISTANT not in roles:
@@ -120,13 +126,13 @@ def _message(message: Any, place: str) -> dict[str, str]:
 def _conversation(
     tokenizer: Any, controls: re.Pattern[str] | None, messages: list[dict[str, str]], place: str
 ) -> Document:
-    """The conversation as the template renders it, with the spans of its answers."""
+    """Renders the conversation by the template and finds the spans of its answers."""
     _refuse_controls(controls, messages, place)
 
     def rendered(count: int, **options: bool) -> str:
         try:
             text: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, **options)
-        except Exception as error:  # a template is a program: it may raise anything
+        except Exception as error:  # a template is a program and may raise anything
             beginning = "" if count == len(messages) else f" (its first {count} messages)"
             raise DataError(
                 f"{place}: the chat template does not render this conversation{beginning}: {error}",
@@ -139,6 +145,8 @@ def _conversation(
     for number, message in enumerate(messages):
         if message["role"] != ASSISTANT:
             continue
+        # The answer's part lies between the rendering before it (with the header of its turn) and the rendering with
+        # it. Both must be prefixes of the whole, or the offsets would be wrong.
         before, after = rendered(number, add_generation_prompt=True), rendered(number + 1)
         for part, what in ((before, f"before message {number + 1}"), (after, f"up to message {number + 1}")):
             if not whole.startswith(part):
@@ -147,6 +155,7 @@ def _conversation(
                     "where the answer lies is unknown",
                     hint="give a template that renders a message the same whatever follows it, or rows of one answer",
                 )
+        # None: the template has dropped the answer. 0: there is nothing to score. Otherwise: characters to score.
         part = after[len(before) :]
         length, rendered_any = _answer_length(controls, part, message["content"]), rendered_any or bool(part)
         if length is None:
@@ -159,14 +168,15 @@ def _conversation(
             hint="give a template that renders what assistants say",
         )
     _require_texts(whole, messages, dropped, place)
+    # Cut the text after a final answer, so that the document ends with the end-of-turn token.
     text = whole[: answers[-1][1]] if messages[-1]["role"] == ASSISTANT else whole
     return Document(text, place, tuple(answers), rendered=True)
 
 
 def _controls(tokenizer: Any) -> re.Pattern[str] | None:
-    """What finds the tokenizer's control tokens in a text: its special tokens, longer ones first; None without any.
+    """Returns a pattern that finds the tokenizer's control tokens in a text, longer ones first; None if it has none.
 
-    Added tokens that are not special, such as <think>, are text that messages may have.
+    Added tokens that are not special, such as <think>, are text that messages may contain.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     words = {str(token) for token in added if token.special} | {str(token) for token in tokenizer.all_special_tokens}
@@ -185,15 +195,17 @@ def _refuse_controls(controls: re.Pattern[str] | None, messages: list[dict[str, 
 
 
 def _answer_length(controls: re.Pattern[str] | None, part: str, content: str) -> int | None:
-    """How much of a rendered answer is scored: up to the end of the first control token behind `content`.
+    """Returns how many characters of a rendered answer are scored.
 
-    White space is not compared. None where `content` is not there.
+    The scored part reaches to the end of the first control token after `content`. White space is ignored in the
+    comparison. Returns None if `content` is not found.
     """
-    # The parts between control tokens, each with the end of the token behind it.
+    # The pieces between control tokens, each as (begin, (end of the piece, end of the control token after it)).
     ends = [(found.start(), found.end()) for found in controls.finditer(part)] if controls else []
     begins = [0, *(end for _, end in ends)]
     pieces = list(zip(begins, [*ends, (len(part), len(part))], strict=True))
-    # A template may name the role or a channel before the text, so the last part that has the text is meant.
+    # A template may write the role or a channel before the text, so take the last piece that contains the text. An
+    # empty answer takes the first piece.
     wanted = "".join(content.split())
     for begin, (stop, end) in reversed(pieces) if wanted else pieces:
         if wanted in "".join(part[begin:stop].split()):
@@ -202,10 +214,10 @@ def _answer_length(controls: re.Pattern[str] | None, part: str, content: str) ->
 
 
 def _require_texts(whole: str, messages: list[dict[str, str]], dropped: list[int], place: str) -> None:
-    """Raises DataError where the text of a message is not in the rendered conversation; `dropped` are answers.
+    """Raises DataError if a message's text is missing from the rendered conversation; `dropped` are missing answers.
 
-    A text that several messages have must be there as often. Order is not looked at: some templates move the system
-    message.
+    A text of several messages must occur as often as there are such messages. Order is not checked: some templates
+    move the system message.
     """
     squeezed = "".join(whole.split())
     seen: dict[str, int] = {}

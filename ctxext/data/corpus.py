@@ -1,7 +1,7 @@
-"""The embedded corpus: the running Python's standard library, read where it is installed, and synthetic text.
+"""The embedded corpus: the installed standard library of the running Python, and synthetic text.
 
-Nothing of it is shipped. What is read depends on the Python that runs, so `fingerprint` belongs into the manifest
-of whatever was trained on it. Perplexity is measured on the held-out split alone.
+The package contains none of this text. It depends on the running Python, so `fingerprint` belongs in the manifest of
+everything that is trained on it. Perplexity is measured only on the held-out split.
 """
 
 from __future__ import annotations
@@ -37,27 +37,28 @@ SKIPPED_DIRECTORIES = frozenset(
         "_vendor",
     }
 )
-# Whole real documents, cut at line ends into pieces of this many spans: most positions then see a full span.
+# Real documents are cut at line ends into pieces of this many spans, so that most positions have a full span before
+# them.
 SPANS_PER_PIECE = 4
 
 
 def stdlib_root() -> Path:
-    """The directory the standard library of the running Python is installed in."""
+    """Returns the directory of the running Python's standard library."""
     return Path(sysconfig.get_paths()["stdlib"])
 
 
 @lru_cache(maxsize=1)
 def stdlib_files() -> tuple[Path, ...]:
-    """Every source file of the corpus, both splits, sorted by its path relative to `stdlib_root`.
+    """Returns every source file of the corpus, both splits, sorted by its path relative to `stdlib_root`.
 
-    Tests, tables of encodings, vendored packages and files above 256 KiB are left out.
-    Raises DataError where Python is installed without sources.
+    Tests, tables of encodings, vendored packages and files above 256 KiB are left out. Raises DataError if Python is
+    installed without sources.
     """
     root = stdlib_root()
     found = []
     for path in root.rglob("*.py"):
         parts = path.relative_to(root).parts
-        # `_sysconfigdata_*` is written by the build and differs from machine to machine.
+        # The build writes `_sysconfigdata_*`, which differs between machines.
         if SKIPPED_DIRECTORIES.intersection(parts[:-1]) or parts[-1].startswith("_sysconfigdata"):
             continue
         if 0 < path.stat().st_size <= MAX_FILE_BYTES:
@@ -71,7 +72,10 @@ def stdlib_files() -> tuple[Path, ...]:
 
 
 def split_of(relative_path: str) -> Split:
-    """The split a file belongs to, decided by a hash of its relative POSIX path alone: stable across versions."""
+    """Returns the split of a file.
+
+    Only a hash of its relative POSIX path decides it, so it is stable across versions.
+    """
     digest = hashlib.sha256(relative_path.encode()).digest()
     return "held-out" if int.from_bytes(digest[:8], "big") % 100 < HELD_OUT_PERCENT else "train"
 
@@ -87,20 +91,20 @@ def _documents(split: Split) -> tuple[Document, ...]:
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            continue  # a source in another encoding: a handful at most, and `fingerprint` counts them alike
+            continue  # a source in another encoding: a handful at most; `fingerprint` still counts it
         documents.append(Document(text=text.replace("\r\n", "\n"), name=name))
     return tuple(documents)
 
 
 def stdlib_documents(split: Split) -> list[Document]:
-    """The split's files, whole, in path order. Files that are not UTF-8 are left out."""
+    """Returns the split's files, whole, in path order. Files that are not UTF-8 are left out."""
     if split not in ("train", "held-out"):
         raise DataError(f"split {split!r} is unknown: allowed are 'train' and 'held-out'")
     return list(_documents(split))
 
 
 def _pieces(documents: list[Document], max_chars: int) -> list[Document]:
-    """Cuts documents at line ends into pieces of at most `max_chars` (more where one line is longer)."""
+    """Cuts documents at line ends into pieces of at most `max_chars` (more if a single line is longer)."""
     pieces = []
     for document in documents:
         lines, size, first = [], 0, 1
@@ -124,13 +128,14 @@ def corpus_documents(
     max_chars: int | None = None,
     kinds: Sequence[str] = synthetic.DEFAULT_KINDS,
 ) -> Iterator[Document]:
-    """The corpus as a stream of shuffled documents, the same for the same arguments on the same Python.
+    """Yields the corpus as a stream of shuffled documents; the same arguments on the same Python give the same stream.
 
-    `synthetic_fraction` (0 up to, not including, 1) of the characters is synthetic (see synthetic.py), its filler
-    drawn from the same split. `span_chars` is the length of a training sequence in characters: synthetic documents
-    have up to that many, their dependencies spread over the whole range, and real files are cut into pieces of
-    four spans. `max_chars` ends the stream after that many characters, repeating the real text (in another order,
-    with fresh synthetic text) where it is too short; None is one pass over the real text.
+    synthetic_fraction  share of the characters that is synthetic (0 up to, not including, 1; see synthetic.py); its
+                        filler comes from the same split
+    span_chars          length of a training sequence in characters: synthetic documents have up to that many, their
+                        dependencies spread over the whole range, and real files are cut into pieces of four spans
+    max_chars           ends the stream after that many characters; the real text is repeated (in another order, with
+                        fresh synthetic text) if it is too short. None is one pass over the real text
     """
     if not 0.0 <= synthetic_fraction < 1.0:
         raise DataError(f"synthetic_fraction {synthetic_fraction} is outside 0 <= fraction < 1")
@@ -139,11 +144,13 @@ def corpus_documents(
     whole = stdlib_documents(split)
     pieces = _pieces(whole, SPANS_PER_PIECE * span_chars)
     filler = synthetic.Filler(whole)
+    # One generator draws both the order and the synthetic text, so a seed fixes the stream.
     rng = random.Random(f"{split}/{seed}")
     real = made = count = 0
     while True:
         rng.shuffle(pieces)
         for piece in pieces:
+            # Insert synthetic documents until their share of the characters is right with the next piece included.
             while made < synthetic_fraction * (real + made + len(piece.text)):
                 document = synthetic.draw(rng, filler, span_chars, name=f"synthetic:{count}", kinds=kinds)
                 count += 1
@@ -160,9 +167,9 @@ def corpus_documents(
 
 
 def fingerprint() -> dict:
-    """What was read, for a manifest: Python's version, number of files, bytes, and one sha256 over the file list.
+    """Returns what was read, for a manifest: Python's version, number of files, bytes, and one sha256.
 
-    The sha256 is of the lines `<sha256 of the file> <relative path>`, sorted by path; `files` has them all.
+    The sha256 is over the lines `<sha256 of the file> <relative path>`, sorted by path; `files` has all of these lines.
     """
     root = stdlib_root()
     lines, size = [], 0

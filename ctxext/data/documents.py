@@ -1,4 +1,4 @@
-"""Text in, documents out, one at a time: files, directories, the embedded corpus, or a `datasets` id."""
+"""Reads text sources as documents, one at a time: files, directories, the embedded corpus, or a `datasets` id."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from ctxext.data.readers import require_fields as require_fields
 from ctxext.errors import DataError, InputError
 
 EMBEDDED = "embedded"
-MOST_COMPARED = 1 << 32  # bytes of text whose content is compared where only its beginning is read
-SELF = "self"  # text that the model at hand samples (train/prepare.py), nothing that can be read here
+MOST_COMPARED = 1 << 32  # bytes up to which `fingerprint` hashes the contents for callers that read only a part
+SELF = "self"  # text that the trained model samples itself (train/prepare.py); it cannot be read here
 HUB_PREFIX = "hub:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -31,7 +31,7 @@ def _text_rows(field: str) -> Rows:
 
 
 class Documents(Iterator[Document]):
-    """Documents, one at a time, with what has been read of their source so far (`reading`)."""
+    """Documents, one at a time, with a report of what has been read of their source so far (`reading`)."""
 
     def __init__(self, documents: Iterator[Document], reading: Reading):
         self.reading = record(reading)
@@ -47,7 +47,7 @@ class Documents(Iterator[Document]):
 def read_documents(
     source: str, *, text_field: str = "text", split: str | None = None, rows: Rows | None = None
 ) -> Documents:
-    """The documents of `source`, lazily: no more than one file of text or one batch of rows is in memory.
+    """Returns the documents of `source`, lazily: at most one file of text or one batch of rows is in memory.
 
     `source` is one of
 
@@ -55,18 +55,18 @@ def read_documents(
       document, with the text in `text_field`; `.json` holds a list of objects, one object, or JSON Lines, and is read
       whole; each but `.parquet` may be compressed (`.gz`, `.zst`); suffixes may be upper-case;
     - a directory: every file below it with one of these suffixes, in the order of their paths. Links are followed, and
-      what two names lead to is read once. Hidden files, others, and `.json` that has no such rows are passed over;
+      a file with two names is read once. Hidden files, other files, and `.json` files without such rows are skipped;
       `reading` of the result names them (data/files.py);
     - `embedded`: the files of `ctxext.data.corpus`, whole, of the part `split` (default "train");
-    - `hub:NAME[:CONFIG]`, or NAME[:CONFIG] where no such path exists: a `datasets` id, streamed.
+    - `hub:NAME[:CONFIG]`, or NAME[:CONFIG] if no such path exists: a `datasets` id, streamed.
 
-    `rows` makes other documents of rows than the text of `text_field` (data/chat.py); of a directory, files of text are
-    then not data. Documents of white space alone are passed over. UTF-8 is required; a byte order mark is removed, and
-    in text the line ends of Windows become plain newlines.
+    `rows` makes other documents of rows than the text of `text_field` (data/chat.py); then text files of a directory
+    are not data. Documents of only white space are skipped. UTF-8 is required; a byte order mark is removed, and
+    Windows line ends in text become plain newlines.
 
-    Errors: InputError (nothing is there, an unknown suffix, a split asked of files) at the call;
-    DataError (no text at all, invalid UTF-8, a line that does not parse, a missing field, each with its
-    place; a damaged file) and EnvironmentFault (no network for a `datasets` id) while reading.
+    Errors at the call: InputError (no such source, an unknown suffix, a split requested of files). Errors while
+    reading: DataError (no text at all, invalid UTF-8, a line that does not parse, a missing field, each with its
+    place; a damaged file) and EnvironmentFault (no network for a `datasets` id).
     """
     if source == EMBEDDED:
         from ctxext.data import corpus
@@ -74,6 +74,7 @@ def read_documents(
         return Documents(iter(corpus.stdlib_documents(cast(corpus.Split, split or "train"))), Reading(source))
     if source == SELF:
         raise InputError(f"{SELF}: text that a model samples is for ctxext finetune alone", hint="give files")
+    # A path wins over a hub id of the same name: `_hub_id` returns None if the path exists.
     rows = rows or _text_rows(text_field)
     hub_id = _hub_id(source)
     if hub_id is not None:
@@ -91,15 +92,19 @@ def read_documents(
 def fingerprint(
     source: str, *, text_field: str = "text", split: str | None = None, format: str = "text", most: int | None = None
 ) -> str:
-    """A hash of what `read_documents` would read, to know whether tokens made earlier still hold.
+    """Returns a hash of what `read_documents` would read, to check whether tokens made earlier are still valid.
 
-    Files: their formats and contents (sha256) in the order they are read, not their places and times, so that a copy
-    is the same data; of more than `most` bytes together, the paths, sizes and times, for callers that read only a part.
-    The embedded corpus: its own hash. A `datasets` id: its name alone, so that a data set that moved upstream is not
-    noticed. `format` other than text is what `rows` were (train/spec.py).
+    - Files: their formats and contents (sha256) in reading order, without their paths and times, so that a copy is the
+      same data. If they have more than `most` bytes together, the hash uses paths, sizes and times instead; this is for
+      callers that read only a part.
+    - The embedded corpus: its own hash.
+    - A `datasets` id: only its name, so a data set that changed upstream is not detected.
+
+    `format` other than text is the format of `rows` (train/spec.py).
     """
     files = source != EMBEDDED and _hub_id(source) is None
     read_as = [] if format == "text" else [format]
+    # The name of a file source is not part of the hash, so a moved copy has the same hash.
     named = ["contents" if files else source, text_field, split, *read_as]
     digest = hashlib.sha256(json.dumps(named).encode())
     if source == EMBEDDED:
@@ -114,12 +119,13 @@ def fingerprint(
         else:
             stamps = content_hashes(paths)
         for path, stamp in zip(paths, stamps, strict=True):
+            # The format decides how the bytes are read, so it is part of the hash.
             digest.update(f"{''.join(kind_of(path) or ())}\0{stamp}\0".encode())
     return digest.hexdigest()
 
 
 def file_hashes(source: str, *, format: str = "text") -> dict[str, str] | None:
-    """The sha256 of each file that `source` stands for, by its path; None where it stands for none."""
+    """Returns the sha256 of each file of `source`, by its path; None if the source is not files."""
     if source in (EMBEDDED, SELF) or not Path(source).exists():
         return None
     paths = find(Path(source), texts=format == "text").files
@@ -127,7 +133,7 @@ def file_hashes(source: str, *, format: str = "text") -> dict[str, str] | None:
 
 
 def content_hashes(paths: Iterable[Path]) -> list[str]:
-    """The sha256 of each file. DataError where one cannot be read."""
+    """Returns the sha256 of each file. DataError if one cannot be read."""
     try:
         return manifests.content_hashes(paths)
     except OSError as error:
@@ -135,7 +141,7 @@ def content_hashes(paths: Iterable[Path]) -> list[str]:
 
 
 def _hub_id(source: str) -> str | None:
-    """The `datasets` id meant by `source`, or None where it names a path (that may not exist)."""
+    """Returns the `datasets` id that `source` means, or None if it names a path (which may not exist)."""
     if source.startswith(HUB_PREFIX):
         name = source.removeprefix(HUB_PREFIX)
         if not _HUB_ID.fullmatch(name):
@@ -146,13 +152,14 @@ def _hub_id(source: str) -> str | None:
 
 
 def _with_text(documents: Iterator[Document], reading: Reading) -> Iterator[Document]:
-    """The documents that are not white space alone; the others are counted as passed over."""
+    """Yields the documents that are not only white space, and counts the others as skipped."""
     for document in documents:
         if _blank(document):
             reading.empty_rows += 1
         else:
             reading.documents += 1
             yield document
+    # A source without any text is an error; its message names what was skipped.
     if not reading.documents:
         words = reading.passed_over_in_words()
         raise DataError(
@@ -169,6 +176,7 @@ def _read_files(found: Found, source: Path, rows: Rows, reading: Reading) -> Ite
     for path in found.files:
         kind = kind_of(path)
         assert kind is not None
+        # Blank text files count as empty files, blank rows as empty rows (`_with_text`).
         is_text, count = kind[0] in TEXT_SUFFIXES, 0
         reading.files += 1
         try:
@@ -177,6 +185,7 @@ def _read_files(found: Found, source: Path, rows: Rows, reading: Reading) -> Ite
                     count += 1
                     yield document
         except NoRows as reason:
+            # A .json file without rows is an error if the user named it, and is skipped if it lies in a directory.
             if path == source:
                 hint = f'write a list of objects, each with "{rows.needs[0]}", or rename the file'
                 raise DataError(f"{path}: {reason}", hint=hint) from None

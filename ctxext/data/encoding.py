@@ -1,9 +1,8 @@
-"""Plain text as token ids: what looks like a control token (`<s>`, `<|endoftext|>`) is read as the characters it is.
+"""Encodes plain text as token ids; what looks like a control token (`<s>`, `<|endoftext|>`) stays plain characters.
 
-Stock tokenizers make a control token of such characters wherever they stand. A web page that shows `</s>` would then
-end a document in its middle. Text that a chat template rendered is another matter: its control tokens are meant
-(data/tokens.py keeps them). Tokens that were added and are not special, such as runs of spaces or `<think>`, stay
-tokens. No torch.
+Stock tokenizers turn such characters into a control token wherever they occur. A web page that shows `</s>` would
+then end a document in its middle. In text that a chat template rendered, control tokens are intended (data/tokens.py
+keeps them). Added tokens that are not special, such as runs of spaces or `<think>`, stay tokens. No torch.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ Spans = list[tuple[int, int]]
 
 
 class PlainText:
-    """Encodes plain text with one tokenizer; no BOS and no EOS is added.
+    """Encodes plain text with one tokenizer; adds no BOS and no EOS.
 
     control       the ids of the control tokens
-    read_as_text  control tokens that the tokenizer would have made of the text, and that were read as text instead
-    kept          those that it makes all the same: its vocabulary has no other token for these characters
-    largest       the largest id so far; -1 before the first
+    read_as_text  number of control tokens that the tokenizer found in the text and that were encoded as text instead
+    kept          number of control tokens that remain: the vocabulary has no other token for these characters
+    largest       the largest id so far; -1 before the first text
     """
 
     def __init__(self, tokenizer: Any):
@@ -33,18 +32,19 @@ class PlainText:
         special = set(getattr(tokenizer, "all_special_ids", ()))
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.control = frozenset(special | {id for id, token in added.items() if token.special})
-        # An unknown character gives the unknown token too: only its name in the text is a control token.
+        # An unknown character also gives the unknown token, so only its name in the text counts as a control token.
         self._unknown = getattr(tokenizer, "unk_token_id", None)
         named = added.get(self._unknown)
         self._unknown_name = named.content if named is not None and named.special else None
         self._other = [token.content for id, token in added.items() if id not in self.control]
 
     def encode(self, texts: Sequence[str], *, spans: bool = False) -> tuple[list[list[int]], list[Spans] | None]:
-        """(ids of each text, the characters of each id where `spans` asks for them).
+        """Returns the ids of each text, and with `spans` also the characters of each id (else None).
 
-        InputError where a slow tokenizer cannot leave control tokens out.
+        InputError if a slow tokenizer cannot encode the control tokens as text.
         """
         ids, places = self._encoded(texts, spans)
+        # Encode all texts at once, then only those with control tokens again, with the option that splits them.
         again = [number for number, text in enumerate(texts) if self._controls(ids[number], text)]
         if again:
             self._check_slow([texts[number] for number in again])
@@ -60,7 +60,7 @@ class PlainText:
         return ids, places
 
     def notes(self) -> list[str]:
-        """Lines about control tokens for the screen; none where the text had none."""
+        """Returns lines about control tokens for the screen; empty if the text had none."""
         said = []
         if self.read_as_text:
             what = counted(self.read_as_text, "control token")
@@ -79,21 +79,21 @@ class PlainText:
         try:
             found = self.tokenizer(list(texts), **options)
         finally:
-            # The option stays set in the tokenizer's state; other callers may read that.
+            # The call leaves the option set in the tokenizer's backend. Reset it, because other callers share it.
             backend = getattr(self.tokenizer, "backend_tokenizer", None)
             if backend is not None:
                 backend.encode_special_tokens = bool(getattr(self.tokenizer, "split_special_tokens", False))
         return list(found["input_ids"]), list(found["offset_mapping"]) if spans else None
 
     def _controls(self, ids: Sequence[int], text: str) -> int:
-        """How many control tokens there are in a text's ids."""
+        """Counts the control tokens in a text's ids."""
         count = text.count(self._unknown_name) if self._unknown_name else 0
         if self.control.isdisjoint(ids):
             return count
         return count + sum(id in self.control and id != self._unknown for id in ids)
 
     def _check_slow(self, texts: Sequence[str]) -> None:
-        """A slow tokenizer that leaves control tokens out leaves all other added tokens out as well."""
+        """Raises InputError if a slow tokenizer would also split added tokens that are not control tokens."""
         if getattr(self.tokenizer, "is_fast", False):
             return
         found = next((token for token in self._other if any(token in text for text in texts)), None)
@@ -106,7 +106,7 @@ class PlainText:
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of one plain text; of a tokenizer that is no stock one, what its `encode` gives."""
+    """Returns the ids of one plain text; for an object that is not a stock tokenizer, the result of its `encode`."""
     if not callable(tokenizer):
         return list(tokenizer.encode(text, add_special_tokens=False))
     return PlainText(tokenizer).encode([text])[0][0]

@@ -1,4 +1,4 @@
-"""Which files a path stands for, which are passed over and why, and how their bytes are opened. No torch."""
+"""Finds the files of a path, reports which ones are skipped and why, and opens their bytes. No torch."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from ctxext.units import counted
 TEXT_SUFFIXES = (".txt", ".text", ".md")
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-INSIDE = (".parquet",)  # formats that are compressed inside: a .gz around one is not read
-NAMED = 5  # files that a line names; the others are counted
+INSIDE = (".parquet",)  # formats with internal compression: a .gz around one is not read
+NAMED = 5  # files that a log line names; the others are counted
 KEPT = 100  # files that a manifest names
 
 
 @dataclass
 class Reading:
-    """What has been read of a source so far, and what was passed over.
+    """A report of what has been read of a source so far, and what was skipped.
 
-    found        the files that are there to be read; 0 for a source that has none (the embedded corpus, a data set)
-    files        those that gave text; those not reached, where reading ended early, and `passed_over` are no part
-    beside       (name, why) of files and directories that are no data, seen before reading; `more` counts those beyond
-                 KEPT, `hidden` those whose names begin with a dot
-    passed_over  (name, why) of files in which nothing was found while reading, at most KEPT
-    empty_rows   rows whose text is white space alone
-    tokens       what was made of the documents and used; 0 where nothing counted them
-    notes        what encoding has to say of the text (data/encoding.py)
+    found        number of files to read; 0 for a source that has none (the embedded corpus, a data set)
+    files        number of files that gave text; without those in `passed_over` and those not reached, if reading ended
+                 early
+    beside       (name, why) of files and directories that are not data, known before reading; `more` counts those
+                 beyond KEPT, `hidden` those whose names begin with a dot
+    passed_over  (name, why) of files that turned out to have no data while reading, at most KEPT
+    empty_rows   number of rows with only white space
+    tokens       number of tokens made of the documents and used; 0 if nothing counted them
+    notes        notes of the encoder about the text (data/encoding.py)
     """
 
     source: str
@@ -51,11 +52,13 @@ class Reading:
 
     @classmethod
     def begun(cls, source: str, found: Found) -> Reading:
-        """Of files that are about to be read."""
+        """Returns the report for files that are about to be read."""
         beside = list(found.beside)
         return cls(source, len(found.files), beside=beside[:KEPT], more=len(beside[KEPT:]), hidden=found.hidden)
 
     def pass_over(self, name: str, why: str) -> None:
+        # Moves a file from the files that gave text to the skipped ones.
+        # The reader counted the file when it opened it.
         self.files -= 1
         if len(self.passed_over) < KEPT:
             self.passed_over.append((name, why))
@@ -65,18 +68,23 @@ class Reading:
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Reading:
-        """What `as_dict` gave, as JSON gives it back."""
+        """Restores a report from the fields of `as_dict`, after a round trip through JSON."""
+        # JSON turns the tuples into lists.
         pairs = {name: [(file, why) for file, why in fields[name]] for name in ("beside", "passed_over")}
         return cls(**fields | pairs)
 
     def lines(self) -> list[str]:
-        """What a run says of its data: what was read, and what encoding had to say of it."""
+        """Returns the log lines of a run about its data: what was read, and the encoder's notes."""
         return [self.line(), *self.notes]
 
     def line(self, *, reused: bool = False) -> str:
-        """`read 2 files, 3 documents, 1,034 tokens; passed over: e.json (no list of objects), 1 hidden`."""
+        """Returns the main log line.
+
+        Example: `read 2 files, 3 documents, 1,034 tokens; passed over: e.json (no list of objects), 1 hidden`.
+        """
         counts = [counted(self.documents, "document")] + ([counted(self.tokens, "token")] if self.tokens else [])
         if self.found:
+            # Files that were not reached, because reading ended early.
             rest = self.found - self.files - len(self.passed_over)
             files = counted(self.found, "file")
             counts.insert(0, f"{self.files:,} of {files}" if rest else counted(self.files, "file"))
@@ -85,7 +93,7 @@ class Reading:
         return f"{verb} {', '.join(counts)}" + (f"; passed over: {over}" if over else "")
 
     def passed_over_in_words(self) -> str:
-        """Some names with the reasons, and counts; empty where nothing was passed over."""
+        """Returns some skipped names with the reasons, then counts; empty if nothing was skipped."""
         both = self.beside + self.passed_over
         said = [f"{name} ({why})" for name, why in both[:NAMED]]
         rest = len(both[NAMED:]) + self.more
@@ -99,7 +107,7 @@ _recorder: ContextVar[list[Reading] | None] = ContextVar("recorder", default=Non
 
 @contextmanager
 def recorded() -> Iterator[list[Reading]]:
-    """Every reading that begins within the block, so that a run can say what the suites or probes below it read."""
+    """Collects every reading that begins within the block, so that a run can report what its suites or probes read."""
     found: list[Reading] = []
     token = _recorder.set(found)
     try:
@@ -109,7 +117,7 @@ def recorded() -> Iterator[list[Reading]]:
 
 
 def record(reading: Reading) -> Reading:
-    """The reading, noted for the `recorded` block around it, if there is one."""
+    """Adds the reading to the enclosing `recorded` block, if there is one, and returns it."""
     found = _recorder.get()
     if found is not None:
         found.append(reading)
@@ -117,7 +125,7 @@ def record(reading: Reading) -> Reading:
 
 
 def distinct(readings: Iterable[Reading]) -> list[Reading]:
-    """Readings that differ, of those that read something: a suite may read the same text several times."""
+    """Returns the readings that read something, without duplicates: a suite may read the same text several times."""
     found: list[Reading] = []
     for reading in readings:
         if reading.documents and reading not in found:
@@ -127,7 +135,7 @@ def distinct(readings: Iterable[Reading]) -> list[Reading]:
 
 @dataclass(frozen=True)
 class Found:
-    """The files of a source in the order they are read, and what `Reading` has of those that are not."""
+    """The files of a source in reading order, and the skipped entries for `Reading`."""
 
     files: tuple[Path, ...]
     beside: tuple[tuple[str, str], ...] = ()
@@ -135,7 +143,10 @@ class Found:
 
 
 def kind_of(path: Path) -> tuple[str, str] | None:
-    """(format, compression) of a file by its name, such as (".jsonl", ".gz") and (".txt", ""); None: not read."""
+    """Returns (format, compression) by a file's name; None if it is not supported.
+
+    Examples: (".jsonl", ".gz") and (".txt", "").
+    """
     name, compression = path.name.lower(), ""
     for suffix in COMPRESSIONS:
         if name.endswith(suffix):
@@ -147,9 +158,9 @@ def kind_of(path: Path) -> tuple[str, str] | None:
 
 
 def find(source: Path, texts: bool = True) -> Found:
-    """The files that `source` stands for. Without `texts`, those alone that have rows.
+    """Returns the files of `source`. Without `texts`, only files with rows.
 
-    Raises InputError where there is none, or where `source` is a file that is not read.
+    Raises InputError if there is none, or if `source` is a file of an unsupported kind.
     """
     suffixes = TEXT_SUFFIXES + ROW_SUFFIXES if texts else ROW_SUFFIXES
     allowed = ", ".join(suffixes)
@@ -160,6 +171,7 @@ def find(source: Path, texts: bool = True) -> Found:
             f"no such file or directory: {source}",
             hint=f"give {allowed}, a directory of them, embedded, or hub:NAME for a data set",
         )
+    # A file that the user names must be readable; in a directory such files are only skipped.
     kind = kind_of(source)
     if kind is None or kind[0] not in suffixes:
         raise InputError(
@@ -172,9 +184,9 @@ def find(source: Path, texts: bool = True) -> Found:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked where it is compressed.
+    """Opens the bytes of a file, decompressed if needed.
 
-    Raises OSError, EOFError or zlib.error, while it is read too, where the file is damaged.
+    If the file is damaged, OSError, EOFError or zlib.error may come at opening and during reading.
     """
     kind = kind_of(path)
     compression = kind[1] if kind else ""
@@ -192,7 +204,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
-    """The files below a directory. Links are followed; each directory and each file is read once."""
+    """Finds the files below a directory. Links are followed; each directory and each file is read once."""
     entries, over, hidden, linked = _walk(root)
     files = []
     for path in entries:
@@ -205,9 +217,11 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
             files.append(path)
         else:
             over.append((path, "no ordinary file" if path.exists() else "a link to nothing"))
+    # Only links can give a file two names.
     if linked:
         files, twice = _once(files, root)
         over += twice
+    # Directories in the report end with a slash.
     named = tuple((path.relative_to(root).as_posix() + "/" * path.is_dir(), why) for path, why in sorted(over))
     found = Found(tuple(sorted(files)), named, hidden)
     if not files:
@@ -220,9 +234,9 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
 
 
 def _walk(root: Path) -> tuple[list[Path], list[tuple[Path, str]], int, bool]:
-    """(what is no directory, directories passed over and why, how many are hidden, whether there are links).
+    """Returns (entries that are not directories, (directory, why) of skipped directories, number of hidden, any links).
 
-    Links to directories come after all that can be reached without them, so that a file keeps its shortest name.
+    Links to directories come after everything that is reachable without them, so that a file keeps its shortest name.
     """
     entries, over, hidden, linked = list[Path](), list[tuple[Path, str]](), 0, False
     real_root = Path(os.path.realpath(root))
@@ -232,7 +246,7 @@ def _walk(root: Path) -> tuple[list[Path], list[tuple[Path, str]], int, bool]:
             links.sort()
             waiting.append(links.pop(0))
         directory = waiting.pop()
-        # A link leads back where its target is read already, or holds the directory that is being read.
+        # Skip a link whose target has been read already or contains the root, since it would lead to a cycle.
         if directory != root:
             target = os.path.realpath(directory)
             if target in seen or real_root.is_relative_to(target):
@@ -245,6 +259,7 @@ def _walk(root: Path) -> tuple[list[Path], list[tuple[Path, str]], int, bool]:
         except OSError as error:
             over.append((directory, f"cannot be listed: {error.strerror}"))
             continue
+        # Queue directories at once, and links to directories for later.
         for child in children:
             path = directory / child.name
             linked = linked or child.is_symlink()
@@ -258,7 +273,7 @@ def _walk(root: Path) -> tuple[list[Path], list[tuple[Path, str]], int, bool]:
 
 
 def _once(files: list[Path], root: Path) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """Each file once, by its real path: (those kept, the others and why). A name without a link is kept first."""
+    """Keeps each file once, by its real path: (kept files, the others and why). A name without a link has priority."""
     real = {path: os.path.realpath(path) for path in files}
     real_root, names = os.path.realpath(root), dict[str, Path]()
     for path in sorted(files, key=lambda path: (os.path.join(real_root, path.relative_to(root)) != real[path], path)):

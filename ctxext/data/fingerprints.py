@@ -1,4 +1,4 @@
-"""The hash of data as versions up to 0.1 made it, by path, size and time: runs that they began are still resumed."""
+"""The data hash of versions up to 0.1 (by path, size and time), so that runs begun with them can still be resumed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ _TEXTS, _ROWS = (".txt", ".md"), (".jsonl", ".parquet")
 
 
 def by_time(source: str, *, text_field: str = "text", split: str | None = None, format: str = "text") -> str | None:
-    """The old hash of `source`, of files by path, size and modification time; None for a file that was not read."""
+    """Returns the old hash of `source`; for files it is by path, size and modification time.
+
+    Returns None if those versions did not read the file.
+    """
     path = Path(source)
+    # The hash of the embedded corpus and of a data set is the same in all versions.
     if source == EMBEDDED or not path.exists():
         return fingerprint(source, text_field=text_field, split=split, format=format)
     read_as = [] if format == "text" else [format]
@@ -28,7 +32,7 @@ def by_time(source: str, *, text_field: str = "text", split: str | None = None, 
 
 
 def read_before(source: Path, format: str = "text") -> list[Path]:
-    """The files that those versions read: suffixes in lower case, no compressed ones, links to directories left out."""
+    """Returns the files that those versions read: lower-case suffixes, uncompressed, without links to directories."""
     suffixes = _TEXTS + _ROWS if format == "text" else _ROWS
     if not source.is_dir():
         return [source] if source.suffix in suffixes else []

@@ -1,8 +1,8 @@
-"""Passkey retrieval: five digits hidden at a chosen depth in text of an exact length, to be given back at the end.
+"""Passkey retrieval: five digits are hidden at a chosen depth in a text of exact length, and asked for at the end.
 
-The task is that of Mohtashami & Jaggi (2023, Landmark Attention, appendix), as LongLoRA (2024, section 4.2) runs it.
-The sentences are those of the synthetic training text (synthetic.py): the format is known to a model trained on the
-embedded corpus, the keys and the filler are not, as long as the filler is held-out text.
+The task is from Mohtashami & Jaggi (2023, Landmark Attention, appendix), as LongLoRA (2024, section 4.2) runs it. The
+sentences are those of the synthetic training text (synthetic.py). A model trained on the embedded corpus therefore
+knows the format, but not the keys, and not the filler as long as the filler is held-out text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 
 class Tokenizer(Protocol):
-    """What is used of a tokenizer: Hugging Face's fast and slow ones both have it."""
+    """The methods of a tokenizer that are used here; Hugging Face's fast and slow tokenizers have them."""
 
     def __call__(self, text: str, *, add_special_tokens: bool, verbose: bool) -> Any: ...
 
@@ -35,18 +35,18 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """One question: the model, given `prompt_ids`, must go on with exactly `answer_ids`."""
+    """One question: after `prompt_ids` the model must continue with exactly `answer_ids`."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    length: int  # tokens asked for; prompt and answer together have at most that many
+    length: int  # requested tokens; prompt and answer together have at most that many
     depth: float  # 0 is the beginning of the text, 1 is just before the question
     needle_start: int  # tokens before the needle
     key: str
 
 
 def haystack_text(kind: Haystack) -> str:
-    """The text to hide in: the embedded corpus's held-out files, or the classic repeated sentences."""
+    """Returns the text to hide keys in: the embedded corpus's held-out files, or the classic repeated sentences."""
     if kind == "held-out":
         return "".join(document.text for document in stdlib_documents("held-out"))
     if kind == "grass":
@@ -55,7 +55,7 @@ def haystack_text(kind: Haystack) -> str:
 
 
 def haystack_ids(tokenizer: Tokenizer, text: str, *, max_tokens: int = 1 << 20) -> list[int]:
-    """The tokens of the text, read as plain text, once, so that a thousand cases need not tokenise it again."""
+    """Returns the token ids of a text, read as plain text, so that a thousand cases tokenise it only once."""
     ids = plain_ids(tokenizer, text[: 8 * max_tokens])[:max_tokens]
     if not ids:
         raise InputError("the haystack text is empty")
@@ -63,12 +63,12 @@ def haystack_ids(tokenizer: Tokenizer, text: str, *, max_tokens: int = 1 << 20) 
 
 
 def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Random, haystack: Sequence[int]) -> Case:
-    """A case of exactly `length` tokens, prompt and answer together, with the needle at `depth` (0 to 1).
+    """Returns a case of exactly `length` tokens, prompt and answer together, with the needle at `depth` (0 to 1).
 
-    `haystack` is token ids (`haystack_ids`); the filler is a run of it from a random place, wrapping round at its end,
-    so a short haystack is repeated. Filler is cut in tokens, hence the exact length; at its cuts a word may be
-    broken. BOS comes first where the tokenizer adds one. Raises InputError for a depth outside 0..1 and for a length
-    without room for needle and question.
+    `haystack` is token ids (`haystack_ids`). The filler is a run of it from a random position and continues at the
+    start when it reaches the end, so a short haystack is repeated. Filler is cut in tokens, which makes the length
+    exact; a word may be broken at a cut. BOS comes first if the tokenizer adds one. Raises InputError for a depth
+    outside 0..1 and for a length without space for needle and question.
     """
     if not 0.0 <= depth <= 1.0:
         raise InputError(f"passkey depth {depth} is outside 0..1")
@@ -77,9 +77,11 @@ def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Ra
     needle = tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False)
     question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
     asked = tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False)
-    # A tokenizer may merge across the boundary: the answer is what the whole has beyond the longest common part.
+    # A tokenizer may merge tokens across the boundary of question and key. So tokenise both together, and take as the
+    # answer all tokens after the longest common prefix.
     common = next((i for i, (a, b) in enumerate(zip(question, asked, strict=False)) if a != b), len(question))
     question, answer = asked[:common], asked[common:]
+    # The rest of the length is filler; the needle splits it at the depth.
     room = length - len(bos) - len(needle) - len(asked)
     if room < 0:
         raise InputError(
@@ -94,7 +96,7 @@ def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Ra
 
 
 def key_places(tokenizer: Tokenizer, case: Case) -> tuple[int, ...]:
-    """Where in a case's prompt the tokens of its key stand: those with a digit, which no other word of a needle has."""
+    """Returns the positions of the key's tokens in a case's prompt: the needle's tokens that contain a digit."""
     needle = tokenizer.encode("\n" + NEEDLE.format(key=case.key), add_special_tokens=False)
     digits = [i for i, token in enumerate(needle) if any(c.isdigit() for c in tokenizer.decode([token]))]
     return tuple(case.needle_start + i for i in digits)
@@ -109,9 +111,9 @@ def passkey_cases(
     seed: int = 0,
     haystack: Haystack | str = "held-out",
 ) -> list[Case]:
-    """`per_depth` cases at every depth, from a generator of their own: the same arguments give the same cases.
+    """Returns `per_depth` cases at every depth, from a generator of their own: equal arguments give equal cases.
 
-    `haystack` is 'held-out', 'grass', or text of one's own.
+    `haystack` is 'held-out', 'grass', or the user's own text.
     """
     text = haystack_text(haystack) if haystack in ("held-out", "grass") else haystack
     ids = haystack_ids(tokenizer, text)

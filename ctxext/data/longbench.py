@@ -1,8 +1,8 @@
-"""LongBench's questions (Bai et al. 2023, arXiv 2308.14508): its tasks as a table, and its JSONL as the user has it.
+"""LongBench's questions (Bai et al. 2023, arXiv 2308.14508): a table of its tasks, and a reader for the user's JSONL.
 
-Answer lengths and metrics are the official ones. The prompts have the official structure in words of our own: numbers
-to be compared with published ones want the official words, which are read from the file that LongBench publishes
-(`read_templates`). No data is shipped or fetched.
+Answer lengths and metrics are the official ones. The prompts have the official structure in our own words. Numbers that
+are to be compared with published ones need the official words, which `read_templates` reads from the file that
+LongBench publishes. No data is included or downloaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ctxext.errors import DataError, InputError
 
 @dataclass(frozen=True)
 class Task:
-    """metric: a name in evals/longbench_metrics.py. first_line: the answer is scored up to its first line break."""
+    """One task. metric: a name in evals/longbench_metrics.py. first_line: only the answer's first line is scored."""
 
     metric: str
     max_new_tokens: int
@@ -30,7 +30,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Question:
-    """One row; `id` is the row's own, `answers` are true each by itself, `classes` those of a classification."""
+    """One row of LongBench.
+
+    `id` is the row's own, each of `answers` is correct by itself, `classes` are those of a classification.
+    """
 
     id: str
     task: str
@@ -44,8 +47,10 @@ class Question:
 
 
 def _framed(instruction: str, name: str, question: str = "", answer: str = "Answer:") -> str:
-    """The instruction, the context under its name, the instruction once more, the question and where the answer begins:
-    with its middle cut out, a prompt still says what is wanted."""
+    """Builds a template: instruction, named context, the instruction again, the question, and the start of the answer.
+
+    The instruction is repeated so that a prompt with its middle cut out still states the task.
+    """
     return f"{instruction}\n\n{name}:\n{{context}}\n\n{instruction}\n\n{question}{answer}"
 
 
@@ -112,10 +117,11 @@ TASKS: dict[str, Task] = {
 
 
 def read_templates(path: str | None) -> dict[str, str]:
-    """The template of each task: ctxext's own, or those of a JSON file {task: text with {context} and {input}}, such as
-    LongBench's own dataset2prompt.json; a task that it lacks is left out.
+    """Returns the template of each task: ctxext's own, or those of a JSON file.
 
-    Errors: InputError (no such file), DataError (not such an object, a template without {context} or with others).
+    The file is {task: text with {context} and {input}}, such as LongBench's own dataset2prompt.json. A task that it
+    lacks is left out. Errors: InputError (no such file), DataError (not such an object, a template without {context} or
+    with other fields).
     """
     if path is None:
         return {name: task.template for name, task in TASKS.items()}
@@ -127,6 +133,7 @@ def read_templates(path: str | None) -> dict[str, str]:
         raise DataError(f"{path} is not JSON ({error})") from None
     if not isinstance(found, dict):
         raise DataError(f"{path}: not a JSON object of task and template")
+    # Check each template now, so that a bad one fails before any model runs.
     for name, template in found.items():
         try:
             fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
@@ -140,11 +147,10 @@ def read_templates(path: str | None) -> dict[str, str]:
 
 
 def read_questions(source: str, tasks: Sequence[str] | None = None) -> list[Question]:
-    """The questions of a JSONL file, or of a directory's `<task>.jsonl`, of `tasks` alone where they are named.
+    """Returns the questions of a JSONL file, or of a directory's `<task>.jsonl`; only those of `tasks` if given.
 
-    Errors: InputError (no such path, a task that is unknown or not there), DataError (a line that does not parse, a
-    field that is missing or of another type, an unknown task, an id that stands twice: each with its line; a file
-    without questions).
+    Errors: InputError (no such path, a task that is unknown or absent), DataError (a line that does not parse, a field
+    that is missing or of another type, an unknown task, a repeated id, each with its line; a file without questions).
     """
     unknown = [task for task in tasks or () if task not in TASKS]
     if unknown:
@@ -167,6 +173,7 @@ def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
     found = sorted(source.glob("*.jsonl"))
     if not found:
         raise InputError(f"no .jsonl in the directory {source}", hint="it should hold LongBench's <task>.jsonl")
+    # In a directory the file names must be tasks; a single file may have any name.
     stray = [path.name for path in found if path.stem not in TASKS]
     if stray:
         raise DataError(f"{source}: {', '.join(stray)} name no task; {_allowed()}", hint="give such a file by itself")

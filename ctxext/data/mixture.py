@@ -1,4 +1,4 @@
-"""Sequences of several sources in fixed proportions: which source sequence i comes from follows from i alone."""
+"""Sequences of several sources in fixed proportions: the index i alone decides which source sequence i comes from."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ CYCLE = 1000  # sequences after which the pattern of sources repeats: weights co
 
 @dataclass(frozen=True)
 class Stores:
-    """The stores of a mixture as one: the counts are sums, `source` is a hash of theirs and the proportions."""
+    """The stores of a mixture as one store: counts are summed, `source` is a hash of all sources and proportions."""
 
     meta: StoreMeta
 
 
 class Mixture:
-    """Sequences of several `parts`, as many of each in a cycle as `slots` says; used as PackedSequences is.
+    """Sequences of several `parts`, in a repeating cycle with `slots` sequences per part; used like PackedSequences.
 
-    Sequence i is made from i alone, in constant time: slot i of the cycle belongs to a part, and the sequence is that
-    part's next one, whose number is how many slots it had before. The slots of a part lie evenly in the cycle, at a
-    seeded phase, so that any stretch of a run has the proportions of the whole to within one sequence a part or so.
+    Sequence i depends on i alone and takes constant time. Slot i of the cycle belongs to a part, and the sequence is
+    that part's next one; its number is the count of earlier slots of the part. The slots of a part are spaced evenly in
+    the cycle, at a seeded phase, so that any stretch of a run has the proportions of the whole to within about one
+    sequence per part.
     """
 
     def __init__(self, parts: Sequence[PackedSequences], slots: Sequence[int], *, seed: int):
@@ -36,6 +37,8 @@ class Mixture:
         if len({part.seq_len for part in parts}) > 1:
             raise InputError(f"parts of different lengths: {[part.seq_len for part in parts]} tokens")
         self.parts, self.slots, self.seq_len = tuple(parts), tuple(slots), parts[0].seq_len
+        # Slot k of a part with `count` slots is at position (k + phase) / count of the cycle; sort all slots by
+        # position.
         phases = [random.Random(f"{seed}/{number}").random() for number in range(len(parts))]
         order = sorted(
             ((k + phases[number]) / count, number, k) for number, count in enumerate(slots) for k in range(count)
@@ -43,11 +46,11 @@ class Mixture:
         self._order = [(number, k) for _, number, k in order]
 
     def __len__(self) -> int:
-        """Sequences in one cycle."""
+        """Returns the number of sequences in one cycle."""
         return len(self._order)
 
     def place(self, i: int) -> tuple[int, int]:
-        """(which part sequence i comes from, its number there)."""
+        """Returns (the part that sequence i comes from, its number there). Raises IndexError for i < 0."""
         if i < 0:
             raise IndexError(f"sequence {i}")
         cycle, slot = divmod(i, len(self._order))
@@ -55,13 +58,15 @@ class Mixture:
         return number, cycle * self.slots[number] + k
 
     def sequence(self, i: int) -> Packed:
-        """Sequence i of the endless stream. Raises IndexError for i < 0."""
+        """Returns sequence i of the endless stream. Raises IndexError for i < 0."""
         number, index = self.place(i)
         return self.parts[number].sequence(index)
 
     @property
     def store(self) -> Stores:
+        # Combines the metadata of all parts into one; `scored` None counts as all tokens.
         metas = [part.store.meta for part in self.parts]
+        # Other proportions are other data, so the hash includes the slots.
         named = " ".join(f"{count}:{meta.source}" for count, meta in zip(self.slots, metas, strict=True))
         return Stores(
             replace(
@@ -82,15 +87,17 @@ Sequences = PackedSequences | Mixture
 
 
 def apportion(total: int, weights: Sequence[float], *, least: int = 0) -> list[int]:
-    """Whole numbers that add up to `total`, in proportion to `weights` (largest remainder), none below `least`.
+    """Returns whole numbers that add up to `total`, in proportion to `weights` (largest remainder), none below `least`.
 
-    Where `total` does not give `least` to each, nothing is raised: the largest weights get what there is.
+    If `total` is too small for `least` each, no error is raised: the plain proportional numbers are returned.
     """
+    # Fractions keep the shares exact, so that rounding does not depend on the platform.
     exact = [Fraction(weight) * total / sum(map(Fraction, weights)) for weight in weights]
     counts = [int(share) for share in exact]
     by_remainder = sorted(range(len(counts)), key=lambda i: (counts[i] - exact[i], i))
     for i in by_remainder[: total - sum(counts)]:
         counts[i] += 1
+    # Move single units from the largest number to those below `least`.
     while total >= least * len(counts) and min(counts) < least:
         counts[counts.index(min(counts))] += 1
         counts[counts.index(max(counts))] -= 1
@@ -98,7 +105,7 @@ def apportion(total: int, weights: Sequence[float], *, least: int = 0) -> list[i
 
 
 def slots_of(weights: Sequence[float]) -> list[int]:
-    """The slots in a cycle of CYCLE that parts of these weights get. InputError for one that rounds to none."""
+    """Returns the slots of parts with these weights in a cycle of CYCLE. InputError if one rounds to zero."""
     slots = apportion(CYCLE, weights)
     if 0 in slots:
         raise InputError(

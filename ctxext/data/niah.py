@@ -1,7 +1,7 @@
-"""Needles in a haystack at chosen lengths and depths: one sentence with a number in it, asked for at the end.
+"""Needles in a haystack at chosen lengths and depths: a sentence with a number in it, which is asked for at the end.
 
-The needle and the question are RULER's single needle with a number for a value (Hsieh et al. 2024, arXiv 2404.06654,
-table 1); the text is a book or whatever is given, and the depths are chosen, not drawn.
+The needle and the question are RULER's single needle with a number as value (Hsieh et al. 2024, arXiv 2404.06654, table
+1). The text is a book or any given text, and the depths are chosen, not drawn.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ BEFORE += "the number afterwards.\n"
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
 QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text? "
 QUESTION += "The special magic number for {key} mentioned in the provided text is"
-NEW_TOKENS = 24  # more than seven digits take with any tokenizer
-FEW = 24  # tokens that a case may be shorter than its length
+NEW_TOKENS = 24  # more than seven digits need with any tokenizer
+FEW = 24  # tokens by which a case may be shorter than its length
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class Question:
 def niah_questions(
     tokenizer: Any, text: str, lengths: Sequence[int], depths: Sequence[float], cases: int, limit: int | None, seed: int
 ) -> list[Question]:
-    """`cases` at each length (tokens) and depth (0 first, 1 last) in `text`, or `limit` of them, taken evenly.
+    """Returns `cases` questions at each length (tokens) and depth (0 first, 1 last) in `text`.
 
-    Raises InputError for a length without room for needle and question, and for an empty text.
+    With `limit` it returns at most so many, taken evenly. Raises InputError for a length without space for needle and
+    question, and for an empty text.
     """
     cells = [(length, depth, i) for length in lengths for depth in dict.fromkeys(depths) for i in range(cases)]
     chosen = evenly(cells, limit, lambda cell: cell[:2])
@@ -54,7 +55,10 @@ def niah_questions(
 
 
 def niah_case(words: Sequence[str], count: int, length: int, depth: float, number: int, seed: int) -> Case:
-    """A case with `count` of `words`, from a random place and round their end, and the needle after depth x count."""
+    """Returns a case with `count` of `words` and the needle after depth x count of them.
+
+    The words begin at a random position and continue at the start of the text when it ends.
+    """
     rng = private_random("niah", seed, length, depth, number)
     key, value = f"{word(rng)}-{word(rng)}", str(rng.randrange(10**6, 10**7))
     start = rng.randrange(len(words))
@@ -66,7 +70,7 @@ def niah_case(words: Sequence[str], count: int, length: int, depth: float, numbe
 
 
 def _room(tokenizer: Any, words: Sequence[str], length: int) -> int:
-    """About how many words of filler leave a case within `length` tokens."""
+    """Returns about how many words of filler fit into a case of `length` tokens."""
     if not words:
         raise InputError("the haystack text is empty")
 
@@ -84,9 +88,13 @@ def _room(tokenizer: Any, words: Sequence[str], length: int) -> int:
 def _fitted(
     tokenizer: Any, words: Sequence[str], count: int, length: int, depth: float, number: int, seed: int
 ) -> Question:
-    """The case, filled up to `length` tokens but for a few: text is denser in some places than in others."""
+    """Returns the case, filled up to `length` tokens except for a few.
+
+    Some passages have more tokens per word than others, so the count of words is corrected for each case.
+    """
     best: Question | None = None
     for _ in range(8):
+        # The case's own generator makes it the same at every attempt, except for the count of words.
         case = niah_case(words, count, length, depth, number, seed)
         question = Question(case, prompt_ids(tokenizer, case.prompt))
         spare = length - len(question.ids) - case.max_new_tokens
@@ -94,7 +102,9 @@ def _fitted(
             best = question
         if 0 <= spare < FEW:
             break
+        # Change the words by the spare tokens, at this case's own ratio of words to tokens; aim at the middle of the
+        # tolerance, and move by at least one word.
         step = round((spare - FEW // 2) * max(1, count) / len(question.ids))
         count = max(0, count + (step or (1 if spare > 0 else -1)))
-    # Where that did not end, no filler at all fits: `_room` has seen to it.
+    # If no attempt was short enough, use no filler: `_room` has checked that such a case fits.
     return best or _fitted(tokenizer, words, 0, length, depth, number, seed)

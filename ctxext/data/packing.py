@@ -1,4 +1,4 @@
-"""Sequences of one exact length, cut from the tokens on disk (data/store.py).
+"""Cuts sequences of one exact length from the tokens on disk (data/store.py).
 
 T is the length of a sequence in tokens. Offsets are tokens from the beginning of the whole stream.
 """
@@ -16,11 +16,11 @@ from ctxext.data.store import TokenStore
 from ctxext.errors import DataError, InputError
 
 NO_LABEL = -100  # torch's ignore_index
-_SCAN = 1 << 22  # tokens looked at together when sequences without a label are searched for
+_SCAN = 1 << 22  # tokens examined at once in the search for sequences without a label
 
 
 class Packed(NamedTuple):
-    """One sequence; all three int64 [T]."""
+    """One sequence; all three are int64 [T]."""
 
     tokens: torch.Tensor
     document_starts: torch.Tensor  # index within the sequence of the first token of t's document
@@ -30,18 +30,18 @@ class Packed(NamedTuple):
 class PackedSequences:
     """The stream of documents, joined by EOS, as sequences of exactly `seq_len` tokens in a seeded order.
 
-    Sequence i is made from i alone, in constant time and memory, for any i >= 0: resuming a run needs only
-    the next index. Indices 0 .. len - 1 are one epoch, every sequence once; later ones are shuffled anew.
-    The tokens after the last whole sequence (fewer than `seq_len`) are not used, nor, where only answers are scored,
-    the `without_answer` sequences that have none: a step made of such alone would have nothing to learn.
+    Sequence i depends on i alone and takes constant time and memory, for any i >= 0: resuming a run needs only the next
+    index. Indices 0 .. len - 1 are one epoch, every sequence once; each later epoch has a new order. The tokens after
+    the last whole sequence (fewer than `seq_len`) are not used. If only answers are scored, the `without_answer`
+    sequences that have none are not used either: a step made only of such sequences would have nothing to learn.
 
-    `document_mask`: document_starts[t] tells the attention where t's document begins; 0 for one that began in
-    an earlier sequence. The first token of a new document is then not predicted from the one before (label
-    -100 at its EOS); EOS itself is predicted. False: documents are joined unmasked, all starts are 0 and
-    every token but the first is predicted, the first of a document from the EOS before it. Tokens that the store does
-    not score are never predicted.
+    `document_mask` True: document_starts[t] is where t's document begins, for the attention; 0 for a document that
+    began in an earlier sequence. The first token of a new document is then not predicted from the one before (label
+    -100 at its EOS); EOS itself is predicted. False: documents are joined unmasked, all starts are 0 and every token
+    but the first is predicted, the first of a document from the EOS before it. Tokens that the store does not score are
+    never predicted.
 
-    Raises DataError where the data is shorter than one sequence, or no sequence has an answer.
+    Raises DataError if the data is shorter than one sequence, or if no sequence has an answer.
     """
 
     def __init__(self, store: TokenStore, seq_len: int, *, seed: int, document_mask: bool):
@@ -53,6 +53,7 @@ class PackedSequences:
                 hint="give more text, or a shorter context",
             )
         self.store, self.seq_len, self.seed, self.document_mask = store, seq_len, seed, document_mask
+        # With answers, `_kept` has the numbers of the usable sequences; without, all are usable.
         whole = store.meta.tokens // seq_len
         self._kept = None if store.scored is None else self._with_answer(whole)
         self._first, self._count = 0, whole if self._kept is None else len(self._kept)
@@ -64,7 +65,7 @@ class PackedSequences:
             )
 
     def part(self, first: int, count: int) -> PackedSequences:
-        """These sequences alone, in the order of the stream, so that some can be held out."""
+        """Returns only these sequences, in the order of the stream, so that some can be held out."""
         if first < 0 or count < 1 or first + count > self._count:
             raise InputError(f"sequences {first} to {first + count} of a stream that has {self._count}")
         part = copy.copy(self)
@@ -72,22 +73,23 @@ class PackedSequences:
         return part
 
     def __len__(self) -> int:
-        """Sequences in one epoch."""
+        """Returns the number of sequences in one epoch."""
         return self._count
 
     def offset(self, i: int) -> int:
-        """Where sequence i begins in the stream, in tokens."""
+        """Returns where sequence i begins in the stream, in tokens."""
         epoch, place = divmod(i, self._count)
         number = self._first + _permuted(place, self._count, self.seed, epoch)
         return (number if self._kept is None else int(self._kept[number])) * self.seq_len
 
     def sequence(self, i: int) -> Packed:
-        """Sequence i of the endless stream of epochs. Raises IndexError for i < 0."""
+        """Returns sequence i of the endless stream of epochs. Raises IndexError for i < 0."""
         if i < 0:
             raise IndexError(f"sequence {i}")
         first = self.offset(i)
         stop = first + self.seq_len
         tokens = torch.from_numpy(self.store.read(first, stop))
+        # The label at t is the token at t + 1; the last position has no next token.
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:-1] = tokens[1:]
         starts = np.zeros(self.seq_len, dtype=np.int64)
@@ -95,23 +97,26 @@ class PackedSequences:
             labels[:-1][torch.from_numpy(~self.store.read_scored(first + 1, stop))] = NO_LABEL
         if self.document_mask:
             inner = self._bounds(first + 1, stop) - first  # documents that begin after the first token
+            # Write each start at its own position, then carry it forward over the document.
             starts[inner] = inner
             np.maximum.accumulate(starts, out=starts)
             labels[inner - 1] = NO_LABEL
         return Packed(tokens, torch.from_numpy(starts), labels)
 
     def _bounds(self, start: int, stop: int) -> np.ndarray:
-        """The offsets in start <= offset < stop at which documents begin."""
+        """Returns the offsets in start <= offset < stop at which documents begin."""
         low, high = np.searchsorted(self.store.bounds, [start, stop])
         return np.asarray(self.store.bounds[low:high])
 
     def _with_answer(self, whole: int) -> np.ndarray:
-        """The numbers of the sequences that have a label, ascending, int64."""
+        """Returns the numbers of the sequences that have a label, ascending, int64."""
         T, found = self.seq_len, []
         step = max(1, _SCAN // T)
         for number in range(0, whole, step):
             start, stop = number * T, min(number + step, whole) * T
             scored = self.store.read_scored(start, stop)
+            # These positions lose their label in `sequence`: the first token of a document, and the first of a sequence
+            # (`1:`).
             if self.document_mask:
                 scored[self._bounds(start, stop) - start] = False
             found.append(number + np.flatnonzero(scored.reshape(-1, T)[:, 1:].any(axis=1)))
@@ -119,24 +124,25 @@ class PackedSequences:
 
 
 def attended_share(store: TokenStore, seq_len: int) -> float:
-    """The share of tokens with at least seq_len / 2 earlier tokens of their own document in their sequence.
+    """Returns the share of tokens with at least seq_len / 2 earlier tokens of their own document in their sequence.
 
-    Documents longer than many sequences give 0.5, the best there is; near 0 the documents are so short that
-    training at `seq_len` with a document mask teaches next to nothing about distance.
+    Documents longer than many sequences give 0.5, the maximum. Near 0 the documents are so short that training at
+    `seq_len` with a document mask teaches almost nothing about distance.
     """
     used = store.meta.tokens // seq_len * seq_len
     if not used:
         return 0.0
+    # Cut the stream at documents and at sequences. A piece of n tokens has n - ceil(seq_len / 2) such tokens, or none.
     edges = np.union1d(np.asarray(store.bounds), np.arange(0, used, seq_len))
     pieces = np.diff(edges[edges < used], append=used)
     return float(np.maximum(pieces - (seq_len + 1) // 2, 0).sum() / used)
 
 
 def _permuted(place: int, count: int, seed: int, epoch: int) -> int:
-    """Where `place` goes in a permutation of range(count) that is never written down.
+    """Returns where `place` goes in a permutation of range(count) that is never stored.
 
-    A Feistel network over the next even power of two, walked until it lands inside the range (Black & Rogaway
-    2002, Ciphers with Arbitrary Finite Domains): fewer than 4 steps on average. Not for secrets.
+    It is a Feistel network over the next even power of two, repeated until the result is inside the range (Black &
+    Rogaway 2002, Ciphers with Arbitrary Finite Domains): fewer than 4 steps on average. Not for cryptography.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

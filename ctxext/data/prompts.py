@@ -1,17 +1,18 @@
-"""Text into the ids that a model reads first: a prompt by itself, and text that goes on where ids end. No torch."""
+"""Turns text into the ids that a model reads first: a prompt by itself, or text that continues given ids. No torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
-TAIL = 32  # ids before a new text that can have a part in how its beginning is divided
+TAIL = 32  # ids before a new text that can affect how its beginning is tokenised
 ANCHORS = ("a", ".", "\n", " ")
 
 
 def framing(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that a tokenizer puts before and after every text: BOS where it adds one, EOS where it appends one.
+    """Returns the ids that a tokenizer adds before and after every text: BOS and EOS, if it adds them.
 
-    It is seen on a text, not read from bos_token_id: many tokenizers name a BOS and add none (SmolLM2, Yi).
+    The function tests this on a text and does not use bos_token_id: many tokenizers define a BOS and add none (SmolLM2,
+    Yi).
     """
     bare, whole = (_ids(tokenizer, "a", add_special_tokens=special) for special in (False, True))
     for start in range(len(whole) - len(bare) + 1):
@@ -21,19 +22,19 @@ def framing(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of `tokenizer(text)` without what the tokenizer appends: an EOS would end the text that is to go on."""
+    """Returns the ids of `tokenizer(text)` without an appended EOS, which would end the text that is to continue."""
     ids, (_, after) = _ids(tokenizer, text, add_special_tokens=True), framing(tokenizer)
     return ids[: len(ids) - len(after)] if after and ids[-len(after) :] == after else ids
 
 
 def continued_ids(tokenizer: Any, before: list[int], text: str) -> list[int]:
-    """The ids of `text` where it follows the ids `before`, which stay as they are.
+    """Returns the ids of `text` when it follows the ids `before`, which stay unchanged.
 
-    They are those that the tokenizer gives for the end of the earlier text and `text` together, behind the earlier
-    ones: a SentencePiece tokenizer puts no space before it, and a template that begins with a control token is divided
-    as by itself. Where a token would reach over the boundary ("\\n" + "\\n" is one token of many tokenizers), the
-    earlier ids cannot change, and `text` is divided as it is behind one of ANCHORS with a boundary between. Where none
-    has one, it is divided by itself.
+    The function tokenises the end of the earlier text and `text` together, and returns the ids after the earlier ones:
+    a SentencePiece tokenizer then adds no space, and a template that begins with a control token gets the same ids as
+    by itself. If a token would span the boundary ("\\n" + "\\n" is one token of many tokenizers), the earlier ids
+    cannot change; `text` is then tokenised after one of ANCHORS that keeps the boundary. If none does, it is tokenised
+    by itself.
     """
     tail = str(tokenizer.decode(before[-TAIL:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
     for earlier in (tail, *ANCHORS):

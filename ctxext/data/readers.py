@@ -1,4 +1,4 @@
-"""Files and rows as documents: one reader a format, which names the place of what cannot be read. No torch."""
+"""Reads files and rows as documents: one reader per format; errors name the place of the fault. No torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PARQUET_ROWS = 64  # rows held at once: a row may be a whole book
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from: `name` is a file name, `file:line`, or an id of the corpus.
+    """One text and its origin: `name` is a file name, `file:line`, or an id of the corpus.
 
-    `answers` are the spans (start, stop) of characters that training scores, ascending, apart from each other; None:
-    all of the text. `ids` are its tokens where these are known already, as those of text that a model sampled: another
-    division of the same letters would be text that it did not write. `rendered` says that a chat template wrote the
-    text: what it begins with is its own affair.
+    answers   spans (start, stop) of characters that training scores, ascending and disjoint; None: all of the text
+    ids       the text's tokens, if they are known already, such as those that a model sampled: other tokens for the
+              same characters would not be what the model wrote
+    rendered  a chat template wrote the text, including its beginning (no BOS is added)
     """
 
     text: str
@@ -35,9 +35,10 @@ class Document:
 class Rows:
     """How a row of JSONL, Parquet or a data set becomes a document.
 
-    needs     the fields every row has; of Parquet only these and `may` are read
-    document  makes it of a row and its place (`file:line`), or raises DataError, which names the place
-    texts     files of text are documents as well
+    needs     the fields that every row has; of Parquet only these and `may` are read
+    document  makes the document from a row and its place (`file:line`), or raises DataError with the place
+    may       optional fields
+    texts     whether text files are documents as well
     """
 
     needs: tuple[str, ...]
@@ -46,12 +47,13 @@ class Rows:
     texts: bool = False
 
     def of(self, row: dict[str, Any], place: str) -> Document:
+        # Makes the document of a row after checking that all needed fields are present.
         require_fields(self.needs, row, place)
         return self.document(row, place)
 
 
 class NoRows(Exception):
-    """A .json file has no rows. A directory may hold such files beside its data."""
+    """A .json file has no rows. In a directory such files may lie next to the data."""
 
 
 def _read_text(path: Path, rows: Rows) -> Iterator[Document]:
@@ -64,6 +66,7 @@ def _read_text(path: Path, rows: Rows) -> Iterator[Document]:
 def _read_jsonl(path: Path, rows: Rows) -> Iterator[Document]:
     offset = 0
     with opened(path) as lines:
+        # Count bytes as well as lines, so that an error names the byte in the file.
         for number, raw in enumerate(lines, start=1):
             place = f"{path}:{number}"
             line = _decode(raw, offset, place)
@@ -75,7 +78,7 @@ def _read_jsonl(path: Path, rows: Rows) -> Iterator[Document]:
 
 
 def _read_json(path: Path, rows: Rows) -> Iterator[Document]:
-    """The rows of a list of objects, of one object, or of JSON Lines under this name. Raises NoRows for all else."""
+    """Yields the rows of a list of objects, of one object, or of JSON Lines. Raises NoRows for anything else."""
     with opened(path) as file:
         text = _decode(file.read(), 0, str(path)).removeprefix("\ufeff")
     if not text.strip():
@@ -83,7 +86,7 @@ def _read_json(path: Path, rows: Rows) -> Iterator[Document]:
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
-        # One whole object on the first line means JSON Lines; their reader names the line of a fault.
+        # A whole object on the first line means JSON Lines; that reader names the line of a fault.
         first = text.lstrip().partition("\n")[0]
         try:
             is_row = isinstance(json.loads(first), dict)
@@ -96,6 +99,7 @@ def _read_json(path: Path, rows: Rows) -> Iterator[Document]:
     found = data if isinstance(data, list) else [data]
     for number, row in enumerate(found, start=1):
         place = f"{path}: row {number}"
+        # A wrong first row means that the file is not data. A wrong later row is a fault in the data.
         if number == 1 and not isinstance(row, dict):
             raise NoRows("no list of objects")
         if not isinstance(row, dict):
@@ -118,7 +122,7 @@ def _parse_line(line: str, place: str, field: str) -> dict[str, Any]:
 
 
 def require_fields(needed: tuple[str, ...], fields: Iterable[str], place: str) -> None:
-    """Raises DataError for the first of the `needed` fields that is absent, with the format that would fit."""
+    """Raises DataError for the first of the `needed` fields that is absent, with the format that matches the fields."""
     fields = list(fields)
     absent = next((field for field in needed if field not in fields), None)
     if absent is None:
@@ -134,7 +138,7 @@ def require_fields(needed: tuple[str, ...], fields: Iterable[str], place: str) -
 
 
 def checked_text(text: Any, place: str, field: str) -> str:
-    """`text`, if it is text that a tokenizer can read. DataError otherwise."""
+    """Returns `text` if it is text that a tokenizer can read. Raises DataError otherwise."""
     if not isinstance(text, str):
         raise DataError(
             f"{place}: field {field!r} holds {type(text).__name__}, not text",
@@ -142,7 +146,7 @@ def checked_text(text: Any, place: str, field: str) -> str:
         )
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no text that UTF-8 can hold
+    except UnicodeEncodeError as error:  # "\ud800" is valid JSON, but UTF-8 cannot encode it
         raise DataError(
             f"{place}: field {field!r} has half a surrogate pair at character {error.start}",
             hint="repair the text: no tokenizer can read it",
@@ -158,6 +162,7 @@ def _read_parquet(path: Path, rows: Rows) -> Iterator[Document]:
         with pyarrow.parquet.ParquetFile(path) as table:
             fields = table.schema_arrow.names
             require_fields(rows.needs, fields, str(path))
+            # Read only these columns, in batches, because a row may be very large.
             wanted = [*rows.needs, *(field for field in rows.may if field in fields)]
             number = 0
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
@@ -180,7 +185,7 @@ def _plain(value: Any, place: str) -> Any:
 
 
 def _decode(raw: bytes, offset: int, place: str) -> str:
-    """`raw` as text; `offset` is where it begins in its file, in bytes."""
+    """Returns `raw` as text; `offset` is where it begins in its file, in bytes."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -200,7 +205,7 @@ READERS: dict[str, Callable[[Path, Rows], Iterator[Document]]] = {
 
 
 def read_hub(hub_id: str, rows: Rows, split: str) -> Iterator[Document]:
-    """Rows of a data set on the hub, streamed. Scripts of the data set are never run."""
+    """Yields the rows of a data set on the hub, streamed. Scripts of the data set are never run."""
     try:
         import datasets
     except ImportError as error:
@@ -209,10 +214,11 @@ def read_hub(hub_id: str, rows: Rows, split: str) -> Iterator[Document]:
         ) from error
     name, _, config = hub_id.partition(":")
     try:
+        # `load_dataset` and the iteration can both fail, since rows are fetched while they are read.
         found = datasets.load_dataset(name, config or None, split=split, streaming=True)
         for number, row in enumerate(found, start=1):
             yield rows.of(row, f"{hub_id}:{number}")
-    except ValueError as error:  # an unknown config or split: the message lists those there are
+    except ValueError as error:  # an unknown config or split: the message lists the existing ones
         raise InputError(
             f"the data set {hub_id!r} cannot be read: {error}", hint="check the config (NAME:CONFIG) and the split"
         ) from error

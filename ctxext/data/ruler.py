@@ -1,7 +1,7 @@
-"""RULER's cases: tasks (ruler_tasks.py) brought to a length, words and questions read, files kept.
+"""Makes RULER's cases: fits the tasks (ruler_tasks.py) to a length, reads words and questions, caches cases in files.
 
-The size of a case is the largest, or nearly, with which prompt and tokens to generate stay within the length;
-officially it is a multiple of 5 to 500, whatever that leaves free.
+A case has the largest size, or nearly so, at which prompt and tokens to generate stay within the length. Officially the
+size is a multiple of 5 to 500, whatever space that leaves free.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ctxext.data.ruler_tasks import QA, TASKS, WORDY, Ask, Material, Questions, 
 from ctxext.errors import DataError, EnvironmentFault, InputError
 
 GENERATOR = 1  # raise it when a change gives other cases
-_EXAMPLE_TOKENS = 500  # of vt's example with the 30 it would generate; lines are added by fives
-_PROBE = 16  # by how much a first case is larger than the least, to see what a size costs
+_EXAMPLE_TOKENS = 500  # limit for vt's example with the 30 tokens to generate; lines are added by fives
+_PROBE = 16  # the first case is larger than the smallest by this, to measure the tokens per unit of size
 
 
 def chosen_tasks(asked: Sequence[str] | None, qa_files: Mapping[str, str | None]) -> list[str]:
-    """The tasks to make, in official order: `asked`, or all that there is data for.
+    """Returns the tasks to make, in official order: `asked`, or all tasks that have data.
 
     `qa_files` has the path of "squad" and of "hotpotqa", or None. Errors: InputError (an unknown task, a task of
     questions without its file).
@@ -45,8 +45,11 @@ def chosen_tasks(asked: Sequence[str] | None, qa_files: Mapping[str, str | None]
 
 
 def read_material(tokenizer: Any, tasks: Sequence[str], hay: str, qa_files: Mapping[str, str | None]) -> Material:
-    """What `tasks` are made of. Errors: InputError (no text, no such file), DataError (a file of another format),
-    EnvironmentFault (no wonderwords, where a task has words)."""
+    """Returns what `tasks` are made of.
+
+    Errors: InputError (no text, no such file), DataError (a file of another format), EnvironmentFault (no wonderwords,
+    if a task needs words).
+    """
     words = hay.split()
     if not words:
         raise InputError("the haystack text is empty")
@@ -57,15 +60,17 @@ def read_material(tokenizer: Any, tasks: Sequence[str], hay: str, qa_files: Mapp
 
 
 def word_lists() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Nouns, adjectives and verbs of wonderwords, sorted, read from its files: its own drawing plays no part.
+    """Returns nouns, adjectives and verbs of wonderwords, sorted.
 
-    Raises EnvironmentFault where the package is missing or has other files.
+    They are read from the package's files; its random functions are not used. Raises EnvironmentFault if the package is
+    missing or has other files.
     """
     if find_spec("wonderwords") is None:
         raise EnvironmentFault(
             "RULER's needles and word lists are made of the words of `wonderwords`, which is not installed",
             hint="pip install wonderwords, or name tasks that need no words: vt, fwe",
         )
+    # Other versions may have other files; sorting makes the lists independent of the order in the files.
     assets = files("wonderwords") / "assets"
     try:
         texts = [(assets / f"{kind}list.txt").read_text(encoding="utf-8") for kind in ("noun", "adjective", "verb")]
@@ -79,16 +84,20 @@ def word_lists() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
 
 
 def words_version(tasks: Sequence[str]) -> str | None:
-    """The version of wonderwords, where `tasks` need it and it is there: its lists decide the cases."""
+    """Returns the version of wonderwords if `tasks` need it and it is installed: its lists decide the cases."""
     return version("wonderwords") if set(tasks) & set(WORDY) and find_spec("wonderwords") else None
 
 
 def read_squad(path: Path) -> Questions:
-    """SQuAD's JSON (version 2; questions without an answer are left out): a paragraph is a document, and the other
-    paragraphs of its article are near. Errors: InputError (no such file), DataError (another format, no question)."""
+    """Reads SQuAD's JSON (version 2; questions without an answer are left out).
+
+    A paragraph is a document, and the other paragraphs of its article are near. Errors: InputError (no such file),
+    DataError (another format, no question).
+    """
     data = _json(path)
     try:
         articles = [article["paragraphs"] for article in data["data"]]
+        # Equal paragraphs become one document; sorting makes the indices independent of the file's order.
         documents = sorted({paragraph["context"] for paragraphs in articles for paragraph in paragraphs})
         index = {document: i for i, document in enumerate(documents)}
         entries = []
@@ -106,8 +115,10 @@ def read_squad(path: Path) -> Questions:
 
 
 def read_hotpotqa(path: Path) -> Questions:
-    """HotpotQA's JSON (dev, distractor): a question needs all ten paragraphs that stand with it. Errors as
-    `read_squad`."""
+    """Reads HotpotQA's JSON (dev, distractor): a question needs all ten paragraphs of its row.
+
+    Errors as `read_squad`.
+    """
     data = _json(path)
     try:
         asked = [
@@ -120,6 +131,7 @@ def read_hotpotqa(path: Path) -> Questions:
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise _other_format(path, "HotpotQA", error) from error
+    # Equal paragraphs become one document; a row's title is part of its paragraph.
     documents = sorted({document for _, _, own in asked for document in own})
     index = {document: i for i, document in enumerate(documents)}
     entries = [
@@ -151,10 +163,11 @@ def _some(path: Path, questions: Questions) -> Questions:
 
 
 def make_cases(tokenizer: Any, asks: Sequence[Ask], material: Material) -> list[Case]:
-    """A case for each of `asks`, in order; a case is the same whichever others are asked for with it.
+    """Returns a case for each of `asks`, in order; a case does not depend on the other requested cases.
 
-    Raises InputError where a length is too short for a task, with the least that works.
+    Raises InputError if a length is too short for a task, with the smallest length that works.
     """
+    # Check that the smallest cases of every task fit before any case is made, and report all that do not.
     cells = [list(cell) for _, cell in groupby(asks, key=lambda ask: (ask.task, ask.length, ask.seed))]
     least = [(cell[0], _least_length(tokenizer, cell, material)) for cell in cells]
     short = [(ask, length) for ask, length in least if length > ask.length]
@@ -168,6 +181,7 @@ def make_cases(tokenizer: Any, asks: Sequence[Ask], material: Material) -> list[
         )
     cases = []
     for cell in cells:
+        # The size of case 0 is the start of the search for all other cases of the cell, whichever cases are requested.
         first = fitted(tokenizer, replace(cell[0], number=0), material, TASKS[cell[0].task].least + _PROBE)
         start = first.facts["size"]
         cases += [first if ask.number == 0 else fitted(tokenizer, ask, material, start) for ask in cell]
@@ -175,14 +189,14 @@ def make_cases(tokenizer: Any, asks: Sequence[Ask], material: Material) -> list[
 
 
 def fitted(tokenizer: Any, ask: Ask, material: Material, start: int) -> Case:
-    """The case of about the greatest size that fits: its least size must. `start` is where the search begins.
+    """Returns the case of about the largest size that fits; its smallest size must fit. The search begins at `start`.
 
-    It goes by what a unit of size costs, and ends where less than a unit, or 1/256 of the length, is left.
+    The search uses the tokens per unit of size, and stops when less than a unit, or 1/256 of the length, is left.
     """
     task = TASKS[ask.task]
     best, base = _case(tokenizer, ask, task.least, material)
-    low, low_used = task.least, base  # fits
-    high, high_used = task.most(material) + 1, None  # does not, as tried where it was
+    low, low_used = task.least, base  # the largest size known to fit
+    high, high_used = task.most(material) + 1, None  # the smallest size known not to fit; None: not measured yet
     size = start
     while low + 1 < high:
         size = int(min(max(size, low + 1), high - 1))
@@ -191,6 +205,7 @@ def fitted(tokenizer: Any, ask: Ask, material: Material, start: int) -> Case:
             high, high_used = size, used
         else:
             best, low, low_used = case, size, used
+        # Interpolate the tokens of one unit: between both bounds if measured, else from the smallest case.
         known = (low_used - base, low - task.least) if high_used is None else (high_used - low_used, high - low)
         unit, left = max(0.1, known[0] / known[1]), ask.length - low_used
         if left < max(unit, ask.length / 256):
@@ -200,7 +215,7 @@ def fitted(tokenizer: Any, ask: Ask, material: Material, start: int) -> Case:
 
 
 def _case(tokenizer: Any, ask: Ask, size: int, material: Material) -> tuple[Case, int]:
-    """A case of a size, and its tokens with those to generate."""
+    """Returns a case of a size, and its tokens including those to generate."""
     task = TASKS[ask.task]
     prompt, references, facts = task.make(ask, size, material)
     tokens = len(prompt_ids(tokenizer, prompt))
@@ -210,9 +225,9 @@ def _case(tokenizer: Any, ask: Ask, size: int, material: Material) -> tuple[Case
 
 
 def _least_length(tokenizer: Any, cell: Sequence[Ask], material: Material) -> int:
-    """The length of `cell`, or the least greater one found that its smallest cases fit in.
+    """Returns the length of `cell`, or the smallest greater length found in which its smallest cases fit.
 
-    Some tasks are larger at greater lengths, so what was found is tried.
+    Some tasks are larger at greater lengths, so each found length is tested again.
     """
     length, least = cell[0].length, TASKS[cell[0].task].least
     while True:
@@ -223,6 +238,7 @@ def _least_length(tokenizer: Any, cell: Sequence[Ask], material: Material) -> in
 
 
 def _example_lines(tokenizer: Any) -> int:
+    # Add lines while the example with its answer stays within the limit.
     lines, least = 5, 5
     while len(prompt_ids(tokenizer, vt_example(private_random("example"), "10000", lines))) + 30 <= _EXAMPLE_TOKENS:
         lines += 5
@@ -230,11 +246,11 @@ def _example_lines(tokenizer: Any) -> int:
 
 
 def kept_cases(path: Path, request: dict[str, Any], make: Callable[[], list[Case]]) -> list[Case]:
-    """The cases of `path`, where its manifest says the same as `request` (plain JSON values), else made and written."""
+    """Returns the cases of `path` if its manifest matches `request` (plain JSON values), else makes and writes them."""
     if path.is_file():
         try:
             cases, manifest = read_cases(path)
-        except DataError:  # cut off while it was written: the same request gives the same cases again
+        except DataError:  # the file was cut off while it was written: make the same cases again
             manifest = {}
         if request.items() <= manifest.items():
             return cases
@@ -244,7 +260,7 @@ def kept_cases(path: Path, request: dict[str, Any], make: Callable[[], list[Case
 
 
 def file_hash(path: str | None) -> str | None:
-    """sha256 of a file of questions. Raises InputError where it cannot be read."""
+    """Returns the sha256 of a file of questions, None without a file. Raises InputError if it cannot be read."""
     if path is None:
         return None
     try:

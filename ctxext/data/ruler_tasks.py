@@ -2,21 +2,21 @@
 
 The words of the prompts, the numbers of needles, chains and repeats, and the tokens generated are the official ones
 (the repository NVIDIA/RULER: data/synthetic, synthetic.yaml). A prompt ends with the official beginning of the answer.
-What a case asks is drawn before its filler: of two sizes of a case, the questions and answers are the same.
+The question of a case is drawn before its filler, so that a case has the same question and answers at every size.
 
 Deviations from the official generators:
-- The haystack of "essay" tasks is whatever text is given, not copyrighted essays, and is repeated where it is too
-  short. Its sentences end at a word that ends in . ! or ? (officially NLTK's splitter decides).
-- Places of needles and assignments are shares of the filler, drawn once. A line is not asked to differ from another's
-  where officially positions are drawn without replacement: there is one needle among lines, and vt's stay in order.
-- Keys asked for are not used again by distractors. The two values of vt (the example's, the question's) differ.
-- vt's prompt has no space at its end, and one, not two, before its example's answer (the current official pipeline
-  strips the end too): with most tokenizers a space there is a token that the answer would have begun with.
-- cwe has no longer list of English words to fall back on: where every word of wonderwords is listed, its prompt stays
-  short of the length. It lists at least twenty words, ten of them common.
-- fwe has at least 53 draws, from where on the three words asked for and the next are never equally frequent.
-- qa's questions are asked in a shuffled order, the same at every length, instead of the order of the file.
-- No chat template is put around a prompt: ctxext measures base models and says so.
+- The haystack of "essay" tasks is any given text, not copyrighted essays, and is repeated if it is too short. Its
+  sentences end at a word that ends in . ! or ? (officially NLTK's splitter decides).
+- Positions of needles and assignments are shares of the filler, drawn once. Lines are not drawn without replacement,
+  as officially: there is only one needle among lines, and vt's assignments stay in order.
+- Distractors never use the requested keys. The two values of vt (the example's, the question's) differ.
+- vt's prompt has no space at its end, and one space, not two, before its example's answer (the current official
+  pipeline strips the end too): with most tokenizers a space there is a token that the answer would begin with.
+- cwe has no longer list of English words as a fallback: if every word of wonderwords is listed, its prompt stays
+  shorter than the length. It lists at least twenty words, ten of them common.
+- fwe has at least 53 draws; from this number on, the three requested words and the next one never have equal counts.
+- qa's questions come in a shuffled order, the same at every length, instead of the order of the file.
+- No chat template is put around a prompt: ctxext measures base models and reports that it does.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Drawn = tuple[str, tuple[str, ...], dict[str, Any]]  # prompt, references, facts
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))  # percent of the sentences before a needle
 HOPS = 4  # assignments of vt's chain after the first
-COMMON = 10  # words that cwe asks for
-CWE_LONG = 4096  # tokens from which cwe repeats its words as often as in the paper
+COMMON = 10  # number of words that cwe asks for
+CWE_LONG = 4096  # length in tokens from which cwe repeats its words as often as in the paper
 FWE_LEAST = 53
 
 
@@ -57,11 +57,11 @@ class Questions:
 
 @dataclass(frozen=True)
 class Material:
-    """What tasks are made of; a task's parts alone need be there.
+    """What tasks are made of; only the parts that a task uses must be present.
 
-    hay            the words of the text that needles are hidden in
-    words          of cwe: nouns, adjectives and verbs, each once, sorted
-    example_lines  of noise in vt's example
+    hay            words of the text that needles are hidden in
+    words          words of cwe: nouns, adjectives and verbs, each once, sorted
+    example_lines  number of noise lines in vt's example
     """
 
     hay: Sequence[str] = ()
@@ -74,7 +74,7 @@ class Material:
 
 @dataclass(frozen=True)
 class Ask:
-    """The case with `number` of a task at a length, in tokens."""
+    """A request for case `number` of a task at a length, in tokens."""
 
     task: str
     length: int
@@ -91,7 +91,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Task:
-    """`make(ask, size, material)`: size is words of text, lines, words or documents, from `least` to `most`."""
+    """A task: `make(ask, size, material)` makes a case of `size`, from `least` to `most`.
+
+    The size is a number of words of text, lines, words or documents.
+    """
 
     make: Callable[[Ask, int, Material], Drawn]
     new_tokens: int
@@ -110,8 +113,9 @@ def _niah(
     values: int = 1,
     asked: int = 1,
 ) -> Drawn:
-    """`keys` with `values` each, hidden in `hay` (essay, noise, needles), `asked` of them asked for."""
+    """Hides `keys` keys with `values` values each in `hay` (essay, noise, needles) and asks for `asked` of the keys."""
     rng = ask.rng()
+    # Draw keys, values and question before the filler, so that they do not depend on the size.
     names: list[str] = []
     while len(names) < keys:
         if (name := _random(key, rng, material)) not in names:
@@ -120,6 +124,7 @@ def _niah(
     needles = [_needle(value, name, number) for name, numbers in zip(names, held, strict=True) for number in numbers]
     rng.shuffle(needles)
     wanted = rng.sample(range(keys), asked)
+    # In an essay each needle has its own depth; among lines all needles are at one place (there is one needle).
     if hay == "essay":
         depths = sorted(rng.sample(DEPTHS, len(needles)))
         text = _hidden(_repeated(material.hay, size), needles, depths)
@@ -137,7 +142,7 @@ def _needle(kind: str, key: str, value: str) -> str:
 
 
 def _about(kind: str, keys: Sequence[str], many: bool) -> tuple[str, str]:
-    """What stands before the text and after it."""
+    """Returns what comes before the text and what comes after it."""
     what = kind if many else kind.removesuffix("s")
     some, are, are_all = ("Some", "are", "are all") if many else ("A", "is", "is")
     query = f"{', '.join(keys[:-1])}, and {keys[-1]}" if len(keys) > 1 else keys[0]
@@ -156,6 +161,7 @@ def _random(kind: str, rng: random.Random, material: Material) -> str:
 
 
 def _distractor(key: str, value: str, taken: Sequence[str], rng: random.Random, material: Material) -> str:
+    # A distractor with a requested key would make the answer ambiguous.
     while (name := _random(key, rng, material)) in taken:
         pass
     return _needle(value, name, _random(value, rng, material))
@@ -166,7 +172,8 @@ def _repeated(words: Sequence[str], count: int) -> Sequence[str]:
 
 
 def _hidden(words: Sequence[str], needles: Sequence[str], depths: Sequence[int]) -> str:
-    """`words` with each needle between two sentences, `depths` percent of the sentences before it (ascending)."""
+    """Returns `words` with each needle between two sentences, after `depths` percent of the sentences (ascending)."""
+    # A sentence begins after a word that ends in . ! or ?, ignoring closing quotes and brackets.
     starts = [0, *(i + 1 for i, word in enumerate(words[:-1]) if word.rstrip("\"')]").endswith((".", "!", "?")))]
     starts.append(len(words))
     parts, done = [], 0
@@ -178,7 +185,7 @@ def _hidden(words: Sequence[str], needles: Sequence[str], depths: Sequence[int])
 
 
 def _vt(ask: Ask, size: int, material: Material) -> Drawn:
-    """One chain of assignments among lines of noise, after an example with shorter names and its answer."""
+    """Makes a chain of assignments among lines of noise, after an example with shorter names and its answer."""
     rng = ask.rng()
     other, value = (str(number) for number in rng.sample(range(10_000, 100_000), 2))
     example = vt_example(rng, other, material.example_lines)
@@ -187,7 +194,7 @@ def _vt(ask: Ask, size: int, material: Material) -> Drawn:
 
 
 def vt_example(rng: random.Random, value: str, lines: int) -> str:
-    """The example of vt: names of three letters, `lines` (at least 5) of noise, and the answer."""
+    """Returns the example of vt: names of three letters, `lines` (at least 5) of noise, and the answer."""
     names = _names(rng, 3)
     return f"{_tracked(rng, names, value, lines)} {' '.join(names)}\n\n"
 
@@ -203,6 +210,7 @@ def _names(rng: random.Random, letters: int) -> list[str]:
 
 def _tracked(rng: random.Random, names: Sequence[str], value: str, lines: int) -> str:
     assignments = [f"VAR {names[0]} = {value}", *(f"VAR {new} = VAR {old} " for old, new in pairwise(names))]
+    # Sorted shares keep the chain in order; `+ i` gives each assignment a line of its own.
     shares = sorted(rng.random() for _ in assignments)
     places = {int(share * (lines - HOPS)) + i: assignments[i] for i, share in enumerate(shares)}
     parts = [part for i in range(lines) for part in (places.get(i), NOISE + "\n") if part is not None]
@@ -210,14 +218,14 @@ def _tracked(rng: random.Random, names: Sequence[str], value: str, lines: int) -
         "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
         f"{' '.join(parts)}\n"
         f"Question: Find all variables that are assigned the value {value} in the text above. Answer: According to the "
-        # The misspelling is the paper's and every published number's.
+        # The misspelling is in the paper's prompt, with which all published numbers were measured.
         f"chain(s) of variable assignment in the text above, {len(names)} variables are assgined the value {value}, "
         "they are:"
     )
 
 
 def _cwe(ask: Ask, size: int, material: Material) -> Drawn:
-    """`size` words in a numbered list, the first ten of them far more often, after an example with its answer."""
+    """Lists `size` words with numbers, the first ten far more often than the rest, after an example with its answer."""
     rng = ask.rng()
     count, common, rare = (40, 10, 3) if ask.length >= CWE_LONG else (20, 3, 1)
     shown = rng.sample(material.words, count)
@@ -242,12 +250,13 @@ def _numbered(words: Sequence[str]) -> str:
 
 
 def _fwe(ask: Ask, size: int, material: Material) -> Drawn:
-    """Made-up words whose frequencies fall as rank^-2 (zeta distribution, alpha 2.0); the first is dots, and noise."""
+    """Makes words with frequencies that fall as rank^-2 (zeta distribution, alpha 2.0); the first is dots, as noise."""
     rng = ask.rng()
     made = {"...": 1}
     while len(made) < max(5, ask.length // 50):
         made["".join(rng.choices(string.ascii_lowercase, k=6))] = 1
     coded = list(made)
+    # `size` draws in expectation: each word occurs exactly its expected number of times, rounded down.
     zeta = math.pi**2 / 6
     text = [word for rank, word in enumerate(coded, start=1) for _ in range(int(size / rank**2 / zeta))]
     rng.shuffle(text)
@@ -261,8 +270,9 @@ def _fwe(ask: Ask, size: int, material: Material) -> Drawn:
 
 
 def _qa(ask: Ask, size: int, material: Material) -> Drawn:
-    """A question among `size` documents: those it needs, then of the same article, then any, then all of them again."""
+    """Asks a question among `size` documents: those it needs, those of the same article, any others, then repeats."""
     source = material.questions[ask.task]
+    # The order of questions has its own generator without the length, so it is the same at every length.
     order = list(_shuffled(private_random("ruler", ask.seed, ask.task), range(len(source.entries))))
     question, answers, needed, near = source.entries[order[ask.number % len(order)]]
     rng, known = ask.rng(), {*needed, *near}
@@ -280,7 +290,8 @@ def _qa(ask: Ask, size: int, material: Material) -> Drawn:
 
 
 def _shuffled(rng: random.Random, items: Sequence[T]) -> Iterator[T]:
-    """`items` in random order, drawn one by one: the beginning is the same however many are taken."""
+    """Yields `items` in random order, drawn one by one: the beginning is the same however many are taken."""
+    # Fisher-Yates on a virtual list: `moved` has only the entries that a swap has changed.
     moved: dict[int, int] = {}
     for i in range(len(items)):
         j = rng.randrange(i, len(items))
@@ -304,5 +315,5 @@ TASKS: dict[str, Task] = {
     "qa_1": Task(_qa, 32),
     "qa_2": Task(_qa, 32, least=10),
 }
-QA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # the field of the spec that names a task's file
-WORDY = tuple(name for name in TASKS if name.startswith("niah") or name == "cwe")  # those that need wonderwords
+QA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # the spec's field with the path of a task's file
+WORDY = tuple(name for name in TASKS if name.startswith("niah") or name == "cwe")  # tasks that need wonderwords

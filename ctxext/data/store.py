@@ -1,4 +1,4 @@
-"""Tokens on disk, once, with the bounds of their documents and, of chat data, which of them are scored.
+"""Stores tokens on disk once, with the bounds of their documents and, for chat data, which tokens are scored.
 
 Offsets are tokens from the beginning of the whole stream.
 """
@@ -26,20 +26,20 @@ from ctxext.data.tokens import encode_documents
 from ctxext.data.tokens import scored_tokens as scored_tokens
 from ctxext.errors import DataError, EnvironmentFault, InputError
 
-FORMAT = 4  # 3: control tokens of plain text are read as text; 4: a document begins with BOS where `begin` says so
+FORMAT = 4  # 3: control tokens of plain text are read as text; 4: a document begins with the ids `begin` (BOS)
 _META, _BOUNDS = "meta.json", "bounds.npy"
 _OURS = re.compile(r"(tokens|scored)-\d{5,}\.bin|bounds\.npy|meta\.json")
 
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """What `meta.json` says: the counts, and what decides whether the tokens still hold.
+    """The content of `meta.json`: the counts, and what decides whether the tokens are still valid.
 
-    scored                  tokens that training scores; None: all of them, and nothing is written beside them
-    min_tokens, max_tokens  of the documents that were let in, and `left_out` how many were not
+    scored                  number of tokens that training scores; None: all of them, and no extra file is written
+    min_tokens, max_tokens  limits for the documents; `left_out` counts the documents outside of them
     max_id                  the largest id, EOS included: a model needs a row for it
     begin                   ids that each document begins with, such as BOS
-    reading                 what was read and what was passed over (files.Reading.as_dict)
+    reading                 what was read and what was skipped (files.Reading.as_dict)
     """
 
     tokenizer: str  # tokenizer_hash
@@ -62,11 +62,11 @@ class StoreMeta:
 
 @dataclass(frozen=True)
 class TokenStore:
-    """Token shards in one directory, memory-mapped: opening costs nothing, whatever the size.
+    """Token shards in one directory, memory-mapped: opening takes no time, whatever the size.
 
-    `bounds` [documents] int64 has the offset of each document's first token, ascending from 0. Each document
-    ends with the EOS that follows it. `scored` has a byte for each token of `shards`, 1 where training scores it; None
-    where it scores all. `reused` says that `tokenise` found these tokens and made none.
+    `bounds` [documents] int64 has the offset of each document's first token, ascending from 0. Each document ends with
+    the EOS that follows it. `scored` has a byte for each token of `shards`, 1 if training scores it; None if it scores
+    all. `reused` is True if `tokenise` found these tokens and made none.
     """
 
     directory: Path
@@ -78,7 +78,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, directory: Path, *, reused: bool = False) -> TokenStore:
-        """Opens what `tokenise` has written. DataError where it is absent, unfinished or cut short."""
+        """Opens what `tokenise` has written. DataError if it is absent, unfinished or cut short."""
         directory = Path(directory)
         meta = _read_meta(directory)
         if meta is None:
@@ -86,6 +86,7 @@ class TokenStore:
                 f"{directory} holds no finished tokens ({_META} is missing or of another version)",
                 hint="tokenise the data again",
             )
+        # The sizes of all shards follow from the metadata; a shorter file fails when it is mapped.
         counts = [min(meta.shard_tokens, meta.tokens - start) for start in range(0, meta.tokens, meta.shard_tokens)]
         try:
             shards = _mapped(directory, "tokens", meta.dtype, counts)
@@ -104,11 +105,11 @@ class TokenStore:
         return cls(directory, meta, bounds, shards, scored, reused)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start <= offset < stop, int64 [stop - start], across shards."""
+        """Returns the tokens start <= offset < stop, int64 [stop - start], across shards."""
         return self._read(self.shards, start, stop).astype(np.int64)
 
     def read_scored(self, start: int, stop: int) -> np.ndarray:
-        """Whether training scores them, bool [stop - start]."""
+        """Returns whether training scores these tokens, bool [stop - start]."""
         if self.scored is None:
             return np.ones(stop - start, dtype=bool)
         return self._read(self.scored, start, stop).astype(bool)
@@ -133,7 +134,7 @@ def _mapped(directory: Path, stream: str, dtype: str, counts: list[int]) -> tupl
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of what decides the tokens of a text: the fast tokenizer's state, else its vocabulary."""
+    """Returns the sha256 of what decides the tokens of a text: the fast tokenizer's state, else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{type(tokenizer).__name__}\0{state}".encode()).hexdigest()
@@ -156,25 +157,25 @@ def tokenise(
     """Writes the tokens of `documents`, each followed by `eos_id`, to `directory`, and opens them.
 
     Each document begins with the ids `begin` (BOS of a tokenizer that adds one: `prompts.framing`) unless it has them
-    already or a chat template rendered it: templates write their own. Documents that have no tokens are passed over,
-    and those with fewer than `min_tokens` or more than `max_tokens` (without `begin` and EOS) are left out. Ids are
-    uint16 where all ids of the vocabulary fit, else uint32.
+    already or a chat template rendered it: templates write their own. Documents without tokens are skipped, and those
+    with fewer than `min_tokens` or more than `max_tokens` (without `begin` and EOS) are left out. Ids are uint16 if all
+    ids of the vocabulary fit, else uint32.
 
-    `source_fingerprint` (documents.fingerprint) names what is read: where `directory` holds finished tokens of the same
-    fingerprint, tokenizer, BOS, EOS and lengths, nothing is read and the result has `reused` True. Other tokens of ours
-    are replaced: give a directory that processes share a name made of all of these. An empty fingerprint never matches.
-    `progress(documents, tokens)` is called with the totals.
+    `source_fingerprint` (documents.fingerprint) identifies the source. If `directory` has finished tokens with the same
+    fingerprint, tokenizer, BOS, EOS and lengths, nothing is read and the result has `reused` True. Other tokens of
+    ctxext there are replaced, so the name of a directory that processes share should include all of these values. An
+    empty fingerprint never matches. `progress(documents, tokens)` is called with the totals.
 
-    Plain text has no control tokens (data/encoding.py). Where documents have `answers`, control tokens are meant; a
-    token is scored when its characters overlap an answer. EOS is scored when the token before it is, unless that is a
-    control token that ends the answer already. EOS is not repeated where such a document ends with one: templates
-    write it.
+    Plain text has no control tokens (data/encoding.py). In documents with `answers`, control tokens are intended; a
+    token is scored if its characters overlap an answer. EOS is scored if the token before it is, unless that is a
+    control token that already ends the answer. EOS is not repeated if such a document ends with it: templates write it.
 
-    The tokens are written beside `directory` and renamed when whole; `meta.json` is written last. Of several processes
-    with one `directory`, one writes and the others wait for it (`waiting()` is called). On a file system without locks
-    each writes its own, and the first that is finished stays.
-    Errors: InputError (no EOS in the vocabulary, a directory of something else, answers and a slow tokenizer),
-    DataError (no document, documents with answers beside others), EnvironmentFault (the disk).
+    The tokens are written next to `directory` and renamed when complete; `meta.json` is written last. If several
+    processes use one `directory`, one writes and the others wait for it (`waiting()` is called). On a file system
+    without locks each writes its own copy, and the first finished one stays.
+
+    Errors: InputError (EOS is not in the vocabulary, a directory with other files, answers with a slow tokenizer),
+    DataError (no document, documents with answers next to others), EnvironmentFault (the disk).
     """
     directory = Path(directory)
     vocab = _ids_of(tokenizer)
@@ -185,6 +186,7 @@ def tokenise(
         )
     if shard_tokens < 1:
         raise InputError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    # Look for finished tokens first: nothing is read then.
     wanted = _Wanted(tokenizer_hash(tokenizer), source_fingerprint, eos_id, list(begin), min_tokens, max_tokens)
     if wanted.held_by(directory):
         return TokenStore.open(directory, reused=True)
@@ -199,11 +201,11 @@ def tokenise(
 def _made_once(
     directory: Path, write: Callable[[Path], None], wanted: _Wanted, waiting: Callable[[], None]
 ) -> TokenStore:
-    """One of several processes writes, the others wait for it. Raises EnvironmentFault for what the disk refuses."""
+    """Lets one of several processes write while the others wait. Raises EnvironmentFault for errors of the disk."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with alone_at(directory.with_name(f".{directory.name}.lock"), waiting):
-            # The second look: another process may have written these tokens while this one waited.
+            # Check again: another process may have written these tokens while this one waited.
             if wanted.held_by(directory):
                 return TokenStore.open(directory, reused=True)
             return _replaced(directory, write, wanted)
@@ -226,14 +228,14 @@ class _Wanted:
     max_tokens: int | None
 
     def held_by(self, directory: Path) -> bool:
-        """Whether a directory has finished tokens of all of these. Never where the fingerprint `source` is empty."""
+        """Checks whether a directory has finished tokens for these values. False if `source` is empty."""
         found = _read_meta(directory)
         names = [part.name for part in fields(self)]
         return bool(self.source and found) and all(getattr(found, name) == getattr(self, name) for name in names)
 
 
 def _replaced(directory: Path, write: Callable[[Path], None], wanted: _Wanted) -> TokenStore:
-    """Tokens written under a name of their own, then renamed. What another process finished first stays."""
+    """Writes tokens under a temporary name and renames them. If another process finished first, its tokens stay."""
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.mkdir()
@@ -241,13 +243,15 @@ def _replaced(directory: Path, write: Callable[[Path], None], wanted: _Wanted) -
         if wanted.held_by(directory):
             return TokenStore.open(directory, reused=True)
         if directory.exists():
+            # Rename the old tokens before removing them: a process that has them mapped is not affected, and the path
+            # is free at once.
             old = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}.old")
             directory.rename(old)
             shutil.rmtree(old, ignore_errors=True)
         try:
             partial.rename(directory)
         except OSError:
-            # Without locks, another process may have been faster since the last look.
+            # Without locks, another process may have finished since the last check.
             if wanted.held_by(directory):
                 return TokenStore.open(directory, reused=True)
             raise
@@ -257,7 +261,7 @@ def _replaced(directory: Path, write: Callable[[Path], None], wanted: _Wanted) -
 
 
 def _ids_of(tokenizer: Any) -> int:
-    """One more than the largest id of a vocabulary, which may have holes."""
+    """Returns one more than the largest id of a vocabulary, which may have gaps."""
     return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
 
 
@@ -269,12 +273,13 @@ def _write(
     shard_tokens: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Fills an empty directory."""
+    """Fills an empty directory with shards, bounds and metadata."""
     shortest, longest, left_out = wanted.min_tokens, wanted.max_tokens, 0
     dtype = "uint16" if _ids_of(tokenizer) <= 65_535 else "uint32"
     plain = PlainText(tokenizer)
     with _Writer(directory, dtype, shard_tokens) as writer:
         for ids, marks, size, rendered in encode_documents(documents, plain):
+            # The length without BOS is compared with the limits; the text may already begin with it.
             begun = rendered or ids[: len(wanted.begin)] == wanted.begin
             length = len(ids) - (0 if rendered or not begun else len(wanted.begin))
             if length < (shortest or 0) or (longest is not None and length > longest):
@@ -283,8 +288,9 @@ def _write(
             if not begun:
                 ids = wanted.begin + ids
                 marks = marks if marks is None else np.append(np.zeros(len(wanted.begin), dtype=bool), marks)
+            # A rendered document that ends with EOS gets no second one.
             if marks is None or ids[-1] != wanted.eos_id:
-                # An answer that ends with a token of its own for that is over: EOS behind it is not part of it.
+                # If the answer ends with its own end-of-turn token, the EOS after it is not part of the answer.
                 ended = ids[-1] in plain.control
                 ids = [*ids, wanted.eos_id]
                 marks = marks if marks is None else np.append(marks, marks[-1] and not ended)
@@ -300,6 +306,7 @@ def _write(
     if not writer.tokens:
         raise DataError("no document has a token", hint="give data that holds text")
     np.save(directory / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
+    # Store the report of the source, with the counts of this encoding, for later runs that reuse the tokens.
     reading = documents.reading if isinstance(documents, Documents) else Reading("", documents=len(writer.bounds))
     reading = replace(reading, tokens=writer.tokens, notes=plain.notes())
     meta = StoreMeta(
@@ -318,7 +325,7 @@ def _write(
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """Only a directory with nothing but token files may be replaced."""
+    """Raises InputError unless the directory has only token files; only such a directory may be replaced."""
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; the tokens need a directory", hint="give another path")
     foreign = [path.name for path in directory.glob("*") if not _OURS.fullmatch(path.name)]
@@ -329,9 +336,9 @@ def _refuse_foreign(directory: Path) -> None:
 
 
 class _Writer:
-    """Appends to the shards in turn, each of exactly `shard_tokens` tokens but the last.
+    """Appends to the shards in turn; each has exactly `shard_tokens` tokens, except the last.
 
-    The first document says whether there are marks, and all others have to do as it does.
+    The first document decides whether there are marks; all others must agree.
     """
 
     def __init__(self, directory: Path, dtype: str, shard_tokens: int):
@@ -350,6 +357,7 @@ class _Writer:
             file.close()
 
     def add(self, ids: list[int], marks: np.ndarray | None, text_bytes: int) -> None:
+        # Appends one document: its ids, its marks (bool [tokens], None: no answers), and its text's size in bytes.
         if not self.tokens:
             self.scored = None if marks is None else 0
         if (marks is None) != (self.scored is None):
@@ -361,6 +369,7 @@ class _Writer:
         if marks is not None and self.scored is not None:
             streams["scored"] = marks.astype(np.uint8)
             self.scored += int(marks.sum())
+        # A document may span several shards. Tokens and marks are split at the same offsets.
         done = 0
         while done < len(ids):
             shard, at = divmod(self.tokens, self.shard_tokens)
@@ -380,7 +389,7 @@ def _shard_path(directory: Path, index: int, stream: str) -> Path:
 
 
 def _read_meta(directory: Path) -> StoreMeta | None:
-    """None where there are no finished tokens that this version can read."""
+    """Returns None if there are no finished tokens that this version can read."""
     try:
         meta = StoreMeta(**json.loads((directory / _META).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -1,8 +1,8 @@
-"""Synthetic text that makes a small model look things up: copies, key-value lists, and passkeys.
+"""Synthetic text that trains a small model to look things up: copies, key-value lists, and passkeys.
 
-A corpus of a few megabytes alone does not give a model of two million parameters retrieval at the length it is
-trained at; this text does, and the project says so wherever it reports the model. The passkey text shares its sentences
-with haystack.py: what the evaluation measures is an in-distribution format with unseen keys in unseen filler.
+A corpus of a few megabytes alone does not teach a model of two million parameters retrieval at its trained length; this
+text does, and the project reports its use together with the model's results. The passkey text has the same sentences as
+haystack.py: the evaluation measures an in-distribution format with unseen keys in unseen filler.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ QUESTION = "What is the pass key? The pass key is "
 
 
 class Filler:
-    """Text to hide things in: runs of whole lines of `documents`, at any length, from a caller's generator."""
+    """Text to hide things in: runs of whole lines of `documents`, of any length, drawn with a caller's generator."""
 
     def __init__(self, documents: Sequence[Document]):
         self._text = "".join(document.text for document in documents)
 
     def draw(self, rng: random.Random, chars: int) -> str:
-        """At most `chars` characters that end with a line end (empty where `chars` is below one)."""
+        """Returns at most `chars` characters that end with a newline (empty if `chars` is below one)."""
         if chars < 1:
             return ""
+        # Begin after the next newline, and cut the end back to a whole line if there is one.
         start = rng.randrange(max(1, len(self._text) - chars - 200))
         start = self._text.find("\n", start) + 1
         text = self._text[start : start + chars - 1]
@@ -40,17 +41,17 @@ class Filler:
 
 
 def digits(rng: random.Random) -> str:
-    """A key: five digits, the first of them not zero."""
+    """Returns a key: five digits, the first of them not zero."""
     return str(rng.randrange(10 ** (KEY_DIGITS - 1), 10**KEY_DIGITS))
 
 
 def word(rng: random.Random) -> str:
-    """A made-up word of two or three syllables: `bodira`."""
+    """Returns a made-up word of two or three syllables: `bodira`."""
     return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3)))
 
 
 def passkey(rng: random.Random, filler: Filler, chars: int) -> str:
-    """Filler, a needle somewhere in it, filler, the question and its answer: about `chars` characters in all."""
+    """Returns filler with a needle in it, the question and its answer: about `chars` characters in all."""
     key = digits(rng)
     needle = NEEDLE.format(key=key)
     ending = f"{QUESTION}{key}.\n"
@@ -60,11 +61,12 @@ def passkey(rng: random.Random, filler: Filler, chars: int) -> str:
 
 
 def key_value(rng: random.Random, filler: Filler, chars: int) -> str:
-    """Assignments of numbers to made-up names in filler, and questions for them all the way, near and far."""
+    """Returns assignments of numbers to made-up names in filler, with questions for them at all distances."""
     parts: list[str] = []
     names: list[tuple[str, str]] = []
     size = 0
     while size < chars - 40:
+        # Half of the parts ask for an earlier name, a quarter assigns a new one, a quarter is filler.
         draw = rng.random()
         if names and draw < 0.5:
             name, value = rng.choice(names)
@@ -81,14 +83,16 @@ def key_value(rng: random.Random, filler: Filler, chars: int) -> str:
 
 
 def copy(rng: random.Random, filler: Filler, chars: int) -> str:
-    """A line of different characters in random order, again and again, half the time with filler between.
+    """Returns a line of different characters in random order, repeated, half the time with filler between.
 
-    Every character of a repetition is decided by the one before it: the densest lesson there is in looking back.
+    Every character of a repetition is determined by the one before it: this is the densest training signal for looking
+    back.
     """
     most = min(len(SYMBOLS), max(8, chars // 2))
     segment = "".join(rng.sample(SYMBOLS, rng.randint(8, most))) + "\n"
     parts = [segment]
     size = len(segment)
+    # The squared draw makes short gaps more likely than long ones.
     while size < chars:
         gap = filler.draw(rng, int(rng.random() ** 2 * (chars - size - len(segment)))) if rng.random() < 0.5 else ""
         parts += [gap, segment]
@@ -97,9 +101,9 @@ def copy(rng: random.Random, filler: Filler, chars: int) -> str:
 
 
 def repeat(rng: random.Random, filler: Filler, chars: int) -> str:
-    """A handful of random characters again and again, nothing between: what makes looking back form at all.
+    """Returns a few random characters repeated without gaps, which lets attention to earlier tokens form at all.
 
-    Most of it is decided by what stands one short period earlier, so the first steps of training have one
+    Most of the text is determined by what is one short period earlier, so the first steps of training have a single
     thing to learn.
     """
     segment = "".join(rng.choices(SYMBOLS, k=rng.randint(4, 24)))
@@ -118,9 +122,9 @@ DEFAULT_KINDS = ("passkey", "key_value", "copy")
 def draw(
     rng: random.Random, filler: Filler, span_chars: int, *, name: str, kinds: Sequence[str] = DEFAULT_KINDS
 ) -> Document:
-    """One synthetic document, of one of `kinds` drawn by its weight, of 100 characters to `span_chars`.
+    """Returns one synthetic document of 100 characters to `span_chars`; its kind is drawn from `kinds` by weight.
 
-    The logarithm of the length is uniform: short documents teach looking up soonest, most of the text is in long ones.
+    The logarithm of the length is uniform: short documents teach lookup soonest, most of the text is in long ones.
     """
     chosen = [KINDS[kind] for kind in kinds]
     make = rng.choices([make for make, _ in chosen], [weight for _, weight in chosen])[0]

@@ -1,4 +1,4 @@
-"""Documents as token ids, and which of these training scores: those of answers, where a document has answers."""
+"""Encodes documents as token ids, and marks which tokens training scores: the answers, if a document has answers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from ctxext.data.encoding import PlainText
 from ctxext.data.readers import Document
 from ctxext.errors import InputError
 
-_BATCH_CHARACTERS = 1 << 20  # documents handed to the tokenizer together, at least one
+_BATCH_CHARACTERS = 1 << 20  # characters after which a batch of documents goes to the tokenizer
 
 
 class Encoded(NamedTuple):
-    """A document's ids, which of them are scored (None: all), the UTF-8 bytes of its text, and whether a chat template
-    rendered it."""
+    """A document's ids and what the store needs of it.
+
+    marks       which ids are scored; None: all of them
+    text_bytes  UTF-8 bytes of the text
+    rendered    whether a chat template rendered the text
+    """
 
     ids: list[int]
     marks: np.ndarray | None
@@ -25,8 +29,9 @@ class Encoded(NamedTuple):
 
 
 def encode_documents(documents: Iterable[Document], plain: PlainText) -> Iterator[Encoded]:
-    """Each document that has any token."""
+    """Yields each document that has any token, in order."""
     for batch in _batches(documents):
+        # Encode plain and rendered texts of a batch in one call each; documents with known ids are not encoded.
         unread = [document.text for document in batch if document.answers is None and document.ids is None]
         rendered = [document.text for document in batch if document.answers is not None]
         of_text = iter(plain.encode(unread)[0] if unread else [])
@@ -45,7 +50,7 @@ def encode_documents(documents: Iterable[Document], plain: PlainText) -> Iterato
 
 
 def _encode_rendered(texts: list[str], tokenizer: Any) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-    """(ids, their characters) of texts whose control tokens are meant. InputError for a slow tokenizer."""
+    """Returns (ids, their characters) of texts whose control tokens are intended. InputError for a slow tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} does not say which characters a token has: answers are not found",
@@ -57,11 +62,15 @@ def _encode_rendered(texts: list[str], tokenizer: Any) -> Iterator[tuple[list[in
 
 
 def scored_tokens(spans: list[tuple[int, int]], answers: tuple[tuple[int, int], ...]) -> np.ndarray:
-    """Which tokens overlap an answer, bool [tokens]; `spans` are the characters of each, as a fast tokenizer says."""
+    """Returns which tokens overlap an answer, bool [tokens].
+
+    `spans` has each token's characters, as a fast tokenizer returns them.
+    """
     begin, stop = np.array(spans, dtype=np.int64).reshape(-1, 2).T
-    begin = np.minimum(begin, stop - 1)  # spaces that were trimmed to nothing stand for the last of them
+    begin = np.minimum(begin, stop - 1)  # an empty span (trimmed spaces) counts as its last character
     starts, stops = np.array(answers, dtype=np.int64).reshape(-1, 2).T
     at = np.searchsorted(stops, begin, side="right")  # the first answer that ends after the token begins
+    # The token overlaps if that answer also starts before the token ends; the sentinel means that no answer follows.
     return np.append(starts, np.iinfo(np.int64).max)[at] < stop
 
 

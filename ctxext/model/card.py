@@ -1,4 +1,4 @@
-"""The model card (README.md) an output carries: what it is, from what, with the numbers that prove it."""
+"""The model card (README.md) of an output: what it is, its sources, and the measured numbers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import yaml
 from ctxext import __version__
 from ctxext.model.rope_fields import unlike_transformers_4
 
-FOURTH = "transformers 4.57.3"  # the release of 4 that outputs were compared in (tests/model/test_transformers_4.py)
+FOURTH = "transformers 4.57.3"  # the 4.x release in which outputs were compared (tests/model/test_transformers_4.py)
 FRONT = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ctxext", "long-context"]}
 
 
 def model_card(
     title: str, paragraphs: Sequence[str], facts: Sequence[tuple[str, str]], licence: Mapping[str, str] | None = None
 ) -> str:
-    """Markdown with the hub's front matter: a title, paragraphs and a two-column table; `licence` as the source's card
-    states it."""
+    """Returns Markdown with the hub's front matter: a title, paragraphs and a two-column table.
+
+    `licence` holds the licence fields of the source's card.
+    """
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     front, body = front_matter(FRONT | dict(licence or {})), "\n\n".join(paragraphs)
     written = f"Written by ctxext {__version__}; `ctxext.json` has the rest."
@@ -28,7 +30,7 @@ def model_card(
 
 
 def minimum_transformers() -> str:
-    """The oldest transformers ctxext is tested with."""
+    """Returns the oldest supported transformers by the package's own requirements, else the installed version."""
     for requirement in importlib.metadata.requires("ctxext") or []:
         found = re.match(r"transformers\b[^;]*>=([\d.]+)", requirement)
         if found:
@@ -37,7 +39,7 @@ def minimum_transformers() -> str:
 
 
 def runtime_note(config: Mapping[str, Any]) -> str:
-    """Which releases of transformers open an output with this (normalised) config, and what of that was not checked."""
+    """Returns which releases of transformers open an output with this (normalised) config, and what was not checked."""
     written = importlib.metadata.version("transformers")
     note = f"It needs transformers {minimum_transformers()} or newer (written with {written}); no remote code. "
     if reason := unlike_transformers_4(dict(config)):
@@ -50,5 +52,5 @@ def runtime_note(config: Mapping[str, Any]) -> str:
 
 
 def front_matter(fields: Mapping[str, object]) -> str:
-    """The block a hub's card begins with."""
+    """Returns the YAML block at the start of a hub card."""
     return f"---\n{yaml.safe_dump(dict(fields), sort_keys=False)}---"

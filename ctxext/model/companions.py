@@ -1,4 +1,4 @@
-"""The files that go with a model's weights wherever these go: tokenizer, chat templates, licence. No torch."""
+"""The files that accompany a model's weights in every copy: tokenizer, chat templates, licence. No torch."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ TOKENIZER_FILES = (
     "additional_chat_templates/*.jinja",
     "generation_config.json",
 )
-LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")  # a licence asks for its text to be kept
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")  # licences require that their text is kept
 CARD = "README.md"
 FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 STATED = re.compile(r"^(license|license_name|license_link):[ \t]+([^\s\[{>|&*!#].{0,500}?)(?:\s+#.*)?$", re.MULTILINE)
 
 
 def companions(directory: Path) -> list[str]:
-    """What of these a directory has, by name below it."""
+    """Returns the companion files that a directory has, as paths relative to it."""
     found = {path for pattern in TOKENIZER_FILES for path in directory.glob(pattern)}
     found |= {path for path in directory.iterdir() if path.name.upper().startswith(LICENCES)}
     return sorted(path.relative_to(directory).as_posix() for path in found if path.is_file())
 
 
 def copy_companions(source: Path, out: Path, instead: Mapping[str, bytes] | None = None) -> None:
-    """Copy them as they are, but for files of `instead`, which are written with the bytes given there."""
+    """Copies the companion files unchanged. Files in `instead` are written with the given bytes and not copied."""
     instead = instead or {}
     for name in companions(source):
         if name not in instead:
@@ -44,9 +44,9 @@ def copy_companions(source: Path, out: Path, instead: Mapping[str, bytes] | None
 
 
 def stated_licence(directory: Path) -> dict[str, str]:
-    """What the front matter of a model's card says of its licence; nothing where there is no card, or it says nothing.
+    """Returns the licence fields in the front matter of a model's card; empty if there is no card or no such field.
 
-    Lines alone are read, not the YAML they stand in: a stranger's card may be long, deep or broken.
+    The function matches single lines and does not parse the YAML: a third-party card may be long, deep or broken.
     """
     card = directory / CARD
     front = FRONT.match(card.read_text("utf-8", "replace")) if card.is_file() else None

@@ -1,19 +1,20 @@
-"""A GGUF file given as MODEL: its weights are dequantised once, into an ordinary model directory in the user's cache.
+"""Turns a GGUF file given as MODEL into an ordinary model directory: dequantises its weights once, into a cache.
 
-The header, the names and the tokenizer are read here, and the `gguf` package dequantises. transformers' own reader
-(5.17 to 5.23) passes over the factors of Llama 3's RoPE (`rope_freqs.weight`), RoPE scalings, biases of a llama and
-Qwen3's head size, splits digits as GPT-2 does whatever the file says, and holds the whole model in memory. Here one
-shard is in memory at a time. The tests hold weights and logits equal to transformers' reader, bit by bit.
+This package reads the header, the names and the tokenizer; the `gguf` package dequantises. transformers' own reader
+(5.17 to 5.23) ignores the factors of Llama 3's RoPE (`rope_freqs.weight`), RoPE scalings, the biases of a llama and
+Qwen3's head size, splits digits as GPT-2 does whatever the file states, and holds the whole model in memory. Here
+only one shard is in memory at a time. The tests check that weights and logits equal those of transformers' reader
+bit by bit.
 
-Stored dtype: bfloat16 or float16 where the file holds its weights so and every other tensor is exact in it; float32 for
-quantised weights. A value of a block is a scale times a small number (plus a minimum), which the 8 bits of bfloat16's
-mantissa do not hold: each weight would be off by up to 2^-9 of itself, half of what Q8_0 itself is off for a large
-weight. A model in the cache is the model that llama.cpp runs, and costs twice the disk; `convert --dtype bfloat16`
-writes a smaller one.
+Stored dtype: bfloat16 or float16 if the file stores its weights in that type and every other tensor is exact in it;
+float32 for quantised weights. A value of a quantised block is a scale times a small number (plus a minimum), which
+the 8 bits of bfloat16's mantissa cannot hold: each weight would be off by up to 2^-9 of itself, half of the error of
+Q8_0 itself for a large weight. The model in the cache equals the model that llama.cpp runs, and takes twice the
+disk; `convert --dtype bfloat16` writes a smaller one.
 
-The cache: `ctxext/gguf/` in XDG_CACHE_HOME or ~/.cache, a directory for each file by the sha256 of its contents. A file
-that moved is not dequantised again, and one that changed is. The hash is remembered by path, size and time of change.
-An adapter that is trained on it names that directory as its base. No torch at import.
+Cache: `ctxext/gguf/` in XDG_CACHE_HOME or ~/.cache, one directory per file, named by the sha256 of the file's
+contents. A moved file is not dequantised again; a changed file is. The hash is cached by path, size and modification
+time. An adapter trained on the model names the cache directory as its base. The import needs no torch.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from ctxext.model.gguf_header import FLOATS, TYPES, Header, Stored, read_header
 from ctxext.model.weights import INDEX, SINGLE
 from ctxext.units import format_bytes
 
-FORMAT = 1  # of what is written into the cache
+FORMAT = 1  # version of the cache's layout
 SHARD_BYTES = 2 * 1024**3
-PIECE = 2**24  # entries that are dequantised at once
+PIECE = 2**24  # entries dequantised at once
 
 
 def stored_as(manifest: manifests.Manifest | None) -> str | None:
-    """What a manifest says of the GGUF file that a model was read from; None where it was not read from one."""
+    """Returns what a manifest states about the model's GGUF file, or None if the model was not read from one."""
     facts = manifest.facts.get("gguf") if manifest else None
     if not isinstance(facts, dict):
         return None
@@ -53,16 +54,17 @@ def stored_as(manifest: manifests.Manifest | None) -> str | None:
 
 
 def cache_root() -> Path:
-    """Where dequantised models lie."""
+    """Returns the directory of all dequantised models."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctxext" / "gguf"
 
 
 def dequantised(file: Path) -> Path:
-    """The model directory of a GGUF file, written now where the cache does not have it.
+    """Returns the model directory of a GGUF file, and writes it first if the cache does not have it.
 
-    Raises what `read_header` and `config_of` raise, ModelError for weights that are not finite, and EnvironmentFault
-    where the `gguf` package is not installed or the disk of the cache has no room.
+    Raises the errors of `read_header` and `config_of`, ModelError for weights that are not finite, and
+    EnvironmentFault if the `gguf` package is not installed or the cache's disk has no space.
     """
+    # Check everything that the header can decide before hashing the file, which reads all of it.
     header = read_header(file)
     config = normalise(config_of(header))
     tensor_names(header, config)
@@ -72,6 +74,7 @@ def dequantised(file: Path) -> Path:
         )
     digest = manifests.file_hash(file)
     out = cache_root() / f"{FORMAT}-{digest[:40]}"
+    # Check under the lock: another process may finish the directory while this one waits.
     with _alone(out):
         if not _is_whole(out):
             _write(header, out, digest)
@@ -79,7 +82,7 @@ def dequantised(file: Path) -> Path:
 
 
 def _is_whole(out: Path) -> bool:
-    """Whether a directory of the cache has its weights: it appears whole, but a user may have tidied in it."""
+    """Checks that a cache directory has all its files: it appears as a whole, but a user may have deleted some."""
     try:
         manifest = manifests.read(out)
     except ModelError:
@@ -90,7 +93,7 @@ def _is_whole(out: Path) -> bool:
 
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Wait for another process that writes the same directory; on a file system without locks both write."""
+    """Waits for another process that writes the same directory. On a file system without locks both write."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(out.with_name(f"{out.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
@@ -100,19 +103,21 @@ def _alone(out: Path) -> Iterator[None]:
         ) from error
     try:
         try:
+            # The lock file stays in the cache; closing it releases the lock.
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
-            pass  # no locks here: the rename at the end still lets one directory win
+            pass  # no lock support: the final rename still leaves exactly one directory
         yield
     finally:
         os.close(lock)
 
 
 def _write(header: Header, out: Path, digest: str) -> None:
-    """Write the directory beside its place and rename it into it."""
+    """Writes the model into a temporary directory next to `out` and renames it to `out`."""
     config = config_of(header)
     dtype = _dtype(header)
     item = 4 if dtype == "float32" else 2
+    # Check the free space first, so that a large file does not fail after minutes of work.
     needed = sum(item * _entries(stored) for stored in header.tensors.values())
     free = shutil.disk_usage(out.parent).free
     if needed > free:
@@ -121,18 +126,19 @@ def _write(header: Header, out: Path, digest: str) -> None:
             f"{out.parent}",
             hint="make room, or set XDG_CACHE_HOME to a directory on a larger disk",
         )
+    # The rename at the end makes `out` appear as a whole; a failed write leaves nothing.
     partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir()
         _write_into(partial, header, config | {"dtype": dtype}, digest)
-        if out.exists():  # what a user left of an older one
+        if out.exists():  # an incomplete older copy
             shutil.rmtree(out)
         partial.rename(out)
     except OSError as error:
-        if _is_whole(out):  # another process was first
+        if _is_whole(out):  # another process finished first
             return
         raise environment_fault(error, out) or error from error
-    except Exception as error:  # safetensors and tokenizers wrap the system's errors in their own
+    except Exception as error:  # safetensors and tokenizers wrap OS errors in their own types
         raise environment_fault(error, out) or error from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -143,6 +149,7 @@ def _write_into(directory: Path, header: Header, config: Config, digest: str) ->
 
     _write_weights(directory, header, config)
     write_tokenizer(header.path, directory, config)
+    # Generation stops at EOS and, if the file names one, at the end-of-turn token.
     ids = special_ids(header)
     ends = [ids[name] for name in ("eos_token_id", "eot_token_id") if name in ids]
     defaults = {name: ids[name] for name in ("bos_token_id", "pad_token_id") if name in ids}
@@ -158,6 +165,7 @@ def _write_into(directory: Path, header: Header, config: Config, digest: str) ->
             "stated_name": header.metadata.get("general.name"),
         },
     }
+    # The model card states that the weights come from a quantised file. The licence is the file's own.
     rows = [("quantisation", quantisation(header)), ("file", header.path.name), ("sha256 of the file", digest)]
     said = (
         f"The weights of a GGUF file, dequantised to {config['dtype']}. They are those of a quantised file and not of "
@@ -170,18 +178,22 @@ def _write_into(directory: Path, header: Header, config: Config, digest: str) ->
 
 
 def _entries(stored: Stored) -> int:
+    # Bytes to blocks to entries: TYPES has (name, entries of a block, bytes of a block).
     return stored.size // TYPES[stored.number][2] * TYPES[stored.number][1]
 
 
 def _dtype(header: Header) -> str:
-    """The dtype to store: the file's own 16 bits where every value is exact in it, else float32."""
+    """Returns the dtype to store: the file's own 16-bit type if every value is exact in it, else float32."""
     import numpy as np
     import torch
 
     types = {stored.type for stored in header.tensors.values()}
+    # Quantised weights, both 16-bit types in one file, and F32 alone need float32.
     if not types <= set(FLOATS) or types >= {"F16", "BF16"} or types == {"F32"}:
         return "float32"
     name = "float16" if "F16" in types else "bfloat16"
+    # Norms are often stored as F32: the 16-bit type is used only if converting them there and back changes nothing.
+    # `rope_freqs.weight` does not count: it goes into config.json and not into the weights.
     for tensor, stored in header.tensors.items():
         if stored.type == "F32" and tensor != FACTORS:
             values = torch.from_numpy(np.frombuffer(header.read(tensor), np.float32).copy())
@@ -191,12 +203,13 @@ def _dtype(header: Header) -> str:
 
 
 def _write_weights(directory: Path, header: Header, config: Config) -> None:
-    """The tensors in shards, one of which is in memory at a time."""
+    """Writes the tensors in shards of at most SHARD_BYTES. Only one shard is in memory at a time."""
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
 
     names, dtype = tensor_names(header, normalise(config)), getattr(torch, config["dtype"])
+    # Plan the shards from the header, before any tensor is read. A tensor larger than SHARD_BYTES gets its own shard.
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
     for name, stored in names.items():
@@ -215,6 +228,7 @@ def _write_weights(directory: Path, header: Header, config: Config) -> None:
                 shown.update()
             save_file(tensors, directory / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(shard, file)
+    # transformers needs the index only for several shards.
     if len(shards) > 1:
         total = sum((directory / file).stat().st_size for file in set(weight_map.values()))
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -222,15 +236,17 @@ def _write_weights(directory: Path, header: Header, config: Config) -> None:
 
 
 def _tensor(header: Header, name: str, config: Config) -> Any:
-    """One tensor in float32, its rows in the order of transformers. Raises ModelError for NaN and infinity."""
+    """Returns one tensor in float32 with its rows in transformers' order. Raises ModelError for NaN and infinity."""
     import gguf
     import numpy as np
     import torch
 
+    # A row is a whole number of blocks, so the mapped bytes split into rows of equal width.
     stored = header.tensors[name]
     entries, size = TYPES[stored.number][1:]
     width = stored.shape[-1] // entries * size  # bytes of a row
     rows = np.frombuffer(header.read(name), np.uint8).reshape(-1, width)
+    # Dequantise in pieces of about PIECE entries, which bounds the temporary memory.
     out = np.empty((len(rows), stored.shape[-1]), np.float32)
     step = max(1, PIECE // stored.shape[-1])
     for begin in range(0, len(rows), step):
@@ -242,9 +258,11 @@ def _tensor(header: Header, name: str, config: Config) -> Any:
     if not np.isfinite(out).all():
         raise ModelError(f"{header.path}: {name} holds NaN or infinite values", hint="the file is damaged")
     found = torch.from_numpy(out).reshape(stored.shape)
+    # Only q and k of llama files need another row order.
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
     if heads is None or config["model_type"] not in PERMUTED:
         return found
-    # Stored: both halves of a head's rotated pair side by side. transformers: all first halves, then all second ones.
+    # In the file the two rows of a rotated pair are adjacent. transformers stores all first rows of a head, then all
+    # second rows.
     paired = found.reshape(config[heads], -1, 2, *stored.shape[1:])
     return paired.transpose(1, 2).reshape(stored.shape).contiguous()

@@ -1,7 +1,8 @@
-"""What the header of a GGUF file says, as a config.json and the names of its tensors. No torch, no tensor is read.
+"""Turns the header of a GGUF file into a config.json and the names of its tensors.
 
-What a header says becomes a config.json that computes what llama.cpp computes with the file, or the file is refused by
-name: nothing that changes results is passed over.
+The resulting config.json computes what llama.cpp computes with the file. If that is not possible, the code raises an
+error that names the reason: nothing that changes results is ignored. No torch; of the tensors only RoPE's factors are
+read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.gguf_header import Header
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # general.architecture; each is the model_type of its config.json
-PERMUTED = ("llama",)  # whose rows of q and k are stored in pairs, as Meta's own RoPE wants them
+PERMUTED = ("llama",)  # architectures whose q and k rows are stored in pairs, the order of Meta's own RoPE
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -34,7 +35,7 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-FACTORS = "rope_freqs.weight"  # what Llama 3's RoPE divides each frequency by
+FACTORS = "rope_freqs.weight"  # Llama 3's RoPE divides each frequency by its factor
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 REQUIRED = ("context_length", "block_count", "embedding_length", "feed_forward_length", "attention.head_count",
             "attention.layer_norm_rms_epsilon")  # fmt: skip
@@ -44,15 +45,15 @@ READ = {
     *("rope.dimension_count", "rope.freq_base", "rope.scale_linear", "vocab_size"),
     *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length"),
     *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-    *("rope.scaling.finetuned", "tensor_data_layout"),  # notes that change nothing
+    *("rope.scaling.finetuned", "tensor_data_layout"),  # notes without effect on results
 }
 NEUTRAL = {f"rope.scaling.{name}": 1.0 for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")}
 
 
 def config_of(header: Header) -> Config:
-    """The config.json of a file, in the spelling of transformers 5, without its dtype.
+    """Returns the config.json of a file, in the spelling of transformers 5, without its dtype.
 
-    Raises ModelError for an architecture that is not supported, and for whatever of the header is not read here.
+    Raises ModelError for an architecture that is not supported, and for any header field that is not read here.
     """
     path, metadata = header.path, header.metadata
     parts, kind = metadata.get("split.count", 1), metadata.get("general.type", "model")
@@ -68,10 +69,13 @@ def config_of(header: Header) -> Config:
             f"{path}: a GGUF file of {what}, which is not supported; supported are {', '.join(ARCHITECTURES)}",
             hint="give the model's original directory if ctxext supports its class: ctxext presets, docs/models.md",
         )
+    # Fields of the architecture lose their prefix ("llama.context_length" becomes "context_length").
     fields = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
     missing = [f"{architecture}.{name}" for name in REQUIRED if fields.get(name) is None]
     if missing or "token_embd.weight" not in header.tensors:
         raise ModelError(f"{path}: {', '.join(missing) or 'token_embd.weight'} missing in its header")
+    # Reject each field of the architecture that this code does not read, unless its value is empty or neutral: it may
+    # change what the model computes.
     own = {key: value for key, value in metadata.items() if key.startswith(f"{architecture}.")}
     unread = [
         f"{key} {value!r}"[:80]
@@ -87,10 +91,12 @@ def config_of(header: Header) -> Config:
 
 
 def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Config:
+    # A list instead of an integer means head counts per layer, which one config.json of these classes cannot express.
     heads, width = fields["attention.head_count"], fields["embedding_length"]
     kv_heads = fields.get("attention.head_count_kv") or heads
     if not all(type(value) is int and value > 0 for value in (heads, kv_heads, width)):
         raise ModelError(f"{header.path}: layers with head counts of their own are not supported")
+    # These classes rotate whole heads, and keys and values have the same head size.
     head_dim = fields.get("attention.key_length") or width // heads
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.get(name) not in (None, head_dim):
@@ -114,8 +120,10 @@ def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Config
         "tie_word_embeddings": "output.weight" not in tensors,
         **{name: ids.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     }  # fmt: skip
+    # The original length goes into the config only together with a RoPE scaling.
     if (original := fields.get("rope.scaling.original_context_length")) and config["rope_parameters"].get("factor"):
         config["original_max_position_embeddings"] = original
+    # The header does not state biases; the presence of the first layer's bias tensors does.
     if architecture == "llama":
         config |= {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
     if architecture == "qwen3":
@@ -126,7 +134,7 @@ def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Config
 
 
 def special_ids(header: Header) -> dict[str, int]:
-    """The ids of special tokens that the file names and that its embedding has a row for."""
+    """Returns the ids of the special tokens that the file names and that have a row in its embedding."""
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id",
              "eot_token_id": "eot_token_id", "unk_token_id": "unknown_token_id"}  # fmt: skip
     stated = {name: header.metadata.get(f"tokenizer.ggml.{key}") for name, key in names.items()}
@@ -135,12 +143,14 @@ def special_ids(header: Header) -> dict[str, int]:
 
 
 def _rope(header: Header, fields: dict[str, Any], head_dim: int) -> Config:
-    """RoPE's parameters. Raises ModelError for a scaling that no config.json of these classes can say."""
+    """Returns RoPE's parameters. Raises ModelError for a scaling that no config.json of these classes can express."""
     theta = _shortest(fields.get("rope.freq_base") or 10000.0)
     kind, factor = fields.get("rope.scaling.type") or "none", fields.get("rope.scaling.factor")
+    # Older files state a linear scaling under this key.
     if fields.get("rope.scale_linear") not in (None, 0.0, 1.0):
         kind, factor = "linear", fields["rope.scale_linear"]
     rope: Config = {"rope_type": "default", "rope_theta": theta}
+    # Llama 3's scaling is stored as a tensor of factors instead of metadata.
     if FACTORS in header.tensors:
         if kind != "none":
             raise ModelError(f"{header.path}: {FACTORS} and rope.scaling.type {kind!r} together are not supported")
@@ -161,13 +171,17 @@ def _rope(header: Header, fields: dict[str, Any], head_dim: int) -> Config:
 
 
 def _llama3(header: Header, theta: float, head_dim: int) -> Config:
-    """The parameters of Llama 3's RoPE whose factors are those that the file stores. The factors do not say them all:
-    the published ones (bands 1 and 4, from 8,192 tokens) are tried, with the factor of the slowest frequency."""
+    """Returns the parameters of Llama 3's RoPE that give the factors stored in the file.
+
+    The factors do not determine all parameters. The function tries the published ones (bands 1 and 4, from 8,192
+    tokens) with the factor of the slowest frequency. Raises ModelError if they do not give the stored factors.
+    """
     stored = header.tensors[FACTORS]
     if stored.type != "F32" or stored.shape != (head_dim // 2,):
         raise ModelError(f"{header.path}: {FACTORS} is {stored.type} {list(stored.shape)}, not F32 [{head_dim // 2}]")
     found = struct.unpack(f"<{head_dim // 2}f", header.read(FACTORS))
     rope = {"rope_type": "llama3", "rope_theta": theta, "factor": _shortest(max(found)), **LLAMA3}
+    # The ratio of unscaled to scaled frequencies must equal the stored factors, to within 1e-4 relative.
     plain = inverse_frequencies({"rope_type": "default", "rope_theta": theta}, head_dim, 1)[0]
     scaled = inverse_frequencies(rope, head_dim, 1)[0]
     if any(abs(a / b - factor) > 1e-4 * factor for a, b, factor in zip(plain, scaled, found, strict=True)):
@@ -180,7 +194,7 @@ def _llama3(header: Header, theta: float, head_dim: int) -> Config:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is this float32: 1e-05, where a double prints 9.999999747378752e-06."""
+    """Returns the shortest decimal that is this float32: 1e-05, where a double prints 9.999999747378752e-06."""
     for digits in range(1, 10):
         short = float(f"{value:.{digits}g}")
         if struct.pack("<f", short) == struct.pack("<f", value):
@@ -189,9 +203,12 @@ def _shortest(value: float) -> float:
 
 
 def tensor_names(header: Header, config: Config) -> dict[str, str]:
-    """The GGUF name of each tensor of a (normalised) config. Raises ModelError where the file has others, or of other
-    shapes."""
+    """Returns the GGUF name of each tensor of a (normalised) config.
+
+    Raises ModelError if the file has other tensors, or tensors of other shapes.
+    """
     named = {_name(name): name for name in header.tensors if name != FACTORS}
+    # Collect all faults before raising, so that one message shows up to five of them.
     expected = expected_tensors(config)
     faults = [f"{name}: missing" for name in expected if name not in named]
     faults += [f"{named[name]}: not of this class" for name in named if name not in expected]
@@ -207,6 +224,8 @@ def tensor_names(header: Header, config: Config) -> dict[str, str]:
 
 
 def _name(name: str) -> str:
+    # "blk.3.attn_q.weight" becomes "model.layers.3.self_attn.q_proj.weight". An unknown name stays as it is, and
+    # `tensor_names` then reports it.
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     plain = re.fullmatch(r"(\w+)\.(weight|bias)", name)
     if block and block[2] in NAMES:
@@ -215,6 +234,6 @@ def _name(name: str) -> str:
 
 
 def quantisation(header: Header) -> str:
-    """The types that the file stores its tensors in, by how many they are: "Q4_1 x 210, F32 x 61, Q8_0 x 1"."""
+    """Returns the storage types of the file's tensors with their counts: "Q4_1 x 210, F32 x 61, Q8_0 x 1"."""
     counts = Counter(stored.type for stored in header.tensors.values())
     return ", ".join(f"{kind} x {count}" for kind, count in counts.most_common())

@@ -1,8 +1,8 @@
-"""The header of a GGUF file: its metadata and the table of its tensors. No torch, no numpy, no tensor is read.
+"""Reads the header of a GGUF file: its metadata and the table of its tensors. No torch, no numpy; reads no tensor.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. A header takes
-milliseconds where `gguf.GGUFReader` takes seconds (it makes an array of each token), and every length is checked
-against the size of the file before it is used. The sizes of ggml's types are those of the `gguf` package.
+The format is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Reading a
+header takes milliseconds, where `gguf.GGUFReader` takes seconds (it makes an array of each token). Every length is
+checked against the size of the file before it is used. The sizes of ggml's types are those of the `gguf` package.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 from ctxext.errors import InputError, ModelError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-MOST = 1_000_000  # tensors, and keys of metadata: far beyond any model
+MOST = 1_000_000  # limit for the number of tensors and of metadata keys, far above any model
 MOST_DIMENSIONS, ALIGNMENT = 4, 32
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 AGAIN = "copy or download the file again"
-TYPES: dict[int, tuple[str, int, int]] = {  # ggml's number of a type: its name, entries of a block, bytes of a block
+TYPES: dict[int, tuple[str, int, int]] = {  # ggml's type number: name, entries per block, bytes per block
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     2: ("Q4_0", 32, 18),
@@ -55,7 +55,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor: its ggml type, its shape in torch's order, and its bytes, `begin` counted from the file's start."""
+    """One tensor: its ggml type, its shape in torch's order, and its bytes from `begin` in the file."""
 
     type: str
     number: int
@@ -66,14 +66,17 @@ class Stored:
 
 @dataclass(frozen=True)
 class Header:
-    """`metadata` by key; an array of strings that was not asked for is its length. `tensors` by their GGUF names."""
+    """The metadata by key and the tensors by GGUF name.
+
+    An array of strings that was not requested is stored as its length.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Stored]
 
     def read(self, tensor: str) -> memoryview:
-        """The bytes of one tensor, mapped."""
+        """Returns the bytes of one tensor as a memory-mapped view."""
         stored = self.tensors[tensor]
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -81,10 +84,10 @@ class Header:
 
 
 def read_header(path: Path, strings: Collection[str] = ()) -> Header:
-    """The header of a file. `strings` are the keys whose arrays of strings are wanted.
+    """Returns the header of a file. `strings` are the keys whose arrays of strings are requested.
 
-    Raises InputError where there is no such file, or it is no GGUF file; ModelError where it is damaged, truncated, or
-    of a kind that cannot be read here.
+    Raises InputError if there is no such file or it is not a GGUF file, and ModelError if it is damaged, truncated,
+    or of a kind that is not supported.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such file", hint="give a GGUF file, a directory, a preset or a hub id")
@@ -99,6 +102,7 @@ def read_header(path: Path, strings: Collection[str] = ()) -> Header:
         if len(begin) < 8 or size < 24:
             raise ModelError(f"{path}: truncated: {size:,} bytes are no GGUF file", hint=AGAIN)
         (version,) = struct.unpack("<I", begin[4:])
+        # A big-endian file shows its small version number in the upper bytes.
         if version not in VERSIONS:
             swapped = version & 0xFFFF == 0 and version != 0
             what = "its bytes are big-endian" if swapped else f"version {version}"
@@ -111,12 +115,13 @@ def read_header(path: Path, strings: Collection[str] = ()) -> Header:
 
 
 class _Cursor:
-    """A place in a mapped file that moves on as values are read."""
+    """A position in a mapped file that advances as values are read."""
 
     def __init__(self, path: Path, mapped: mmap.mmap, size: int):
         self.path, self.mapped, self.size, self.at = path, mapped, size, 8
 
     def header(self, strings: Collection[str]) -> Header:
+        # The counts come first, then all metadata, then the table of tensors. This is the order of the format.
         tensors, keys = self.number("<Q"), self.number("<Q")
         if tensors > MOST or keys > MOST:
             raise self.damaged(f"it names {tensors:,} tensors and {keys:,} keys")
@@ -127,6 +132,7 @@ class _Cursor:
                 raise self.damaged(f"{key} stands in it twice")
             metadata[key] = self.value(self.number("<I"), key in strings)
         entries = [self.tensor() for _ in range(tensors)]
+        # The tensor data begins after the table, rounded up to the alignment; offsets in the table count from there.
         alignment = metadata.get("general.alignment", ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= 2**20:
             raise self.damaged(f"general.alignment is {alignment!r}")
@@ -145,6 +151,7 @@ class _Cursor:
                 f"{', '.join(name for name, _, _ in TYPES.values())}",
                 hint="give a file of another quantisation",
             )
+        # A row holds whole blocks, so the last dimension must be a multiple of a block's entries.
         kind, entries, size = TYPES[number]
         if not shape or 0 in shape or shape[-1] % entries:
             raise self.damaged(f"{name} has the shape {list(shape)} in {kind}, whose blocks have {entries} entries")
@@ -160,7 +167,7 @@ class _Cursor:
         return ModelError(f"{self.path}: its header is damaged: {what}", hint=AGAIN)
 
     def skip(self, count: int) -> int:
-        """Where `count` bytes begin, which are passed over."""
+        """Advances by `count` bytes and returns where they begin. Raises ModelError beyond the end of the file."""
         begin, self.at = self.at, self.at + count
         if self.at > self.size:
             raise ModelError(f"{self.path}: truncated within its header", hint=AGAIN)
@@ -181,6 +188,8 @@ class _Cursor:
             return self.text()
         if kind != ARRAY:
             raise self.damaged(f"a value is of type {kind}")
+        # An array of numbers is unpacked at once. `count` is checked first, so that a damaged header cannot request
+        # much memory.
         of, count = self.number("<I"), self.number("<Q")
         if of in SCALARS:
             form = f"<{count}{SCALARS[of][1]}"
@@ -189,6 +198,7 @@ class _Cursor:
             return list(struct.unpack_from(form, self.mapped, self.skip(struct.calcsize(form))))
         if of != STRING or count > self.size // 8:
             raise self.damaged(f"an array has {count:,} entries of type {of}")
+        # Strings that were not requested (a vocabulary, merges) are skipped; this makes reading fast.
         if wanted:
             return [self.text() for _ in range(count)]
         for _ in range(count):
@@ -196,7 +206,10 @@ class _Cursor:
         return count
 
     def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
-        """Name, type, shape and offset of an entry of the table. ggml names the fastest dimension first."""
+        """Returns name, type, shape and offset of a table entry.
+
+        ggml lists the fastest dimension first; the shape has torch's order.
+        """
         name, dimensions = self.text(), self.number("<I")
         if dimensions > MOST_DIMENSIONS:
             raise self.damaged(f"{name} has {dimensions:,} dimensions")

@@ -1,9 +1,9 @@
-"""The tokenizer of a GGUF file as a tokenizer.json: byte-level BPE, or BPE of SentencePiece.
+"""Turns the tokenizer of a GGUF file into a tokenizer.json: byte-level BPE, or SentencePiece's BPE.
 
-A GGUF file names the way in which text is split before BPE (tokenizer.ggml.pre) and does not spell it out. The ways
-here are those of the tokenizer.json that the models were published with; a name that is not among them is refused,
-because another split gives other ids. What a file does not say is taken as llama.cpp takes it (src/llama-vocab.cpp):
-BOS is added for SentencePiece and Llama 3 unless it says no. Not read: a second chat template.
+A GGUF file only names the pattern that splits text before BPE (tokenizer.ggml.pre). The patterns here are those of
+the tokenizer.json files that the models were published with. Any other name raises an error, because another split
+gives other ids. For settings that the file omits, the code uses llama.cpp's defaults (src/llama-vocab.cpp): BOS is
+added for SentencePiece, Llama 3 and tekken unless the file says no. A second chat template is not read.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ SPLITS = {
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 SAME = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-WHOLE = ("llama-bpe", "tekken")  # a piece that is a token is that token, whatever the merges say
+WHOLE = ("llama-bpe", "tekken")  # a piece that is in the vocabulary becomes that token without any merges
 ADDS_BOS = ("llama-bpe", "tekken")
 PRE = (*SPLITS, *SAME, "gpt-2", "smollm")
 SAMPLE = "Zwölf Boxkämpfer jagen Viktor, 42 × 3.14  =  131.88!\n\tdef f(x): return x  # 你好 мир 🙂 e\u0301\n"
 
 
 def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
-    """Write tokenizer.json, tokenizer_config.json and the chat template of a GGUF file into a directory.
+    """Writes tokenizer.json, tokenizer_config.json and the chat template of a GGUF file into a directory.
 
-    Raises ModelError for a vocabulary that cannot be read, for more tokens than the embedding has rows, and where the
+    Raises ModelError for a vocabulary that cannot be read, for more tokens than the embedding has rows, and if the
     written files give other ids than the tokenizer that was built.
     """
     header = read_header(file, (f"{KEYS}tokens", f"{KEYS}merges"))
     told = {key.removeprefix(KEYS): value for key, value in header.metadata.items() if key.startswith(KEYS)}
+    # Check the vocabulary first: each token needs a type and an embedding row, and no token may occur twice.
     tokens, kinds = told.get("tokens"), told.get("token_type")
     if not isinstance(tokens, list) or not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ModelError(f"{file}: no vocabulary in it (tokenizer.ggml.tokens and token_type)")
@@ -56,6 +57,8 @@ def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
     if told.get("model") not in builders:
         raise ModelError(f"{file}: a tokenizer of type {told.get('model')!r}; supported are {', '.join(builders)}")
     built = builders[told["model"]](file, told)
+    # Tokens that text matches before BPE: control and unknown tokens as special tokens, user-defined ones as plain
+    # added tokens. All are in the vocabulary already, so their ids do not change.
     for special in (True, False):
         wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
         added = [
@@ -68,6 +71,7 @@ def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
              "pad_token": "padding_token_id"}  # fmt: skip
     said = {name: tokens[told[key]] for name, key in names.items() if type(told.get(key)) is int and
             0 <= told[key] < len(tokens)}  # fmt: skip
+    # BOS and EOS go into the post-processor, because transformers 5 ignores add_bos_token next to a tokenizer.json.
     _add_ends(file, built, told, said)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=built, clean_up_tokenization_spaces=False, **said)
     wrapped.chat_template = header.metadata.get("tokenizer.chat_template")
@@ -78,6 +82,7 @@ def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
 def _check(file: Path, directory: Path, built: Tokenizer) -> None:
     from ctxext.model.load import load_tokenizer
 
+    # Open the written files in the same way as any model directory, with and without BOS and EOS.
     again = load_tokenizer(directory)
     for special in (True, False):
         if (
@@ -94,6 +99,7 @@ def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
             f"{file}: tokenizer.ggml.pre {pre!r}: how it splits text is not known here; known are {', '.join(PRE)}",
             hint="give the model's original directory, or make the file again with a newer llama.cpp",
         )
+    # Some names are aliases of the same pattern.
     pre = SAME.get(pre, pre)
     merges = [tuple(merge.split(" ")) for merge in told.get("merges") or ()]
     if not merges or any(len(pair) != 2 for pair in merges):
@@ -101,8 +107,10 @@ def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
     vocabulary = {token: number for number, token in enumerate(told["tokens"])}
     try:
         built = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE))
-    except Exception as error:  # the library's own, for a merge whose tokens are not in the vocabulary
+    except Exception as error:  # the library raises bare Exception for a merge whose tokens are not in the vocabulary
         raise ModelError(f"{file}: its merges do not fit its tokens ({error})") from None
+    # With a pattern of its own the text is split before ByteLevel; otherwise ByteLevel splits with GPT-2's pattern,
+    # after smollm has split digits.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)
     if pre in SPLITS:
         first: Any = pre_tokenizers.Split(Regex(SPLITS[pre]), behavior="isolated")
@@ -111,6 +119,7 @@ def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
         built.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     else:
         built.pre_tokenizer = byte_level
+    # The alias deepseek-r1-qwen has qwen2's pattern but no normaliser.
     if told["pre"] == "qwen2":
         built.normalizer = normalizers.NFC()
     built.decoder = decoders.ByteLevel()
@@ -122,9 +131,10 @@ def _sentencepiece(file: Path, told: dict[str, Any]) -> Tokenizer:
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise ModelError(f"{file}: no scores in it (tokenizer.ggml.scores)")
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    # SentencePiece merges the pair whose result has the best score: a merge's rank is that of its result.
+    # SentencePiece merges the pair whose result has the best score, so a merge has the rank of its result.
     ranked = sorted((number for number, kind in enumerate(told["token_type"]) if kind == NORMAL),
                     key=lambda number: -scores[number])  # fmt: skip
+    # A token has one merge for each way to cut it into two tokens of the vocabulary.
     merges = [
         (token[:cut], token[cut:])
         for token in (tokens[number] for number in ranked)
@@ -134,6 +144,7 @@ def _sentencepiece(file: Path, told: dict[str, Any]) -> Tokenizer:
     unknown = told.get("unknown_token_id")
     unk = tokens[unknown] if type(unknown) is int and 0 <= unknown < len(tokens) else None
     built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
+    # The prefix space that the normaliser adds is removed again by the decoder.
     spaces = normalizers.Replace(" ", SPACE)
     prefix = told.get("add_space_prefix", True)
     built.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
@@ -143,7 +154,7 @@ def _sentencepiece(file: Path, told: dict[str, Any]) -> Tokenizer:
 
 
 def _add_ends(file: Path, built: Tokenizer, told: dict[str, Any], said: dict[str, str]) -> None:
-    """BOS before a text and EOS after it, as the file says or llama.cpp takes it."""
+    """Adds a post-processor that puts BOS before a text and EOS after it, by the file or by llama.cpp's defaults."""
     pre = SAME.get(told.get("pre", ""), told.get("pre"))
     bos = told.get("add_bos_token", told["model"] == "llama" or pre in ADDS_BOS)
     ends = {"bos_token": bool(bos), "eos_token": bool(told.get("add_eos_token", False))}
@@ -153,6 +164,7 @@ def _add_ends(file: Path, built: Tokenizer, told: dict[str, Any], said: dict[str
     begin, end = (said[name] if wanted else None for name, wanted in ends.items())
     if begin is None and end is None:
         return
+    # The pair template repeats BOS and EOS around the second text, with type id 1.
     single = " ".join([*([begin] if begin else []), "$A", *([end] if end else [])])
     pair = f"{single} " + " ".join([*([f"{begin}:1"] if begin else []), "$B:1", *([f"{end}:1"] if end else [])])
     special = [(token, built.token_to_id(token)) for token in dict.fromkeys((begin, end)) if token is not None]

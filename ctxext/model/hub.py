@@ -1,7 +1,7 @@
-"""Fetching a model from the hub, and one clear error for each way in which that fails. No torch.
+"""Downloads a model from the hub and reports one clear error for each way in which that can fail. No torch.
 
-huggingface_hub reports most failures as "not in the local cache", with the true one as its cause, so that the whole
-chain of causes is read: a full disk is not a hub out of reach.
+huggingface_hub reports most failures as "not in the local cache", with the true error as its cause. The code
+therefore examines the whole chain of causes: a full disk is not an unreachable hub.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from ctxext.errors import CtxextError, EnvironmentFault, InputError
 
-UNREAD = ["consolidated*.safetensors"]  # the same weights once more, in a format that transformers does not read
+UNREAD = ["consolidated*.safetensors"]  # a second copy of the weights in a format that transformers does not read
 LOCAL = "or give a local directory instead of the hub id"
 
 
 def download(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    """Files of a hub model in huggingface_hub's own cache, with its own token.
+    """Downloads files of a hub model into huggingface_hub's cache, with huggingface_hub's token, and returns the path.
 
-    Raises InputError for a model that is not there or may not be read, and EnvironmentFault for a full disk, a cache
-    that cannot be written, a hub that refuses for now or fails, and one that cannot be reached.
+    Raises InputError for a model that does not exist or that the user may not read. Raises EnvironmentFault for a
+    full disk, a cache that cannot be written, a hub that limits requests or fails, and an unreachable hub.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -35,6 +35,7 @@ def download(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    # A chain of exceptions may be cyclic.
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -43,7 +44,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _fault(hub_id: str, revision: str | None, error: Exception) -> CtxextError:
-    """What a failed download is reported as: the first known failure in the chain of causes."""
+    """Returns the error to report for a failed download: the first known failure in the chain of causes."""
     for cause in _chain(error):
         if found := _refused(hub_id, revision, cause) or _on_this_machine(hub_id, cause) or _answered(hub_id, cause):
             return found
@@ -56,6 +57,7 @@ def _fault(hub_id: str, revision: str | None, error: Exception) -> CtxextError:
 def _refused(hub_id: str, revision: str | None, cause: BaseException) -> CtxextError | None:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+    # GatedRepoError is a subclass of RepositoryNotFoundError, so it comes first.
     if isinstance(cause, GatedRepoError):
         return InputError(
             f"{hub_id} is gated and no accepted token was found",
@@ -88,7 +90,7 @@ def _on_this_machine(hub_id: str, cause: BaseException) -> CtxextError | None:
 
 
 def _answered(hub_id: str, cause: BaseException) -> CtxextError | None:
-    """The hub was reached, and answered with an error; or nothing was asked, since that is switched off."""
+    """Returns the error for a hub that answered with an error status, or for offline mode; None for other causes."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(cause, OfflineModeIsEnabled):
@@ -98,6 +100,7 @@ def _answered(hub_id: str, cause: BaseException) -> CtxextError | None:
         )
     if not isinstance(cause, HfHubHTTPError):
         return None
+    # Access errors are the user's to fix (InputError); the other statuses are the hub's state (EnvironmentFault).
     status = cause.response.status_code
     if status in (401, 403):
         return InputError(f"{hub_id}: the hub refuses access (HTTP {status})", hint=f"`hf auth login`, {LOCAL}")
@@ -112,5 +115,5 @@ def _answered(hub_id: str, cause: BaseException) -> CtxextError | None:
 
 
 def _first_name(error: BaseException) -> str:
-    """The name of the last cause, which is the first that went wrong."""
+    """Returns the type name of the last cause in the chain, which is the failure that came first."""
     return type(list(_chain(error))[-1]).__name__

@@ -1,7 +1,8 @@
-"""The one check that the tokens a model is given have rows in its embedding. No torch is imported.
+"""Checks that each token given to a model has a row in its embedding. Imports no torch.
 
-A tokenizer with more tokens than the model has rows is common (a token was added, the matrix was not resized), and
-harmless until such a token occurs. torch would end in an IndexError on a CPU, and in an assertion on a GPU.
+A tokenizer with more tokens than the model has rows is common (a token was added, the matrix was not resized). It is
+harmless until such a token occurs. Without this check torch raises an IndexError on a CPU, and a device assertion on
+a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ctxext.errors import ModelError
 
 
 def check_ids(ids: Iterable[int], vocabulary: int, name: str) -> None:
-    """Raises ModelError where one of `ids` is `vocabulary` or more; `name` is the model's."""
+    """Raises ModelError if one of `ids` is `vocabulary` or more; `name` is the model's name for the message."""
     largest = max(ids, default=0)
     if largest >= vocabulary:
         raise ModelError(
@@ -23,10 +24,10 @@ def check_ids(ids: Iterable[int], vocabulary: int, name: str) -> None:
 
 
 def guard_ids(model: Any, vocabulary: int, name: str) -> None:
-    """Check the ids of every forward of a causal LM, before its embedding looks them up.
+    """Checks the ids of every forward of a causal LM, before its embedding looks them up.
 
-    One token alone is not checked: decoding gives a model what its own head chose, and a look at it would make a GPU
-    wait at every step.
+    A single token is not checked: in decoding the model's own head chose it, and reading its value would synchronise
+    the GPU at every step.
     """
 
     def check(_: Any, given: tuple[Any, ...]) -> None:

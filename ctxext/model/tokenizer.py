@@ -1,15 +1,17 @@
-"""A model's tokenizer: `tokenizer.json` decides the ids of a text, whichever class transformers picks.
+"""Loads a model's tokenizer so that `tokenizer.json` decides the token ids, whichever class transformers selects.
 
-transformers picks a class by model_type and by `tokenizer_class`. Several of its classes (LlamaTokenizer,
-Qwen2Tokenizer and others) keep the vocabulary of tokenizer.json and build the rest of the pipeline themselves. For a
-model whose file says something else, such a class gives other ids and no message. `load_tokenizer` compares the two and
-takes the file where they differ; `settle` makes an output that stock transformers reads to the same ids.
+transformers selects a class by `model_type` and `tokenizer_class`. Several of its classes (LlamaTokenizer,
+Qwen2Tokenizer and others) keep only the vocabulary of tokenizer.json and build the rest of the pipeline themselves.
+If the file describes another pipeline, such a class gives other ids without any message. `load_tokenizer` compares
+the two pipelines and uses the file where they differ. `settle` writes the tokenizer of an output so that stock
+transformers gives the same ids.
 
-Read in transformers 5.17 and 5.23, and run with 4.57 and 5.23:
-- TokenizersBackend (5.x; PreTrainedTokenizerFast is its name in 4.x and still an alias) loads tokenizer.json as it is.
-- `tokenizer_class: PreTrainedTokenizerFast` in tokenizer_config.json is understood by all three; `TokenizersBackend` is
-  unknown to 4.57.
-- For a few model types (qwen2 among them) 5.x ignores `tokenizer_class`. No file can then name another class.
+The following holds by the source of transformers 5.17 and 5.23, and by runs with 4.57 and 5.23:
+- TokenizersBackend (5.x; PreTrainedTokenizerFast is its name in 4.x and still an alias) loads tokenizer.json as it
+  is.
+- All three versions understand `tokenizer_class: PreTrainedTokenizerFast` in tokenizer_config.json. 4.57 does not
+  know `TokenizersBackend`.
+- For a few model types (qwen2 among them) 5.x ignores `tokenizer_class`, so that no file can select another class.
 """
 
 from __future__ import annotations
@@ -51,30 +53,31 @@ TALK = (
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory.
+    """Returns the tokenizer of a model directory.
 
-    Where the directory has a tokenizer.json, plain text becomes the ids of `tokenizers.Tokenizer.from_file` on it. The
-    tokenizer of AutoTokenizer is returned where its normalizer, pre-tokenizer, model and decoder are those of the file
-    and it has the file's added tokens. Where they differ, or where AutoTokenizer does not open it, the file is loaded
-    as it is (PreTrainedTokenizerFast). The rest comes from tokenizer_config.json in both cases: special tokens, chat
-    templates, model_max_length, and tokens that only added_tokens_decoder there has (they get ids after those of the
-    file). A special token that only transformers' class names is kept where the file has it.
+    If the directory has a tokenizer.json, plain text gives the ids of `tokenizers.Tokenizer.from_file` on that file.
+    The function returns AutoTokenizer's tokenizer if its normalizer, pre-tokenizer, model and decoder equal those of
+    the file and it has the file's added tokens. If they differ, or if AutoTokenizer fails, it loads the file as it
+    is (PreTrainedTokenizerFast). In both cases the rest comes from tokenizer_config.json: special tokens, chat
+    templates, model_max_length, and tokens that only added_tokens_decoder lists there (they get ids after those of
+    the file). A special token that only transformers' class defines is kept if the file contains it.
 
-    BOS and EOS are added as the post-processor of the file says. transformers 5 ignores add_bos_token and
-    add_eos_token beside a tokenizer.json, and so does this function. add_prefix_space in tokenizer_config.json is not
-    applied either: the file has its own.
+    The post-processor of the file decides whether BOS and EOS are added. transformers 5 ignores add_bos_token and
+    add_eos_token if there is a tokenizer.json, and so does this function. It also ignores add_prefix_space in
+    tokenizer_config.json, because the file has its own setting.
 
-    A directory with tokenizer.model alone, or with vocab.json and merges.txt, is opened by AutoTokenizer as before.
-    Raises ModelError when there is no tokenizer or it does not open.
+    AutoTokenizer opens a directory that has only tokenizer.model, or vocab.json and merges.txt. Raises ModelError if
+    there is no tokenizer or it does not open.
     """
     require_tokenizer(path)
     if (path / SETTINGS).is_file():
-        read_object(path / SETTINGS)  # names the file where it is no JSON object
+        read_object(path / SETTINGS)  # raises with the file's name if it is not a JSON object
     file, stock = path / FILE, None
+    # A failure of AutoTokenizer is fatal only if there is no tokenizer.json to load instead.
     try:
         try:
             stock = stock_tokenizer(path)
-        except Exception:  # tokenizers raises bare Exception for a file that is not its own
+        except Exception:  # tokenizers raises bare Exception for a file it cannot parse
             if not file.is_file():
                 raise
         if stock is not None and (not file.is_file() or same_pipeline(stock, Tokenizer.from_file(str(file)))):
@@ -85,13 +88,13 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 
 def stock_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """What transformers' AutoTokenizer makes of a directory, without code of others. Raises what transformers does."""
+    """Returns AutoTokenizer's tokenizer of a directory, without remote code. Raises what transformers raises."""
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return found
 
 
 def _as_file(path: Path, stock: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """tokenizer.json as it is. Special tokens that `stock` knows from its class are kept where the file has them."""
+    """Loads tokenizer.json as it is and keeps the special tokens of `stock`'s class that the file contains."""
     tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     known = tokenizer.get_vocab()
     for name in NAMED:
@@ -103,13 +106,14 @@ def _as_file(path: Path, stock: PreTrainedTokenizerBase | None) -> PreTrainedTok
 
 
 def same_pipeline(tokenizer: Any, file: Tokenizer) -> bool:
-    """Whether a tokenizer turns text into ids and back by the steps of `file`. Padding, BOS and EOS are not compared.
+    """Checks that a tokenizer encodes and decodes by the steps of `file`. Ignores padding, BOS and EOS.
 
-    What has no effect on ids is left out: trim_offsets, empty affixes, the options of a ByteLevel decoder.
+    Settings without effect on ids are ignored: trim_offsets, empty affixes, the options of a ByteLevel decoder.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         return False
+    # Each added token of the file must be present under the same id; the tokenizer may have more.
     mine, theirs = backend.get_added_tokens_decoder(), file.get_added_tokens_decoder()
     if any(index not in mine or mine[index].content != token.content for index, token in theirs.items()):
         return False
@@ -125,13 +129,14 @@ def _same_part(mine: Any, theirs: Any, decodes: bool) -> bool:
 
 
 def _plain(part: Any, decodes: bool) -> Any:
-    """A part of a pipeline without what has no effect."""
+    """Returns a pipeline part as JSON without the settings that have no effect."""
     if isinstance(part, list):
         return [_plain(one, decodes) for one in part]
     if not isinstance(part, dict):
         return part
     if decodes and part.get("type") == "ByteLevel":
         return {"type": "ByteLevel"}
+    # A BPE affix that is empty or null does nothing; fuse_unk does nothing without an unknown token.
     idle = {"trim_offsets"} | {
         name for name in ("continuing_subword_prefix", "end_of_word_suffix") if not part.get(name)
     }
@@ -144,10 +149,10 @@ def _plain(part: Any, decodes: bool) -> Any:
 
 @dataclass(frozen=True)
 class Settled:
-    """How the tokenizer of a model is written, so that stock transformers reads the ids that ctxext reads.
+    """How to write a model's tokenizer so that stock transformers gives the same ids as ctxext.
 
-    files    take the place of the source's files of these names; none where a copy is enough
-    problem  how AutoTokenizer differs all the same, as a sentence; None where it does not
+    files    contents that replace the source's files of these names; empty if a plain copy is enough
+    problem  how AutoTokenizer still differs, as a sentence; None if it does not differ
     """
 
     files: dict[str, bytes] = field(default_factory=dict)
@@ -155,12 +160,12 @@ class Settled:
 
 
 def settle(source: Path, config: Config) -> Settled:
-    """Compare `load_tokenizer(source)` with AutoTokenizer on the same tokenizer files beside another config.json.
+    """Compares `load_tokenizer(source)` with AutoTokenizer on the same tokenizer files next to another config.json.
 
-    Three forms are tried: the files as they are; with tokenizer_class set to PreTrainedTokenizerFast; with
-    tokenizer.json written from the tokenizer in memory as well. The first with the same ids (`difference`) and the same
-    pipeline is returned; where there is none, the first with the same ids. Raises ModelError where the source's
-    tokenizer does not open.
+    The function tries three forms in this order: the files as they are; tokenizer_class set to
+    PreTrainedTokenizerFast; in addition, tokenizer.json written from the tokenizer in memory. It returns the first
+    form with the same ids (`difference`) and the same pipeline. If there is none, it returns the first form with the
+    same ids. Raises ModelError if the source's tokenizer does not open.
     """
     mine: Any = load_tokenizer(source)
     backend = getattr(mine, "backend_tokenizer", None)
@@ -170,16 +175,19 @@ def settle(source: Path, config: Config) -> Settled:
         forms += [named] if (source / FILE).is_file() else []
         forms.append(named | {FILE: backend.to_str().encode()})
     problem, alike = "", list[Settled]()
+    # Write each form with `config` into a temporary directory and open it there, since transformers selects the class
+    # by config.json as well.
     for files in forms:
         with TemporaryDirectory() as place:
             copy_companions(source, Path(place), files)
             (Path(place) / "config.json").write_text(json.dumps(config), "utf-8")
             try:
                 stock = stock_tokenizer(Path(place))
-            except Exception as error:  # whatever transformers raises for files of others
+            except Exception as error:  # transformers raises many types for foreign files
                 problem = problem or f"AutoTokenizer does not open it ({error})"
                 continue
         found = difference(mine, stock)
+        # Equal ids on the probe texts are weaker evidence than an equal pipeline, so a form with both comes first.
         if found is None and (not isinstance(backend, Tokenizer) or same_pipeline(stock, backend)):
             return Settled(files)
         if found is None:
@@ -189,11 +197,11 @@ def settle(source: Path, config: Config) -> Settled:
 
 
 def _settings(source: Path, tokenizer: Any) -> bytes:
-    """tokenizer_config.json that names the class which loads tokenizer.json as it is, and no code of others."""
+    """Returns a tokenizer_config.json that selects the class that loads tokenizer.json as it is, and no remote code."""
     file = source / SETTINGS
     settings = read_object(file) if file.is_file() else {}
     settings.pop("auto_map", None)
-    # Some classes have special tokens of their own; this class has none, so the file has to name them.
+    # Some classes define special tokens by default; this class defines none, so the file must name them.
     named = {
         name: getattr(tokenizer, name) for name in NAMED if settings.get(name) is None and getattr(tokenizer, name)
     }
@@ -201,16 +209,18 @@ def _settings(source: Path, tokenizer: Any) -> bytes:
 
 
 def difference(mine: Any, other: Any) -> str | None:
-    """How two tokenizers differ on the fixed texts, as a sentence; None where they do not.
+    """Returns how two tokenizers differ on the probe texts, as a sentence, or None if they do not differ.
 
-    Compared are the ids of texts, bare and as a prompt (with what is added to it), the text that the ids stand for, the
-    special tokens' ids, the chat templates, and the ids of a rendered conversation where there is a template.
+    The function compares the ids of each text, with and without the special tokens that a prompt gets, the text
+    decoded from the ids, the ids of the special tokens, and the chat templates. If there is a chat template, the
+    probe texts include a rendered conversation.
     """
     for text in probe_texts(mine):
         for special in (False, True):
             a, b = (_ids(tokenizer, text, special) for tokenizer in (mine, other))
             if a != b:
                 return differs(other, text, b, a)
+        # `a` holds the ids with special tokens, which both tokenizers share at this point.
         if (said := other.decode(a)) != mine.decode(a):
             return f"{type(other).__name__} makes {said[:40]!r} of the ids of {text[:40]!r}"
     for name in NAMED:
@@ -223,7 +233,7 @@ def difference(mine: Any, other: Any) -> str | None:
 
 
 def differs(tokenizer: Any, text: str, ids: list[int], expected: list[int]) -> str:
-    """One sentence about the first place where the ids of a text are not those expected."""
+    """Describes in one sentence the first place where the ids of a text differ from the expected ids."""
     at = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected)))
     return (
         f"{type(tokenizer).__name__} reads {_shown(text)} as {ids[at : at + 4]} from token {at} on, "
@@ -236,16 +246,17 @@ def _shown(text: str) -> str:
 
 
 def probe_texts(tokenizer: Any) -> Iterator[str]:
-    """The fixed texts, a text with the tokenizer's own control tokens, and a conversation where it has a template."""
+    """Yields the fixed texts, one text with the tokenizer's BOS and EOS, and a conversation if there is a template."""
     yield from PROBES
     first, last = (token or "" for token in (tokenizer.bos_token, tokenizer.eos_token))
     yield f"{first}Hi {last} there{last}\n{first} line{last}{last}x"
     if tokenizer.chat_template:
+        # Some templates reject a conversation of several turns: try one user message then.
         for messages in (TALK, TALK[:1]):
             try:
                 yield tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
                 return
-            except Exception:  # a template is a program: it may refuse a form of conversation
+            except Exception:  # a template is a program and may reject a conversation
                 continue
 
 
@@ -254,15 +265,18 @@ def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def by_hand(path: str) -> str:
-    """The line of Python that opens the tokenizer of a directory where AutoTokenizer takes another class."""
+    """Returns the line of Python that opens a tokenizer for which AutoTokenizer selects another class."""
     return f"{AS_FILE}.from_pretrained({path!r})"
 
 
 def warning(problem: str, path: str) -> str:
-    """What is wrong with AutoTokenizer on a directory, and what to use instead. `problem` is that of `settle`."""
+    """Returns what is wrong with AutoTokenizer on a directory and what to use instead.
+
+    `problem` comes from `settle`.
+    """
     return f"AutoTokenizer of {version()} reads other ids: {problem}; use {by_hand(path)}"
 
 
 def version() -> str:
-    """What read it, for messages."""
+    """Returns the name and version of the installed transformers, for messages."""
     return f"transformers {transformers.__version__}"
