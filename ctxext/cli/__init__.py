@@ -1,4 +1,4 @@
-"""The command line: parse, load specs, call one function, print. stdout is data, stderr is talk."""
+"""The command line: parses options, loads specs, calls one function, prints. stdout: data; stderr: messages."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import traceback
 from pathlib import Path
 from types import FrameType
 
-TERMINATED = 128 + signal.SIGTERM  # the exit code by which a shell knows a process that SIGTERM ended
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended, as shells report it
 
 
 def main() -> None:
-    """The `ctxext` command. Exit codes: 0, 1 a check failed, 2 bad input, 3 environment, 130 interrupted."""
+    """Runs the `ctxext` command. Exit codes: 0, 1 a check failed, 2 bad input, 3 environment, 130 interrupted."""
     from ctxext.cli import console
     from ctxext.cli.app import app
     from ctxext.errors import CtxextError
 
-    # SIGTERM unwinds as Ctrl-C does, so that unfinished outputs are removed. Training has its own handler.
+    # SIGTERM raises an exception, as Ctrl-C does, so that unfinished outputs are removed. Training has its own handler.
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="ctxext")
@@ -32,6 +32,7 @@ def main() -> None:
     except Exception as error:
         from ctxext.config.output import environment_fault
 
+        # A full disk or missing permission is reported as an error of the environment; anything else is a bug.
         fault = environment_fault(error, Path.cwd() / "runs")
         if fault is None or console.debug:
             raise

@@ -1,4 +1,4 @@
-"""The table of commands, and the options that belong to all of them."""
+"""The table of commands, and the options that are common to all of them."""
 
 from __future__ import annotations
 

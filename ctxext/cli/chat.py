@@ -30,7 +30,7 @@ def chat(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Talk to a model, a line a turn: what it has read stays in its KV cache. /reset forgets it, /exit ends."""
+    """Chat with a model, one line per turn. The KV cache keeps the conversation; /reset clears it, /exit quits."""
     from ctxext import generation
 
     plan = generation.plan_generation(
@@ -54,16 +54,18 @@ def chat(
             turns.append({"asked": line, **answer.as_dict()})
             if not as_json:
                 console.say("; ".join(value for name, value in answer.rows() if name != "peak memory"))
-    finally:  # what was answered is told, whatever ended it
+    finally:
+        # Print the answers given so far, also after an error or Ctrl-C.
         if as_json:
             console.emit({"model": plan.source.name, "turns": turns})
 
 
 def _lines(talk: Conversation) -> Iterator[str]:
-    """What is said on stdin, a line each; commands are carried out here."""
+    """Yields each line of stdin as a message, and executes the commands /reset and /exit."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
+        # Read bytes, so that a line that is not UTF-8 gives an error message in place of a traceback.
         raw = sys.stdin.buffer.readline()
         try:
             line = raw.decode("utf-8").strip()

@@ -1,4 +1,4 @@
-"""Names for the shell to complete: presets of a kind, suites, probes (ctxext --install-completion)."""
+"""Names for shell completion: presets, suites, probes (ctxext --install-completion)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def of(*kinds: str) -> Callable[[str], list[str]]:
-    """A completer of preset names; where not one kind is named, of KIND/NAME."""
+    """Returns a completer of preset names of one kind; of KIND/NAME for several kinds, and for all (no kind given)."""
 
     def complete(incomplete: str) -> list[str]:
         from ctxext.config import presets
@@ -19,7 +19,7 @@ def of(*kinds: str) -> Callable[[str], list[str]]:
 
 
 def suites(incomplete: str) -> list[str]:
-    """Suites of `ctxext eval`, and its presets; after a comma, the next suite."""
+    """Completes suites of `ctxext eval` and its presets; after a comma, the next suite."""
     from ctxext.config import presets
     from ctxext.evals.spec import SUITES
 

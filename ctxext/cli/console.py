@@ -1,4 +1,4 @@
-"""Talk on stderr, data on stdout; readable without colour, NO_COLOR honoured (rich does both)."""
+"""Prints messages to stderr and data to stdout. Output is readable without colour; NO_COLOR is supported (by rich)."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from ctxext.errors import CtxextError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-SILENCE = 30.0  # seconds, of a log
+SILENCE = 30.0  # seconds between two progress lines where stderr is no terminal
 debug = False
 quiet = False
 
 
 def say(line: str) -> None:
-    """One line of talk."""
+    """Prints one message to stderr, unless --quiet was given."""
     if not quiet:
         print(line, file=sys.stderr, flush=True)
 
 
 def fail(error: CtxextError) -> None:
-    """An error, and what to do about it."""
+    """Prints an error and its hint to stderr, also under --quiet."""
     print(f"error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"\nhint: {error.hint}", file=sys.stderr)
 
 
 def emit(data: Any) -> None:
-    """JSON on stdout."""
+    """Prints data as JSON to stdout."""
     print(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def pairs(rows: Iterable[tuple[str, str]], *, to_stderr: bool = False) -> None:
-    """Name and value lines, aligned."""
+    """Prints lines of name and value, aligned, to stdout, or as messages to stderr."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
@@ -53,7 +53,7 @@ def pairs(rows: Iterable[tuple[str, str]], *, to_stderr: bool = False) -> None:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A plain table on stdout: first column to the left, the others to the right."""
+    """Prints a plain table to stdout: the first column aligned left, the others right."""
     cells = [list(header), *[list(row) for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for number, row in enumerate(cells):
@@ -68,7 +68,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextmanager
 def progress_display() -> Iterator[Progress]:
-    """A progress display on stderr, gone when done; silent under --quiet and where stderr is no terminal."""
+    """Yields a progress display on stderr that disappears at the end.
+
+    It is disabled under --quiet and where stderr is no terminal.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -88,6 +91,7 @@ def progress_display() -> Iterator[Progress]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
+    # `transient` removes the display at the end. A disabled display still accepts updates, so callers need no check.
     terminal = Console(stderr=True)
     with Progress(*columns, console=terminal, transient=True, disable=quiet or not terminal.is_terminal) as display:
         yield display
@@ -95,13 +99,14 @@ def progress_display() -> Iterator[Progress]:
 
 @contextmanager
 def progress(first: str) -> Iterator[Callable[[str, int | None, int | None], None]]:
-    """A progress display for one task. It yields a progress callback (what is being done, items done, items in all).
+    """Yields a progress callback for one task, with a display: callback(current action, items done, items in all).
 
-    Where stderr is no terminal, a line is printed every few minutes, so that a log of hours is not silent.
+    Where stderr is no terminal, the callback prints a line at most every SILENCE seconds, so that logs show progress.
     """
     last_line = time.monotonic()
 
     def tell(what: str, done: int | None, total: int | None) -> None:
+        # None for `done` and `total`: their number is not known.
         nonlocal last_line
         display.update(task, description=what, completed=done, total=total)
         if display.disable and time.monotonic() - last_line > SILENCE:
@@ -114,7 +119,7 @@ def progress(first: str) -> Iterator[Callable[[str, int | None, int | None], Non
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' and the hub's own talk and bars off the screen; before they are imported."""
+    """Turns off messages and progress bars of transformers, the hub and others. Call it before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -78,11 +78,12 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
-    """Turn most layers into small sliding windows and leave a few full, without touching the weights."""
+    """Convert most layers to small sliding windows and keep a few full, without changing the weights."""
     from ctxext import api
 
     plan = api.plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
                             model_class=model_class, sinks=sinks, allow_pickle=allow_pickle, force=force)  # fmt: skip
+    # None means not given: plan_layers refuses planner options that are given without --full-layers auto.
     asked = {"budget": budget, "length": length, "calibration": calibration, "calibration_tokens": calibration_tokens,
              "explain": explain or None, "i_know": i_know or None}  # fmt: skip
     request = api.plan_layers(plan, full_layers, **asked)

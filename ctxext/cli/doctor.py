@@ -18,7 +18,7 @@ def doctor(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL_OR_RUN]", help="A local directory or preset")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
 ) -> None:
-    """Examine the environment, and a model or run: what is wrong, and what helps; exit code 1 when something failed."""
+    """Check the environment, and a model or run, and name remedies for what is wrong; exit code 1 if a check fails."""
     from ctxext.doctor import model as models
     from ctxext.doctor.environment import environment
     from ctxext.doctor.finding import require_health

@@ -60,8 +60,9 @@ def evaluate(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
-    """Measure models side by side: every number with its protocol, length and text."""
+    """Evaluate models side by side: every number is reported with its protocol, length and text."""
 
+    # None means not given; a preset's own value then stays.
     given = {"data": data, "text_field": text_field, "protocol": protocol, "evaluator": evaluator, "limit": limit,
              "seed": seed, "dtype": dtype, "extrapolate": extrapolate or None,
              "nope_log_scale": nope_log_scale}  # fmt: skip
@@ -103,6 +104,7 @@ def _fields(given: dict[str, Any], lengths: str | None, sets: list[str]) -> dict
     from ctxext.config.loader import assignments
     from ctxext.units import parse_tokens
 
+    # Options that were not given leave the fields of a preset as they are. --set comes last and replaces options.
     fields = {key: value for key, value in given.items() if value is not None}
     if "limit" in fields:
         fields["limit"] = parse_tokens(fields["limit"])

@@ -27,12 +27,13 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict and what was written as JSON")] = False,
 ) -> None:
-    """Give a model to others as a directory, where they honour its exact windows and NoPE layers; else exit code 1."""
+    """Export a model for a program that supports its exact windows and NoPE layers; exit code 1 if it does not."""
     from ctxext.errors import InputError
     from ctxext.export import write
 
     if check_only and (out is not None or force):
         raise InputError("--check-only writes nothing: --out and --force are of no use with it", hint="leave one out")
+    # Where the target does not support the model, the verdict is printed and write.refuse raises CheckFailed.
     plan = write.plan_export(model, target, None if check_only else out, force)
     if check_only or not plan.verdict.honoured:
         if as_json:

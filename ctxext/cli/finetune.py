@@ -95,12 +95,13 @@ def finetune(
     force: ForceOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the report as JSON")] = False,
 ) -> None:
-    """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, positions where needed."""
+    """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, RoPE scaled where needed."""
     from ctxext.config.loader import assignments
     from ctxext.train.launch import launched
     from ctxext.train.run import asked_fields, plan_asked
 
     given = asked_fields(ctx, data, steps, original_length) | assignments(set_ or [], example="lora.rank=16")
+    # A resumed or repeated run has its model and spec in its directory. `given` may change fields of that spec.
     if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
         raise InputError(
             "--resume and --repeat take a run's own model and spec", hint="give one of them, without MODEL and --preset"
@@ -111,6 +112,7 @@ def finetune(
         refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
         search(plan_asked(model, preset, _briefly(given), needs_weights=True, say=console.say), out, force, as_json)
         return
+    # A plan alone needs no weights. The launch is decided next, since it changes the memory and the time per process.
     run, decided = _decided(model, preset, given, out, resume, repeat, force, needs_weights=not plan)
     decided, launch = launched(decided, zero, nproc, hostfile, resume=resume, repeats=repeat)
     if plan:
@@ -131,10 +133,11 @@ def _decided(
     *,
     needs_weights: bool,
 ) -> tuple[Path, RunPlan]:
-    """Where the run is or goes, and its plan: resumed, repeated or new."""
+    """The directory of the run and its plan: resumed, repeated or new."""
     from ctxext.config import manifest as manifests
     from ctxext.train.run import newest_unfinished, plan_asked, plan_resumed
 
+    # With --resume, --out names the existing run. Otherwise it is the place of a new one.
     if resume:
         run = out or newest_unfinished(manifests.RUNS)
         return run, plan_resumed(run, given, accept=force, say=console.say)
@@ -164,7 +167,7 @@ def _show_plan(plan: RunPlan, launch: Launch | None, as_json: bool) -> None:
 
 
 def _briefly(given: dict[str, Any]) -> dict[str, Any]:
-    """Fields with the steps of a trial where the options name none."""
+    """Adds the number of steps of a trial to the fields, unless the options give one."""
     from ctxext.train.multiplier import STEPS
 
     return {"steps": STEPS} | given
@@ -184,6 +187,7 @@ def _run(
 ) -> None:
     from ctxext import api
 
+    # With a launch, the started processes load the model and train; this one only reports.
     if launch is None:
         console.quiet_libraries()
     with training_progress(plan) as on_step:
@@ -201,7 +205,7 @@ def _run(
 
 
 def report_rows(report: FinetuneReport, plan: RunPlan, predicted: Estimate | None) -> list[tuple[str, str]]:
-    """A finished run as (name, value) lines, what was predicted beside what was measured."""
+    """Returns a finished run as (name, value) lines, with predictions beside measurements."""
     from ctxext.units import counted, format_duration
 
     return [
@@ -225,7 +229,7 @@ def _step_row(report: FinetuneReport, predicted: Estimate | None) -> str:
 
 
 def _peak_memory(report: FinetuneReport, plan: RunPlan) -> str:
-    """Measured and predicted. On a CPU the two are not of one thing: train/metrics.py has the resident set alone."""
+    """Measured and predicted peak memory. On a CPU they differ in kind: train/metrics.py measures the resident set."""
     from ctxext.train.plan import on_gpu
     from ctxext.units import format_bytes
 
@@ -251,7 +255,7 @@ def _held_out(report: FinetuneReport, plan: RunPlan) -> str:
 
 
 def _where(plan: RunPlan) -> str:
-    """The context that a run's losses are of where it had several: they are of the last."""
+    """The context of a run's losses, where the run has several stages: it is the last one."""
     from ctxext.units import format_tokens
 
     return f" at ctx {format_tokens(plan.spec.ctx)}" if plan.earlier else ""
@@ -259,7 +263,10 @@ def _where(plan: RunPlan) -> str:
 
 @contextmanager
 def training_progress(plan: RunPlan) -> Iterator[Callable[[StepMetrics], None]]:
-    """What a run's steps are told to: a progress bar; a line every tenth of the way where stderr is no terminal."""
+    """Yields the callback for steps of a run. It updates a progress bar.
+
+    Where stderr is no terminal, it prints a line after each tenth of the run.
+    """
     from ctxext.units import format_bytes
 
     with console.progress_display() as display:

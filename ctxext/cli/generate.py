@@ -46,7 +46,7 @@ def generate(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a prompt or a long file: the text streams to stdout, what it cost is told on stderr."""
+    """Continue a prompt or a long file: the text streams to stdout, its cost is reported on stderr."""
     from ctxext import generation
 
     text = generation.read_prompt(prompt, file, question)
@@ -64,11 +64,15 @@ def generate(
 
 
 def stream(talk: Conversation, text: str, *, silent: bool) -> Answer:
-    """The answer, printed as it comes unless `silent`; a bar on stderr while the model reads."""
+    """Returns the answer, and prints it while it is generated unless `silent`.
+
+    A progress bar on stderr is shown while the model reads the text.
+    """
     with ExitStack() as bar:
         progress = bar.enter_context(console.progress("reading"))
 
         def write(piece: str) -> None:
+            # The first piece ends the reading: remove the bar before text appears.
             bar.close()
             if not silent:
                 sys.stdout.write(piece)

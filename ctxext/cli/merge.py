@@ -41,9 +41,9 @@ def merge(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
-    """Merge an adapter, in fp32, into an ordinary Hugging Face directory, and prove that nothing was lost.
+    """Merge an adapter, in fp32, into an ordinary Hugging Face directory, and verify that nothing was lost.
 
-    Where both are given, the alpha multiplier comes first and the NoPE scale is found for what it leaves.
+    With both options, --alpha-multiplier is applied first, and --nope-scale is chosen for the result.
     """
     from ctxext.config import manifest as manifests
 

@@ -19,7 +19,7 @@ CURVES, NUMBERS = "curves.png", "multiplier.json"
 
 
 def refuse_beside(**options: object) -> None:
-    """Raises InputError for options that ask for a run, which a search is not."""
+    """Raises InputError where `options`, which belong to a single run, are combined with --find-multiplier."""
     given = [f"--{name}" for name, value in options.items() if value]
     if given:
         raise InputError(
@@ -29,7 +29,10 @@ def refuse_beside(**options: object) -> None:
 
 
 def search(plan: RunPlan, out: Path | None, force: bool, as_json: bool) -> None:
-    """Train `plan` at several multipliers, show their held-out losses, and print the option that had the lowest."""
+    """Trains `plan` at several multipliers, prints their held-out losses and the option with the lowest loss.
+
+    Writes multiplier.json, curves.png and a manifest into `out`.
+    """
     from ctxext.config import manifest as manifests
     from ctxext.config.output import check_free, staged_output
     from ctxext.train.multiplier import plan_trials
@@ -38,6 +41,7 @@ def search(plan: RunPlan, out: Path | None, force: bool, as_json: bool) -> None:
     out = out or manifests.default_out("multiplier", f"{plan.source.name}-{plan.spec.ctx}")
     check_free(out, force, keep=[plan.source.path])
     console.pairs(plan.rows(), to_stderr=True)
+    # The trials run inside the staged directory, so that nothing is left where the search fails.
     with staged_output(out, force) as staging:
         found = _train(trials, staging, plan.spec.lora.multiplier)
         (staging / NUMBERS).write_text(json.dumps(found.as_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
@@ -57,6 +61,7 @@ def _train(trials: list[RunPlan], scratch: Path, given: float) -> Search:
     from ctxext.train.loop import Events
     from ctxext.train.multiplier import find_multiplier
 
+    # One bar for all trials: it advances by each step, and a trial that diverges leaves its share open.
     with console.progress_display() as display:
         task = display.add_task("preparing", total=sum(plan.steps for plan in trials), note="")
 
@@ -75,7 +80,7 @@ def _outcome(trial: Trial) -> str:
 
 
 def _show(found: Search) -> None:
-    """The held-out losses step by step, what to use, and what to know of it."""
+    """Prints the held-out losses by step, the option to use, and remarks."""
     steps = sorted({step for trial in found.trials for step, _ in trial.held_out})
     rows = []
     for trial in found.trials:
@@ -93,6 +98,7 @@ def _show(found: Search) -> None:
 def _draw(found: Search, path: Path) -> None:
     from ctxext.report.figures import Line, Point, curves
 
+    # The y axis ends 0.5 nats above the loss at the start, so that a diverging trial does not squeeze the others.
     start = max(trial.held_out[0][1] for trial in found.trials if trial.held_out)
     lines = [
         Line(
@@ -104,5 +110,5 @@ def _draw(found: Search, path: Path) -> None:
         for number, trial in enumerate(found.trials)
     ]
     losses = [loss for trial in found.trials for _, loss in (*trial.held_out, *trial.training)]
-    limits = (min(losses) - 0.05, min(max(losses), start + 0.5) + 0.05)  # a trial that diverges leaves the frame
+    limits = (min(losses) - 0.05, min(max(losses), start + 0.5) + 0.05)
     curves(path, lines, "steps (thick: held out, thin: training)", "nats a token", limits=limits)

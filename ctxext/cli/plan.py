@@ -43,7 +43,7 @@ def plan(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON")] = False,
 ) -> None:
-    """What a finetune would take: memory, FLOPs, seconds, and the knobs that make it fit and fast. Runs nothing."""
+    """Predict memory, FLOPs and time of a finetune, and settings with which it fits and is fast. Trains nothing."""
     from ctxext.config.loader import assignments
     from ctxext.planning.answer import answer, ask
 
@@ -51,6 +51,7 @@ def plan(
         from ctxext.model.source import resolve
         from ctxext.planning.calibrate import calibrate as measure
 
+        # A wrong MODEL must fail before the measurement, which takes about 20 s.
         resolve(model, weights=False)
         measured = measure(console.say)
         for one in measured:

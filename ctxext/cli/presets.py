@@ -24,7 +24,7 @@ def list_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print names and comments as JSON")] = False,
 ) -> None:
-    """Every preset by kind, with what its own comment says first."""
+    """List all presets by kind, each with the first sentence of its comment."""
     from ctxext.config import presets
 
     rows = [(f"{one}/{name}", presets.comment(one, name)) for one in presets.kinds(kind) for name in presets.names(one)]
@@ -48,7 +48,7 @@ def show(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print what it sets as JSON")] = False,
 ) -> None:
-    """What a preset says: why, in its comment, and what differs from the defaults."""
+    """Show a preset and its comment; of a finetune preset also the fields that differ from the defaults."""
     from ctxext.config import presets
     from ctxext.config.loader import flow
     from ctxext.study.presets import differences
@@ -88,7 +88,7 @@ def validate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print every fault as JSON")] = False,
 ) -> None:
-    """Read presets as the commands do; exit code 1 when one has a fault."""
+    """Validate presets by reading them as the commands do; exit code 1 if one has a fault."""
     from ctxext.errors import CheckFailed
     from ctxext.study.presets import validated
     from ctxext.units import counted

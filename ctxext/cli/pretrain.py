@@ -22,7 +22,7 @@ def pretrain(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON")] = False,
 ) -> None:
-    """Train a small model from nothing, as the embedded model `tiny` was trained."""
+    """Train a small model from scratch, in the way the embedded model `tiny` was trained."""
     from ctxext.config import manifest as manifests
     from ctxext.config import presets
     from ctxext.config.loader import build

@@ -52,7 +52,7 @@ def probe(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON")] = False,
 ) -> None:
-    """Look inside a model: what its layers and heads see, carry and need."""
+    """Probe the layers and heads of a model: what they attend to, what they retrieve, how far they reach."""
     from ctxext.config.loader import assignments
     from ctxext.probes.plan import plan_probe
 
@@ -62,6 +62,7 @@ def probe(
         set_ or [], example="retrieval-heads.draws=5"
     )
     plan = plan_probe(model, names, fields, preset=preset, compare=compare, out=out, force=force)
+    # After the plan, so that wrong options fail before torch is imported.
     console.quiet_libraries()
     from ctxext.probes import run
 

@@ -27,7 +27,7 @@ def report(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON")] = False,
 ) -> None:
-    """Put evaluations and training runs into one HTML file with tables and pictures, readable without a network."""
+    """Write evaluations, probes and training runs into one HTML file with tables and pictures, readable offline."""
     from ctxext.report.page import plan_report, write_report
 
     plan = plan_report(runs, out=out, title=title, force=force)

@@ -44,7 +44,7 @@ def run(
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that are of other inputs")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the jobs, or the results, as JSON")] = False,
 ) -> None:
-    """Run named steps over the same functions as the commands; what is done and unchanged is skipped."""
+    """Run a pipeline of named steps, each of them a command; finished steps with unchanged inputs are skipped."""
     from ctxext.config.loader import assignments
     from ctxext.study.pipeline import read_pipeline
     from ctxext.study.run import plan_pipeline, run_pipeline
@@ -82,6 +82,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         console.emit({"name": plan.pipeline.name, "out": str(plan.out), "jobs": jobs})
         return
+    # The action for each status of a job (study/state.py and study/run.py).
     words = {"new": "runs", "waits": "runs", "again": "runs anew", "changed": "runs anew, replacing",
              "unfinished": "goes on", "reported": "goes on",
              "done": "done, skipped", "taken": "taken as it is"}  # fmt: skip

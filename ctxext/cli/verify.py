@@ -25,7 +25,7 @@ def verify(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON")] = False,
 ) -> None:
-    """Measure what a model's attention sees, layer by layer, as it is launched; exit code 1 when a check fails."""
+    """Measure which tokens a model's attention sees, layer by layer, as it runs; exit code 1 if a check fails."""
     from ctxext.config.manifest import default_out
     from ctxext.config.output import check_free
     from ctxext.errors import CheckFailed
@@ -33,6 +33,7 @@ def verify(
     from ctxext.units import parse_tokens
 
     launch = checks.plan_launch(model, ctx=None if ctx is None else parse_tokens(ctx), attention=attention)
+    # Check the output before the measurement, which takes long.
     out = out or default_out("verify", launch.source.name)
     check_free(out, force, keep=launch.source.paths)
     console.quiet_libraries()

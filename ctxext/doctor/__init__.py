@@ -1,1 +1,1 @@
-"""What is wrong in the environment or in a model, and what helps: findings, each ok, a warning or a failure."""
+"""Checks the environment and models. Each finding is ok, a warning or a failure, and may name a remedy."""

@@ -1,7 +1,7 @@
-"""What lies inside a model's files: values of the weights, RoPE said twice, the chat template, where a text stops.
+"""Checks the contents of a model's files: weight values, RoPE fields, the chat template, the stop tokens.
 
-torch and transformers are imported inside. Not looked at: the values of large weight matrices (beyond `READ` bytes only
-norms and biases are read), whether a chat template is the one that the model was trained with.
+torch and transformers are imported inside functions. Not checked: the values of large weight matrices (of checkpoints
+above `READ` bytes only norms and biases are read); whether the chat template is the one used in training.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ from ctxext.model.source import original_length, read_config, read_object
 from ctxext.model.weights import read_tensors
 from ctxext.units import counted, format_bytes, format_tokens
 
-READ = 2 * 1024**3  # bytes of weights that are read whole, some seconds
+READ = 2 * 1024**3  # bytes; weights up to this size are read completely, which takes some seconds
 FLOAT16_MAX = 65504.0
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
 
 
 def finite_values(path: Path, config: Config) -> str:
-    """What was read of the weights. Raises ModelError for NaN and infinity, stored or made by float16 when loaded."""
+    """Returns what was read of the weights, as text.
+
+    Raises ModelError for NaN and infinity in them, and for a value that becomes infinity when loaded as float16.
+    """
     import torch
 
     from ctxext.model.shards import tensor_reader
 
-    # choose what is read: everything, or norms and biases alone
+    # Choose what to read: everything, or only norms and biases (tensors with less than two dimensions).
     tensors = read_tensors(path)
     sizes = {name: WIDTHS.get(info.dtype, 0) * _count(info.shape) for name, info in tensors.items()}
     everything = sum(sizes.values()) <= READ
     chosen = [name for name, info in tensors.items() if everything or len(info.shape) < 2]
-    # the largest absolute value of each: NaN and infinity stay what they are
+    # The largest absolute value of each tensor. NaN and infinity survive abs and max, so one number shows both.
     read, largest, where = tensor_reader(path), 0.0, ""
     for name in chosen:
         tensor = read(name)
@@ -43,7 +46,7 @@ def finite_values(path: Path, config: Config) -> str:
             raise ModelError(f"{name} has values that are not finite (NaN or infinity)")
         if value > largest:
             largest, where = value, name
-    # a dtype in which a stored value has no place
+    # The stored values are finite. Loading in the dtype of config.json may still overflow.
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype == "float16" and largest > FLOAT16_MAX:
         raise ModelError(
@@ -62,20 +65,24 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def opens_as_config(path: Path, config: Config) -> str:
-    """The class that transformers makes of config.json as it stands. Raises ModelError where it makes none."""
+    """Returns the class that transformers builds from config.json. Raises ModelError where it cannot build one."""
     from transformers import CONFIG_MAPPING
 
     try:
         made = CONFIG_MAPPING[config["model_type"]].from_dict(read_config(path))
-    except Exception as error:  # configs of others make transformers raise errors of any kind
+    except Exception as error:  # transformers raises errors of any kind for foreign configs
         text = str(error).strip().splitlines()[-1][:200].strip() if str(error).strip() else ""
         raise ModelError(f"transformers cannot read config.json: {type(error).__name__}: {text}") from error
     return f"reads config.json as {type(made).__name__}"
 
 
 def two_thetas(raw: Config) -> list[Finding]:
-    """RoPE's base said twice, or left to a default, in the spelling of transformers 5."""
+    """Returns a warning where rope_theta is given twice with different values, or not at all.
+
+    Only `rope_parameters`, the format of transformers 5, with one RoPE for all layers is checked.
+    """
     rope, beside = raw.get("rope_parameters"), raw.get("rope_theta")
+    # A mapping of mappings has one RoPE for each type of layer: there is no single base to compare.
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         return []
     inside = rope.get("rope_theta")
@@ -90,7 +97,7 @@ def two_thetas(raw: Config) -> list[Finding]:
 
 
 def short_claim(config: Config) -> list[Finding]:
-    """A length that is less than the one which RoPE is scaled from."""
+    """Returns a warning where max_position_embeddings is less than the length that RoPE is scaled from."""
     original, claimed = original_length(config), config["max_position_embeddings"]
     if original is None or claimed >= original or rope_of(config).get("rope_type", "default") == "default":
         return []
@@ -99,7 +106,7 @@ def short_claim(config: Config) -> list[Finding]:
 
 
 def chat_template(path: Path) -> list[Finding]:
-    """Whether the chat template compiles and takes one message of a user."""
+    """Returns whether the chat template compiles and renders one user message."""
     from ctxext.model.load import load_tokenizer
 
     tokenizer: Any = load_tokenizer(path)
@@ -108,9 +115,10 @@ def chat_template(path: Path) -> list[Finding]:
     messages = [{"role": "user", "content": "Hello"}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of others
+    except Exception as error:  # a template is a foreign program and may raise anything
         found = f"the template fails on one message of a user: {type(error).__name__}: {str(error)[:200]}"
         return [Finding("chat template", "failure", found, "copy the template of the model these weights came from")]
+    # A template that compiles may still drop the message.
     if "Hello" not in text:
         found = "the template leaves the text of a user's message out"
         return [Finding("chat template", "failure", found, "copy the template of the model these weights came from")]
@@ -118,9 +126,10 @@ def chat_template(path: Path) -> list[Finding]:
 
 
 def stop_tokens(path: Path, config: Config) -> list[Finding]:
-    """The end-of-text token of the tokenizer against the ids at which generation stops."""
+    """Returns a warning where generation does not stop at the tokenizer's end-of-text token."""
     from ctxext.model.load import load_tokenizer
 
+    # eos_token_id of generation_config.json takes precedence over that of config.json. It is one id or a list.
     defaults = path / "generation_config.json"
     stated = read_object(defaults).get("eos_token_id") if defaults.is_file() else None
     stops = config.get("eos_token_id") if stated is None else stated

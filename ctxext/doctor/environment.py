@@ -1,7 +1,8 @@
-"""The environment: versions, GPU, kernels, compilers, DeepSpeed's builds, room, the hub. torch is imported inside.
+"""Checks the environment: versions, GPU, kernels, compilers, DeepSpeed's builds, disk and memory, the hub.
 
-Not looked at: whether a kernel gives the right numbers (`ctxext verify` measures that on a model), whether
-FlexAttention compiles (it takes long), the other hosts of a run. A token is looked for, never read out.
+torch is imported inside functions. Not checked: whether a kernel computes the right numbers (`ctxext verify` measures
+that on a model), whether FlexAttention compiles (it takes long), the other hosts of a run. The presence of a hub token
+is reported, never the token itself.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from ctxext.doctor.finding import Finding
 from ctxext.machine.memory import memory
 from ctxext.units import format_bytes, format_duration
 
-PATIENCE = 2.0  # seconds for the hub
-LOCK_AGE = 600  # seconds; no extension of DeepSpeed's takes as long to build
-LITTLE_DISK, LITTLE_MEMORY = 10 * 1024**3, 2 * 1024**3  # bytes
+PATIENCE = 2.0  # timeout of the hub in seconds
+LOCK_AGE = 600  # seconds; no extension of DeepSpeed takes this long to build
+LITTLE_DISK, LITTLE_MEMORY = 10 * 1024**3, 2 * 1024**3  # bytes; less free space than this is a warning
 
 
 def environment() -> list[Finding]:
-    """Every finding about this machine, in about three seconds, most of them torch's import."""
+    """Returns all findings about this machine. Takes about three seconds, most of it the import of torch."""
     return [*_versions(), *_gpu(), *_kernels(), *_builds(), *_room(), *_hub()]
 
 
@@ -45,6 +46,7 @@ def _versions() -> list[Finding]:
     good = []
     for text in importlib.metadata.requires("ctxext") or []:
         wanted = Requirement(text)
+        # Skip requirements of other platforms and of optional extras.
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         remedy = f"pip install '{wanted.name}{wanted.specifier}'"
@@ -63,6 +65,7 @@ def _gpu() -> list[Finding]:
     import torch
 
     if not torch.cuda.is_available():
+        # A torch built for GPUs that finds none, although the driver's tools are installed, is a fault.
         built = torch.version.cuda or torch.version.hip
         if built and (shutil.which("nvidia-smi") or shutil.which("rocm-smi")):
             text = f"torch {torch.__version__} sees no GPU, though this machine has a driver's tools"
@@ -79,7 +82,7 @@ def _gpu() -> list[Finding]:
 
 
 def _kernels() -> list[Finding]:
-    """Each backend of ops/backends, run once on a small call where it serves one; FlexAttention is not compiled."""
+    """Runs the backends blocked and varlen of ops/backends once on a small call. FlexAttention is not compiled."""
     import torch
 
     from ctxext.errors import CtxextError
@@ -95,15 +98,18 @@ def _kernels() -> list[Finding]:
             attention(q, q, q, Pattern(128), backend=backend)
             found.append(Finding(f"kernel {backend}", "ok", f"ran on the {where}"))
         except CtxextError as error:
+            # The backend refused the call. On a CPU that is expected: most kernels need a GPU.
             text, remedy = error.message.rpartition(": ")[2], "pip install flash-attn, or a newer torch" if gpu else ""
             found.append(Finding(f"kernel {backend}", "warning" if gpu else "ok", f"not used: {text}", remedy))
-        except Exception as error:  # a kernel that was built for another torch raises whatever it likes
+        except Exception as error:  # a kernel that was built for another torch may raise anything
             text = f"present and broken: {type(error).__name__}: {str(error)[:200]}"
             found.append(Finding(f"kernel {backend}", "failure", text, "install it again for this torch and CUDA"))
+    # FlexAttention needs triton; only its presence is checked.
     triton = find_spec("triton") is not None
     text = ("triton is there; not compiled here" if triton else "no triton") if gpu else "not used: it needs a GPU"
     lacks = gpu and not triton
     found.append(Finding("kernel flex", "warning" if lacks else "ok", text, "pip install triton" if lacks else ""))
+    # flash-attn is a compiled package: it can be installed and still fail at its import.
     if find_spec("flash_attn") is None:
         return [*found, Finding("flash-attn", "ok", "not installed; torch's own varlen kernel serves instead")]
     try:
@@ -118,7 +124,7 @@ def _kernels() -> list[Finding]:
 
 
 def _builds() -> list[Finding]:
-    """What DeepSpeed's offloading and torch.compile build with, and builds that another process left locked."""
+    """Checks the compilers that DeepSpeed's offloading and torch.compile use, and locks left by killed builds."""
     import torch
 
     compiler = next((path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name
@@ -132,6 +138,7 @@ def _builds() -> list[Finding]:
         Finding("C++ compiler", "ok" if compiler else "warning", compiler or "none", gxx),
         Finding("nvcc", "warning" if lacks else "ok", nvcc or "none", cuda),
     ]
+    # A killed build leaves its lock file, and every later build of this extension waits for it.
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     locks = [path for path in root.glob("**/lock") if path.is_file()]
     for lock in locks:
@@ -150,6 +157,7 @@ def _room() -> list[Finding]:
     found = []
     own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     for name, place in (("disk here", Path.cwd()), ("disk of the hub's cache", hub), ("disk of ctxext's cache", own)):
+        # A cache that does not exist yet will be on the disk of its nearest existing parent.
         there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         little = free < LITTLE_DISK
@@ -172,7 +180,8 @@ def _hub(environ: Mapping[str, str] = os.environ) -> list[Finding]:
         return [Finding("hub", "ok", f"not asked: HF_HUB_OFFLINE is set; {token}")]
     endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co")
     answer: list[str] = []
-    thread = Thread(target=_ask, args=(endpoint, answer), daemon=True)  # a name server may take longer than any timeout
+    # In a thread, since the timeout of urlopen does not limit the name lookup.
+    thread = Thread(target=_ask, args=(endpoint, answer), daemon=True)
     thread.start()
     thread.join(PATIENCE + 1)
     said = answer[0] if answer else f"no answer in {PATIENCE + 1:g} s"
@@ -183,10 +192,11 @@ def _hub(environ: Mapping[str, str] = os.environ) -> list[Finding]:
 
 
 def _ask(endpoint: str, answer: list[str]) -> None:
+    # Appends "" where the hub answers, else the reason. An HTTP error is an answer, too.
     try:
         urlopen(Request(endpoint, method="HEAD"), timeout=PATIENCE).close()
         answer.append("")
-    except HTTPError:  # it answered
+    except HTTPError:
         answer.append("")
     except (OSError, ValueError) as error:
         answer.append(str(getattr(error, "reason", error)))

@@ -1,4 +1,4 @@
-"""One thing looked at, and what helps where it is wrong."""
+"""The result of one check, and its remedy where the check fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Status = Literal["ok", "warning", "failure"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`remedy` says what to do; empty where all is well or nothing can be done."""
+    """The result of one check. `remedy`: what to do; empty where nothing is wrong or nothing can be done."""
 
     name: str
     status: Status
@@ -25,27 +25,31 @@ class Finding:
 
 
 def judged(name: str, check: Callable[[], str], remedy: str = "") -> Finding:
-    """`check`, which says what it found, or raises what is a failure."""
+    """Runs `check` and returns its finding: ok with the returned text, or a failure where it raises.
+
+    `remedy` is used where the error has no hint.
+    """
     try:
         return Finding(name, "ok", check())
     except CtxextError as error:
         return Finding(name, "failure", error.message, error.hint or remedy)
-    except Exception as error:  # an ill file makes libraries raise whatever they like; the examination goes on
+    except Exception as error:
+        # Libraries raise errors of any kind for broken files. One of them must not end the other checks.
         return Finding(name, "failure", f"{type(error).__name__}: {str(error)[:200]}", remedy)
 
 
 def guarded(name: str, part: Callable[[], list[Finding]], remedy: str = "") -> list[Finding]:
-    """The findings of a part of the examination; one failure called `name` where that part raises."""
+    """Returns the findings of `part`, or one failure with the name `name` where it raises."""
     try:
         return part()
     except CtxextError as error:
         return [Finding(name, "failure", error.message, error.hint or remedy)]
-    except Exception as error:  # as above: a broken file makes libraries raise errors of any kind
+    except Exception as error:  # as in `judged`
         return [Finding(name, "failure", f"{type(error).__name__}: {str(error)[:200]}", remedy)]
 
 
 def require_health(findings: Iterable[Finding]) -> None:
-    """Raises CheckFailed, naming the failures."""
+    """Raises CheckFailed with the names of the failures, where there are any."""
     ill = [finding for finding in findings if finding.status == "failure"]
     if ill:
         raise CheckFailed(

@@ -1,9 +1,9 @@
-"""The health of one model directory or run: files, hashes, shapes, positions, tokenizer, adapter, base, targets.
+"""Checks one model directory or run: files, hashes, shapes, positions, tokenizer, adapter, base, export targets.
 
-Headers and small files are read, the weights where there is a hash to compare them with, and their values as
-contents.py says. The only model that is built is a miniature with one head, whose RoPE is compared with what the config
-means. torch is imported inside.
-Not looked at: whether the weights are any good (`ctxext eval`), what attention sees (`ctxext verify`).
+Headers and small files are read. Weights are hashed where a recorded hash exists; contents.py says which values are
+read. The only model that is built is a miniature with one head: its RoPE is compared with that of the config.
+torch is imported inside functions.
+Not checked: the quality of the weights (`ctxext eval`), what attention sees (`ctxext verify`).
 """
 
 from __future__ import annotations
@@ -32,28 +32,33 @@ AGAIN = "copy or download the files again, or write the output again"
 
 
 def model(name: str) -> list[Finding]:
-    """Every finding about a local directory, a run or a preset that lies here. Raises InputError for anything else."""
+    """Returns all findings about a local directory, a run, a GGUF file or a preset with local files.
+
+    Raises InputError for anything else: nothing is downloaded.
+    """
     path = _place(name)
+    # Later checks need a readable config. Without it, stop here.
     found = [judged("manifest", lambda: _manifest(path)), judged("config", lambda: _config(path))]
     manifest = None if found[0].status == "failure" else manifest_of(path)
     if found[1].status == "failure":
         return [*found, Finding("weights", "warning", "not examined: nothing says what they should be", AGAIN)]
     config = normalise(read_config(path))
     adapter = (path / "adapter_config.json").is_file()
-    # the weight files: of an adapter the trained tensors, else what config.json says
+    # The weight files. An adapter must hold the trained tensors, any other model the tensors that config.json implies.
     found += guarded("adapter" if adapter else "weights", lambda: (
         _adapter(path, manifest, config) if adapter else _weights(path, config)), AGAIN)  # fmt: skip
+    # Values and hashes are read only from complete files.
     whole = all(finding.name not in ("files", "weights") or finding.status != "failure" for finding in found)
     if whole and not adapter:
         found.append(judged("values", lambda: finite_values(path, config), AGAIN))
     if manifest is not None and whole:
         found += guarded("hashes", lambda: _hashes(path, manifest, adapter), AGAIN)
-    # the positions
+    # The positions.
     found.append(judged("transformers", lambda: opens_as_config(path, config), "mend the field in config.json"))
     found.append(judged("positions", lambda: _positions(path, config), "mend rope_parameters in config.json"))
     found += guarded("positions meant", lambda: _promises(manifest, config))
     found += guarded("positions said", lambda: two_thetas(read_config(path)) + short_claim(config))
-    # the tokenizer
+    # The tokenizer. The chat template and the stop tokens need one that opens.
     found += guarded("tokenizer", lambda: tokenizer(path, config))
     if all(finding.name != "tokenizer" or finding.status == "ok" for finding in found):
         found += guarded("chat template", lambda: chat_template(path))
@@ -66,7 +71,8 @@ def model(name: str) -> list[Finding]:
 def _exports(path: Path, config: Config) -> list[Finding]:
     try:
         oldest = first_model(path)
-    except ModelError:  # a manifest of the chain is broken; where it is this model's own, that is a finding
+    except ModelError:
+        # A manifest among the parents is broken. Where it is this model's own, the check "manifest" reports it.
         oldest = "SOURCE"
     return [_export(target, config, oldest, read_config(path)) for target in TARGETS]
 
@@ -101,7 +107,7 @@ def _config(path: Path) -> str:
 
 
 def _weights(path: Path, config: Config) -> list[Finding]:
-    """The files against the index, the tensors against the config, the head against the embeddings."""
+    """Compares the files with the index, the tensors with the config, and the head with the embeddings."""
     found = [judged("files", lambda: f"{len({info.file for info in read_tensors(path).values()})} whole", AGAIN)]
     if found[0].status == "failure":
         return found
@@ -110,6 +116,7 @@ def _weights(path: Path, config: Config) -> list[Finding]:
     stray = sorted(file.name for file in path.glob("*.safetensors") if file.name not in named)
     if stray:
         found.append(Finding("files", "warning", f"not in {INDEX}: {', '.join(stray)}", "remove what nothing reads"))
+    # A tied model needs no stored head. An untied model without one gets only this failure, not also a missing tensor.
     expected = expected_tensors(config)
     tied, stored = bool(config["tie_word_embeddings"]), HEAD in tensors
     if not tied and not stored:
@@ -136,6 +143,7 @@ def _head(path: Path, tied: bool) -> Finding:
     read = tensor_reader(path)
     head, embedding = read(HEAD), read(EMBEDDING)
     same = head is not None and embedding is not None and head.shape == embedding.shape and torch.equal(head, embedding)
+    # A tied model ignores the stored head. An untied one trains head and embeddings separately.
     name = "tied embeddings"
     if tied and not same:
         text = f"config.json says tied, and {HEAD} differs from {EMBEDDING}: it would be dropped"
@@ -149,11 +157,15 @@ def _head(path: Path, tied: bool) -> Finding:
 
 
 def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Finding]:
-    """Every tensor that the run's spec and adapter_config.json say was trained is in the file."""
+    """Checks that the adapter file holds all tensors that were trained, and that its base is unchanged.
+
+    The run's spec and adapter_config.json say which tensors were trained.
+    """
 
     def complete() -> str:
         stored = set(read_header(path / ADAPTER_FILE))
         settings = read_object(path / "adapter_config.json")
+        # Trained whole (modules_to_save), by LoRA (target modules), or directly (parameters such as sinks).
         whole, targets = set(settings.get("modules_to_save") or ()), set(settings.get("target_modules") or ())
         direct: tuple[str, ...] = ()
         if manifest is not None and "lora" in manifest.spec:
@@ -161,6 +173,7 @@ def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Find
             plan = plan_trainables(config, "lora", lora, manifest.facts.get("trained_sinks") or ())
             whole, targets = whole | set(plan.whole), targets | {group.name for group in plan.lora}
             direct = plan.direct
+        # The names under which PEFT stores them.
         wanted = {f"base_model.model.{name}.weight" for name in whole} | {in_adapted(name, targets) for name in direct}
         for name in (name.removesuffix(".weight") for name in expected_tensors(config)):
             if name.rpartition(".")[2] in targets and not name.endswith(".bias"):
@@ -189,7 +202,7 @@ def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Find
 
 
 def _hashes(path: Path, manifest: Manifest, adapter: bool) -> list[Finding]:
-    """The weights against what was recorded of them; whether what they were made from is still there."""
+    """Compares the weights with their recorded hashes, and checks that the parents still exist unchanged."""
     found, own = [], manifest.facts.get("weights")
     if isinstance(own, dict):
         found.append(judged("hashes", lambda: _as_written(path, own), AGAIN))
@@ -197,6 +210,7 @@ def _hashes(path: Path, manifest: Manifest, adapter: bool) -> list[Finding]:
         found.append(Finding("hashes", "ok", "not checked: the manifest records those of the parents only"))
     for role, parent in manifest.parents.items():
         place = Path(parent.get("path", ""))
+        # `_adapter` checks the base of an adapter. A parent without a local path cannot be checked.
         if (role == "base" and adapter) or not place.is_absolute():
             continue
         if not place.is_dir():
@@ -218,21 +232,22 @@ def _as_written(path: Path, own: dict[str, str]) -> str:
 
 
 def _positions(path: Path, config: Config) -> str:
-    """The RoPE that transformers makes of config.json as it stands, against what this package understands by it."""
+    """Compares the RoPE that transformers builds from config.json with the one this package computes from it."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     from ctxext.model.frequencies import check_realised
 
-    # One head of the real width: the frequencies depend on the width of a head, and not on how many there are.
+    # One head of the real width: the frequencies depend on the width of a head, not on the number of heads.
     small = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "moe_intermediate_size": 8}
     small |= {"num_attention_heads": 1, "num_key_value_heads": 1}
     raw = read_config(path) | {"head_dim": config["head_dim"]} | dict.fromkeys(SPECIAL)
     raw |= {name: value for name, value in small.items() if name in raw or name == "num_key_value_heads"}
+    # Building the model draws random weights; the caller's random state stays as it is.
     try:
         with torch.random.fork_rng():
             shadow: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(raw))
-    except Exception as error:  # whatever a config of others makes transformers raise
+    except Exception as error:  # transformers raises errors of any kind for foreign configs
         raise ModelError(f"transformers makes no model of it: {type(error).__name__}: {str(error)[:200]}") from error
     worst = check_realised(shadow, config)
     rope = rope_of(config)
@@ -242,10 +257,11 @@ def _positions(path: Path, config: Config) -> str:
 
 
 def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
-    """What a run said its positions are, against the config that lies there now."""
+    """Compares the positions and lengths recorded in the manifest with those of config.json."""
     facts = manifest.facts if manifest else {}
     meant, found, rope = facts.get("rope_parameters") or facts.get("source_rope_parameters"), [], rope_of(config)
-    if meant and "original_max_position_embeddings" not in meant:  # older runs left it to transformers
+    # Manifests without this field left it to transformers: do not compare it.
+    if meant and "original_max_position_embeddings" not in meant:
         rope.pop("original_max_position_embeddings", None)
     if meant and rope and meant != rope:
         text = f"{'the run' if manifest and manifest.kind != 'conversion' else 'the conversion'} meant {meant}, "

@@ -1,6 +1,6 @@
-"""The health of a model directory's tokenizer: its ids against tokenizer.json, its control tokens.
+"""Checks the tokenizer of a model directory: its ids against tokenizer.json, and its control tokens.
 
-transformers is imported inside. Not looked at: whether the tokenizer is the one that the weights were trained with.
+transformers is imported inside functions. Not checked: whether the weights were trained with this tokenizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REMEDY = "copy the tokenizer's files of the model these weights came from"
 
 
 def tokenizer(path: Path, config: Config) -> list[Finding]:
-    """The findings about the tokenizer of a directory whose normalised config is `config`."""
+    """Returns the findings about the tokenizer of a directory. `config`: its normalised config."""
     size = config["vocab_size"]
     found: list[Any] = []
 
@@ -37,6 +37,7 @@ def tokenizer(path: Path, config: Config) -> list[Finding]:
         judged("tokenizer", opens, REMEDY),
         judged("special tokens", lambda: _in_range(path, size), "mend the id in that file"),
     ]
+    # The other checks need a tokenizer that opens; BOS and EOS also need ids in range.
     if found:
         findings += _ids(path, found[0])
         if findings[1].status == "ok":
@@ -45,7 +46,7 @@ def tokenizer(path: Path, config: Config) -> list[Finding]:
 
 
 def _in_range(path: Path, size: int) -> str:
-    """The control tokens' ids that config.json and generation_config.json name."""
+    """The ids of control tokens in config.json and generation_config.json. Raises ModelError for one out of range."""
     ids: dict[str, Any] = {}
     for place, settings in _settings(path):
         for name in SPECIAL:
@@ -64,7 +65,7 @@ def _settings(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _ids(path: Path, mine: Any) -> list[Finding]:
-    """The ids of fixed texts: tokenizer.json's against those of AutoTokenizer and of what ctxext loads."""
+    """Compares the ids of fixed texts: tokenizer.json against AutoTokenizer and against the tokenizer ctxext loads."""
     from tokenizers import Tokenizer
 
     from ctxext.model.tokenizer import FILE, PROBES, by_hand, differs, probe_texts, settle, stock_tokenizer, version
@@ -72,6 +73,7 @@ def _ids(path: Path, mine: Any) -> list[Finding]:
     name = "token ids"
     if not (path / FILE).is_file():
         return [Finding(name, "ok", f"not compared: there is no {FILE}")]
+    # The file may ask for truncation or padding, which are not part of the ids.
     file = Tokenizer.from_file(str(path / FILE))
     file.no_truncation()
     file.no_padding()
@@ -88,8 +90,9 @@ def _ids(path: Path, mine: Any) -> list[Finding]:
     try:
         stock: Any = stock_tokenizer(path)
         problem = against(stock)
-    except Exception as error:  # whatever transformers raises for files of others
+    except Exception as error:  # transformers raises errors of any kind for foreign files
         problem = f"it does not open them ({str(error)[:200]})"
+    # AutoTokenizer gives other ids, ctxext gives the right ones: a warning for programs that use AutoTokenizer.
     if problem is not None and against(mine) is None:
         text = f"AutoTokenizer of {version()} does not follow {FILE}: {problem}; ctxext uses {FILE}"
         settled = settle(path, read_config(path))
@@ -97,6 +100,7 @@ def _ids(path: Path, mine: Any) -> list[Finding]:
         if settled.problem is None and settled.files:
             remedy = f"set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json; {remedy}"
         return [Finding(name, "warning", text, remedy)]
+    # Both give other ids: the files themselves disagree.
     if problem is not None:
         text = f"the other tokenizer files change the ids of {FILE}: {problem}"
         return [Finding(name, "warning", text, "remove the added tokens of tokenizer_config.json that differ")]
@@ -104,7 +108,7 @@ def _ids(path: Path, mine: Any) -> list[Finding]:
 
 
 def _ends(path: Path, mine: Any) -> list[Finding]:
-    """Whether there is an EOS, and whether BOS is added as tokenizer_config.json says."""
+    """Warnings where there is no EOS, or where BOS is not added as tokenizer_config.json says."""
     from ctxext.data.prompts import framing
 
     found = []
@@ -112,6 +116,7 @@ def _ends(path: Path, mine: Any) -> list[Finding]:
         text = "the tokenizer names no EOS: documents cannot be ended, and finetune refuses it"
         found.append(Finding("EOS", "warning", text, "set eos_token in tokenizer_config.json"))
     file = path / "tokenizer_config.json"
+    # What the tokenizer adds is measured on a text: transformers 5 follows the post_processor of tokenizer.json.
     asked = read_object(file).get("add_bos_token") if file.is_file() else None
     adds = mine.bos_token_id is not None and mine.bos_token_id in framing(mine)[0]
     if asked is not None and bool(asked) != adds:

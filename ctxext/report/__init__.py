@@ -1,1 +1,1 @@
-"""Evaluations and training runs in one HTML file: read (runs), drawn (figures), put in words (sections, page)."""
+"""Puts evaluations, probes and training runs into one HTML file: reading (runs), figures, text (sections, page)."""

@@ -1,4 +1,4 @@
-"""The pictures of a suite: which numbers go where, and what is said of them to who cannot see them."""
+"""The pictures of a suite: which numbers are drawn, and the alternative text for readers who cannot see them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ctxext.report.markup import Html, picture
 from ctxext.report.runs import Block, Row, Series
 from ctxext.units import format_tokens
 
-Numbers = dict[str, int]  # of a label: its colour and its marker
+Numbers = dict[str, int]  # label -> number that decides its colour and marker
 LENGTH_AXIS = "length, tokens (k = 1,024)"
 
 
 def draw(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
-    """Every picture of a block, as files that begin with `stem`."""
+    """Draws every picture of a block into files whose names begin with `stem`. Returns them as HTML."""
     return PICTURES[block.suite](stem, block, numbers) if block.suite in PICTURES else []
 
 
@@ -29,13 +29,14 @@ def _perplexity(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
 def _against_length(
     stem: Path, block: Block, numbers: Numbers, limits: tuple[float, float] | None = None
 ) -> list[Html]:
-    """The whole suite's number against length, a line a model; nothing where there are no numbers."""
+    """The number of the whole suite against length, one line per model; nothing where there are no numbers."""
     lines = [
         Line(_usable(s), [_point(row) for row in _measured(s)], numbers[s.label], [s.model.usable_length])
         for s in block.series
     ]
     if not any(line.points for line in lines):
         return []
+    # Perplexity and LongPPL, where lower is better, can span orders of magnitude: logarithmic axis.
     metric, log = words.metric(block), block.suite in LOWER_IS_BETTER
     spoken = "; ".join(f"{s.label}: {', '.join(map(_said, _measured(s))) or 'none'}" for s in block.series)
     caption = f"{words.title(block.suite)}: {metric}, {words.better(block)}, against length; {words.protocol(block)}."
@@ -65,9 +66,10 @@ def _said(row: Row) -> str:
 
 
 def _by_position(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
-    """Loss by position at the greatest length that all models share: a point in the middle of its bucket."""
+    """Loss by position at the greatest length that all models share. Each point is in the middle of its bucket."""
     length, lines = block.shared_length or 0, list[Line]()
     for series in block.series:
+        # A bucket without tokens has no loss.
         row = series.whole().get(length)
         buckets = [b for b in row.details.get("buckets", []) if b["nats_per_token"] is not None] if row else []
         points = [Point(middle(b["start"], b["stop"]), b["nats_per_token"]) for b in buckets]
@@ -84,18 +86,18 @@ def _by_position(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
 
 
 def middle(start: float, stop: float) -> float:
-    """Of a bucket of positions, on a logarithmic axis."""
+    """Returns the middle of a bucket of positions on a logarithmic axis: the geometric mean of its ends."""
     return float((max(start, 1) * stop) ** 0.5)
 
 
 def spoken_lines(lines: Sequence[Line]) -> str:
-    """Every line's first and last point: what a picture shows to who does not see it."""
+    """Returns the first and the last point of every line as alternative text."""
     ends = [(line.label, line.points[0], line.points[-1]) for line in lines if line.points]
     return "; ".join(f"{name}: from {a.y:,.4g} at {a.x:,.0f} to {b.y:,.4g} at {b.x:,.0f}" for name, a, b in ends)
 
 
 def _depths(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
-    """Share of cases against length, and over length and depth: a picture a model, all on one scale."""
+    """Share of cases against length, then a heatmap of length and depth per model, all on one scale."""
     made = _against_length(stem, block, numbers, (-0.04, 1.04))
     for series in block.series:
         rows = [row for _, row in sorted(series.whole().items()) if row.details.get("by_depth")]
@@ -109,7 +111,7 @@ def _depths(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
 
 
 def _cases(rows: Sequence[Row]) -> str:
-    """How many cases a cell has, or a length where that does not tell."""
+    """The number of cases per cell; per length where cells differ."""
     each = {row.n / len(row.details["by_depth"]) for row in rows}
     if len(each) == 1 and min(each).is_integer():
         return f"n = {min(each):,.0f} a cell"
@@ -117,9 +119,10 @@ def _cases(rows: Sequence[Row]) -> str:
 
 
 def _ruler(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
-    """The average against length, and percent by task and length: a picture a model."""
+    """The average against length, then a heatmap of percent by task and length per model."""
     made = _against_length(stem, block, numbers, (-4.0, 104.0))
     for series in block.series:
+        # Lengths are columns, tasks are rows. The task "" is the average; it comes last.
         whole = [row for _, row in sorted(series.whole().items())]
         tasks = sorted(dict.fromkeys(row.task for row in series.rows), key=lambda task: task == "")
         found = {(row.task, row.length): row.value for row in series.rows}
@@ -142,6 +145,7 @@ def _heatmap(
     what: str,
     highest: float,
 ) -> Html:
+    # A column with * is a length beyond the usable length. Shares have two decimals, percents none.
     columns = [f"{figures.tokens_text(row.length)}{'*' if row.extrapolated else ''}" for row in rows]
     digits, beyond = (2 if highest == 1 else 0), any(row.extrapolated for row in rows)
     spoken = "; ".join(

@@ -1,7 +1,7 @@
-"""Pictures, by matplotlib's object interface: small enough for a phone, the same bytes from the same numbers.
+"""Figures drawn with matplotlib's object interface: narrow enough for a phone, same numbers give the same bytes.
 
-Colour never stands alone: a line has a marker of its own, a cell has its number. Text is drawn as paths, so that a
-picture needs no font. What is drawn is on a white ground whatever the page's.
+Colour is never the only sign: every line has its own marker, every cell has its number. Text is drawn as paths, so that
+a picture needs no font. The background is white whatever the background of the page is.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ _RC: dict[str, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "ctxext",
     "figure.facecolor": "white",
-    "text.parse_math": False,  # a name with a $ in it is a name
+    "text.parse_math": False,  # a $ in a name is not math
 }
 _DEFAULTS = {name: value for name, value in matplotlib.rcParamsDefault.items() if not name.startswith("backend")}
-_LONGEST_LABEL = 46  # characters of a legend's line
+_LONGEST_LABEL = 46  # characters per line of a legend
 
 
 @dataclass(frozen=True)
 class Point:
-    """`low` and `high` bound `y` where that is known; `hollow`: beyond what the model bears."""
+    """One point of a line. `low`, `high`: the interval of `y`, where known. `hollow`: beyond the usable length."""
 
     x: float
     y: float
@@ -63,9 +63,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """`number` decides colour and marker: a model's are the same in every picture. `style` "--" is a second kind of
-    line. `marks`: x values to mark with a vertical line, such as the usable length. `behind`: drawn thin behind it,
-    such as the steps that `points` are means of."""
+    """One line of a figure.
+
+    number  decides colour and marker, so that a model looks the same in every picture
+    marks   x values that get a vertical line, such as the usable length
+    style   "--" is a second kind of line
+    behind  points drawn thin behind the line, such as the steps that `points` are means of
+    """
 
     label: str
     points: Sequence[Point]
@@ -85,12 +89,13 @@ def curves(
     log: bool = False,
     limits: tuple[float, float] | None = None,
 ) -> None:
-    """A line for each of `lines`, into `path` (SVG). `tokens`: x counts tokens, on a log2 axis. `log`: y as well.
+    """Draws `lines` into `path` (SVG). `tokens`: x counts tokens, on a log2 axis. `log`: y is logarithmic.
 
-    Beyond what a model bears a line is dashed and its markers are hollow. What is not finite, or not above 0 on a
-    logarithmic axis, is left out.
+    Beyond the usable length of a model a line is dashed and its markers are hollow. Points that are not finite, or not
+    above 0 on a logarithmic axis, are left out.
     """
     with drawing():
+        # The legend is below the axes: each of its lines adds 0.19 inches, long labels take two.
         lines = [_drawable(line, log) for line in lines]
         figure = Figure(figsize=(WIDTH, 2.7 + 0.19 * sum(1 + ("\n" in short(line.label)) for line in lines)))
         figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
@@ -105,6 +110,7 @@ def curves(
             ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         if limits is not None:
             ax.set_ylim(*limits)
+        # After all lines and limits: only marks inside the x range are drawn.
         marks = sorted({mark for line in lines for mark in line.marks})
         _mark(ax, marks)
         ax.set_xlabel(x_label)
@@ -125,24 +131,31 @@ def heatmap(
     highest: float,
     digits: int,
 ) -> None:
-    """`cells[row][column]`, from 0 to `highest`, in colour and in numbers, into `path` (PNG); None is a grey "none"."""
+    """Draws `cells[row][column]`, values from 0 to `highest`, as colours and numbers into `path` (PNG).
+
+    `digits`: decimals of the numbers. None is a grey cell with the text "none".
+    """
     with drawing():
+        # Inches: room for the longest row name and 0.44 per column, so that numbers do not overlap.
         widest = max(len(row) for row in rows) * 0.075
         width = max(WIDTH, 1.5 + widest + 0.44 * len(columns))
         figure = Figure(figsize=(width, 1.35 + 0.33 * len(rows)), dpi=220)
         figure.set_layout_engine("constrained", h_pad=0.06, w_pad=0.06)
         ax = figure.add_subplot()
+        # NaN cells are transparent and show the grey background.
         scale, colours = Normalize(0, highest), colormaps["cividis"]
         values = [[math.nan if cell is None else cell for cell in row] for row in cells]
         ax.set_facecolor("0.94")
         mesh = ax.pcolormesh(values, norm=scale, cmap=colours, edgecolors="white", linewidth=1.5)
         for r, row in enumerate(cells):
             for c, cell in enumerate(row):
+                # White text on the dark half of cividis, black text on the light half.
                 dark = cell is not None and scale(cell) < 0.55
                 shown = "none" if cell is None else f"{cell:.{digits}f}"
                 ax.text(
                     c + 0.5, r + 0.5, shown, ha="center", va="center", fontsize=8, color="white" if dark else "black"
                 )
+        # RULER's last row is the average of the tasks above it: separate it by a line.
         if rows[-1] == "average":
             ax.axhline(len(rows) - 1, color="black", linewidth=1.5)
         ax.set_xticks([c + 0.5 for c in range(len(columns))], columns)
@@ -160,17 +173,17 @@ def heatmap(
 
 
 def short(label: str) -> str:
-    """A label as a picture can hold it: at most two lines, of printable characters."""
+    """Returns a label that fits in a picture: at most two lines of printable characters."""
     plain = "".join(c if c.isprintable() else " " for c in label)
     if len(plain) > 2 * _LONGEST_LABEL:
         plain = f"{plain[: _LONGEST_LABEL - 2]} … {plain[-_LONGEST_LABEL + 4 :]}"
     if len(plain) > _LONGEST_LABEL:
         plain = f"{plain[:_LONGEST_LABEL]}\n{plain[_LONGEST_LABEL:]}"
-    return f" {plain}" if plain.startswith("_") else plain  # matplotlib leaves out what starts with _
+    return f" {plain}" if plain.startswith("_") else plain  # matplotlib hides labels that start with _
 
 
 def tokens_text(count: float) -> str:
-    """An axis's label: 512, 1k, 1.5k, 100k, 1M, in 1,024."""
+    """Returns a token count as an axis label: 512, 1k, 1.5k, 100k, 1M (k = 1,024)."""
     for size, unit in ((1024**2, "M"), (1024, "k")):
         if count >= size and count % (size // 4) == 0:
             return f"{count / size:g}{unit}"
@@ -179,13 +192,17 @@ def tokens_text(count: float) -> str:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Matplotlib's defaults and ours, whatever the user's own settings. A letter that no font here has is a box."""
+    """Draws with matplotlib's defaults and ours, and ignores the user's settings.
+
+    A character that the font lacks is drawn as a box, without a warning.
+    """
     with warnings.catch_warnings(), matplotlib.rc_context(_DEFAULTS | _RC):
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         yield
 
 
 def save(figure: Figure, path: Path) -> None:
+    # Remove metadata such as the date, so that the same numbers give the same bytes.
     names = ("Date", "Creator", "Format", "Type") if path.suffix == ".svg" else ("Software",)
     figure.savefig(path, metadata=dict.fromkeys(names))
 
@@ -202,7 +219,7 @@ def _look(line: Line) -> dict[str, Any]:
 
 
 def _legend(figure: Figure, lines: Sequence[Line], *, marked: bool) -> None:
-    """Below the axes, a line a row, and what dotted and dashed lines mean where there are some."""
+    """Adds a legend below the axes: one row per line, and the meaning of dotted and dashed lines where they occur."""
     keys = [(line.label, Line2D([], [], linestyle=line.style, **_look(line))) for line in lines]
     if marked:
         keys.append(("usable length (to …)", Line2D([], [], color="0.45", linestyle=":")))
@@ -213,16 +230,19 @@ def _legend(figure: Figure, lines: Sequence[Line], *, marked: bool) -> None:
 
 
 def _dodge(lines: Sequence[Line], line: Line) -> float:
-    """What x is multiplied with so that intervals at one length do not cover each other."""
+    """The factor for x that keeps the intervals of several lines at one length from covering each other."""
     if not any(point.low is not None for each in lines for point in each.points):
         return 1.0
     return float(2 ** (0.07 * (lines.index(line) - (len(lines) - 1) / 2)))
 
 
 def _draw(ax: Axes, line: Line, dodge: float) -> None:
+    # The raw steps first, so that the line lies on top of them.
     look, points = _look(line), list(line.points)
     thin = [(point.x, point.y) for point in line.behind]
     ax.plot([x for x, _ in thin], [y for _, y in thin], color=look["color"], linewidth=0.6, alpha=0.45)
+    # The dashed part starts at the last point of the solid part, so that the two are joined. That point has its marker
+    # already: skip it. A solid line has at most about 12 markers.
     sure = [point for point in points if not point.hollow]
     beyond = [*sure[-1:], *(point for point in points if point.hollow)]
     every = max(1, len(points) // 12)
@@ -244,7 +264,7 @@ def _draw(ax: Axes, line: Line, dodge: float) -> None:
 
 
 def log_axis(ax: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where the values span so much that 1, 2, 5 give ticks enough."""
+    """Makes y logarithmic where the values span a factor of 5 or more: else ticks at 1, 2, 5 are too few."""
     if max(values, default=1) < 5 * min(values, default=1):
         return
     ax.set_yscale("log")
@@ -254,7 +274,10 @@ def log_axis(ax: Axes, values: Sequence[float]) -> None:
 
 
 def token_axis(ax: Axes, counts: set[float]) -> None:
-    """Log2, with a tick at every length, or at powers of two where points stand between lengths; at most nine."""
+    """Makes x a log2 axis of tokens with at most nine ticks.
+
+    The ticks are at every count, or at powers of two where some counts are not whole numbers (middles of buckets).
+    """
     ticks = sorted(counts)
     if not all(float(count).is_integer() for count in ticks):
         ticks = [2.0**n for n in range(math.ceil(math.log2(ticks[0])), math.floor(math.log2(ticks[-1])) + 1)]
@@ -262,6 +285,7 @@ def token_axis(ax: Axes, counts: set[float]) -> None:
     ax.xaxis.set_major_locator(FixedLocator(ticks[:: math.ceil(len(ticks) / 9) or 1]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens_text(x)))
+    # A single length: show a factor of 2 on both sides.
     if len(counts) == 1:
         ax.set_xlim(min(counts) / 2, min(counts) * 2)
 

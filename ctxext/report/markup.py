@@ -1,4 +1,4 @@
-"""HTML from values: what comes from a file is escaped, because only `tag` makes what is not."""
+"""Builds HTML from values. Text from files is a plain string and gets escaped; only `Html` is taken as markup."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from pathlib import Path
 
 _VOID = {"meta", "img", "br", "hr"}
 _MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
-_CONTROLS = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"}  # not allowed in HTML
+_CONTROLS = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"}  # control characters: invalid in HTML
 
 
 class Html(str):
-    """Text that is markup; every other text is data."""
+    """A string that is markup. Every other string is data and gets escaped."""
 
 
 def tag(name: str, /, *children: str, **attributes: object) -> Html:
-    """`<name attributes>children</name>`; children that are not `Html` are escaped. `class_` is class, _ is -."""
+    """Returns `<name attributes>children</name>`. Children that are not `Html` are escaped.
+
+    In names of attributes an outer _ is removed and an inner _ becomes -: `class_` is class, `aria_label` aria-label.
+    """
     given = "".join(f' {key.strip("_").replace("_", "-")}="{_escaped(str(x))}"' for key, x in attributes.items())
     if name in _VOID:
         return Html(f"<{name}{given}>")
@@ -26,7 +29,7 @@ def tag(name: str, /, *children: str, **attributes: object) -> Html:
 
 
 def join(parts: Iterable[str], between: str = "") -> Html:
-    """Parts one after another, those that are not `Html` escaped, as is `between`."""
+    """Joins parts with `between`. Parts that are not `Html`, and `between`, are escaped."""
     return Html(_escaped(between).join(part if isinstance(part, Html) else _escaped(part) for part in parts))
 
 
@@ -35,7 +38,7 @@ def _escaped(text: str) -> str:
 
 
 def number(value: float | None, digits: int, *, sign: bool = False) -> Html:
-    """A number rounded for reading, with all its digits in the `value` of a <data>; None is "none"."""
+    """Returns a rounded number as a <data> element whose `value` has all digits; None is "none"."""
     if value is None:
         return tag("span", "none", class_="none")
     if not math.isfinite(value):
@@ -45,12 +48,12 @@ def number(value: float | None, digits: int, *, sign: bool = False) -> Html:
 
 
 def small(*children: str) -> Html:
-    """A second, quieter line in a cell."""
+    """Returns a second line of a cell, in small type."""
     return tag("small", *children)
 
 
 def table(caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], **attributes: object) -> Html:
-    """A table that scrolls by itself where it is too wide; the first cell of a row heads it."""
+    """Returns a table that scrolls sideways where it is too wide. The first cell of a row is its header."""
     body = [
         tag("tr", tag("th", row[0], scope="row"), *[tag("td", cell) for cell in row[1:]])
         for row in ([*map(_cell, row)] for row in rows)
@@ -74,7 +77,7 @@ def details(summary: str, *children: str) -> Html:
 
 
 def picture(path: Path, draw: Callable[[Path], None], alt: str, caption: str) -> Html:
-    """Draws into the file `path` and shows what is in it, embedded."""
+    """Calls `draw(path)` and returns a figure with the file embedded as a data URL. `alt`: the alternative text."""
     draw(path)
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     image = tag("img", src=f"data:{_MEDIA[path.suffix]};base64,{data}", alt=alt)
@@ -82,5 +85,5 @@ def picture(path: Path, draw: Callable[[Path], None], alt: str, caption: str) ->
 
 
 def pictures(figures: Sequence[Html]) -> Html:
-    """Pictures beside each other, as many as there is room for."""
+    """Returns pictures side by side, as many in a row as fit."""
     return tag("div", *figures, class_="pictures") if figures else Html("")

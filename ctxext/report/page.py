@@ -1,4 +1,4 @@
-"""The report as one file: what was given is read and checked first, then written whole or not at all."""
+"""Plans and writes the report as one HTML file. All runs are read and checked before the output is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PICTURES = (".svg", ".png")
 
 @dataclass(frozen=True)
 class ReportPlan:
-    """A report whose runs were read and found whole."""
+    """A report whose runs are read and valid."""
 
     runs: list[Run]
     blocks: list[Block]
@@ -31,7 +31,7 @@ class ReportPlan:
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: `page` and `pictures` are paths, `models` labels."""
+    """What was written. `page` and `pictures` are paths, `models` are labels, `runs` are the directories read."""
 
     out: str
     page: str
@@ -41,8 +41,10 @@ class Report:
 
 
 def plan_report(directories: list[Path], *, out: Path | None, title: str | None, force: bool) -> ReportPlan:
-    """Read every run and refuse what cannot be reported, before anything is drawn. Errors: as `runs.read_runs`,
-    and InputError where none of them holds anything measured."""
+    """Reads every run and checks that a report can be made of them. Draws nothing.
+
+    Errors: those of `runs.read_runs`, and InputError where no run holds a measurement or `out` is not free.
+    """
     found = reading.read_runs(directories)
     if not any(run.measured for run in found):
         given = ", ".join(f"{run.directory} (a {run.manifest.kind})" for run in found)
@@ -50,6 +52,7 @@ def plan_report(directories: list[Path], *, out: Path | None, title: str | None,
             f"nothing to report on in {given}: no evaluation, no training, no probe",
             hint="give the output of an eval, a probe or a finetune; others may stand beside it",
         )
+    # The report is named after the first evaluated model, or after the first run where nothing was evaluated.
     name = next((model.model for run in found if run.results for model in run.results.models), found[0].name)
     out = out or manifests.default_out("report", name)
     check_free(out, force, keep=directories)
@@ -57,9 +60,12 @@ def plan_report(directories: list[Path], *, out: Path | None, title: str | None,
 
 
 def write_report(plan: ReportPlan) -> Report:
-    """report.html with every picture in it, the pictures beside it, ctxext.json last. The same runs give the same
-    bytes, but for ctxext.json's time."""
+    """Writes report.html with all pictures embedded, the pictures as files beside it, and ctxext.json last.
+
+    The same runs give the same bytes, except for the time in ctxext.json.
+    """
     with staged_output(plan.out, plan.force) as place:
+        # `_page` draws the pictures into `place`. Text of a file may hold lone surrogates: replace them.
         (place / PAGE).write_bytes(_page(place, plan).encode("utf-8", "replace"))
         pictures = sorted(path.name for path in place.iterdir() if path.suffix in PICTURES)
         parents = {
@@ -73,9 +79,10 @@ def write_report(plan: ReportPlan) -> Report:
 
 
 def _page(place: Path, plan: ReportPlan) -> str:
-    """The whole document. Its policy lets it load nothing and run nothing: pictures and style are in it."""
+    """The whole document. Its Content-Security-Policy forbids loading and scripts: pictures and styles are embedded."""
     from ctxext.report import probing, sections, training
 
+    # (id, title, section); sections without content are left out, also of the table of contents.
     models = reading.models(plan.runs)
     parts = list[tuple[str, str, Html]]()
     if plan.blocks:
@@ -111,8 +118,9 @@ def _page(place: Path, plan: ReportPlan) -> str:
 
 
 def _about(plan: ReportPlan) -> list[str]:
-    """What was compared, and from what: two lines."""
+    """Two lines for the header: what was compared, and which runs it comes from."""
     lines = []
+    # First line: evaluated models with the range of lengths, probed models, trained runs.
     labels = [label for label, _, _ in reading.models(plan.runs)]
     trained = [run.name for run in plan.runs if run.steps]
     lengths = sorted({length for block in plan.blocks for length in block.lengths if length})
@@ -121,6 +129,7 @@ def _about(plan: ReportPlan) -> list[str]:
     probed = dict.fromkeys(name for run in plan.runs if run.probes for name in run.probes.models)
     compared += [f"{'a' if compared else 'A'} look inside {', '.join(probed)}"] if probed else []
     lines.append("; ".join([*compared, *([f"training of {', '.join(trained)}"] if trained else [])]) or "No results")
+    # Second line: how many runs of each kind, their dates, versions.
     kinds = [run.manifest.kind for run in plan.runs]
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     days = sorted({run.manifest.created[:10] for run in plan.runs})

@@ -1,7 +1,7 @@
-"""What probes found, drawn: curves, bars and grids of one model, or of two with their difference beside them.
+"""Draws the findings of probes: curves, bars and grids of one model, or of two models and their difference.
 
-Where two models are compared, the second is the one before: it is drawn first, and the difference is the first's
-number less its. Colours and text as in figures.py.
+Where two models are compared, the second one in the report is the reference, the model "before". It is drawn first.
+The difference is the number of the first model minus that of the reference. Colours and text are as in figures.py.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ctxext.report.figures import COLOURS, MARKERS, WIDTH, drawing, log_axis, sa
 
 KINDS = {"S": "#0072B2", "N": "#D55E00", "F": "#009E73", "s": "#56B4E9"}  # of a layer's letter (model/layout.py)
 MEANINGS = {"S": "RoPE, sliding window", "N": "full, no positions", "F": "full, RoPE", "s": "sliding, no positions"}
-_NUMBERS = 100  # cells of a grid that are told in numbers as well
+_NUMBERS = 100  # a grid with at most this many cells shows its numbers too
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture in a file: of which probe, what it shows, and what is said of it to who cannot see it."""
+    """A picture in a file: its probe, its caption, and its alternative text."""
 
     probe: str
     path: Path
@@ -40,9 +40,10 @@ class Drawn:
 
 
 def draw(report: ProbeReport, place: Path, prefix: str = "") -> list[Drawn]:
-    """A PNG in `place` for each picture of a report, <prefix><probe>-<picture>.png; two models stand in one."""
+    """Draws each picture of a report into `place`, as <prefix><probe>-<picture>.png. Two models share one file."""
     made = []
     for result in report.results:
+        # Group by the picture's name, the reference model first.
         shown: dict[str, list[tuple[str, Picture]]] = {}
         for model, finding in reversed(list(zip(report.models, result.findings, strict=True))):
             for picture in finding.pictures:
@@ -50,7 +51,8 @@ def draw(report: ProbeReport, place: Path, prefix: str = "") -> list[Drawn]:
         for name, models in shown.items():
             path = place / f"{prefix}{result.probe}-{name}.png"
             first = models[-1][1]
-            if len(models) < len(report.models):  # the other has no such picture: say whose this is
+            # The other model has no such picture: name the model in the title.
+            if len(models) < len(report.models):
                 models = [(models[0][0], replace(first, title=f"{first.title}: {models[0][0]} alone"))]
             with drawing():
                 save(_DRAW[first.kind](models), path)
@@ -60,12 +62,12 @@ def draw(report: ProbeReport, place: Path, prefix: str = "") -> list[Drawn]:
 
 
 def _brief(name: str, most: int = 22) -> str:
-    """A model's name as a narrow picture can hold it: its end, which tells paths apart."""
+    """The end of a model's name, short enough for a narrow picture. Paths differ at their ends."""
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _title(text: str, width: float) -> str:
-    """A title in lines that fit in so many inches."""
+    """A title broken into lines that fit in `width` inches."""
     return fill(short(text).replace("\n", ""), int(11.5 * width))
 
 
@@ -76,7 +78,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
-    """All lines in one picture, those of the model before dashed; below it the difference, where lines share labels."""
+    """All lines in one panel, those of the reference model dashed; below it the differences of lines with one label."""
+    # The panel of differences exists only where there is a difference. Each row of the legend adds 0.19 inches.
     picture, apart = models[-1][1], _differences(models)
     labels = list(dict.fromkeys(line.label for _, each in models for line in each.lines))
     count = len(labels) * len(models) + sum(each.level is not None for _, each in models)
@@ -86,6 +89,7 @@ def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
     for number, (model, each) in enumerate(models):
         before = len(models) > 1 and number == 0
         for line in each.lines:
+            # The label decides the colour, so that the same line of both models has one colour.
             look = _look(labels.index(line.label)) | ({"linestyle": "--", "mfc": "white"} if before else {})
             points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if y is not None and (y > 0 or not each.log)]
             axes[0].plot([x for x, _ in points], [y for _, y in points], **look)
@@ -113,7 +117,7 @@ def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
 
 
 def _differences(models: Sequence[tuple[str, Curves]]) -> list[tuple[str, list[float], list[float]]]:
-    """(label, x, y) of the lines that both models have, where both have a number."""
+    """(label, x, y) of the lines that both models have, at the points where both have a number."""
     if len(models) < 2:
         return []
     before = {line.label: dict(zip(line.x, line.y, strict=True)) for line in models[0][1].lines}
@@ -131,7 +135,8 @@ def _both(a: Number, b: Number) -> bool:
 
 
 def _bars(models: Sequence[tuple[str, Bars]]) -> Figure:
-    """A bar a label, coloured by the layer's kind; the model before beside it, pale; their difference below."""
+    """One bar per label, coloured by the kind of the layer; the reference model beside it, pale; differences below."""
+    # Differences need bars with the same labels in both models.
     picture = models[-1][1]
     pairs = len(models) > 1 and models[0][1].labels == picture.labels
     figure = _figure(max(1.3 * WIDTH, 1.0 + 0.26 * len(picture.labels)), 3.0 + (1.5 if pairs else 0))
@@ -139,6 +144,7 @@ def _bars(models: Sequence[tuple[str, Bars]]) -> Figure:
     places, width = range(len(picture.labels)), 0.8 / len(models)
     letters: dict[str, None] = {}
     for number, (_, each) in enumerate(models):
+        # Bars of two models are side by side, and both are centred on the tick.
         look = {"hatch": "///", "alpha": 0.55} if len(models) > 1 and number == 0 else {}
         colours = [KINDS[letter] for letter in each.letters] or [COLOURS[number]] * len(each.labels)
         letters |= dict.fromkeys(each.letters)
@@ -158,6 +164,7 @@ def _bars(models: Sequence[tuple[str, Bars]]) -> Figure:
         axes[1].bar(places, apart, 0.8, color=[KINDS[letter] for letter in picture.letters] or COLOURS[0])
         axes[1].axhline(0, color="0.4", linewidth=0.8)
         axes[1].set_ylabel(f"{_brief(models[-1][0])}\nless {_brief(models[0][0])}", fontsize=8)
+    # At most about 40 tick labels, so that they do not overlap.
     every = max(1, math.ceil(len(picture.labels) / 40))
     for ax in axes:
         ax.set_xticks(list(places)[::every], picture.labels[::every])
@@ -172,7 +179,8 @@ def _bars(models: Sequence[tuple[str, Bars]]) -> Figure:
 
 
 def _grid(models: Sequence[tuple[str, Grid]]) -> Figure:
-    """Cells in colour, few of them in numbers too; two models beside each other, and their difference as a third."""
+    """Cells as colours, small grids with numbers; two models side by side, and their difference as a third panel."""
+    # A difference needs grids with the same rows and columns.
     picture = models[-1][1]
     same = len(models) > 1 and (models[0][1].rows, models[0][1].columns) == (picture.rows, picture.columns)
     panels = [(model, each, _cells(each)) for model, each in models]
@@ -180,6 +188,7 @@ def _grid(models: Sequence[tuple[str, Grid]]) -> Figure:
     count = len(models) + same
     figure = _figure(0.7 + count * max(2.4, 0.9 + 0.2 * shape[0]), 1.5 + max(1.6, 0.2 * shape[1]))
     axes = figure.subplots(1, count, squeeze=False)[0]
+    # One scale for both models: it includes 0 and ends at `highest`, or at the largest cell where that is None.
     largest = max((x for _, _, cells in panels for row in cells for x in row if math.isfinite(x)), default=1.0)
     smallest = min((x for _, _, cells in panels for row in cells for x in row if math.isfinite(x)), default=0.0)
     scale = Normalize(min(0.0, smallest), picture.highest if picture.highest is not None else largest or 1.0)
@@ -187,6 +196,7 @@ def _grid(models: Sequence[tuple[str, Grid]]) -> Figure:
         mesh = _cells_drawn(ax, each, cells, scale, "cividis", _brief(model) if len(models) > 1 else "")
     figure.colorbar(mesh, ax=list(axes[: len(models)]), fraction=0.04, pad=0.02).outline.set_visible(False)
     if same:
+        # The scale of the difference is symmetric, so that white means no difference.
         apart = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(panels[0][2], panels[1][2], strict=True)]
         most = max((abs(x) for row in apart for x in row if math.isfinite(x)), default=0.0) or 1.0
         mesh = _cells_drawn(axes[-1], picture, apart, Normalize(-most, most), "RdBu_r", "difference")
@@ -206,10 +216,12 @@ def _cells_drawn(ax: Axes, grid: Grid, cells: list[list[float]], scale: Normaliz
     if sum(map(len, cells)) <= _NUMBERS:
         for r, row in enumerate(cells):
             for c, cell in enumerate(row):
+                # Black or white text by the luminance of the cell (Rec. 601 weights).
                 red, green, blue, _ = palette(scale(cell)) if math.isfinite(cell) else (1, 1, 1, 1)
                 ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
                 shown = _told(cell)
                 ax.text(c + 0.5, r + 0.5, shown, ha="center", va="center", fontsize=6.5, color=ink)
+    # At most 32 tick labels on an axis. A row's label is coloured by the kind of the layer.
     rows, columns = (math.ceil(len(names) / 32) for names in (grid.rows, grid.columns))
     letters = grid.letters or " " * len(grid.rows)
     names = [f"{name} {letter}".rstrip() for name, letter in zip(grid.rows, letters, strict=True)]
@@ -234,7 +246,10 @@ def _told(cell: float) -> str:
 
 
 def _levels(ax: Axes, models: Sequence[tuple[str, Curves]] | Sequence[tuple[str, Bars]]) -> list[tuple[str, Line2D]]:
-    """Each model's level, or one where they agree; that of the model before is in longer dashes."""
+    """Draws the level of each model, or one line where all agree. The reference model's line has longer dashes.
+
+    Returns the entries for the legend.
+    """
     given = [(model, each.level, each.level_name) for model, each in models if each.level is not None]
     alike = len({level for _, level, _ in given}) == 1
     keys = []
@@ -251,7 +266,7 @@ def _look(number: int) -> dict[str, Any]:
 
 
 def _spoken(models: Sequence[tuple[str, Picture]]) -> str:
-    """Every picture's ends in words: its least and greatest number, by model; the rest is in probes.json."""
+    """Alternative text: the least and the greatest number of each model. All numbers are in probes.json."""
     said = []
     for model, picture in models:
         if isinstance(picture, Curves):

@@ -1,4 +1,4 @@
-"""What probes found, as a section: a picture and its table under each other, probe by probe."""
+"""The section of the report with the findings of probes: pictures, then tables, probe by probe."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from ctxext.report.runs import Run
 
 
 def section(place: Path, runs: Sequence[Run]) -> Html:
-    """Every probe of every probing, in the order given; pictures go to `place`. Nothing where nothing was probed."""
+    """Returns the section of all probes in the order of `runs`, empty where nothing was probed.
+
+    Pictures are written to `place`.
+    """
     parts: list[Html] = []
     for run in runs:
         if run.probes is None:
             continue
+        # All pictures of the run are drawn here, so `picture` below only embeds the files.
         drawn = panels.draw(run.probes, place, prefix=f"run-{run.number}-")
         for result in run.probes.results:
             told = [(m, f) for m, f in zip(run.probes.models, result.findings, strict=True)]

@@ -1,7 +1,7 @@
-"""What a report is made from, read and checked: evaluations, training runs, and other outputs by their manifest.
+"""Reads and checks the inputs of a report: evaluations, probes, training runs, and other outputs by their manifest.
 
-A report never mixes what was not measured in one way: rows stand side by side only in one `Block`, which is one suite
-asked with the same fields but for the lengths. No torch.
+A report compares only what was measured in the same way: rows are shown side by side only within one `Block`, which is
+one suite requested with the same fields except the lengths. No torch.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ctxext.probes.finding import ProbeReport
 
 RESULTS, STEPS, VALIDATIONS, PROBES = "results.json", "metrics.jsonl", "validation.jsonl", "probes.json"
 _BEGUN = {"spec.yaml": "ctxext finetune --resume", "request.json": "ctxext eval as it was asked, which goes on with it"}
-_LOOSE = ConfigDict(extra="ignore", strict=True)  # what a later version adds is no fault
+_LOOSE = ConfigDict(extra="ignore", strict=True)  # fields that a later version adds are ignored
 _MOST_FAULTS = 5
 _AGAIN = "it may be of another version of ctxext: run it again"
 
 
 def _details(details: dict[str, Any]) -> dict[str, Any]:
-    """Refuses what would be drawn and cannot be; every other detail is shown as it is."""
+    """Raises ValueError for details that would be drawn and have a wrong form. Other details are not checked."""
     depths, buckets = details.get("by_depth", {}), details.get("buckets", [])
     if not isinstance(depths, dict) or not all(_number(float(at)) and _number(x) for at, x in depths.items()):
         raise ValueError(f"by_depth is {str(depths)[:80]}; allowed: a share, or null, by depth")
@@ -49,7 +49,7 @@ def _number(value: Any) -> bool:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class Cell:
-    """Of the passkey grid of a validation (train/passkey.py)."""
+    """One cell of the passkey grid of a validation (train/passkey.py)."""
 
     length: int
     accuracy: float
@@ -62,7 +62,7 @@ class Grid:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class Line:
-    """What a line of metrics.jsonl or validation.jsonl must be where it has these fields; `step` it must have."""
+    """The types of a line of metrics.jsonl or validation.jsonl. Only `step` is required."""
 
     step: int
     ctx: int | None = None
@@ -80,7 +80,7 @@ class Line:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class Row:
-    """One number of results.json (evals/engine.py). `task` "" is the whole suite, `length` 0 no length at all."""
+    """One number of results.json (evals/engine.py). `task` "": the whole suite. `length` 0: the suite has no length."""
 
     suite: str
     protocol: str
@@ -97,6 +97,7 @@ class Row:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class SuiteResult:
+    # The rows of one suite on one model.
     suite: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
@@ -104,6 +105,7 @@ class SuiteResult:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class ModelResult:
+    # One evaluated model. Lengths in tokens; `layout` and `positions` are descriptions in words.
     model: str
     path: str
     usable_length: int
@@ -115,7 +117,7 @@ class ModelResult:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class Difference:
-    """As in evals/compare.py: `value` is the model's figure less the other's, in `unit`."""
+    """A difference as in evals/compare.py: `value` is the model's number minus that of `against`, in `unit`."""
 
     suite: str
     task: str
@@ -133,7 +135,7 @@ class Difference:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class Asked:
-    """What of the evaluation's spec decides which numbers may stand together; the manifest has the whole of it."""
+    """The part of the evaluation's spec that decides which numbers may be compared. The manifest has the whole spec."""
 
     suites: tuple[dict[str, Any], ...]
     dtype: str | None = None
@@ -141,7 +143,7 @@ class Asked:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class Results:
-    """results.json."""
+    """The content of results.json."""
 
     spec: Asked
     models: tuple[ModelResult, ...]
@@ -151,9 +153,11 @@ class Results:
 
 @dataclass(frozen=True)
 class Run:
-    """A directory that was given, the `number`-th. `files` has the sha256 of what was read, by name.
+    """One directory of the report's input, the `number`-th, counted from 1.
 
-    `steps` and `validations` are the lines of metrics.jsonl and validation.jsonl; each has its `step`.
+    files        the sha256 of each file that was read, by name
+    steps        the lines of metrics.jsonl; each has its `step`
+    validations  the lines of validation.jsonl; each has its `step`
     """
 
     number: int
@@ -167,17 +171,17 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What a person calls it: the name in its manifest, or the directory's."""
+        """The name in the manifest, or else the name of the directory."""
         return str(self.manifest.facts.get("name") or self.directory.name)
 
     @property
     def measured(self) -> bool:
-        """Whether there is anything to show but its manifest."""
+        """Whether the run has anything to show besides its manifest."""
         return bool(self.results or self.steps or self.validations or self.probes)
 
     @property
     def versions(self) -> str:
-        """ctxext, torch, transformers and Python, in words."""
+        """The versions of ctxext, torch, transformers and Python as text."""
         known = self.manifest.versions
         named = [f"{name} {known[name]}" for name in ("ctxext", "torch", "transformers") if known.get(name)]
         return ", ".join([*named, f"Python {known['python']}"] if known.get("python") else named) or "versions unknown"
@@ -185,7 +189,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Series:
-    """The rows of one model in a block. `label` tells models apart, and runs where one model was run twice."""
+    """The rows of one model in a block. `label` is unique in the block, also where one model was run twice."""
 
     label: str
     model: ModelResult
@@ -194,13 +198,13 @@ class Series:
     notes: tuple[str, ...]
 
     def whole(self) -> dict[int, Row]:
-        """The row of all tasks, by length."""
+        """Returns the rows of the whole suite (not those of single tasks) by length."""
         return {row.length: row for row in self.rows if row.task == ""}
 
 
 @dataclass(frozen=True)
 class Block:
-    """One suite, asked in one way: `asked` are its fields but the lengths, and the weights' dtype."""
+    """One suite, requested in one way. `asked`: its fields except the lengths, and the dtype of the weights."""
 
     suite: str
     asked: dict[str, Any]
@@ -212,17 +216,20 @@ class Block:
 
     @property
     def shared_length(self) -> int | None:
-        """The greatest length at which the whole suite has a number for every model, else for any; None without one."""
+        """The greatest length at which the whole suite has a number for every model.
+
+        Where there is none: the greatest length with a number for any model; None where there is no number.
+        """
         measured = [{n for n, row in s.whole().items() if row.value is not None} for s in self.series]
         lengths = set.intersection(*measured) or set.union(*measured)
         return max(lengths, default=None)
 
 
 def read_runs(directories: list[Path]) -> list[Run]:
-    """Every directory, in the order given.
+    """Reads every directory, in the given order.
 
-    Errors: InputError (no directory, none with a manifest, one given twice, results that are missing), DataError
-    (results that do not parse, with the file and what is wrong), ModelError (a broken manifest).
+    Errors: InputError (a directory that does not exist, has no manifest, is given twice or lacks its results),
+    DataError (results that do not parse, with the file and the faults), ModelError (a broken manifest).
     """
     seen = set[Path]()
     for directory in directories:
@@ -236,6 +243,7 @@ def _read(number: int, directory: Path) -> Run:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory", hint="give the output of an eval, a probe or a finetune")
     manifest = manifests.read(directory)
+    # The manifest is the last file of an output. Without it the output is unfinished, or not from ctxext.
     if manifest is None:
         for begun, command in _BEGUN.items():
             if (directory / begun).is_file():
@@ -252,6 +260,7 @@ def _read(number: int, directory: Path) -> Run:
         raise InputError(f"{directory} has no {wanted}: nothing was measured there", hint="run it again")
     files = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in present}
     run = Run(number, directory, manifest, files)
+    # Other kinds than eval and probe may have step files. Without them the run is shown by its manifest alone.
     if manifest.kind == "eval":
         return replace(run, results=_results(directory / RESULTS))
     if manifest.kind == "probe":
@@ -261,6 +270,7 @@ def _read(number: int, directory: Path) -> Run:
 
 def _results(path: Path) -> Results:
     results = _validated(path, TypeAdapter(Results), "an evaluation's results")
+    # `blocks` pairs each suite of the spec with the results at the same index.
     names = [suite.get("suite") for suite in results.spec.suites]
     for model in results.models:
         if [suite.suite for suite in model.suites] != names:
@@ -281,34 +291,43 @@ def _validated(path: Path, adapter: TypeAdapter[Any], what: str) -> Any:
 
 
 def _faults(error: ValidationError) -> list[str]:
-    """The first few, each with its dotted path and what was found there."""
+    """The first _MOST_FAULTS faults, each with its dotted path and message, and the number of the others."""
     first = error.errors(include_url=False)[:_MOST_FAULTS]
     told = [f"{'.'.join(map(str, one['loc'])) or 'all of it'}: {one['msg']}" for one in first]
     return [*told, *[f"and {error.error_count() - len(first)} more"] * (error.error_count() > len(first))]
 
 
 def _lines(path: Path) -> tuple[dict[str, Any], ...]:
-    """JSON objects with a whole `step`; a last line that a kill cut in half is left out, no file is no lines."""
+    """The JSON objects of a file of lines, each with an integer `step`. No file gives no lines.
+
+    A broken last line without a newline is left out: a killed process was writing it.
+    """
     text = path.read_text("utf-8", "replace") if path.is_file() else ""
     lines, found, adapter = text.splitlines(), [], TypeAdapter(Line)
     for number, line in enumerate(lines, start=1):
         try:
             adapter.validate_json(line)
         except ValidationError as error:
+            # Only the last line may be cut off; any other broken line is an error.
             if number == len(lines) and not text.endswith("\n"):
                 break
             raise DataError(f"{path}:{number}: {'; '.join(_faults(error))}") from None
+        # Keep the raw object, which has the fields that Line does not know.
         found.append(json.loads(line))
     return tuple(found)
 
 
 def blocks(runs: list[Run]) -> list[Block]:
-    """The evaluations' rows, in the order they are first met; a suite has as many blocks as it was asked in ways."""
+    """Groups the rows of all evaluations into blocks, in order of first appearance.
+
+    A suite has one block for each way in which it was requested.
+    """
     labels, found = _labels(runs), dict[str, Block]()
     for run in runs:
         for index, model in enumerate(run.results.models if run.results else ()):
             assert run.results is not None
             for asked, suite in zip(run.results.spec.suites, model.suites, strict=True):
+                # Equal fields mean comparable numbers. Lengths are columns of one table, so they may differ.
                 fields = {name: value for name, value in asked.items() if name not in ("lengths", "suite")}
                 fields["dtype"] = run.results.spec.dtype
                 key = json.dumps([suite.suite, fields], sort_keys=True)
@@ -319,7 +338,7 @@ def blocks(runs: list[Run]) -> list[Block]:
 
 
 def models(runs: list[Run]) -> list[tuple[str, ModelResult, dict[str, str]]]:
-    """(label, what is known of it, weight hashes) of every model that was evaluated, once."""
+    """Returns (label, model, hashes of the weights) of every evaluated model, once for each label."""
     labels, found = _labels(runs), dict[str, tuple[str, ModelResult, dict[str, str]]]()
     for run in runs:
         for index, model in enumerate(run.results.models if run.results else ()):
@@ -339,7 +358,7 @@ def _identity(run: Run, index: int) -> str:
 
 
 def _labels(runs: list[Run]) -> dict[str, str]:
-    """A label for each model: its name, numbered where another of this name has another path or other weights."""
+    """The label of each model by identity: its name, numbered where models of one name differ in path or weights."""
     labels, named = dict[str, str](), Counter[str]()
     for run in runs:
         for index, model in enumerate(run.results.models if run.results else ()):
@@ -352,6 +371,6 @@ def _labels(runs: list[Run]) -> dict[str, str]:
 
 
 def _told_apart(series: list[Series]) -> list[Series]:
-    """With the run's number behind the label of a model that stands in a block twice."""
+    """Adds the run's number to the label of a model that is in a block more than once."""
     times = Counter(s.label for s in series)
     return [replace(s, label=f"{s.label}, run {s.run.number}") if times[s.label] > 1 else s for s in series]

@@ -1,4 +1,4 @@
-"""What the evaluations found, in words and tables: a summary, the models, the differences, then suite by suite."""
+"""The sections of evaluations: summary, models, differences, then one section per suite with text and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EFFECTIVE = "; effective: the greatest length with an average of at least 85.6 
 
 
 def summary(blocks: Sequence[Block]) -> Html:
-    """A row a model, a column a block: the number at the greatest length that all its models share."""
+    """Returns the summary: one row per model, one column per block, at the greatest length that its models share."""
     labels = dict.fromkeys(series.label for block in blocks for series in block.series)
     rows = [[label, *[_summary_cell(block, label) for block in blocks]] for label in labels]
     missing = [words.title(name) for name in words.TITLES if name not in {block.suite for block in blocks}]
@@ -43,7 +43,10 @@ def _summary_cell(block: Block, label: str) -> Html:
 
 
 def _called(block: Block, series: Series) -> list[str]:
-    """What this model's own run says of it beside another; nothing where the run asked the suite twice."""
+    """The verdicts of the model's own run about it and another model: lines such as "better than ...".
+
+    Nothing where the run has the suite twice: its differences do not say which of the two they are of.
+    """
     results = series.run.results
     if results is None or sum(asked.get("suite") == block.suite for asked in results.spec.suites) != 1:
         return []
@@ -53,7 +56,7 @@ def _called(block: Block, series: Series) -> list[str]:
 
 
 def model_table(found: Sequence[tuple[str, ModelResult, dict[str, str]]]) -> Html:
-    """What was compared: layouts, positions, lengths, paths, weights."""
+    """Returns the section of the compared models: layouts, positions, lengths, paths, weights."""
     rows = [
         [
             label,
@@ -75,7 +78,7 @@ def model_table(found: Sequence[tuple[str, ModelResult, dict[str, str]]]) -> Htm
 
 
 def differences(runs: Sequence[Run]) -> Html:
-    """Whole suites in sight, single tasks to be opened; nothing where nothing was compared."""
+    """Returns the section of differences, empty where nothing was compared. Those of single tasks are folded."""
     found = [(run, d) for run in runs if run.results for d in run.results.differences]
     if not found:
         return Html("")
@@ -86,7 +89,10 @@ def differences(runs: Sequence[Run]) -> Html:
 
 
 def _differences(found: Sequence[tuple[Run, Difference]]) -> list[Html]:
-    """A row for a suite (or task) and two models, a column a length; suites without lengths in a table of their own."""
+    """Tables with one row per suite (or task) and pair of models, one column per length.
+
+    Suites without lengths are in a table of their own.
+    """
     caption = (
         "Both models on the same items: the first one's figure less the other's, its 95% bootstrap interval over "
         "pairs, and p of a sign-flip test. Not corrected for how many there are: of equal models, one in twenty is "
@@ -100,6 +106,7 @@ def _differences(found: Sequence[tuple[Run, Difference]]) -> list[Html]:
 
 
 def _difference_table(found: Sequence[tuple[Run, Difference]], caption: str) -> Html:
+    # Differences of one suite, task, pair and run are one row; its cells are found by length.
     rows: dict[Html, dict[int, Difference]] = {}
     order = list(dict.fromkeys(d.suite for _, d in found))
     for run, d in sorted(found, key=lambda pair: order.index(pair[1].suite)):
@@ -120,13 +127,14 @@ def _difference(d: Difference | None) -> Html:
 
 
 def suites(place: Path, blocks: Sequence[Block]) -> list[tuple[str, str, Html]]:
-    """(id, title, section) of each suite that was measured; its pictures go to `place`."""
+    """Returns (id, title, section) of each measured suite. Pictures are written to `place`."""
+    # Numbers of labels are of the whole report, so that a model has the same colour in every suite.
     labels = dict.fromkeys(series.label for block in blocks for series in block.series)
     numbers = {label: n for n, label in enumerate(labels)}
     made = []
     for number_, suite in enumerate(dict.fromkeys(block.suite for block in blocks), start=1):
         mine = [block for block in blocks if block.suite == suite]
-        stem = suite if suite in words.TITLES else f"suite-{number_}"  # a name from a file is no file's name
+        stem = suite if suite in words.TITLES else f"suite-{number_}"  # unknown names of results.json are no file names
         parts = list[Html]()
         for at, block in enumerate(mine, start=1):
             parts += [tag("h3", f"As asked the {at}. time")] if len(mine) > 1 else []
@@ -137,7 +145,7 @@ def suites(place: Path, blocks: Sequence[Block]) -> list[tuple[str, str, Html]]:
 
 
 def _block(stem: Path, block: Block, numbers: charts.Numbers) -> Html:
-    """One suite as it was asked once: how, the pictures, a table, and every number to be opened."""
+    """One block: how it was measured, the pictures, a table, and a folded table of all numbers."""
     ran = ", ".join(dict.fromkeys(f"run {series.run.number}" for series in block.series))
     notes = list(dict.fromkeys(note for series in block.series for note in series.notes))
     if len({tuple(sorted({row.length for row in series.rows})) for series in block.series}) > 1:
@@ -153,7 +161,11 @@ def _block(stem: Path, block: Block, numbers: charts.Numbers) -> Html:
 
 
 def _shown(drawn: list[Html], block: Block) -> list[Html]:
-    """The pictures and the table: one picture beside the table where the others are many of one kind, or none."""
+    """The pictures and tables of a block.
+
+    Two pictures are shown side by side above the table. Else the first one is beside the table, the others below.
+    LongBench and short tasks have no pictures: their table is by task.
+    """
     if block.suite in ("longbench", "short"):
         by_length = [_length_table(block)] if len(block.lengths) > 1 else []
         return [*by_length, _task_table(block, block.shared_length or 0)]
@@ -163,7 +175,7 @@ def _shown(drawn: list[Html], block: Block) -> list[Html]:
 
 
 def _length_table(block: Block) -> Html:
-    """A row a model, a column a length; RULER's effective length behind them."""
+    """A table with one row per model and one column per length; for RULER a last column with the effective length."""
     ruler, rows = block.suite == "ruler", []
     for series in block.series:
         whole = series.whole()
@@ -175,7 +187,7 @@ def _length_table(block: Block) -> Html:
 
 
 def _task_table(block: Block, length: int) -> Html:
-    """A row a task, a column a model, at one length: the other lengths are among all the numbers."""
+    """A table with one row per task and one column per model, at one length. `_every_number` has the other lengths."""
     cells = {(s.label, row.task): row for s in block.series for row in s.rows if row.length == length}
     metrics = {task: row.metric for (_, task), row in cells.items()}
     rows = [
@@ -190,7 +202,8 @@ def _task_table(block: Block, length: int) -> Html:
 
 
 def _every_number(block: Block) -> Html:
-    """Each row of results.json, with what is known beside it."""
+    """A table of all rows of results.json, with those details that are single values."""
+    # Details that are lists or mappings, such as by_depth, are in the tables of `_nested`.
     rows = [(series, row) for series in block.series for row in series.rows]
     extra = list(dict.fromkeys(name for _, row in rows for name, x in row.details.items() if _single(x)))
     digits = words.digits(block.suite)
@@ -218,7 +231,7 @@ def _single(value: Any) -> bool:
 
 
 def _nested(block: Block) -> list[Html]:
-    """Shares by depth and losses by position, where rows have them."""
+    """Tables of shares by depth and of losses by position, where rows have such details."""
     rows = [(series.label, row) for series in block.series for row in series.rows]
     depths = sorted({at for _, row in rows for at in row.details.get("by_depth", {})}, key=float)
     made = []
@@ -229,6 +242,7 @@ def _nested(block: Block) -> list[Html]:
             if "by_depth" in row.details
         ]
         made.append(table("Share by depth, 0 the beginning.", ["model", "length", *depths], shares))
+    # The end of a bucket is exclusive; the table shows the last position in it.
     buckets = [
         [
             label,

@@ -1,4 +1,4 @@
-"""Training runs as curves and tables, and the manifest of everything that was given."""
+"""The sections of training runs, as curves and tables, and of the manifests of all inputs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from ctxext.report.markup import Html, details, join, number, picture, pictures,
 from ctxext.report.runs import Run
 from ctxext.units import format_bytes, format_duration, format_tokens
 
-_CURVES = [  # field of metrics.jsonl, axis, what it is multiplied with, logarithmic
+_CURVES = [  # field of metrics.jsonl, axis label, factor, logarithmic
     ("loss", "training loss, nats a token or as the teacher counts", 1.0, False),
     ("gradient_norm", "gradient norm, before clipping", 1.0, True),
     ("tokens_per_second", "tokens a second", 1.0, False),
     ("memory", "memory, GiB", 2.0**-30, False),
     ("mfu", "model FLOPs utilisation", 1.0, False),
 ]
-_FEW = 25  # points that a line of steps is averaged to
-_MOST = 500  # pairs of points that are drawn of a line of steps: about a pixel each
+_FEW = 25  # points of the averaged line, about
+_MOST = 500  # pairs of points that are drawn for a line of raw steps: about one pixel each
 _OF_VALIDATION = ("step", "ctx", "loss", "short", "by_position", "passkey")
 
 
 def section(place: Path, runs: Sequence[Run]) -> Html:
-    """All training runs side by side, a line a run; pictures go to `place`. Nothing where there is no run."""
+    """Returns the section of all training runs, one line per run in each picture; empty where there is no run.
+
+    Pictures are written to `place`.
+    """
     runs = [run for run in runs if run.steps]
     if not runs:
         return Html("")
@@ -47,12 +50,12 @@ def section(place: Path, runs: Sequence[Run]) -> Html:
 
 
 def _label(run: Run, runs: Sequence[Run]) -> str:
-    """A run's name, with its number where two have one name."""
+    """The name of a run, with its number where several runs have this name."""
     return f"{run.name}, run {run.number}" if sum(each.name == run.name for each in runs) > 1 else run.name
 
 
 def _step_curves(place: Path, runs: Sequence[Run]) -> list[Html]:
-    """One picture for each field of metrics.jsonl that any run has."""
+    """One picture for each field of _CURVES that any run has in metrics.jsonl."""
     made = []
     for field, axis, factor, log in _CURVES:
         lines = []
@@ -66,7 +69,7 @@ def _step_curves(place: Path, runs: Sequence[Run]) -> list[Html]:
 
 
 def _averaged(label: str, points: list[Point], number_: int) -> Line:
-    """A line through means of neighbouring steps, the steps themselves thin behind it, where they are many."""
+    """A line through means of neighbouring steps, the raw steps thin behind it; the raw steps where they are few."""
     size = len(points) // _FEW
     if size < 2:
         return Line(label, points, number_)
@@ -79,7 +82,7 @@ def _groups(points: list[Point], size: int) -> list[list[Point]]:
 
 
 def _thinned(points: list[Point]) -> list[Point]:
-    """The lowest and the highest of neighbours, where there are more than a picture has room for."""
+    """At most about _MOST pairs of points: the lowest and the highest of each group of neighbours."""
     if len(points) <= 2 * _MOST:
         return points
     ends = [sorted(group, key=lambda point: point.y) for group in _groups(points, ceil(len(points) / _MOST))]
@@ -93,8 +96,11 @@ def _curve(path: Path, lines: list[Line], axis: str, log: bool = False, limits: 
 
 
 def _held_out(place: Path, runs: Sequence[Run]) -> list[Html]:
-    """Held-out loss at ctx (a line for each context of a run in stages) and at the original length, and what else
-    validation.jsonl measures with one number."""
+    """Pictures of validation.jsonl: held-out loss, passkey accuracy, and every other single number.
+
+    Held-out loss has a line for each context of a run (stages have several) and one for the original length.
+    """
+    # Held-out loss.
     lines = []
     for number_, run in enumerate(runs):
         for ctx in dict.fromkeys(line.get("ctx") for line in run.validations):
@@ -106,6 +112,7 @@ def _held_out(place: Path, runs: Sequence[Run]) -> list[Html]:
         points = [Point(step, x) for step, x in short if isinstance(x, int | float)]
         lines += [Line(f"{_label(run, runs)}, at the original length", points, number_, style="--")] if points else []
     made = [_curve(place / "training-held-out.svg", lines, "held-out loss, nats a token")] if lines else []
+    # Passkey accuracy: each line, a run at a length, has its own colour.
     lines = list[Line]()
     for run in runs:
         for length in sorted({length for line in run.validations for length in _passkey(line)}):
@@ -114,6 +121,7 @@ def _held_out(place: Path, runs: Sequence[Run]) -> list[Html]:
             ]
             lines.append(Line(f"{_label(run, runs)}, at {format_tokens(length)}", points, len(lines)))
     made += [_curve(place / "training-passkey.svg", lines, "passkey accuracy", limits=(-0.04, 1.04))] if lines else []
+    # One picture for each other number. Files are numbered, since a name from a file is not safe as a file name.
     extra = dict.fromkeys(name for run in runs for line in run.validations for name in _extra(line))
     for count, name in enumerate(extra, start=1):
         lines = [
@@ -126,7 +134,7 @@ def _held_out(place: Path, runs: Sequence[Run]) -> list[Html]:
 
 
 def _extra(line: dict[str, Any]) -> dict[str, float]:
-    """Single numbers of a validation beyond those known here, also one level down."""
+    """Single numbers of a validation besides the fields of _OF_VALIDATION, also those one level down in mappings."""
     found = dict[str, float]()
     for name, value in line.items():
         inner = value.items() if isinstance(value, dict) else [("", value)]
@@ -137,7 +145,7 @@ def _extra(line: dict[str, Any]) -> dict[str, float]:
 
 
 def _passkey(line: dict[str, Any]) -> dict[int, float]:
-    """Share of passkeys found by length, over all depths, where a validation has such a grid (train/passkey.py)."""
+    """Passkey accuracy by length, averaged over depths, where a validation has such a grid (train/passkey.py)."""
     found: dict[int, list[float]] = {}
     for cell in (line.get("passkey") or {}).get("cells", []):
         found.setdefault(cell["length"], []).append(float(cell["accuracy"]))
@@ -148,9 +156,11 @@ def _positions(place: Path, runs: Sequence[Run]) -> list[Html]:
     """Held-out loss by position, at the first and the last validation of the last context."""
     lines = []
     for number_, run in enumerate(runs):
+        # Validations at other contexts have other buckets and cannot be compared.
         same = [line for line in run.validations if line.get("by_position")]
         same = [line for line in same if line.get("ctx") == same[-1].get("ctx")]
         for line, style in [(same[0], "--"), (same[-1], "-")] if len(same) > 1 else [(x, "-") for x in same]:
+            # A bucket ends where the next one starts, the last one at ctx.
             starts = sorted(map(int, line["by_position"]))
             ends = [*starts[1:], line.get("ctx") or 2 * starts[-1]]
             values = [line["by_position"][str(start)] for start in starts]
@@ -165,7 +175,7 @@ def _positions(place: Path, runs: Sequence[Run]) -> list[Html]:
 
 
 def _table(runs: Sequence[Run]) -> Html:
-    """A row a run: what it was, where its losses went, what it cost."""
+    """A table with one row per run: its settings, its first and last losses, its cost."""
     head = [
         "run",
         "ctx",
@@ -180,6 +190,7 @@ def _table(runs: Sequence[Run]) -> Html:
     ]
     rows = []
     for run in runs:
+        # Held-out losses are compared within the last context: those of earlier stages are of other lengths.
         spec, facts = run.manifest.spec, run.manifest.facts
         what = f"{facts.get('layout', 'layout unknown')}; {facts.get('positions', 'positions unknown')}"
         ctx = spec.get("ctx")
@@ -215,7 +226,8 @@ def _ends(lines: Sequence[dict[str, Any]]) -> Html:
 
 
 def _validations(run: Run) -> Html:
-    """Every validation: losses, by position, and what else it measured."""
+    """A table of all validations: losses, losses by position, passkey accuracy and other numbers."""
+    # Columns are the union over all validations. A validation without a value has an empty cell.
     positions = sorted({int(at) for line in run.validations for at in line.get("by_position") or {}})
     lengths = sorted({length for line in run.validations for length in _passkey(line)})
     extra = list(dict.fromkeys(name for line in run.validations for name in _extra(line)))
@@ -237,7 +249,7 @@ def _validations(run: Run) -> Html:
 
 
 def manifests(runs: Sequence[Run]) -> Html:
-    """Everything that was given, as its ctxext.json says it."""
+    """Returns the section with the ctxext.json of every input, each folded."""
     parts = [details(f"Run {run.number}: {run.manifest.kind}, {run.name}", *_manifest(run)) for run in runs]
     return tag("section", tag("h2", "Runs and manifests", id="manifests"), *parts)
 
@@ -246,6 +258,7 @@ def _manifest(run: Run) -> list[Html]:
     manifest = run.manifest
     files = [[name, digest] for name, digest in run.files.items()]
     versions = [[name, version or "not installed"] for name, version in manifest.versions.items()]
+    # A parent is recorded with the hashes of its weights (models) or of its files (runs).
     parents = [
         [role, str(entry.get("path", "unknown")), file, digest]
         for role, entry in manifest.parents.items()

@@ -1,4 +1,4 @@
-"""How a report names what was measured and writes a number of it; shared by its tables and its pictures."""
+"""Names of what was measured and the text form of its numbers, shared by tables and pictures of a report."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def title(suite: str) -> str:
 
 
 def digits(suite: str) -> int:
-    """Decimals that a reader needs; <data value> has all of them."""
+    """Returns how many decimals are shown. The attribute `value` of <data> has all digits."""
     return DIGITS.get(suite, 3)
 
 
 def metric(block: Block) -> str:
-    """What is counted, with its unit where it has one."""
+    """Returns the name of the metric, with its unit where it has one."""
     names = dict.fromkeys(row.metric for series in block.series for row in series.rows if row.task == "")
     unit = ", percent" if block.suite in ("ruler", "longbench") else ""
     return f"{', '.join(names) or title(block.suite)}{unit}"
@@ -43,9 +43,13 @@ def better(block: Block) -> str:
 
 
 def protocol(block: Block, length: int | None = None) -> str:
-    """The protocol of the rows (at one length); a part that changes with the length has its values side by side."""
+    """Returns the protocol of the rows at `length` (None: at all lengths).
+
+    A part that differs between lengths shows its values with slashes between them.
+    """
     rows = [row for s in block.series for row in s.rows if row.task == "" and length in (None, row.length)]
     found = list(dict.fromkeys(row.protocol for row in sorted(rows, key=lambda row: row.length)))
+    # Protocols with the same number of parts are merged part by part; others are listed one after the other.
     parts = [text.split(", ") for text in found]
     if len({len(part) for part in parts}) != 1:
         return "; ".join(found) or "none"
@@ -53,17 +57,17 @@ def protocol(block: Block, length: int | None = None) -> str:
 
 
 def asked(block: Block) -> str:
-    """The suite's fields as they were asked, and the dtype."""
+    """Returns the requested fields of the suite and the dtype as text."""
     return ", ".join(f"{name} {plain(value)}" for name, value in block.asked.items() if value is not None)
 
 
 def versions(block: Block) -> str:
-    """Of what the runs of a block were made with."""
+    """Returns the versions that the runs of a block were made with."""
     return "; ".join(dict.fromkeys(series.run.versions for series in block.series))
 
 
 def plain(value: Any) -> str:
-    """A value of a spec on one line."""
+    """Returns a value of a spec as text on one line."""
     if isinstance(value, list | tuple):
         return " ".join(plain(part) for part in value)
     if isinstance(value, bool):
@@ -72,12 +76,12 @@ def plain(value: Any) -> str:
 
 
 def length(count: int) -> str:
-    """Tokens; a dash where a suite has no length."""
+    """Returns a length in tokens as text; a dash where the suite has no length."""
     return format_tokens(count) if count > 0 else "–"
 
 
 def value(row: Row | None) -> Html:
-    """The cell of a number: the value, * where it is extrapolated, then its interval and count."""
+    """Returns the cell of a number: the value, * where it is extrapolated, the interval and the count n."""
     if row is None:
         return tag("span", "not measured", class_="none")
     n, few = digits(row.suite), row.details.get("few_keys")
@@ -93,12 +97,12 @@ def interval(low: float | None, high: float | None, n: int) -> Html:
 
 
 def detail(value: Any) -> Html:
-    """A single value of a row's details, whatever it is."""
+    """Returns a single value of a row's details as a cell, whatever its type is."""
     if isinstance(value, float):
         return tag("data", f"{value:,.5g}", value=value)
     return tag("span", "none", class_="none") if value is None else join([plain(value)])
 
 
 def headed(series: Series) -> Html:
-    """A model as the head of a row: its label, layout and positions."""
+    """Returns the header cell of a model: its label, layout and positions."""
     return join([series.label, small(f"{series.model.layout}; {series.model.positions}")])

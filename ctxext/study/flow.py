@@ -1,5 +1,10 @@
-"""Values that flow by name: `${model}`, `${heal}` (a step's output), `${search.best}` (a number it found), and
-`${measure[*]}`, the outputs of a step's every cell. No torch."""
+"""References of a pipeline file, and the values that replace them. No torch.
+
+${model}         a value or an axis
+${heal}          the output directory of a step
+${search.best}   a field of what a step reported
+${measure[*]}    the output directories of a step, one for each cell of the matrix
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ REFERENCE = re.compile(r"\$\{([A-Za-z0-9_-]+)((?:\.[A-Za-z0-9_-]+)*)(\[\*\])?\}"
 
 
 class Reference(NamedTuple):
-    """What a `${...}` names: `path` are keys within what a step reported, `every` is whether [*] follows."""
+    """One `${...}`. `path`: the keys inside a step's report. `every`: whether [*] follows."""
 
     text: str
     name: str
@@ -20,7 +25,7 @@ class Reference(NamedTuple):
 
 
 def references(value: Any) -> Iterator[Reference]:
-    """Every reference in text, however deep it stands in lists and mappings."""
+    """Yields every reference in a string, or in the strings of nested lists and mappings."""
     if isinstance(value, str):
         for match in REFERENCE.finditer(value):
             yield Reference(match[0], match[1], tuple(match[2].split(".")[1:]), match[3] is not None)
@@ -33,7 +38,7 @@ def references(value: Any) -> Iterator[Reference]:
 
 
 def malformed(value: Any) -> Iterator[str]:
-    """Text with a `${` that no reference begins."""
+    """Yields every string that has a `${` which does not begin a valid reference."""
     if isinstance(value, str):
         if "${" in REFERENCE.sub("", value):
             yield value
@@ -43,10 +48,14 @@ def malformed(value: Any) -> Iterator[str]:
 
 
 def filled(value: Any, known: Mapping[str, Any], every: Mapping[str, list[Any]] | None = None) -> Any:
-    """`value` with the references that `known` answers in their place; text that is one reference takes its type.
+    """Returns a copy of `value` with references replaced. A reference that is not known yet stays as it is.
 
-    `known` are values and steps' reports by name, a report with its output as `out`; `every` are the outputs of all
-    cells. A list item that is `${step[*]}` becomes as many. Raises LookupError for a path that a report does not have.
+    known   values and the reports of steps, by name; a report has its output directory as `out`
+    every   the output directories of all cells of a step, by the step's name
+
+    A string that is exactly one reference becomes the found value with its type; inside longer text the value is
+    converted to a string. A list item `${step[*]}` is replaced by one item for each cell.
+    Raises LookupError for a path that a report does not have.
     """
     if isinstance(value, Mapping):
         return {key: filled(part, known, every) for key, part in value.items()}
@@ -54,6 +63,7 @@ def filled(value: Any, known: Mapping[str, Any], every: Mapping[str, list[Any]] 
         made = []
         for part in value:
             found = filled(part, known, every)
+            # Only ${step[*]} is spliced into the list. A reference to a value that is a list stays one item.
             made += found if isinstance(found, list) and _is_every(part) else [found]
         return made
     if not isinstance(value, str):
@@ -62,6 +72,7 @@ def filled(value: Any, known: Mapping[str, Any], every: Mapping[str, list[Any]] 
         found = _answer(reference, known, every or {})
         if found is reference:
             continue
+        # The string is nothing but this reference: keep the type of the value.
         if reference.text == value:
             return found
         value = value.replace(reference.text, str(found))
@@ -75,12 +86,13 @@ def _is_every(value: Any) -> bool:
 
 
 def _answer(reference: Reference, known: Mapping[str, Any], every: Mapping[str, list[Any]]) -> Any:
-    """What a reference stands for, or the reference where that is not known yet."""
+    """Returns the value of a reference, or the reference itself where the value is not known yet."""
     if reference.every:
         return every.get(reference.name, reference)
     if reference.name not in known:
         return reference
     found = known[reference.name]
+    # A reference to a step without a path is the step's output directory.
     if not reference.path:
         return found["out"] if isinstance(found, Mapping) and "out" in found else found
     for key in reference.path:

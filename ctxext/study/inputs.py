@@ -1,7 +1,8 @@
-"""What the steps of a pipeline read, looked for before the first of them runs: what is not there would else be missed
-when the steps before have done their work. No torch.
+"""Checks that the text which steps read exists, before the first step runs. No torch.
 
-Not looked for: models (of the hub they would be fetched), and what a step before makes or is to name.
+Without this check a step would fail only after the steps before it have done their work.
+
+Not checked: models (those of the hub would be downloaded), and inputs that an earlier step writes or names.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from ctxext.study.flow import references
 from ctxext.study.pipeline import Job, Pipeline
 from ctxext.study.trust import check_inside
 
-Read = tuple[str, str | None, Callable[[], Any]]  # an argument; the text it gives; what refuses that as its step would
+Read = tuple[str, str | None, Callable[[], Any]]  # argument name; its value; a check that raises what the step would
 
 
 def check_inputs(pipeline: Pipeline, out: Path, *, begin: str | None, trusted: bool) -> None:
-    """Refuse a pipeline whose text is not there, each with its step's path. Raises SpecError; InputError for a path of
-    an untrusted one that leads out; EnvironmentFault for what a suite needs and the machine has not."""
+    """Checks the inputs of the steps from `begin` on (None: all steps).
+
+    Raises SpecError with all missing inputs, each with the path of its step; InputError where `trusted` is False and
+    a path leads out of the working directory; EnvironmentFault where the machine lacks what a suite needs.
+    """
     faults: dict[str, str | None] = {}
+    # Steps before `begin` do not run again, so their inputs may be gone.
     first = 0 if begin is None else pipeline.steps.index(begin)
     for job in pipeline.jobs:
         step = _known(job) if pipeline.steps.index(job.step) >= first else None
@@ -34,10 +39,12 @@ def check_inputs(pipeline: Pipeline, out: Path, *, begin: str | None, trusted: b
         if not trusted:
             check_inside(job, step, out)
         for name, text, check in _reads(job.command, step):
+            # Skip text that an earlier step names, or that an earlier step writes below `out`.
             if text is not None and (
                 next(references(text), None) or Path(text).absolute().is_relative_to(out.absolute())
             ):
                 continue
+            # Collect all faults of inputs. A fault of the machine is the same for every step: raise it at once.
             try:
                 check()
             except EnvironmentFault:
@@ -49,7 +56,7 @@ def check_inputs(pipeline: Pipeline, out: Path, *, begin: str | None, trusted: b
 
 
 def _known(job: Job) -> Any:
-    """The job's spec without the arguments that wait for a step's number; None where it is none without these."""
+    """The job's spec without the arguments that need a value from an earlier step; None where it is not valid then."""
     later = {name for name, value in job.arguments.items() if next(references(value), None)} - steps.MODELS
     try:
         step = steps.read(job.command, {k: v for k, v in job.arguments.items() if k not in later}, source=job.id)
@@ -60,6 +67,7 @@ def _known(job: Job) -> Any:
 
 
 def _reads(command: str, step: Any) -> Iterator[Read]:
+    # Every text that the step reads. The embedded corpus and generated text need no check.
     meant = steps.resolved(command, step)
     if command == "finetune":
         for part in meant.data.parts:
@@ -81,10 +89,12 @@ def _of_suite(suite: Any) -> Iterator[Read]:
     from ctxext.data.ruler import file_hash
     from ctxext.evals.suites import CHECKS
 
-    if suite.suite in ("longbench", "short"):  # whose checks go by no length
+    # The checks of these two suites need no length, so the suite's own check can run here.
+    if suite.suite in ("longbench", "short"):
         name = "data" if suite.suite == "longbench" else "include"
         yield name, getattr(suite, name), partial(CHECKS[suite.suite], suite)
         return
+    # RULER with `from_cases` reads finished cases, and none of the files that cases are made from.
     made = getattr(suite, "from_cases", None) is None
     if made and suite.data not in (EMBEDDED, GRASS):
         yield "data", suite.data, partial(fingerprint, suite.data, text_field=suite.text_field)

@@ -1,7 +1,9 @@
-"""A pipeline's YAML -> jobs: every step at every cell of its matrix, checked as far as text can be. No torch.
+"""Reads a pipeline's YAML file into jobs: one job for each step and each cell of its matrix. No torch.
 
-values: {model: tiny, ctx: 2k}            # names that steps take, and that --set NAME=VALUE changes
-over: {hybrid: [swa128-nope, SSSN]}       # a matrix: what names one of these, itself or by a step, runs for each
+All that can be checked without running a step is checked here.
+
+values: {model: tiny, ctx: 2k}            # values that steps refer to; --set NAME=VALUE changes them
+over: {hybrid: [swa128-nope, SSSN]}       # matrix: a step that refers to an axis, directly or by a step, runs for each
 steps:
   convert: {command: convert, model: "${model}", hybrid: "${hybrid}"}
   measure: {command: eval, models: ["${model}", "${convert}"], suite: smoke}
@@ -24,14 +26,14 @@ from ctxext.study.flow import filled, malformed, references
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MOST_JOBS = 1000
-RESERVED = ("state", "pipeline.json", "results.json", "results.md", "ctxext.json")  # of an output
+RESERVED = ("state", "pipeline.json", "results.json", "results.md", "ctxext.json")  # names in the output directory
 PARTS = ("values", "over", "steps")
 Axis = str | int | float | bool
 
 
 @spec
 class PipelineSpec:
-    """The file. A step is a mapping with its `command` and that command's arguments."""
+    """The content of the file. A step is a mapping of its `command` and the arguments of that command."""
 
     steps: dict[str, dict[str, Any]]
     values: dict[str, Any] = field(default_factory=dict)
@@ -40,12 +42,12 @@ class PipelineSpec:
 
 @dataclass(frozen=True)
 class Job:
-    """One step at one cell.
+    """One step at one cell of the matrix.
 
-    id         the step, and the cell's values where it has some: the name of its output
-    arguments  with values and axes filled in; references to steps stand until these are done
-    uses       of the steps it refers to: which job of each
-    collects   of the steps it refers to with [*]: all jobs
+    id         the step's name, followed by the cell's values; also the name of the output directory
+    arguments  values and axes are filled in; references to steps stay until those steps are done
+    uses       step name -> id of the job it refers to
+    collects   step name -> ids of all jobs of the step, for references with [*]
     """
 
     id: str
@@ -59,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Jobs in the order in which they run."""
+    """A checked pipeline. `jobs` are in the order in which they run."""
 
     name: str
     values: dict[str, Any]
@@ -68,15 +70,18 @@ class Pipeline:
 
     @property
     def steps(self) -> tuple[str, ...]:
+        # The names of the steps, in order.
         return tuple(dict.fromkeys(job.step for job in self.jobs))
 
 
 def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeline:
-    """The pipeline of a preset's name or a YAML file. `changes`: values by name, or any part by its dotted path.
+    """Reads the pipeline of a preset name or a YAML file.
 
-    Raises SpecError with every fault, each with its path; InputError for a file that is not there.
+    `changes`: new values by name, or new parts of the file by dotted path.
+    Raises SpecError with every fault, each with its path; InputError for a file that does not exist.
     """
     found = presets.find("pipelines", name)
+    # Copy the two upper levels, so that `changes` do not alter the preset's own data.
     data = {part: dict(value) if isinstance(value, dict) else value for part, value in found.data.items()}
     values = data.get("values") if isinstance(data.get("values"), dict) else {}
     faults = []
@@ -85,7 +90,8 @@ def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeli
             set_value(data, path, value)
         elif path in values:
             values[path] = value
-        elif isinstance(values.get(path.partition(".")[0]), dict):  # of settings, whose keys are dotted paths
+        # A value that is a mapping, such as `settings`: its keys are dotted paths themselves.
+        elif isinstance(values.get(path.partition(".")[0]), dict):
             name, _, key = path.partition(".")
             values[name] = {**values[name], key: value}
         else:
@@ -93,6 +99,7 @@ def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeli
     if faults:
         raise SpecError(str(found.path), faults)
     pipeline = build(PipelineSpec, data, source=str(found.path))
+    # Jobs can be made only from valid names and references. One fault may appear in many cells: report it once.
     faults = [*_name_faults(pipeline), *_reference_faults(pipeline)]
     if not faults:
         try:
@@ -106,6 +113,7 @@ def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeli
 
 
 def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
+    # Faults of names, axes and commands, and a matrix that is too large.
     if not pipeline.steps:
         yield "steps: none; allowed: at least one"
     for part in PARTS:
@@ -114,6 +122,7 @@ def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
                 yield f"{part}.{name}: allowed are names of letters, digits, - and _"
             if any(name in getattr(pipeline, other) for other in PARTS[: PARTS.index(part)]):
                 yield f"{part}.{name}: the name is taken by a value or an axis"
+    # Axis values become parts of directory names, so their slugs must differ too.
     for name, axis in pipeline.over.items():
         if not axis or len({_slug(value) for value in axis}) < len(axis):
             yield f"over.{name}: {'empty' if not axis else 'a value stands twice'}; allowed: a list of different values"
@@ -121,6 +130,7 @@ def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
         given = step.get("command", "none")
         if not isinstance(given, str) or given not in steps.SPECS:
             yield f"steps.{name}.command: got {given!r}; allowed: {', '.join(steps.SPECS)}"
+    # An upper bound: a step that does not depend on an axis does not run for each of its values.
     cells = 1
     for axis in pipeline.over.values():
         cells *= len(axis)
@@ -129,6 +139,7 @@ def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
 
 
 def _reference_faults(pipeline: PipelineSpec) -> Iterator[str]:
+    # Values and axes must not hold references themselves.
     for part in ("values", "over"):
         for name, value in getattr(pipeline, part).items():
             if next(references(value), None):
@@ -137,6 +148,7 @@ def _reference_faults(pipeline: PipelineSpec) -> Iterator[str]:
     for name, step in pipeline.steps.items():
         for text in malformed(step):
             yield f"steps.{name}: {text!r} holds no reference; allowed: ${{name}}, ${{step.key}}, ${{step[*]}}"
+        # A step may refer to values, axes and the steps before it. [*] is allowed for steps only.
         for reference in references(step):
             known = [*before, *([] if reference.every else [*pipeline.values, *pipeline.over])]
             if reference.name not in known:
@@ -150,9 +162,12 @@ def _reference_faults(pipeline: PipelineSpec) -> Iterator[str]:
 
 
 def _jobs(pipeline: PipelineSpec) -> list[Job]:
+    # One job for each step and each cell of the axes that the step depends on.
     jobs: list[Job] = []
-    axes: dict[str, tuple[str, ...]] = {}  # that a step depends on
+    axes: dict[str, tuple[str, ...]] = {}  # step name -> the axes it depends on
     for name, step in pipeline.steps.items():
+        # A step depends on the axes it names, and on those of the steps it refers to. With [*] it collects all cells
+        # of a step and does not depend on that step's axes.
         found = [reference for reference in references(step) if not reference.every]
         own = {reference.name for reference in found} & set(pipeline.over)
         own |= {axis for reference in found for axis in axes.get(reference.name, ())}
@@ -160,6 +175,7 @@ def _jobs(pipeline: PipelineSpec) -> list[Job]:
         for values in product(*(pipeline.over[axis] for axis in axes[name])):
             cell = dict(zip(axes[name], values, strict=True))
             arguments = filled({key: value for key, value in step.items() if key != "command"}, pipeline.values | cell)
+            # The job of another step at this cell: that step may depend on fewer axes.
             uses = {r.name: _id(r.name, {axis: cell[axis] for axis in axes[r.name]}) for r in found if r.name in axes}
             every = {reference.name for reference in references(step) if reference.every}
             collects = {other: tuple(job.id for job in jobs if job.step == other) for other in every}
@@ -168,13 +184,14 @@ def _jobs(pipeline: PipelineSpec) -> list[Job]:
 
 
 def _job_faults(job: Job) -> list[str]:
-    """What is wrong with a job's arguments, as far as no step's number is among them."""
+    """Faults of a job's arguments, as far as they do not depend on the report of another step."""
     where, later = f"steps.{job.step}", {name for name, value in job.arguments.items() if next(references(value), None)}
     if job.id in RESERVED:
         return [f"{where}: {job.id} is a file of every pipeline's output; allowed: another name"]
     try:
         step = steps.read(job.command, job.arguments, source=where)
-    except SpecError as error:  # what refers to a step is text until that is done, and may be a number then
+    except SpecError as error:
+        # An argument that refers to a step is a string now and may become a number later: ignore its faults.
         return [f"{where}.{fault}" for fault in error.faults if re.split(r"[.:]", fault)[0] not in later]
     if later - steps.MODELS:
         return []

@@ -1,4 +1,4 @@
-"""Presets read as the commands read them: the faults of each, none where it is in order. No torch."""
+"""Validates presets by reading them in the same way as the commands do. No torch."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ READ: dict[str, Callable[[str], Any]] = {
 
 
 def validated(name: str | None = None) -> list[tuple[str, list[str]]]:
-    """KIND/NAME and its faults, of one preset or of all there are."""
+    """Returns (KIND/NAME, faults) for one preset, or for all presets where `name` is None."""
     given = [presets.parted(name)] if name else [(kind, one) for kind in presets.KINDS for one in presets.names(kind)]
     return [(f"{kind}/{one}", _faults(kind, one)) for kind, one in given]
 
 
 def differences(name: str) -> list[tuple[str, Any, Any]]:
-    """Of a finetune preset: the fields that differ from the defaults, as (dotted path, its value, the default)."""
+    """Returns the fields of a finetune preset that differ from the preset `lora-alpha`, the default.
+
+    Each is (dotted path, the preset's value, the default value; None where the default has no such field).
+    """
     meant, default = (
         dict(_flat(asdict(steps.resolved("finetune", steps.Finetune(model="tiny", preset=preset)))))
         for preset in (name, "lora-alpha")

@@ -1,4 +1,4 @@
-"""What a pipeline found: its jobs, and the numbers of its evaluations in one table. No torch."""
+"""The results of a pipeline: its jobs, and the numbers of its evaluations in one table. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ctxext.units import format_duration, format_tokens
 
 @dataclass(frozen=True)
 class JobResult:
-    """`outcome`: ran, resumed, skipped or taken; `seconds` are those of the run that made the output."""
+    """The result of one job. `outcome`: ran, resumed, skipped or taken. `seconds`: of the run that made the output."""
 
     id: str
     command: str
@@ -25,7 +25,7 @@ class JobResult:
 
 @dataclass(frozen=True)
 class Results:
-    """`header` and `rows` are the table of what was measured: a row a model and cell, a column a suite and length."""
+    """All jobs and the table of measured numbers: one row per model and cell, one column per suite and length."""
 
     name: str
     jobs: tuple[JobResult, ...]
@@ -38,7 +38,7 @@ class Results:
 
     @property
     def note(self) -> str | None:
-        """What a * in the table means, where there is one."""
+        """The explanation of * in the table; None where no number has one."""
         return STAR if any(cell.endswith("*") for row in self.rows for cell in row) else None
 
     JOBS = ("step", "command", "outcome", "took", "output")
@@ -54,7 +54,7 @@ class Results:
 
 
 def results(pipeline: Pipeline, out: Path, outcomes: dict[str, str]) -> Results:
-    """Read back from the jobs' state."""
+    """Builds the results from the state files of all jobs. `outcomes`: by job id."""
     jobs, measured = [], list[tuple[dict[str, Axis], str, dict[str, str]]]()
     for job in pipeline.jobs:
         record = state.read(out, job)
@@ -62,8 +62,10 @@ def results(pipeline: Pipeline, out: Path, outcomes: dict[str, str]) -> Results:
         jobs.append(JobResult(job.id, job.command, outcomes[job.id], record["seconds"] or 0.0, str(out / job.id)))
         if job.command == "eval":
             measured += [(job.cell, model, numbers) for model, numbers in _numbers(record["report"])]
+    # The union of the suites and lengths of all evaluations. A number that one of them lacks is an empty cell.
     columns = list(dict.fromkeys(name for _, _, numbers in measured for name in numbers))
     axes = [axis for axis in pipeline.over if any(axis in cell for cell, _, _ in measured)]
+    # Two evaluations can measure one model with equal results: keep one row.
     rows = dict.fromkeys(
         (*(str(cell.get(axis, "")) for axis in axes), model, *(numbers.get(name, "") for name in columns))
         for cell, model, numbers in measured
@@ -72,7 +74,7 @@ def results(pipeline: Pipeline, out: Path, outcomes: dict[str, str]) -> Results:
 
 
 def _numbers(report: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """Each model of an evaluation with its numbers of whole suites; * where it does not bear the length."""
+    """Each model of an evaluation with the numbers of whole suites; * marks lengths beyond the usable length."""
     found = []
     for model in report["models"]:
         numbers = {}

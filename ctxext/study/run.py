@@ -1,9 +1,9 @@
-"""A pipeline carried out: jobs one after the other, what is done skipped, what was begun gone on with. No torch.
+"""Runs a pipeline: one job after the other. Finished jobs are skipped, interrupted jobs are resumed. No torch.
 
-<out>/pipeline.json     the pipeline as it was read; <out> is locked while it runs
-<out>/<job>/            a step's output, as its command makes it
-<out>/state/<job>.json  what it was asked, what it read, what it reported
-<out>/results.json, results.md, ctxext.json   when all is done
+<out>/pipeline.json     the pipeline as it was read; <out> is locked while the pipeline runs
+<out>/<job>/            the output of a job, as its command writes it
+<out>/state/<job>.json  the job's request, its inputs and its report
+<out>/results.json, results.md, ctxext.json   written when all jobs are done
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ctxext.study.trust import check_inside
 from ctxext.train.run import differences
 
 FILE = "pipeline.json"
-EVAL_REQUEST = "request.json"  # with it an evaluation knows what it has done (pipeline.py)
+EVAL_REQUEST = "request.json"  # the file by which an interrupted evaluation can be resumed (pipeline.py)
 RUNS: dict[str, Callable[..., Any]] = {
     "plan": api.plan,
     "convert": api.convert,
@@ -40,7 +40,7 @@ RUNS: dict[str, Callable[..., Any]] = {
     "export": api.export_model,
     "report": api.write_report,
 }
-CALLBACKS: dict[str, tuple[str, ...]] = {  # that each of these functions takes
+CALLBACKS: dict[str, tuple[str, ...]] = {  # the callbacks that each of these functions takes
     "convert": ("say", "progress"),
     "finetune": ("say", "on_step"),
     "eval": ("say", "progress"),
@@ -54,10 +54,12 @@ CALLBACKS: dict[str, tuple[str, ...]] = {  # that each of these functions takes
 
 @dataclass(frozen=True)
 class Plan:
-    """A pipeline and where it goes. `standings` are those of jobs whose inputs are known; `waits` for others' outputs.
+    """A pipeline, its output directory and the status of each job.
 
-    begin    the step to begin at: those before it are taken as they are, it and those after it run anew
-    trusted  False: no path, and no link, may lead out of the working directory
+    begin      the step to start at: earlier steps are taken as they are; this step and later ones run again
+    trusted    False: no path and no link may lead out of the working directory
+    standings  status by job id: that of state.py where the inputs of the job are known; `waits` where the job needs
+               an output that is not done; with `begin`: `taken` or `again`
     """
 
     pipeline: Pipeline
@@ -71,10 +73,11 @@ class Plan:
 def plan_pipeline(
     pipeline: Pipeline, out: Path | None = None, *, begin: str | None = None, force: bool = False, trusted: bool = True
 ) -> Plan:
-    """Where every job stands; nothing is written.
+    """Determines the status of every job. Writes nothing.
 
-    Raises SpecError where text that a step reads is not there; InputError where a finished output is of other inputs
-    and `force` does not say to replace it, and for a `begin` whose earlier steps are not done.
+    `out`: the output directory; None is ./runs/<name of the pipeline>.
+    Raises SpecError where text that a step reads does not exist; InputError where a finished output was made from
+    other inputs and `force` is False, where a step before `begin` is not done, and where `out` is not a pipeline's.
     """
     out = out or manifests.RUNS / pipeline.name
     if begin is not None and begin not in pipeline.steps:
@@ -83,6 +86,7 @@ def plan_pipeline(
     if out.exists() and not empty and not (out / FILE).is_file():
         raise InputError(f"{out} exists and is no pipeline's output", hint="give another --out")
     check_inputs(pipeline, out, begin=begin, trusted=trusted)
+    # Jobs come after the jobs they need, so one pass over them is enough.
     standings: dict[str, str] = {}
     for job in pipeline.jobs:
         if begin is not None:
@@ -111,7 +115,7 @@ def _standing(job: Job, pipeline: Pipeline, out: Path, force: bool, trusted: boo
 
 
 def _may_replace(found: str, record: dict[str, Any] | None, asked: dict[str, Any], out: Path, force: bool) -> None:
-    """Refuse to run a step again over a finished output that nobody said may go."""
+    """Raises InputError where a finished output would be replaced without `force`."""
     if found == "changed" and not force:
         moved = differences(record["request"], asked) if record else ["it is not of this pipeline"]
         raise InputError(
@@ -121,9 +125,10 @@ def _may_replace(found: str, record: dict[str, Any] | None, asked: dict[str, Any
 
 
 def run_pipeline(plan: Plan, *, say: api.Say = api.ignore, progress: api.Progress = api.ignore) -> Results | None:
-    """Every job in its turn, then the results on disk. None where training was interrupted: the same call goes on.
+    """Runs all jobs in order and writes the results. Returns None where a training was interrupted.
 
-    Errors are those of the commands, with the step's name before them; what was done stays done.
+    The same call resumes the pipeline. Errors are those of the commands, with the job's id in front of the message;
+    finished jobs stay done.
     """
     about = {"name": plan.pipeline.name, "values": plan.pipeline.values, "over": plan.pipeline.over}
     with disk_faults(plan.out, hint="make room, then give the same command again: what is done is not done again"):
@@ -136,11 +141,13 @@ def run_pipeline(plan: Plan, *, say: api.Say = api.ignore, progress: api.Progres
             try:
                 outcomes[job.id] = _job(plan, job, say, progress)
             except CtxextError as error:
+                # Keep the type of the error, and with it the exit code.
                 error.message = f"step {job.id}: {error.message}"
                 error.args = (error.message,)
                 raise
             if outcomes[job.id] == "interrupted":
                 return None
+        # The manifest is written last: it marks the output as finished.
         found = results(plan.pipeline, plan.out, outcomes)
         write_whole(plan.out / "results.json", json.dumps(asdict(found), indent=2) + "\n")
         write_whole(plan.out / "results.md", found.markdown())
@@ -150,24 +157,29 @@ def run_pipeline(plan: Plan, *, say: api.Say = api.ignore, progress: api.Progres
 
 
 def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
-    """Run, resume or skip one job: `ran`, `resumed`, `skipped`, `taken` or `interrupted`."""
+    """Runs, resumes or skips one job. Returns `ran`, `resumed`, `skipped`, `taken` or `interrupted`."""
     if plan.standings[job.id] == "taken":
         return "taken"
+    # The jobs before this one are done now: fill in what they reported, and compute the status again.
     out, record = plan.out / job.id, state.read(plan.out, job)
     step = _filled(job, _reports(plan.pipeline, plan.out, job), plan.out, plan.trusted)
     asked = state.request(job, step)
     standing: str = state.standing(record, asked, out)
-    if plan.standings[job.id] == "again" and standing in ("new", "changed", "done"):  # not what a killed --from left
+    # A job that a killed run with --from left unfinished or reported is resumed, and does not start again.
+    if plan.standings[job.id] == "again" and standing in ("new", "changed", "done"):
         standing = "again"
     _may_replace(standing, record, asked, out, plan.force)
     if standing == "done":
         say(f"  as asked and unchanged: {out}")
         return "skipped"
+    # The command finished and its report is stored; only the hash of the output is missing.
     if standing == "reported" and record is not None:
         _done(plan.out, job, record)
         return "resumed"
+    # Only trainings and evaluations resume. `keep`: the command must not replace its output directory.
     resume = standing == "unfinished" and job.command == "finetune" and _resumable(out)
     keep = resume or (standing == "unfinished" and job.command == "eval" and _eval_resumable(out))
+    # Store the request before the work begins: after a kill it shows that the unfinished output belongs to it.
     state.write(plan.out, job, {"request": asked, "done": False, "report": None, "seconds": None, "output": None})
     began = time.monotonic()
     report = _call(job.command, step, out, resume, not keep, say, progress)
@@ -175,6 +187,7 @@ def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
         report.refuse()
     if getattr(report, "finished", True) is False:
         return "interrupted"
+    # Reports differ by command: some convert themselves, the others are plain dataclasses.
     as_dict = getattr(report, "to_dict", None) or getattr(report, "as_dict", None)
     told_of = state.plain(as_dict() if as_dict else asdict(report)) | {"out": str(out)}
     seconds = round(time.monotonic() - began, 1)
@@ -183,13 +196,17 @@ def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
 
 
 def _done(root: Path, job: Job, record: dict[str, Any]) -> None:
-    """Keep what a job reported first: to hash what it wrote may take minutes, and a kill would cost a training."""
+    """Stores the report first and the hash of the output second.
+
+    Hashing may take minutes. Without the first write, a kill during that time would lose a finished training.
+    """
     state.write(root, job, record)
     state.write(root, job, record | {"done": True, "output": state.plain(state.stamp(str(root / job.id)))})
 
 
 def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: api.Say, progress: api.Progress) -> Any:
     given = {field.name: getattr(step, field.name) for field in fields(step)}
+    # Each command takes other callbacks; the steps of a training are reported by the progress callback.
     callbacks = {"say": say, "progress": progress, "on_step": lambda metrics: progress("training", metrics.step, 0)}
     taken = {name: callbacks[name] for name in CALLBACKS[command]}
     if command == "finetune":
@@ -202,24 +219,28 @@ def _eval_resumable(out: Path) -> bool:
 
 
 def _resumable(out: Path) -> bool:
-    """A training that began and did not end: one that ended is done, and one without its spec never began."""
+    """Whether a training has begun (it has its spec) and has not ended (it has no manifest)."""
     return (out / "spec.yaml").is_file() and not (out / manifests.FILE_NAME).exists()
 
 
 def _filled(job: Job, reports: tuple[dict[str, Any], dict[str, list[str]]], out: Path, trusted: bool) -> Any:
-    """The job's spec with what earlier steps found. Raises InputError for what they did not find."""
+    """The job's spec with the reports of earlier steps filled in. Raises InputError where a report lacks a value."""
     try:
         arguments = filled(job.arguments, *reports)
     except LookupError as error:
         raise InputError(f"step {job.id}: {error.args[0]}") from None
     step = steps.read(job.command, arguments, source=f"step {job.id}")
+    # Check again: a report of an earlier step can hold a path.
     if not trusted:
         check_inside(job, step, out)
     return step
 
 
 def _reports(pipeline: Pipeline, out: Path, job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """What the steps that a job refers to reported, and the outputs of all cells of those it collects."""
+    """Reports of the steps that a job refers to, and the output directories of all cells of the steps it collects.
+
+    A step that has not reported yet is represented by its output directory alone.
+    """
     by_id = {other.id: other for other in pipeline.jobs}
     known: dict[str, Any] = {}
     for name, other in job.uses.items():

@@ -1,4 +1,4 @@
-"""What is done of a pipeline: a file a job, with what was asked, what was read, and what came out. No torch.
+"""The state of a pipeline: one file per job with its request, its inputs and its report. No torch.
 
 <out>/state/<job>.json   {"request", "done", "report", "seconds", "output"}
 """
@@ -24,17 +24,21 @@ from ctxext.study import steps
 from ctxext.study.pipeline import Job
 
 FOLDER = "state"
-TOLD = (manifests.FILE_NAME, "README.md")  # of an input: they tell when it was made, and by what, not what it is
-MEANT = ("original_length", "usable_length", "source_layout", "source_rope_parameters")  # facts that steps go by
+TOLD = (manifests.FILE_NAME, "README.md")  # files of an input that record when and how it was made: not compared
+MEANT = ("original_length", "usable_length", "source_layout", "source_rope_parameters")  # facts that steps use
 LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is compared
 
 Standing = Literal["new", "unfinished", "reported", "done", "changed"]
 
 
 def request(job: Job, step: Any) -> dict[str, Any]:
-    """What makes two runs of a job the same: its arguments, what its presets say, all that it reads, the version."""
+    """Returns what identifies a run of a job: arguments, content of presets, all inputs, version of ctxext.
+
+    Two runs with equal requests give the same output. The result is plain JSON data.
+    """
     meant = steps.resolved(job.command, step)
     arguments = asdict(step)
+    # Models and runs are identified by their content, and other inputs (text) by their fingerprint.
     named = {name: value for name, value in arguments.items() if name in steps.MODELS and value is not None}
     reads = {
         name: [stamp(one, but=TOLD) for one in ([value] if isinstance(value, str) else value)]
@@ -52,9 +56,13 @@ def request(job: Job, step: Any) -> dict[str, Any]:
 
 
 def stamp(name: str, *, but: Collection[str] = ()) -> Any:
-    """A directory by the content of its files `but` some, and its base's; a GGUF file by its content; a model of the
-    hub by its name and commit; a preset of one by what it says: unless that pins a revision, a newer commit is not
-    seen."""
+    """Returns data that identifies a model or a run.
+
+    directory        the content of its files except those named in `but`, and the weights of its base
+    GGUF file        its content
+    hub id           name and commit
+    preset of a hub  the content of the preset: without a pinned revision, a newer commit goes unnoticed
+    """
     path: Path | None = Path(name)
     if os.path.isfile(name):
         return {"gguf": manifests.file_hash(Path(name))}
@@ -64,6 +72,7 @@ def stamp(name: str, *, but: Collection[str] = ()) -> Any:
         return {"name": name, "preset": presets.find("models", name).data}
     if HUB_ID.fullmatch(name) and not os.path.isdir(name):
         return {"name": name, "commit": path.name}
+    # Weights are always hashed, other files up to LARGEST bytes. An adapter depends on its base, so the base counts.
     weights = manifests.weight_hashes(path)
     small = [file for file in sorted(path.iterdir()) if file.is_file() and file.name not in {*weights, *but}]
     files = {file.name: _sha256(file) for file in small if file.stat().st_size <= LARGEST}
@@ -74,22 +83,31 @@ def stamp(name: str, *, but: Collection[str] = ()) -> Any:
 
 
 def standing(record: dict[str, Any] | None, asked: dict[str, Any], out: Path) -> Standing:
-    """How far a job is: `done` as asked, begun and `unfinished`, ended and `reported` but not hashed yet, `changed` (of
-    other inputs, or tampered with), or `new`."""
+    """Returns the status of a job, from its record and its output directory.
+
+    new         it has not run, or its output is gone
+    unfinished  it began and did not end
+    reported    it ended and its report is stored, but its output is not hashed yet
+    done        it is finished and matches the request
+    changed     the output is of another request, or was changed after it was written
+    """
     if record is None:
         return "changed" if out.exists() else "new"
+    # A record of another request says nothing about this one.
     if record["request"] != asked:
         return "changed" if out.exists() else "new"
+    # The command writes its manifest last: with a stored report and a manifest, the work itself is complete.
     if not record["done"]:
         ended = record["report"] is not None and (out / manifests.FILE_NAME).exists()
         return "reported" if ended else "unfinished"
     if not out.exists():
         return "new"
+    # Compare the content, since files may have been changed after the job was done.
     return "done" if plain(stamp(str(out))) == record["output"] else "changed"
 
 
 def read(root: Path, job: Job) -> dict[str, Any] | None:
-    """What is known of a job. Raises ModelError where its file is broken."""
+    """Returns the record of a job, None where there is none. Raises ModelError where the file is broken."""
     path = root / FOLDER / f"{job.id}.json"
     if not path.is_file():
         return None
@@ -104,7 +122,7 @@ def read(root: Path, job: Job) -> dict[str, Any] | None:
 
 
 def write(root: Path, job: Job, record: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Writes the record of a job atomically."""
     path = root / FOLDER / f"{job.id}.json"
     with disk_faults(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +130,7 @@ def write(root: Path, job: Job, record: dict[str, Any]) -> None:
 
 
 def plain(data: Any) -> Any:
-    """Data as JSON gives it back; a number that is not finite becomes text."""
+    """Returns `data` as JSON reads it back. A number that is not finite becomes a string."""
     return json.loads(json.dumps(_finite(data), default=_mapped))
 
 
@@ -129,7 +147,7 @@ def _finite(data: Any) -> Any:
 
 
 def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of the text that a step reads, what tells whether it changed."""
+    """Fingerprints of the text and other files that a step reads, besides models and runs."""
     if command == "finetune":
         from ctxext.train.same_data import data_hash
 
@@ -144,6 +162,7 @@ def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any
         from ctxext.evals.suites import inputs
 
         return {"data": [inputs(suite) for suite in meant.suites]}
+    # Text of the other commands. A name that is not a local file, such as a hub id, is compared by the arguments alone.
     named = [arguments.get(name) for name in ("data", "calibration")]
     return {
         "data": [
@@ -155,7 +174,7 @@ def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any
 
 
 def teacher_of(spec: Any) -> str | None:
-    """The model that a finetune spec names as its teacher; None for none, and for the model itself."""
+    """Returns the model that a finetune spec names as teacher; None for no teacher, and for the model itself."""
     teacher = spec.distill.teacher if spec.distill else "self"
     return None if teacher == "self" else str(teacher)
 

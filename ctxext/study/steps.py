@@ -1,6 +1,6 @@
-"""What a step of a pipeline may be: a command of api.py, with its arguments as a spec. No torch.
+"""The steps that a pipeline may have: commands of api.py, each with its arguments as a spec. No torch.
 
-A step names no output: a pipeline puts it beside the others. `settings` are fields by dotted path, as of `--set`.
+A step does not name its output directory: the pipeline does. `settings` are fields by dotted path, as in `--set`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from ctxext.probes.spec import ProbeSpec
     from ctxext.train.spec import FinetuneSpec
 
-Length = str | int
+Length = str | int  # tokens, as a number or as text such as "32k"
+
+# Each spec below has the arguments of the function in api.py with the name of its command. Output, callbacks and
+# `force` are left out, since the pipeline gives them.
 
 
 @spec
@@ -130,16 +133,16 @@ SPECS: dict[str, type] = {
     "export": Export,
     "report": Report,
 }
-MODELS = {"model", "models", "run", "runs", "compare", "against", "evaluator"}  # arguments that name what is read
+MODELS = {"model", "models", "run", "runs", "compare", "against", "evaluator"}  # arguments that name models and runs
 
 
 def read(command: str, arguments: dict[str, Any], source: str) -> Any:
-    """The spec of a step. Raises SpecError with every fault."""
+    """Builds the spec of a step from its arguments. Raises SpecError with every fault."""
     return build(SPECS[command], arguments, source=source)
 
 
 def faults(command: str, step: Any) -> list[str]:
-    """What presets and fields show to be wrong by themselves, before the models of later steps exist."""
+    """Returns the faults of a step's presets and fields. Models are not read: they may not exist yet."""
     try:
         resolved(command, step)
     except SpecError as error:
@@ -150,7 +153,7 @@ def faults(command: str, step: Any) -> list[str]:
 
 
 def resolved(command: str, step: Any) -> Any:
-    """What a step asks for with its presets read: a spec, or None where its arguments are all there is."""
+    """Returns the spec of a step with its presets read; None for a command whose arguments name no preset."""
     return RESOLVED[command](step) if command in RESOLVED else None
 
 
@@ -161,10 +164,11 @@ def _convert(step: Convert) -> Any:
 
 
 def _finetune(step: Finetune) -> FinetuneSpec:
-    """Without a ctx it stands at the longest there is: a healing run takes the model's own when it starts."""
+    """The spec of a finetune step. Without a ctx it gets 2**30: a healing run takes the model's ctx at its start."""
     from ctxext.train.run import asked_fields
     from ctxext.train.spec import FinetuneSpec
 
+    # Later entries replace earlier ones: the default, the preset, the arguments of the step, `settings`.
     fields: dict[str, Any] = {"ctx": 1 << 30} | dict(presets.find("finetune", step.preset).data)
     for key, value in (asked_fields(step.ctx, step.data, step.steps, step.original_length) | step.settings).items():
         set_value(fields, key, value)

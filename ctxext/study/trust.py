@@ -1,7 +1,7 @@
-"""A pipeline that somebody else wrote: no path, no link and no preset of it leads out of the working directory.
+"""Checks for a pipeline from an untrusted author: no path, link or preset may lead out of the working directory.
 
-What it does is bounded too: a step is one of ctxext's own commands, YAML holds no tags, weights are safetensors, remote
-code is never run. Not bounded: how long it runs, how much it writes under its output, and which hub ids it names.
+Other limits hold for every pipeline: a step is one of ctxext's own commands, YAML holds no tags, weights are
+safetensors, remote code is never run. Not limited: the run time, the size of the output, and the hub ids it names.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from ctxext.study.state import teacher_of
 
 
 def check_inside(job: Job, step: Any, out: Path) -> None:
-    """Refuse a job that reads or writes elsewhere. Raises InputError naming the text, and where it leads."""
+    """Raises InputError for a job that reads or writes outside the working directory, with the text and its target."""
     if getattr(step, "hostfile", None) is not None:
         raise InputError(f"step {job.id}: hostfile: an untrusted pipeline starts no process on other hosts")
     allowed = [Path.cwd().resolve(), shipped("presets").resolve(), shipped("deepspeed_configs").resolve()]
     meant = steps.resolved(job.command, step)
+    # Any string of the step or of its presets may be used as a path, so all of them are checked.
     for text in _texts([asdict(step), asdict(meant) if is_dataclass(meant) else None]):  # type: ignore[arg-type]
         path = Path(text)
         leads_up = path.is_absolute() or text.startswith("~") or ".." in path.parts
         if leads_up and not (path.is_absolute() and any(path.resolve().is_relative_to(place) for place in allowed)):
             raise _outside(job, text, path)
+        # A path inside can still be, or hold, a link that leads outside.
         for entry in _entries(path):
             if not any(entry.resolve().is_relative_to(place) for place in allowed):
                 raise _outside(job, text, entry)
+    # Outputs may be written below the working directory only, not into the shipped presets.
     for entry in _entries(out):
         if not entry.resolve().is_relative_to(allowed[0]):
             raise _outside(job, str(out), entry)
@@ -44,7 +47,7 @@ def check_inside(job: Job, step: Any, out: Path) -> None:
 
 
 def _check_models(job: Job, step: Any, meant: Any, allowed: list[Path]) -> None:
-    """The directories that model presets name, and the bases that runs' manifests name, with the links in them."""
+    """Checks the directories that model presets name, the parents that manifests name, and the links in them."""
     named = [getattr(step, name, None) or () for name in steps.MODELS]
     texts = [one for value in named for one in ([value] if isinstance(value, str) else value)]
     if job.command == "finetune" and (teacher := teacher_of(meant)) is not None:
@@ -67,7 +70,7 @@ def _preset_directory(name: str) -> Path | None:
 
 
 def _entries(path: Path) -> Iterator[Path]:
-    """What stands at a path, links not followed; nothing for text that is no path."""
+    """Yields a path and everything below it, without following links; nothing for text that is not a path."""
     try:
         if path.is_symlink() or path.exists():
             yield path
