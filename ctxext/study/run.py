@@ -108,7 +108,7 @@ def _taken(out: Path, job: Job) -> str:
 
 def _standing(job: Job, pipeline: Pipeline, out: Path, force: bool, trusted: bool) -> str:
     record = state.read(out, job)
-    asked = state.request(job, _filled(job, _reports(pipeline, out, job), out, trusted))
+    asked = state.request(job, _filled(job, _reports(pipeline, out, job), out, trusted), record)
     found = state.standing(record, asked, out / job.id)
     _may_replace(found, record, asked, out / job.id, force)
     return found
@@ -163,7 +163,7 @@ def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
     # The jobs before this one are done now: fill in what they reported, and compute the status again.
     out, record = plan.out / job.id, state.read(plan.out, job)
     step = _filled(job, _reports(plan.pipeline, plan.out, job), plan.out, plan.trusted)
-    asked = state.request(job, step)
+    asked = state.request(job, step, record)
     standing: str = state.standing(record, asked, out)
     # A job that a killed run with --from left unfinished or reported is resumed, and does not start again.
     if plan.standings[job.id] == "again" and standing in ("new", "changed", "done"):

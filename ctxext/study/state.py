@@ -18,9 +18,11 @@ from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.output import disk_faults, write_whole
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint
+from ctxext.data.fingerprints import by_time
 from ctxext.errors import ModelError
 from ctxext.model.source import HUB_ID, resolve
 from ctxext.study import steps
+from ctxext.study.known_fields import known_fields
 from ctxext.study.pipeline import Job
 
 FOLDER = "state"
@@ -31,11 +33,14 @@ LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is 
 Standing = Literal["new", "unfinished", "reported", "done", "changed"]
 
 
-def request(job: Job, step: Any) -> dict[str, Any]:
+def request(job: Job, step: Any, record: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns what identifies a run of a job: arguments, content of presets, all inputs, version of ctxext.
 
-    Two runs with equal requests give the same output. The result is plain JSON data.
+    Two runs with equal requests give the same output. The result is plain JSON data. `record` is the job's state file:
+    fields that the version that wrote it did not have are left out where they hold their default, and a hash of
+    training text stays in the form that this version wrote, where the text is still the same.
     """
+    recorded = (record or {}).get("request") or {}
     meant = steps.resolved(job.command, step)
     arguments = asdict(step)
     # Models and runs are identified by their content, and other inputs (text) by their fingerprint.
@@ -47,9 +52,9 @@ def request(job: Job, step: Any) -> dict[str, Any]:
     return plain(
         {
             "command": job.command,
-            "arguments": arguments,
-            "means": meant,
-            "reads": {**reads, **_texts(job.command, meant, arguments)},
+            "arguments": known_fields(step, recorded.get("arguments")),
+            "means": known_fields(meant, recorded.get("means")),
+            "reads": {**reads, **_texts(job.command, meant, arguments, recorded.get("reads") or {})},
             "ctxext": __version__,
         }
     )
@@ -146,7 +151,7 @@ def _finite(data: Any) -> Any:
     return [_finite(value) for value in data] if isinstance(data, list | tuple) else data
 
 
-def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+def _texts(command: str, meant: Any, arguments: dict[str, Any], recorded: dict[str, Any]) -> dict[str, Any]:
     """Fingerprints of the text and other files that a step reads, besides models and runs."""
     if command == "finetune":
         from ctxext.train.same_data import data_hash
@@ -154,23 +159,34 @@ def _texts(command: str, meant: Any, arguments: dict[str, Any]) -> dict[str, Any
         teacher = teacher_of(meant)
         zero = Path(arguments["zero"] or "")
         return {
-            "data": data_hash(meant.data),
+            "data": data_hash(meant.data, then=recorded.get("data")),
             "teacher": None if teacher is None else stamp(teacher),
             "zero": _sha256(zero) if zero.is_file() else None,
         }
     if command == "eval":
         from ctxext.evals.suites import inputs
 
-        return {"data": [inputs(suite) for suite in meant.suites]}
+        found, then = [inputs(suite) for suite in meant.suites], recorded.get("data") or []
+        for suite, now, old in zip(meant.suites, found, then, strict=False):
+            if "data" in now and hasattr(suite, "text_field"):
+                split = "held-out" if suite.data == EMBEDDED else None
+                now["data"] = _as_recorded(now["data"], old.get("data"), suite.data, suite.text_field, split)
+        return {"data": found}
     # Text of the other commands. A name that is not a local file, such as a hub id, is compared by the arguments alone.
     named = [arguments.get(name) for name in ("data", "calibration")]
+    texts = [text for text in named if text is not None and (text == EMBEDDED or Path(text).exists())]
+    then = (recorded.get("data") or []) + [None] * len(texts)
     return {
         "data": [
-            fingerprint(text, most=MOST_COMPARED)
-            for text in named
-            if text is not None and (text == EMBEDDED or Path(text).exists())
+            _as_recorded(fingerprint(text, most=MOST_COMPARED), old, text)
+            for text, old in zip(texts, then, strict=False)
         ]
     }
+
+
+def _as_recorded(now: str, then: str | None, source: str, text_field: str = "text", split: str | None = None) -> str:
+    """Returns `then`, a recorded hash, where an older version wrote it and `source` is unchanged; else `now`."""
+    return then if then is not None and then == by_time(source, text_field=text_field, split=split) else now
 
 
 def teacher_of(spec: Any) -> str | None:

@@ -152,7 +152,8 @@ def started_as(run: Path, plan: RunPlan, *, any_data: bool = False) -> bool:
     if not (run / SPEC_FILE).is_file():
         return False
     start, now = _read(run), Start.of(plan)
-    if replace(now, data=start.data) != start:
+    # Settings that the run's version did not have: those of its behaviour and today's defaults both mean this run.
+    if replace(now, data=start.data) not in (start, _read(run, as_today=True)):
         return False
     return any_data or not moved_data(run, start.data, now.spec.data, now.data)
 
@@ -313,13 +314,15 @@ def plan_repeated(
     return plan, moved
 
 
-def _read(run: Path) -> Start:
+def _read(run: Path, *, as_today: bool = False) -> Start:
+    """Reads spec.yaml. With `as_today`, settings that an older version did not have get today's defaults."""
     fields = read_yaml(run / SPEC_FILE)
-    # A spec.yaml of an older version lacks these settings. Its run trained without sink tokens, without BOS and with
-    # fitted sinks frozen, and continues in this way.
-    fields["spec"].setdefault("attention", {}).setdefault("sinks", 0)
-    fields["spec"].setdefault("data", {}).setdefault("bos", False)
-    fields["spec"].setdefault("lora", {}).setdefault("sinks", "frozen")
+    if not as_today:
+        # A spec.yaml of an older version lacks these settings. Its run trained without sink tokens, without BOS and
+        # with fitted sinks frozen, and continues in this way.
+        fields["spec"].setdefault("attention", {}).setdefault("sinks", 0)
+        fields["spec"].setdefault("data", {}).setdefault("bos", False)
+        fields["spec"].setdefault("lora", {}).setdefault("sinks", "frozen")
     start = build(Start, fields, source=str(run / SPEC_FILE))
     if not Path(start.model).is_dir():
         raise ModelError(f"{run}: the model it started from, {start.model}, is not there any more")

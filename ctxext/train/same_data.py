@@ -21,8 +21,14 @@ from ctxext.train.spec import DataSpec, MixturePart
 DATA_FILE = "data.json"
 
 
-def data_hash(data: DataSpec) -> str | None:
-    """Returns a hash of all files of all parts of a mixture; None for a data set of the hub, which has no hash."""
+def data_hash(data: DataSpec, then: str | None = None) -> str | None:
+    """Returns a hash of all files of all parts of a mixture; None for a data set of the hub, which has no hash.
+
+    `then` is a hash that was recorded earlier. It is returned where it has the form that older versions wrote and the
+    data is still the same.
+    """
+    if then is not None and then == _by_time(data) and not _read_since(data):
+        return then
     return _together(data, _contents)
 
 

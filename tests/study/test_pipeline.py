@@ -9,7 +9,7 @@ from ctxext.errors import InputError, SpecError
 from ctxext.study import steps
 from ctxext.study.pipeline import read_pipeline
 from ctxext.study.presets import READ, validated
-from ctxext.study.run import RUNS, TELLS
+from ctxext.study.run import CALLBACKS, RUNS
 
 
 @pytest.fixture
@@ -150,8 +150,8 @@ def test_a_step_takes_the_arguments_of_the_function_it_calls():
 
     for command, cls in steps.SPECS.items():
         arguments = set(inspect.signature(RUNS[command]).parameters) - {"out", "force", "resume", "allow_pickle"}
-        assert set(cls.__dataclass_fields__) == arguments - set(TELLS[command]), command
-        assert set(TELLS[command]) == arguments & {"say", "told", "on_step"}
+        assert set(cls.__dataclass_fields__) == arguments - set(CALLBACKS[command]), command
+        assert set(CALLBACKS[command]) == arguments & {"say", "progress", "on_step"}
 
 
 def test_every_function_of_the_package_is_found_by_name():
