@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
 from ctxext.errors import InputError
+from ctxext.extras import can_draw, require
 from ctxext.progress import Progress, ignore
 from ctxext.units import parse_tokens
 
@@ -174,14 +175,13 @@ def write_conversion(
     facts: dict[str, object] = {}
     # The planner's layout replaces that of the plan, before sinks are fitted for it.
     if chosen is not None:
-        from ctxext.retrofit.picture import pareto_png
-
         plan = with_kinds(plan, chosen.kinds)
         facts["planner"] = chosen.facts()
-        attachments = {
-            "retrofit.json": (json.dumps(chosen.as_dict(), indent=2) + "\n").encode(),
-            "pareto.png": pareto_png(chosen),
-        }
+        attachments = {"retrofit.json": (json.dumps(chosen.as_dict(), indent=2) + "\n").encode()}
+        if can_draw(say, "pareto.png"):
+            from ctxext.retrofit.picture import pareto_png
+
+            attachments["pareto.png"] = pareto_png(chosen)
     sinks = None
     if plan.sinks:
         from ctxext.retrofit.sinks import fit_sinks
@@ -412,6 +412,7 @@ def write_report(
     runs: Where | Sequence[Where], *, out: Where | None = None, title: str | None = None, force: bool = False
 ) -> Report:
     """Writes evaluations, probes and training runs into one HTML file that needs no network."""
+    require("matplotlib", "a report")
     from ctxext.report.page import plan_report
     from ctxext.report.page import write_report as write
 

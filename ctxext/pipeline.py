@@ -22,6 +22,7 @@ from ctxext.errors import InputError
 from ctxext.evals.spec import EvalSpec, asked
 from ctxext.evals.suite import with_lengths
 from ctxext.evals.suites import check_suites, inputs, model_stamp
+from ctxext.extras import can_draw
 from ctxext.model.convert import DTYPES
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
@@ -153,7 +154,8 @@ def eval_models(
             # The manifest comes last: it marks the evaluation as finished.
             results = json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n"
             write_whole(plan.out / "results.json", results)
-            draw_depths(report, plan.out)
+            if can_draw(notice, "the heatmaps of length and depth"):
+                draw_depths(report, plan.out)
             parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
             rows = report.rows()  # train/measured.py reads `longest`
             longest = max((row["length"] or 0 for row in rows), default=0)

@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "units": 0,
     "progress": 0,
+    "extras": 0,
     "ops": 1,
     "machine": 1,
     "config": 2,
@@ -37,7 +38,7 @@ FLOORS = {
 OUTSIDE_THE_FLOORS = {"", "__main__"}  # ctxext/__init__.py, which imports when it is asked for a name, and the way in
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes", "pyarrow", "numpy"}
-LIGHT_FLOORS = ("errors", "units", "progress", "machine", "config", "cli")
+LIGHT_FLOORS = ("errors", "units", "progress", "extras", "machine", "config", "cli")
 LIGHT_FILES = {
     "ops/cost.py",
     "ops/low_rank.py",

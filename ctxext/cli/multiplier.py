@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ctxext.cli import console
 from ctxext.errors import InputError
+from ctxext.extras import can_draw
 
 if TYPE_CHECKING:
     from ctxext.train.metrics import StepMetrics
@@ -45,7 +46,8 @@ def search(plan: RunPlan, out: Path | None, force: bool, as_json: bool) -> None:
     with staged_output(out, force) as staging:
         found = _train(trials, staging, plan.spec.lora.multiplier)
         (staging / NUMBERS).write_text(json.dumps(found.as_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
-        _draw(found, staging / CURVES)
+        if can_draw(console.say, CURVES):
+            _draw(found, staging / CURVES)
         facts = {"option": found.option, "remarks": [*found.remarks], "held_out": found.best.final}
         parents = {"base": manifests.parent(plan.source.directory)}
         manifests.write(staging, manifests.new("multiplier", spec=asdict(plan.spec), parents=parents, facts=facts))

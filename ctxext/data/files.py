@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ctxext.errors import InputError
+from ctxext.extras import require
 from ctxext.units import counted
 
 TEXT_SUFFIXES = (".txt", ".text", ".md")
@@ -194,6 +195,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with gzip.open(path, "rb") as file:
             yield cast(BinaryIO, file)
     elif compression == ".zst":
+        require("pyarrow", f"reading {path}")
         import pyarrow
 
         with pyarrow.input_stream(str(path), compression="zstd") as file:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ctxext.data.files import TEXT_SUFFIXES, opened
 from ctxext.errors import DataError, EnvironmentFault, InputError
+from ctxext.extras import require
 
 _PARQUET_ROWS = 64  # rows held at once: a row may be a whole book
 
@@ -155,6 +156,7 @@ def checked_text(text: Any, place: str, field: str) -> str:
 
 
 def _read_parquet(path: Path, rows: Rows) -> Iterator[Document]:
+    require("pyarrow", f"reading {path}")
     import pyarrow
     import pyarrow.parquet
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ctxext.config import manifest as manifests
 from ctxext.config.output import staged_output
 from ctxext.data.files import distinct, recorded
 from ctxext.errors import EnvironmentFault, ModelError
+from ctxext.extras import can_draw
 from ctxext.machine.memory import is_out_of_memory
 from ctxext.probes import (
     attention_distance,
@@ -54,6 +56,7 @@ def measure(
     out.
     """
     began, found = time.monotonic(), list[list[Finding]]()
+    can_draw(notice, "a picture of each probe")
     names = _names(plan)
     if plan.left_out:
         notice(plan.left_out)
@@ -89,13 +92,15 @@ def measure(
 
 def write(plan: ProbePlan, report: ProbeReport) -> list[str]:
     """Writes probes.json, a PNG per picture, and ctxext.json last, all or nothing. Returns the pictures' names."""
-    from ctxext.report.panels import draw
-
     with staged_output(plan.out, plan.force) as place:
         (place / RESULTS).write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n", "utf-8")
         # Draw from the file, as `ctxext report` does later, so that both give the same pictures.
         read = TypeAdapter(ProbeReport).validate_json((place / RESULTS).read_bytes())
-        pictures = [drawn.path.name for drawn in draw(read, place)]
+        pictures: list[str] = []
+        if find_spec("matplotlib") is not None:
+            from ctxext.report.panels import draw
+
+            pictures = [drawn.path.name for drawn in draw(read, place)]
         parents = {f"model {i}": manifests.parent(source.directory) for i, source in enumerate(plan.sources)}
         facts = {"seconds": report.seconds, "pictures": pictures}
         manifests.write(place, manifests.new("probe", spec=_plain(asdict(plan.spec)), parents=parents, facts=facts))

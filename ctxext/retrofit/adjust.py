@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +69,7 @@ def adjust(
             scale.fold(merged, layers, c)
 
     def draw(directory: Path) -> None:
-        if turned is not None:
+        if turned is not None and find_spec("matplotlib") is not None:
             dial.draw(turned, directory / PICTURE)
 
     return Adjustment(facts, tuple(rows), fold, draw)
