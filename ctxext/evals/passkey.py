@@ -33,6 +33,7 @@ class Question:
 
     @property
     def size(self) -> int:
+        """Returns the number of tokens of prompt and answer."""
         return self.case.length
 
 

@@ -108,14 +108,17 @@ class Window:
 
     @property
     def id(self) -> str:
+        """Returns length, text and first token as one id."""
         return f"{self.length}/{self.text}/{self.begin}"
 
     @property
     def size(self) -> int:
+        """Returns the number of tokens."""
         return self.end - self.begin
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Returns the number of tokens and the place of the first scored target; equal shapes run together."""
         return self.size, self.first - self.begin
 
 

@@ -29,14 +29,17 @@ def real(low: float, high: float) -> Check:
 
 
 def one_of(*allowed: str) -> Check:
+    """Returns the check for one of the texts in `allowed`."""
     return (lambda value: isinstance(value, str) and value in allowed), " or ".join(allowed)
 
 
 def each(check: Check) -> Check:
+    """Returns the check for a list whose entries all pass `check`."""
     return (lambda value: isinstance(value, list) and all(map(check[0], value))), f"a list, each {check[1]}"
 
 
 def or_null(check: Check) -> Check:
+    """Returns the check for null or a value that passes `check`."""
     return (lambda value: value is None or check[0](value)), f"{check[1]}, or null"
 
 

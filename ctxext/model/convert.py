@@ -114,6 +114,7 @@ class ConversionReport:
     sink_rows: Sequence[tuple[str, str]] = ()
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the report for JSON, without the rows for the screen."""
         return {name: value for name, value in asdict(self).items() if name != "sink_rows"}
 
     def rows(self) -> list[tuple[str, str]]:
