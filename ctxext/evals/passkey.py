@@ -33,7 +33,7 @@ class Question:
 
     @property
     def size(self) -> int:
-        """Returns the number of tokens of prompt and answer."""
+        """Returns the length of the case in tokens."""
         return self.case.length
 
 
