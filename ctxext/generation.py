@@ -257,6 +257,18 @@ class Conversation:
             self.cache, kept = self._new_cache(), 0
         return kept
 
+    @contextmanager
+    def _whole_turn(self) -> Iterator[None]:
+        """Drops the cache where the turn fails or is interrupted: it may hold tokens that are not in `ids`.
+
+        Layers with a window have lost earlier tokens by then, so the cache cannot be cut back to its state before.
+        """
+        try:
+            yield
+        except BaseException:
+            self.cache = self._new_cache()
+            raise
+
     def ask(
         self,
         text: str,
@@ -273,7 +285,8 @@ class Conversation:
 
         Without a chat template the turn is appended unchanged, on its own line. Raises ModelError where the template
         cannot render the turn, and where the tokenizer does not belong to this model. Raises EnvironmentFault where
-        memory runs out.
+        memory runs out. After an error or an interruption the conversation is as before the turn; the next turn then
+        reads it again, because its cache is dropped.
         """
         from ctxext.model.decode import generate
 
@@ -299,15 +312,14 @@ class Conversation:
 
         progress("reading", 0, len(unread))
         how: dict[str, Any] = {"stop": self.stop, "choose": self.choose, "cache": self.cache, "seen": [self.ids[:kept]]}
-        with _in_memory(self.plan):
+        with self._whole_turn(), _in_memory(self.plan):
             most = self.plan.max_new_tokens
             [answer] = generate(self.loaded.model, [unread], most, prefilled=prefilled, on_token=say, **how)
-        clock.append(time.perf_counter())
-        # At the end, return the bytes of an incomplete character too; only then add the turn to the conversation.
-        pieces.append(stream.rest())
-        write(pieces[-1])
-        self.ids += [*new, *answer]
-        self.asked.append(text)
+            clock.append(time.perf_counter())
+            # At the end, return the bytes of an incomplete character too; only then add the turn to the conversation.
+            pieces.append(stream.rest())
+            write(pieces[-1])
+            self.ids, self.asked = [*self.ids, *new, *answer], [*self.asked, text]
         # The write speed counts the tokens that a forward computed after the reading: the growth of the cache.
         reading, writing = clock[1] - clock[0], clock[2] - clock[1]
         return Answer(

@@ -1,11 +1,13 @@
 """Checks the contents of a model's files: weight values, RoPE fields, the chat template, the stop tokens.
 
 torch and transformers are imported inside functions. Not checked: the values of large weight matrices (of checkpoints
-above `READ` bytes only norms and biases are read); whether the chat template is the one used in training.
+above `READ` bytes only norms and biases are read); tensors of a dtype outside `WIDTHS`; whether the chat template is
+the one used in training.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,12 @@ from ctxext.doctor.finding import Finding
 from ctxext.errors import ModelError
 from ctxext.model.families import Config, rope_of
 from ctxext.model.source import original_length, read_config, read_object
-from ctxext.model.weights import read_tensors
+from ctxext.model.weights import model_name, read_tensors
 from ctxext.units import counted, format_bytes, format_tokens
 
 READ = 2 * 1024**3  # bytes; weights up to this size are read completely, which takes some seconds
 FLOAT16_MAX = 65504.0
-WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes of the dtypes of model/weights.py; no other one is read
 
 
 def finite_values(path: Path, config: Config) -> str:
@@ -31,15 +33,16 @@ def finite_values(path: Path, config: Config) -> str:
     from ctxext.model.shards import tensor_reader
 
     # Choose what to read: everything, or only norms and biases (tensors with less than two dimensions).
-    tensors = read_tensors(path)
-    sizes = {name: WIDTHS.get(info.dtype, 0) * _count(info.shape) for name, info in tensors.items()}
-    everything = sum(sizes.values()) <= READ
+    stored = read_tensors(path)
+    tensors = {name: info for name, info in stored.items() if info.dtype in WIDTHS}
+    size = sum(WIDTHS[info.dtype] * math.prod(info.shape) for info in tensors.values())
+    everything = size <= READ
     chosen = [name for name, info in tensors.items() if everything or len(info.shape) < 2]
     # The largest absolute value of each tensor. NaN and infinity survive abs and max, so one number shows both.
     read, largest, where = tensor_reader(path), 0.0, ""
     for name in chosen:
-        tensor = read(name)
-        if tensor is None or not tensor.is_floating_point() or not tensor.numel():
+        tensor = read(model_name(name))
+        if tensor is None or not tensor.numel():
             continue
         value = float(tensor.abs().max().float() if tensor.dtype != torch.float64 else tensor.abs().max())
         if value != value or value == float("inf"):
@@ -53,15 +56,10 @@ def finite_values(path: Path, config: Config) -> str:
             f"{where} holds {largest:.3g}, which is infinity in float16, the dtype that config.json names",
             hint="set dtype in config.json to bfloat16 or float32",
         )
-    rest = "" if everything else f"; norms and biases only, of {format_bytes(sum(sizes.values()))}"
+    rest = "" if everything else f"; norms and biases only, of {format_bytes(size)}"
+    if others := sorted({info.dtype for info in stored.values()} - WIDTHS.keys()):
+        rest += f"; {counted(len(stored) - len(tensors), 'tensor')} not read: stored as {', '.join(others)}"
     return f"{counted(len(chosen), 'tensor')} read, all finite, largest {largest:.3g}{rest}"
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    numbers = 1
-    for size in shape:
-        numbers *= size
-    return numbers
 
 
 def opens_as_config(path: Path, config: Config) -> str:

@@ -25,9 +25,12 @@ class Item(Protocol):
     """One unit of work. `id` is unique in its suite; items of one `size`, in tokens, run together."""
 
     @property
-    def id(self) -> str: ...
+    def id(self) -> str:
+        """Returns the id, which is unique in the suite."""
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """Returns the number of tokens; items of one size run together."""
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,12 @@ class Asked:
 
     @property
     def id(self) -> str:
+        """Returns length, task and question as one id."""
         return f"{self.length}/{self.question.task}/{self.question.id}"
 
     @property
     def size(self) -> int:
+        """Returns the most tokens of prompt and answer together."""
         return self.length
 
 

@@ -70,10 +70,12 @@ class Part:
 
     @property
     def id(self) -> str:
+        """Returns length and number of the text as one id."""
         return f"{self.length}/{self.number}"
 
     @property
     def size(self) -> int:
+        """Returns the number of tokens."""
         return len(self.ids)
 
 

@@ -33,6 +33,7 @@ class Question:
 
     @property
     def size(self) -> int:
+        """Returns the length of the case in tokens."""
         return self.case.length
 
 

@@ -108,14 +108,17 @@ class Window:
 
     @property
     def id(self) -> str:
+        """Returns length, text and first token as one id."""
         return f"{self.length}/{self.text}/{self.begin}"
 
     @property
     def size(self) -> int:
+        """Returns the number of tokens."""
         return self.end - self.begin
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Returns the number of tokens and the place of the first scored target; equal shapes run together."""
         return self.size, self.first - self.begin
 
 
@@ -322,8 +325,11 @@ def _checked_stride(protocol: str, length: int, stride: int | None) -> int:
         return length
     if stride is None:
         stride = LONGLORA_STRIDE if protocol == "longlora" else length // 2
-    if stride < 1 or (protocol == "hf-stride" and stride >= length):
-        raise InputError(f"stride is {stride}; {protocol} at length {length} allows 1 to {length - 1}")
+    # Windows of longlora score all their positions, so they need not overlap. Text between them is skipped (see `job`).
+    largest = length - 1 if protocol == "hf-stride" else math.inf
+    if not 1 <= stride <= largest:
+        allowed = "1 or more" if largest == math.inf else f"1 to {largest}"
+        raise InputError(f"stride is {stride}; {protocol} at length {length} allows {allowed}")
     return stride
 
 

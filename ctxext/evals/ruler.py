@@ -48,10 +48,12 @@ class Question:
 
     @property
     def id(self) -> str:
+        """Returns the id of the case."""
         return self.case.id
 
     @property
     def size(self) -> int:
+        """Returns the length of the case in tokens."""
         return self.case.length
 
 

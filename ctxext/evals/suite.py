@@ -203,6 +203,7 @@ def with_lengths(spec: EvalSpec, sources: Sequence[ModelSource]) -> EvalSpec:
 
 
 def check_length(source: ModelSource, length: int, extrapolate: bool) -> None:
+    """Raises InputError for a length beyond what the model supports, unless `extrapolate`."""
     if length <= source.usable_length or extrapolate:
         return
     raise InputError(

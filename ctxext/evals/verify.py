@@ -81,6 +81,7 @@ class Launch:
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """Returns what is launched, and how the measured row differs from it."""
         T, plan = format_tokens(self.T), f"{self.attention} at ctx {format_tokens(self.ctx)} in {self.dtype}"
         plan += "" if self.document_mask or self.attention == "inference" else ", no document mask"
         found = [f"{pattern_text(self.source.kinds)}; {plan}, measured on {T} tokens"]

@@ -87,6 +87,7 @@ class Trainables:
 
     @property
     def parameters(self) -> int:
+        """Returns the number of all trainable scalars."""
         adapter = self.lora_parameters + self.embedding_parameters + self.norm_parameters
         return adapter + self.sink_parameters + self.other_parameters
 

@@ -29,14 +29,17 @@ def real(low: float, high: float) -> Check:
 
 
 def one_of(*allowed: str) -> Check:
+    """Returns the check for one of the texts in `allowed`."""
     return (lambda value: isinstance(value, str) and value in allowed), " or ".join(allowed)
 
 
 def each(check: Check) -> Check:
+    """Returns the check for a list whose entries all pass `check`."""
     return (lambda value: isinstance(value, list) and all(map(check[0], value))), f"a list, each {check[1]}"
 
 
 def or_null(check: Check) -> Check:
+    """Returns the check for null or a value that passes `check`."""
     return (lambda value: value is None or check[0](value)), f"{check[1]}, or null"
 
 
@@ -151,9 +154,9 @@ ROPE: dict[str, Check] = {
     "beta_slow": or_null(real(1e-6, 1e6)),
     "attention_factor": or_null(real(1e-6, 1e6)),
     "original_max_position_embeddings": or_null(whole(2)),
-    "short_factor": each(real(1e-6, 1e9)),
-    "long_factor": each(real(1e-6, 1e9)),
-    "partial_rotary_factor": or_null(real(0, 1)),
+    "short_factor": or_null(each(real(1e-6, 1e9))),
+    "long_factor": or_null(each(real(1e-6, 1e9))),
+    "partial_rotary_factor": real(0, 1),
 }
 
 
@@ -221,14 +224,9 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
     check_fields(rope, ROPE, "config.json, rope_parameters")
     if rope["rope_type"] == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise ModelError("config.json: rope_parameters: high_freq_factor must be above low_freq_factor")
-    if rope["rope_type"] != "proportional" and (share := rope.get("partial_rotary_factor")) not in (None, 1):
-        raise ModelError(
-            f"config.json, rope_parameters: partial_rotary_factor {_shown(share)} is not supported: whole heads are "
-            "rotated"
-        )
-    # The only value of these three yarn fields that is supported is truncate = true, which is the default.
-    for name in ("mscale", "mscale_all_dim", "truncate") if rope["rope_type"] == "yarn" else ():
-        if rope.get(name) is not None and (name, rope[name]) != ("truncate", True):
+    # Of these three yarn fields only the default values are supported. transformers reads a truncate of null as false.
+    for name, default in {"mscale": None, "mscale_all_dim": None, "truncate": True}.items():
+        if rope["rope_type"] == "yarn" and rope.get(name, default) != default:
             raise ModelError(f"config.json, rope_parameters: yarn with {name} {_shown(rope[name])} is not supported")
     for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
         if len(rope.get(name, ())) != head_dim // 2:

@@ -69,6 +69,11 @@ class ConversionPlan:
     target: str | None = None
     sinks: bool = False
 
+    @property
+    def value_bytes(self) -> int:
+        """Returns the bytes of one value in the output's dtype. Without a stated dtype it counts as a 16-bit one."""
+        return {"float32": 4, "float64": 8}.get(str(self.config.get("dtype")), 2)
+
 
 @dataclass(frozen=True)
 class FittedSinks:
@@ -109,6 +114,7 @@ class ConversionReport:
     sink_rows: Sequence[tuple[str, str]] = ()
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the report for JSON, without the rows for the screen."""
         return {name: value for name, value in asdict(self).items() if name != "sink_rows"}
 
     def rows(self) -> list[tuple[str, str]]:
@@ -318,8 +324,7 @@ def _check_room(staging: Path, plan: ConversionPlan) -> None:
     The size counts the copied weight files (or their parameters in the new dtype, plus 8 KiB for a header), the tensors
     that only the target class has, and the companion files such as the tokenizer.
     """
-    # `item`: bytes per parameter; 2 for a 16-bit dtype and for a config that states none.
-    directory, item = plan.source.directory, {"float32": 4, "float64": 8}.get(str(plan.config.get("dtype")), 2)
+    directory, item = plan.source.directory, plan.value_bytes
     stored = sum(path.stat().st_size for path in weight_files(directory, plan.allow_pickle) if path.is_file())
     kept = stored if plan.dtype is None else item * parameter_count(plan.source.shape) + 8192
     added = item * sum(map(math.prod, new_tensors(plan.source.config, normalise(plan.config)).values()))
@@ -336,9 +341,8 @@ def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float, d
     # `dropped` is the reason why generation_config.json was left out, or None.
     shape, length = plan.source.shape, plan.source.usable_length
     # The KV cache at the usable length, with the new layout and with the source's own.
-    item = 4 if (plan.dtype or plan.config.get("dtype")) == "float32" else 2
     cache, before = (
-        kv_cache_bytes(shape, [kind.sliding_window for kind in kinds], length, item)
+        kv_cache_bytes(shape, [kind.sliding_window for kind in kinds], length, plan.value_bytes)
         for kinds in (plan.kinds, plan.source.kinds)
     )
     return ConversionReport(

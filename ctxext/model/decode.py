@@ -167,7 +167,7 @@ def generate(
     Memory: the cache takes B x (T + max_new_tokens) tokens on full layers and B x W on sliding layers. Activations take
     B x `chunk` tokens (the whole text where RoPE is dynamic and the text is longer than the original length). Logits
     are computed for one token per row. Raises InputError for an empty prompt, and for prompts of different lengths with
-    a cache that is not empty.
+    a cache that is not empty, or with any cache where RoPE's frequencies change within this generation.
     """
     if not prompts or min(map(len, prompts)) == 0:
         raise InputError("nothing to generate from: a prompt has no tokens")
@@ -179,6 +179,12 @@ def generate(
     # All rows of a batch share RoPE's frequencies, which depend on the longest row. Where they change within this
     # generation, rows of different lengths run one by one.
     if padded and same_frequencies_from(reader.decoder.config, T + max_new_tokens) > 1:
+        if cache is not None:
+            raise InputError(
+                "this model's RoPE follows the length of the text, so prompts of different lengths run one by one and "
+                "cannot share a cache",
+                hint="generate without a cache, or give prompts of one length",
+            )
         how = {"stop": stop, "chunk": chunk, "choose": choose, "prefilled": prefilled} | attention_arguments
         one = partial(generate, model, max_new_tokens=max_new_tokens, **how)
         return [one([prompt], on_token=partial(_of_row, on_token, row))[0] for row, prompt in enumerate(prompts)]

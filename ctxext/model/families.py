@@ -252,6 +252,7 @@ def model_shape(config: Config) -> ModelShape:
 
 
 def qkv_bias(config: Config) -> bool:
+    """Returns whether q, k and v have biases."""
     # Qwen2 always has biases on q, k and v, and none on o. For other families attention_bias decides all four.
     return config["model_type"] == "qwen2" or bool(config.get("attention_bias"))
 

@@ -68,9 +68,11 @@ class GateReport:
 
     @property
     def passed(self) -> bool:
+        """Returns whether the first difference is exactly 0 and the second within the tolerance."""
         return self.identity_max_diff == 0.0 and self.hybrid_max_diff <= self.hybrid_tolerance
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the fields for JSON, and `passed`."""
         return asdict(self) | {"passed": self.passed}
 
 

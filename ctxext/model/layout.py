@@ -29,6 +29,7 @@ class LayerKind:
 
     @property
     def letter(self) -> str:
+        """Returns the letter of this kind in a layout: S, s, N or F."""
         if self.sliding_window is not None:
             return "S" if self.use_rope else "s"  # "s": a sliding layer without RoPE; only in models made elsewhere
         return "F" if self.use_rope else "N"

@@ -40,14 +40,17 @@ class LoadedModel:
 
     @property
     def name(self) -> str:
+        """Returns the name of the source."""
         return self.source.name
 
     @property
     def usable_length(self) -> int:
+        """Returns the number of tokens that the model supports."""
         return self.source.usable_length
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
+        """Returns the kind of each layer."""
         return self.source.kinds
 
 

@@ -74,6 +74,7 @@ class MergeReport:
     tokenizer: str | None = None  # how AutoTokenizer reads the output differently from ctxext, and what to use
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the report for JSON, without the rows for the screen."""
         return {name: value for name, value in asdict(self).items() if name != "adjusted"}
 
     def rows(self) -> list[tuple[str, str]]:

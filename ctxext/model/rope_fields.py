@@ -80,7 +80,15 @@ def _complete(rope: Config, config: Config) -> Config:
             raise ModelError(f"config.json: {kind} RoPE needs {field}")
     if kind == "yarn" and "factor" not in rope:
         raise ModelError("config.json: yarn RoPE needs factor")
-    if rope.pop("partial_rotary_factor", 1) != 1:
+    share = rope.pop("partial_rotary_factor", 1)
+    # Only the formula of default RoPE does not read this field, so null has no effect there. Mellum's formula reads it.
+    if share is None and (kind != "default" or config["model_type"] == "mellum"):
+        raise ModelError(
+            "config.json, rope_parameters: partial_rotary_factor is null, from which transformers cannot compute "
+            f"{kind} RoPE",
+            hint="remove the field",
+        )
+    if share not in (None, 1):
         raise ModelError(
             "config.json, rope_parameters: partial_rotary_factor is not supported: whole heads are rotated"
         )

@@ -65,6 +65,7 @@ class ModelSource:
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
+        """Returns the kind of each layer."""
         return family_of(self.config).kinds(self.config)
 
     @property
@@ -74,6 +75,7 @@ class ModelSource:
 
     @property
     def shape(self) -> ModelShape:
+        """Returns the sizes for the formulas of ops/cost.py."""
         return model_shape(self.config)
 
     @property

@@ -50,6 +50,7 @@ class History:
 
     @property
     def start(self) -> State:
+        """Returns the state at the start of the run."""
         return self.states[0]
 
 

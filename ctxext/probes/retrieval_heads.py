@@ -63,6 +63,7 @@ class Question:
 
     @property
     def size(self) -> int:
+        """Returns the number of tokens of the prompt."""
         return len(self.case.prompt_ids)
 
 

@@ -32,10 +32,12 @@ class Subject:
 
     @cached_property
     def loaded(self) -> LoadedModel:
+        """Returns the model in memory; the first call loads it."""
         return load_model(self.source, dtype=self.dtype, device=self.device)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
+        """Returns the kind of each layer."""
         return self.source.kinds
 
     @property
@@ -45,6 +47,7 @@ class Subject:
 
     @property
     def heads(self) -> int:
+        """Returns the number of query heads of a layer."""
         return self.source.shape.num_heads
 
     @property

@@ -306,10 +306,8 @@ def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -
 def _measured(plan: ConversionPlan, request: Request, choice: Full, damage: Damage, share: float) -> Measured:
     source, at = plan.source, request.length
     windows = [None if i in choice else plan.hybrid.sliding_window for i in range(len(source.kinds))]
-    # Bytes of one KV cache entry.
-    item = 4 if (plan.dtype or plan.config.get("dtype")) == "float32" else 2
-    size = kv_cache_bytes(source.shape, windows, at, item)
-    whole = kv_cache_bytes(source.shape, [kind.sliding_window for kind in source.kinds], at, item)
+    size = kv_cache_bytes(source.shape, windows, at, plan.value_bytes)
+    whole = kv_cache_bytes(source.shape, [kind.sliding_window for kind in source.kinds], at, plan.value_bytes)
     names = [name for name, full in fixed_choices(len(windows), request.full).items() if full == choice]
     patterns = [name.replace("N", plan.hybrid.full_letter) for name in names if name in FIXED]
     flops = forward_flops(source.shape, [(window, None) for window in windows], at)

@@ -126,6 +126,37 @@ def test_a_second_turn_on_the_kept_cache_is_that_of_a_fresh_reading(
         assert max(float((a - b).abs().max()) for a, b in zip(kept, seen, strict=True)) < 1e-4
 
 
+@pytest.mark.parametrize("place", ["reading", "first token", "later"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, torch.OutOfMemoryError])
+def test_a_turn_that_fails_leaves_the_conversation_as_before(
+    model_dir: Any, tmp_path: Path, fault: type[BaseException], place: str
+) -> None:
+    """The cache held tokens of the failed turn, and the next turn continued them."""
+    directory = layout(model_dir, tmp_path, "SN")
+    talk, healthy = talk_to(directory), talk_to(directory)
+    talk.stop = healthy.stop = frozenset()
+    for one in (talk, healthy):
+        one.ask("In a hole in the ground")
+    written: list[str] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if place == "reading" and done == total:
+            raise fault
+
+    def write(piece: str) -> None:
+        written.append(piece)
+        if place == "first token" or len(written) == 5:
+            raise fault
+
+    before = (list(talk.ids), list(talk.asked))
+    with pytest.raises(EnvironmentFault if fault is torch.OutOfMemoryError else fault):
+        talk.ask("there lived a number", progress=progress, write=write)
+    assert (talk.ids, talk.asked) == before
+    answer, expected = talk.ask("and not"), healthy.ask("and not")
+    assert (answer.text, talk.ids) == (expected.text, healthy.ids)
+    assert answer.kept == 0 and answer.read == expected.read + expected.kept and answer.cache == expected.cache
+
+
 def test_a_sliding_layer_keeps_its_window_less_one_and_a_full_one_everything(model_dir: Any, tmp_path: Path) -> None:
     talk = talk_to(layout(model_dir, tmp_path, "SN"))
     for _ in range(3):

@@ -13,6 +13,7 @@ from ctxext.cli.doctor import doctor as command
 from ctxext.doctor.model import model as examine
 from ctxext.errors import CheckFailed, InputError
 from ctxext.export import write
+from ctxext.model import shards
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.families import FAMILIES
 from ctxext.model.weights import ADAPTER_FILE, HEAD
@@ -110,6 +111,21 @@ def test_names_and_shapes_against_the_config(copy):
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     found = ill(path)["tensors"].found
     assert "model.norm.weight: [7] in the file" in found and "model.stray.weight: in the file, unknown" in found
+
+
+def test_tensors_of_other_dtypes_are_named_and_not_read(write_model, tmp_path, monkeypatch):
+    """They counted as 0 bytes, so that all of a large checkpoint was read."""
+    path = write_model(tmp_path / "model")
+    stored = load_file(path / "model.safetensors")
+    stored = {name: value.to(torch.float8_e4m3fn) if "_proj" in name else value for name, value in stored.items()}
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    read = []
+    reader = shards.tensor_reader
+    monkeypatch.setattr(shards, "tensor_reader", lambda path: lambda name: read.append(name) or reader(path)(name))
+    found = {finding.name: finding for finding in examine(str(path))}
+    assert found["values"].status == "ok" and "28 tensors not read: stored as F8_E4M3" in found["values"].found
+    assert "stored as F8_E4M3; supported are" in found["tensors"].found and "model.norm.weight" in read
+    assert not [name for name in read if "_proj" in name]
 
 
 def test_a_wrong_vocabulary(copy):

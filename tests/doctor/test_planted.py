@@ -133,6 +133,9 @@ FAULTS = [
     Fault("a tensor of another shape", "source",
           tensors(lambda stored: stored.update({"model.norm.weight": torch.ones(7)})), "tensors", "[7] in the file"),
     Fault("NaN in a norm", "source", set_value("model.norm.weight", float("nan")), "values", "model.norm.weight"),
+    Fault("NaN under a name without its prefix", "source",
+          tensors(lambda stored: [stored.update({name.removeprefix("model."): stored.pop(name).fill_(float("nan"))})
+                                  for name in list(stored) if name == "model.norm.weight"]), "values", "norm.weight"),
     Fault("infinity in the embeddings", "source", set_value("model.embed_tokens.weight", float("-inf")), "values",
           "not finite"),
     Fault("a value beyond float16", "source", both(set_value("model.norm.weight", 1e5), fields(dtype="float16")),

@@ -127,6 +127,7 @@ def test_refusals(loaded: Any) -> None:
         ({"protocol": "mean"}, "hf-stride, longlora, truncate"),
         ({"stride": 40}, "allows 1 to 39"),
         ({"stride": 0}, "stride is 0"),
+        ({"stride": 0, "protocol": "longlora"}, "longlora at length 40 allows 1 or more"),
         ({"protocol": "truncate", "stride": 3}, "side by side"),
     ]:
         with pytest.raises(InputError, match=said):

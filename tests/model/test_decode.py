@@ -181,6 +181,17 @@ def test_a_kept_cache_is_read_again_where_the_frequencies_change(following: Any)
             assert generate(model, [LONG[1][20:]], NEW, cache=cache, seen=seen) == [truth]
 
 
+def test_rows_of_several_lengths_share_no_cache_where_the_frequencies_change(following: Any) -> None:
+    """The rows ran one by one with caches of their own; the given cache stayed empty."""
+    _, model = following
+    cache = reserved_cache(model.get_decoder().config, 0)
+    with pytest.raises(InputError, match="cannot share a cache"):
+        generate(model, LONG, NEW, cache=cache)
+    assert cache.get_seq_length() == 0
+    short = [[1, 40, 41], [1, 40]]  # all within the original length
+    assert generate(model, short, 2, cache=cache) == generate(model, short, 2) and cache.get_seq_length() == 4
+
+
 def test_a_conversation_reads_again_where_the_frequencies_change(following: Any) -> None:
     directory, _ = following
     talk = Conversation(plan_generation(str(directory), max_new_tokens=9, device="cpu"))

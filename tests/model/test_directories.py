@@ -278,6 +278,19 @@ def test_the_room_that_a_conversion_needs(write_model: Any, tmp_path: Path, monk
     assert needed[2] == (model / PICKLE).stat().st_size + added + others
 
 
+def test_the_cache_of_a_float64_model(write_model: Any, tmp_path: Path) -> None:
+    """It was reported at 2 bytes per value."""
+    model = write_model(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    found = {}
+    for dtype in ("float64", "float32", "bfloat16", None):
+        (model / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+        report = convert(model, tmp_path / str(dtype), gate=False)
+        assert report.kv_cache_bytes == report.kv_cache_bytes_source
+        found[dtype] = report.kv_cache_bytes / (2 * 4 * 2 * 8 * report.kv_cache_length)  # 4 layers, 2 heads of 8
+    assert found == {"float64": 8, "float32": 4, "bfloat16": 2, None: 2}
+
+
 BOTH = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -292,6 +305,14 @@ BOTH = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ({"rope_parameters": {"rope_type": "yarn"}}, "needs factor"),
         ({"rope_parameters": None, "rope_theta": None}, "needs rope_theta"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": None}}, None),
+        ({"rope_parameters": {"rope_type": "default", "short_factor": None, "long_factor": None}}, None),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": None}},
+            "partial_rotary_factor is null, from which transformers cannot compute linear RoPE",
+        ),
+        ({"rope_parameters": BOTH | {"truncate": None}}, "yarn with truncate None"),
+        ({"rope_parameters": BOTH | {"truncate": True, "mscale": None, "beta_fast": None}}, None),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ({"configuration_files": ["config.4.0.0.json"]}, "configuration_files"),
         ({"is_causal": False}, "is_causal"),

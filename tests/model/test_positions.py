@@ -160,10 +160,19 @@ def test_what_transformers_prefers_or_fills_in():
         assert check_realised(build(source), source) < 1e-6
 
 
-@pytest.mark.parametrize("field", [{"truncate": False}, {"mscale": 0.7}, {"mscale_all_dim": 1.0}])
+@pytest.mark.parametrize("field", [{"truncate": False}, {"truncate": None}, {"mscale": 0.7}, {"mscale_all_dim": 1.0}])
 def test_yarn_of_other_formulas_is_refused(field):
     with pytest.raises(ModelError, match="is not supported"):
         config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0} | field)
+
+
+def test_a_null_partial_rotary_factor_is_refused_where_the_formula_reads_it():
+    """transformers' formulas of Mellum read it for default RoPE too; Llama's does not."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": None}
+    assert config(rope_parameters=rope)["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
+    mellum = {"model_type": "mellum", "layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense"] * 2}
+    with pytest.raises(ModelError, match="null, from which transformers cannot compute default RoPE"):
+        config(rope_parameters={"full_attention": rope}, head_dim=16, **mellum)
 
 
 @pytest.mark.parametrize("family", ["llama", "mellum"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -13,9 +14,10 @@ from ctxext.model.convert import plan_conversion
 from ctxext.model.layout import HybridSpec, LayerKind, layer_kinds
 from ctxext.model.load import load_tokenizer
 from ctxext.ops.cost import ModelShape
+from ctxext.retrofit.damage import Damage
 from ctxext.retrofit.layers import EXHAUSTIVE, Request, fixed_choices, full_layer_count, plan_request, search
 from ctxext.retrofit.picture import pareto_png
-from ctxext.retrofit.planner import calibration_samples, choose_layers
+from ctxext.retrofit.planner import _measured, calibration_samples, choose_layers
 
 SHAPE = ModelShape(
     hidden_size=64,
@@ -236,6 +238,14 @@ def test_the_choice_is_no_worse_than_any_fixed_pattern(model_dir, prose, tmp_pat
     assert found.chosen.flops < whole.flops and (whole.kv_share == 1 or family == "mistral")
     if pattern == "SF":
         assert all(facts.full.text == 0 for facts in found.layers) == (family != "mistral")
+
+
+def test_the_cache_of_a_float64_model_counts_8_bytes_a_value(model_dir, tmp_path):
+    plan = plan_conversion(str(model_dir("llama")), "SN", sliding_window=16, out=tmp_path / "out")
+    plan = replace(plan, config=plan.config | {"dtype": "float64"})
+    damage = Damage(0.0, 0.0, None, ())
+    measured = _measured(plan, Request(4, 64, "", 512, 64), (0, 1, 2, 3), damage, 0.0)
+    assert measured.kv_bytes == 4 * 64 * 2 * 2 * 8 * 8 and measured.kv_share == 1  # 4 layers, K and V, 2 heads of 8
 
 
 def test_without_a_full_layer_it_says_what_is_lost(model_dir, prose, tmp_path):

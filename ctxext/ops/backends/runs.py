@@ -25,7 +25,7 @@ class Run(NamedTuple):
 
 @lru_cache(maxsize=64)
 def unpacked_runs(groups: Pattern, half: int, B: int, T: int) -> tuple[Run, ...]:
-    # Rows of one document each: cached, because every layer and batch repeats the same runs.
+    """Returns the runs of rows of one document each; every layer and batch has the same ones, so they are cached."""
     return tuple(runs_of(groups, half, B, T, None))
 
 

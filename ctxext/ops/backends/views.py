@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        # Those of the blocks themselves, without `back`.
+        """Returns the number of tokens of the blocks themselves, without `back`."""
         return self.n * self.length
 
     def of(self, x: Tensor) -> Tensor:
