@@ -118,7 +118,7 @@ def _train_stages(
     plan: RunPlan, run: Path, resume: bool, events: Events, zero: Mapping[str, Any] | None
 ) -> tuple[Engine, Sequences, TrainingState, int]:
     """Trains at each context in turn. Returns the last engine, its training data, the state and the sink tokens."""
-    done = newest_step(run) if resume else 0
+    done, before = newest_step(run) if resume else 0, TrainingState()
     while True:
         # A stage is one context; most runs have one.
         stage = plan.stage_of(done)
@@ -136,6 +136,9 @@ def _train_stages(
             engine.total()
             if engine.rank == 0:
                 discard_after(run, progress.done)
+        else:
+            # A rollback into an earlier stage changed these after the checkpoint was written.
+            progress = replace(progress, rate=before.rate, rollbacks=before.rollbacks)
         if plan.stage_of(progress.done) is not stage:
             # The newest checkpoint is damaged, and the one before it belongs to an earlier stage: set that one up.
             done = progress.done
@@ -147,7 +150,7 @@ def _train_stages(
         stage = replace(stage, sink_tokens=sink_tokens)
         with naming_what_is_largest(stage):
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
-        done, resume = progress.done, False
+        done, before, resume = progress.done, progress, False
         if stopped or done >= plan.steps:
             return engine, sequences, progress, sink_tokens
         engine.close()
