@@ -2,6 +2,7 @@
 
 run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
 run/metrics.jsonl   one line per step
+run/wandb-id.txt    the run's id at Weights & Biases, where telemetry.wandb is set (train/telemetry.py)
 run/checkpoints/    the newest few, and the best by held-out loss
 run/...             the bundle (train/bundle.py), written when the last step is done
 """

@@ -22,7 +22,7 @@ from ctxext.ops.logits import loss_chunk
 from ctxext.ops.masks import Pattern
 from ctxext.train.measured import measured_length
 from ctxext.train.refuse import refuse
-from ctxext.train.schedule import Attention, attention_at, phases
+from ctxext.train.schedule import Attention, attention_at, first_dense, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
 from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
 from ctxext.units import counted, first_of, format_bytes, format_count, format_flops, format_tokens
@@ -198,7 +198,12 @@ class RunPlan:
             self.sink_tokens, f" and {first_of(self.sink_tokens or 0, 'token')} of a document"
         )
         text += " that grow" * spec.grow + ", shifted by a draw each step" * (spec.shift == "random")
-        text += f", the last {spec.dense_last:.0%} of the steps dense" if spec.dense_last else ""
+        if spec.dense_last:
+            dense = self.steps - first_dense(spec, self.steps)
+            text += f", the last {dense} of {counted(self.steps, 'step')} dense" if dense else (
+                f", no step dense (attention.dense_last {spec.dense_last:g} of {counted(self.steps, 'step')} is less "
+                "than one)"
+            )  # fmt: skip
         return f"{text}; they run dense ({costs})"
 
     def _trainables_row(self) -> str:
@@ -279,9 +284,11 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
     item_bytes = 2 if plan.dtype == "bfloat16" else 4
     if not gpu and plan.trainables.parameters <= partition.bucket:  # untouched memory costs nothing on a CPU
         partition = replace(partition, buffers=1)
+    # The largest pattern of the steps at this ctx: dense where one of them is.
+    group_size = None if first_dense(spec.attention, plan.steps) < plan.stop else plan.group_size
     memory = cost.training_memory(
         plan.source.shape,
-        [_pattern(kind, None if spec.attention.dense_last else plan.group_size) for kind in plan.kinds],  # the largest
+        [_pattern(kind, group_size) for kind in plan.kinds],
         spec.ctx,
         sequences,
         trainable=plan.trainables.parameters,

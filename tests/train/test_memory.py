@@ -157,3 +157,13 @@ def test_tiles_of_a_dense_phase_are_counted():
     )
     dense = plan_for("llama2-7b", dtype="bfloat16", memory={"tiles": 4096}, attention={"train": "dense"})
     assert tiled < ends == dense.memory["layer"]
+
+
+def test_a_dense_phase_without_a_step_is_not_counted():
+    """A share that rounds to no step, and a first context that ends before the dense steps begin."""
+    given = {"dtype": "bfloat16", "memory": {"tiles": 4096}, "stages": ["32k"], "steps": 4}
+    none, little, half = (
+        plan_for("llama2-7b", attention={"train": "s2", "dense_last": share}, **given) for share in (0, 0.1, 0.5)
+    )
+    assert little.memory == none.memory and little.earlier[0].memory == none.earlier[0].memory
+    assert half.memory["layer"] > none.memory["layer"] and half.earlier[0].memory == none.earlier[0].memory
