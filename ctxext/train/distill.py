@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.model.relayout import rotations
-from ctxext.train.loss import IGNORED, chunk_of, handed_down
+from ctxext.ops.logits import distillation_chunk
+from ctxext.train.loss import IGNORED, handed_down
 from ctxext.train.spec import Objective
 
 
@@ -125,7 +126,7 @@ def distillation_loss(
     most probable tokens and one entry for all others, a lower bound of the full KL. Gradients go to hidden and, where
     it trains, to weight. As in train/loss.py, they are computed in the forward pass.
     """
-    chunk = chunk or max(16, chunk_of(weight) // 2)  # two vocabularies are held at a time
+    chunk = chunk or distillation_chunk(weight.shape[0], gpu=weight.device.type != "cpu")
     # Apply autocast's dtype here and switch it off inside, since the operation chooses its own dtypes.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

@@ -24,7 +24,15 @@ from ctxext.train.measured import measured_length
 from ctxext.train.refuse import refuse
 from ctxext.train.schedule import Attention, attention_at, first_dense, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
-from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
+from ctxext.train.teacher import (
+    Teacher,
+    absolute,
+    logits_bytes,
+    objective_at,
+    plan_teacher,
+    teacher_bytes,
+    teacher_flops,
+)
 from ctxext.units import counted, first_of, format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
@@ -305,6 +313,7 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
         offload=spec.memory.offload,
         runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
         chunk=loss_chunk(plan.source.shape.vocab_size, gpu=gpu),
+        logits=logits_bytes(plan.source, spec, sequences * spec.ctx, gpu=gpu),
         checkpointing=int(spec.memory.checkpoint),
         partition=partition,
     )

@@ -196,9 +196,7 @@ def test_a_rollback_to_where_the_last_context_began_keeps_its_first_validation(p
     assert ours["validation"][0] == theirs["validation"][0] and ours["validation"][0]["ctx"] == 256
 
 
-def test_a_rollback_to_a_damaged_start_of_a_context_trains_the_context_before_again(
-    plan, whole, tmp_path, monkeypatch
-):
+def test_a_rollback_to_a_damaged_start_of_a_context_trains_the_context_before_again(plan, whole, tmp_path, monkeypatch):
     run, said, trained = tmp_path / "run", list[str](), list[tuple[int, int]]()
     real, calls = loop.forward_backward, iter(range(1, 100))
 
