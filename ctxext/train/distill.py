@@ -98,6 +98,7 @@ class DistilledHead(nn.Module):
     def forward(
         self, states: Tensor, said: Tensor | None, labels: Tensor, ce: Tensor, kl: Tensor, top_k: int | None
     ) -> Tensor:
+        """Returns `distillation_loss` of the states of both models under their own heads."""
         # states [b,T,E], said [b,n,E] or None; labels, ce, kl [b,T]
         mine, theirs = (weight() for weight in self.weights)
         # The teacher may see fewer tokens of a row. Zero-pad; the KL weight is 0 for these tokens.

@@ -80,6 +80,7 @@ class FinetuneReport:
     read: list[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data for `--json`."""
         return asdict(self)
 
 
@@ -181,12 +182,12 @@ def set_up(
         message = f"validation.{given[0]}: there is nothing to validate"
         raise InputError(message, hint="give longer text, or leave it out")
     model = _model(plan, device, dtype)
-    # The model has not trained yet. A resumed run loads its checkpoint later, so that it measures the same value here.
-    sink_tokens = sinks_of(plan, model, events.say)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
     teacher = _teacher(plan, model, dtype)
     engine = ZeroEngine(model, plan, ranks, teacher) if ranks else LocalEngine(model, plan.spec.optimizer, teacher)
+    # The model has not trained yet. A resumed run loads its checkpoint later, so that it measures the same value here.
+    sink_tokens = sinks_of(plan, engine, events.say)
     if device.type == "cuda":  # the peak of training, not of loading
         torch.cuda.reset_peak_memory_stats(device)
     return engine, sequences, HeldOut(held, cases) if held is not None else None, sink_tokens

@@ -92,14 +92,17 @@ class RunPlan:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step at this ctx."""
         return self.global_batch_size * self.spec.ctx
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer of the model."""
         return family_of(self.config).kinds(self.config)
 
     @property
     def measured_length(self) -> int | None:
+        """The greatest length in tokens that evaluations measured; None: never measured."""
         return measured_length(self.source)
 
     @property

@@ -53,6 +53,7 @@ class Validation:
     passkey: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data, as in validation.jsonl and in checkpoints."""
         return asdict(self)
 
 
