@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,23 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..
     yield make
     for place in mounted:
         subprocess.run(["umount", "--lazy", place], check=True)
+
+
+@pytest.fixture
+def disk_acts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is synced, renamed and removed, in order: (act, the path; the new one of a rename)."""
+    acts = list[tuple[str, str]]()
+    fsync, rename, replace, rmtree = os.fsync, Path.rename, Path.replace, shutil.rmtree
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (acts.append(("sync", os.readlink(f"/proc/self/fd/{file}"))), fsync(file))[1]
+    )
+    monkeypatch.setattr(Path, "rename", lambda self, to: (acts.append(("rename", str(to))), rename(self, to))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, to: (acts.append(("rename", str(to))), replace(self, to))[1])
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, *rest, **named: (
+            acts.append(("remove", str(path))), rmtree(path, *rest, **named))[1]
+    )  # fmt: skip
+    return acts
 
 
 @pytest.fixture(scope="session")

@@ -78,6 +78,7 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
 def write_whole(path: Path, data: str | bytes) -> None:
     """Writes a file that appears whole or not at all, over an existing one. Its directory must exist.
 
+    A power loss after the call does not lose the file.
     If two processes write the same path, both succeed and the last file stays. Raises EnvironmentFault if the disk
     is full or the path cannot be written.
     """
@@ -87,9 +88,34 @@ def write_whole(path: Path, data: str | bytes) -> None:
         # Build the error before the partial file is removed, since its message has the free space.
         with disk_faults(path, hint="make room, then give the command again"):
             partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+            sync(partial)
             partial.replace(path)
+            sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Writes the contents of a file, or the entries of a directory, to the disk: a power loss does not lose them.
+
+    A directory whose file system cannot do this is skipped.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno in (*_FULL, errno.EIO):
+            raise
+
+
+def sync_tree(directory: Path) -> None:
+    """Writes a directory and everything below it to the disk, as `sync` does. Links are not followed."""
+    for path in (*directory.rglob("*"), directory):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            sync(path)
 
 
 def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ()) -> None:
@@ -136,6 +162,7 @@ def claim(out: Path) -> None:
     with disk_faults(out):
         try:
             out.mkdir(parents=True)
+            sync(out.parent)
         except FileExistsError:
             raise busy(out, "process") from None
 
@@ -268,6 +295,8 @@ def _put_in_place(partial: Path, target: Path, before: tuple[int, ...] | None) -
 
     Raises InputError if another process has written `target` since then.
     """
+    # On the disk before the rename: after a power loss, an output under its final name has its contents.
+    sync_tree(partial)
     aside, now = _beside(target, "old"), _identity(target)
     if now is not None:
         if now != before:
@@ -283,6 +312,7 @@ def _put_in_place(partial: Path, target: Path, before: tuple[int, ...] | None) -
             _remove(aside)
             raise _overtaken(target) from None
         raise
+    sync(target.parent)
     _remove(aside)
 
 

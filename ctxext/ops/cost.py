@@ -196,6 +196,7 @@ def training_memory(
     item_bytes: int = 2,
     checkpointing: int = 1,
     chunk: int | None = None,
+    logits: int | None = None,
     quantized: float | None = None,
     keep_attention: bool = False,
     tiles: int | None = None,
@@ -212,6 +213,7 @@ def training_memory(
     checkpointing layers that share a checkpoint, all of which are live while they are recomputed; 0: none
     quantized     bytes of an entry of the layers' matrices where these are quantised: about 0.52 for 4 bits, 1 for 8
     chunk         tokens of logits held at once (default: `loss_chunk` of a CPU)
+    logits        bytes of the logits that the loss holds; None: those of the plain loss, for `chunk` tokens
     runtime       an accelerator's context, libraries and allocator slack
     partition     how the state is divided among processes; state kept on the host is not counted
     keep_attention, tiles (tokens) and offload are options of the training spec. Offloaded checkpoints are on the host
@@ -227,14 +229,16 @@ def training_memory(
         stored = min(2, stored)
     kept = [window is None for window, _ in layers].count(True) if keep_attention else 0
     # The peak: the most expensive kind of layer, plus the other layers that share its checkpoint, or else the loss.
-    logits = min(loss_chunk(shape.vocab_size) if chunk is None else chunk, tokens) * shape.vocab_size
+    if logits is None:
+        held = min(loss_chunk(shape.vocab_size) if chunk is None else chunk, tokens)
+        logits = held * shape.vocab_size * (4 if item_bytes == 4 else 4 + item_bytes)
     work = max(_layer_work(shape, T, micro_batch, layer, item_bytes, trained, tiles) for layer in set(layers))
     # Without checkpointing nothing is recomputed: only the gradients of the MLP's three states of F are added.
     work = work if checkpointing else tokens * 3 * shape.intermediate_size * item_bytes
     work += max(0, min(checkpointing, len(layers)) - 1) * (live + X)
     # The last norm keeps its input and the normalised input. Both are live while the loss is computed, and so is the
     # norm's result.
-    head = 3 * X + (0 if item_bytes == 4 else 2 * X) + logits * (4 if item_bytes == 4 else 4 + item_bytes)
+    head = 3 * X + (0 if item_bytes == 4 else 2 * X) + logits
     own_master = trained.weights and item_bytes == 4 and not partition.stage  # DeepSpeed copies even fp32 weights
     items = {
         **_state(shape, trainable, moment_bytes + (not own_master) * MASTER_BYTES, item_bytes, quantized, partition),

@@ -24,3 +24,8 @@ def loss_chunk(V: int, *, gpu: bool = False) -> int:
     """
     smallest = max(16, LOGITS_BYTES // (4 * V))
     return max(smallest, min(GPU_TOKENS, GPU_LOGITS_BYTES // (4 * V))) if gpu else smallest
+
+
+def distillation_chunk(V: int, *, gpu: bool = False) -> int:
+    """Returns the tokens of a chunk of the loss with a teacher, which holds the logits of two models."""
+    return max(16, loss_chunk(V, gpu=gpu) // 2)

@@ -52,6 +52,7 @@ class Calibration:
     rates: dict[str, Any]
 
     def as_rates(self) -> Rates:
+        """Returns the measured rates for a plan's estimates."""
         fields = self.rates | {
             **{
                 name: tuple((int(width), float(rate)) for width, rate in self.rates[name])

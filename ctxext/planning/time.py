@@ -57,6 +57,7 @@ class Estimate:
 
     @property
     def seconds(self) -> float:
+        """Seconds of the step."""
         return sum(part.seconds for part in self.parts)
 
     @property
@@ -69,6 +70,7 @@ class Estimate:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second of all ranks together."""
         return self.tokens / self.seconds
 
     def by_rate(self) -> dict[str, float]:

@@ -113,6 +113,7 @@ class Layers:
 
     @property
     def head(self) -> Tensor:
+        """The weight of the output head [V,E], fp32."""
         return self.tensor(EMBEDDING if self.config["tie_word_embeddings"] else HEAD)
 
 
@@ -307,6 +308,7 @@ def apply_layer(
 
 
 def row_batches(states: Tensor) -> Iterator[slice]:
+    """Yields the rows of states [n,T,E] in slices of at most BATCH_TOKENS tokens, at least one row each."""
     step = max(1, BATCH_TOKENS // states.shape[1])
     return (slice(start, start + step) for start in range(0, len(states), step))
 

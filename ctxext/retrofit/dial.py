@@ -125,6 +125,7 @@ class Dial:
     differences: tuple[Difference, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data for `--json`, with the rule of the choice."""
         return {"rule": "mean over lengths of nats a token, paired by window; 1 unless told better"} | asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:

@@ -39,6 +39,7 @@ class Half:
 
     @property
     def tokens(self) -> int:
+        """The tokens of all windows."""
         return sum(window.size for window in self.windows)
 
 

@@ -87,6 +87,7 @@ class LayerPlan:
     EXPLAIN = ("layer", "window: text", "answers", "as full: text", "answers", "best head", f"heads > {RETRIEVES}")
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data for `--json`."""
         return {
             **asdict(self),
             "kinds": pattern_text(self.kinds),

@@ -117,6 +117,7 @@ class NopeScale:
     differences: tuple[Difference, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data for `--json`."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:

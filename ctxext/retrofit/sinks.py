@@ -62,6 +62,7 @@ class FirstToken:
 
     @property
     def share(self) -> float:
+        """The mean share over the layers."""
         return sum(self.shares) / len(self.shares)
 
 

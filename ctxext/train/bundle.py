@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ctxext.config import manifest as manifests
+from ctxext.config.output import sync, sync_tree
 from ctxext.errors import CheckFailed
 from ctxext.model.adapters import save_adapter
 from ctxext.model.card import model_card
@@ -92,13 +93,19 @@ def _manifest(plan: RunPlan, facts: dict[str, Any], count: int) -> manifests.Man
 
 
 def _move(staging: Path, run: Path) -> None:
-    """Renames every file below `staging` to its place below `run`: config.json last but one, the manifest last."""
+    """Renames every file below `staging` to its place below `run`: config.json last but one, the manifest last.
+
+    All of it is on the disk when this returns: the checkpoints are removed next.
+    """
+    sync_tree(staging)
     files = [path for path in staging.rglob("*") if path.is_file()]
     late = ("config.json", manifests.FILE_NAME)
     for path in sorted(files, key=lambda path: late.index(path.name) if path.name in late else -1):
         place = run / path.relative_to(staging)
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)
+    for directory in {run, *((run / path.relative_to(staging)).parent for path in files)}:
+        sync(directory)
 
 
 def run_name(plan: RunPlan) -> str:

@@ -1,16 +1,16 @@
 """Saves and loads everything that an exact resume needs: masters, moments, clip, loss mean, step, RNG.
 
 Each checkpoint is one directory, `checkpoints/step-000050/`: tensors as safetensors, the rest as JSON with the sha256
-of the tensors. It is written under a temporary name in the same directory, flushed to disk and renamed. Nothing is
-pickled. The data position is the step itself, since sequence i is a pure function of i (data/packing.py). Tensors are
-whole and in fp32, even where DeepSpeed partitions them, so a run can resume on another number of processes.
+of the tensors. It is written under a temporary name in the same directory, synced to the disk and renamed, and the new
+name is synced before older checkpoints are removed. Nothing is pickled. The data position is the step itself, since
+sequence i is a pure function of i (data/packing.py). Tensors are whole and in fp32, even where DeepSpeed partitions
+them, so a run can resume on another number of processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ctxext.config.output import environment_fault
+from ctxext.config.output import environment_fault, sync, sync_tree
 from ctxext.errors import EnvironmentFault
 from ctxext.model.shards import open_shard
 from ctxext.train.engine import Engine
@@ -111,11 +111,13 @@ def _write(
         state = asdict(progress) | {"clip_mean": engine.clip.mean, "clip_seen": engine.clip.seen}
         state["sha256"] = _sha256(partial / TENSORS)
         (partial / STATE).write_text(json.dumps(state, indent=1) + "\n", "utf-8")
-        # Flush before the rename: after a power loss, a checkpoint under its final name has its contents.
-        for path in partial.iterdir():
-            _flush(path)
+        # On the disk before the rename: after a power loss, a checkpoint under its final name has its contents.
+        sync_tree(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
+        # The new name must be on the disk before the older checkpoints are removed. `root` may be new as well.
+        sync(root)
+        sync(run)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # A fault of the disk is a warning; any other error is a defect and is raised.
@@ -212,11 +214,3 @@ def _step(checkpoint: Path) -> int:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

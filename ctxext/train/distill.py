@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.model.relayout import rotations
-from ctxext.train.loss import IGNORED, chunk_of, handed_down
+from ctxext.ops.logits import distillation_chunk
+from ctxext.train.loss import IGNORED, handed_down
 from ctxext.train.spec import Objective
 
 
@@ -97,6 +98,7 @@ class DistilledHead(nn.Module):
     def forward(
         self, states: Tensor, said: Tensor | None, labels: Tensor, ce: Tensor, kl: Tensor, top_k: int | None
     ) -> Tensor:
+        """Returns `distillation_loss` of the states of both models under their own heads."""
         # states [b,T,E], said [b,n,E] or None; labels, ce, kl [b,T]
         mine, theirs = (weight() for weight in self.weights)
         # The teacher may see fewer tokens of a row. Zero-pad; the KL weight is 0 for these tokens.
@@ -125,7 +127,7 @@ def distillation_loss(
     most probable tokens and one entry for all others, a lower bound of the full KL. Gradients go to hidden and, where
     it trains, to weight. As in train/loss.py, they are computed in the forward pass.
     """
-    chunk = chunk or max(16, chunk_of(weight) // 2)  # two vocabularies are held at a time
+    chunk = chunk or distillation_chunk(weight.shape[0], gpu=weight.device.type != "cpu")
     # Apply autocast's dtype here and switch it off inside, since the operation chooses its own dtypes.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

@@ -37,7 +37,8 @@ class Engine(Protocol):
     world: int
 
     @property
-    def device(self) -> torch.device: ...
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
 
     def total(self, *values: float) -> list[float]:
         """Returns each value summed over the ranks; without values it is a barrier."""
@@ -90,6 +91,7 @@ class LossModel(nn.Module):
     def forward(
         self, ids: Tensor, labels: Tensor, each: bool = False, objective: Objective | None = None, **attention: Any
     ) -> Tensor:
+        """Returns the loss as `Engine.loss` does."""
         if objective is not None:
             assert self.teacher is not None
             return distilled_loss(self.model, self.lesson, self.teacher, objective, ids, labels, **attention)
@@ -106,6 +108,7 @@ class LossHead(nn.Module):
         self.weight = partial(output_weight, model)
 
     def forward(self, hidden: Tensor, labels: Tensor, each: bool) -> Tensor:
+        """Returns the summed cross entropy of hidden [N,E] and labels [N]; with `each`, their scores [2,N]."""
         weight = self.weight()
         return token_scores(hidden, weight, labels) if each else linear_cross_entropy(hidden, weight, labels)[0]
 
@@ -122,16 +125,20 @@ class LocalEngine:
 
     @property
     def device(self) -> torch.device:
+        """The device that the model computes on."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
     def total(self, *values: float) -> list[float]:
+        """Returns the values themselves, because there is one rank."""
         return list(values)
 
     def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss."""
         loss.backward()
 
     def step(self, rate_factor: float) -> tuple[float, float]:
+        """Updates the weights; a norm that is not finite drops the gradients and changes nothing else."""
         norm = self.optimizer.gradient_norm()
         # Return before the clip and the update: such a norm must not enter the running mean, nor the weights.
         if norm != norm or norm == float("inf"):
@@ -142,14 +149,18 @@ class LocalEngine:
         return norm, scale
 
     def tensors(self) -> dict[str, Tensor]:
+        """Returns masters and moments by `<kind>/<name>`."""
         return self.optimizer.tensors()
 
     def masters(self) -> dict[str, Tensor]:
+        """Returns the fp32 values of everything that trains, by name."""
         return {name.removeprefix(f"{MASTER}/"): x for name, x in self.tensors().items() if name.startswith(MASTER)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores the result of `tensors` and discards accumulated gradients."""
         self.optimizer.adamw.zero_grad(set_to_none=True)
         self.optimizer.load(tensors)
 
     def close(self) -> None:
+        """Frees the moments of the optimizer."""
         self.optimizer.adamw.state.clear()

@@ -2,6 +2,7 @@
 
 run/spec.yaml       the model and the resolved spec; with it a run can be resumed or repeated
 run/metrics.jsonl   one line per step
+run/wandb-id.txt    the run's id at Weights & Biases, where telemetry.wandb is set (train/telemetry.py)
 run/checkpoints/    the newest few, and the best by held-out loss
 run/...             the bundle (train/bundle.py), written when the last step is done
 """
@@ -79,6 +80,7 @@ class FinetuneReport:
     read: list[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data for `--json`."""
         return asdict(self)
 
 
@@ -118,7 +120,7 @@ def _train_stages(
     plan: RunPlan, run: Path, resume: bool, events: Events, zero: Mapping[str, Any] | None
 ) -> tuple[Engine, Sequences, TrainingState, int]:
     """Trains at each context in turn. Returns the last engine, its training data, the state and the sink tokens."""
-    done = newest_step(run) if resume else 0
+    done, before = newest_step(run) if resume else 0, TrainingState()
     while True:
         # A stage is one context; most runs have one.
         stage = plan.stage_of(done)
@@ -136,6 +138,9 @@ def _train_stages(
             engine.total()
             if engine.rank == 0:
                 discard_after(run, progress.done)
+        else:
+            # A rollback into an earlier stage changed these after the checkpoint was written.
+            progress = replace(progress, rate=before.rate, rollbacks=before.rollbacks)
         if plan.stage_of(progress.done) is not stage:
             # The newest checkpoint is damaged, and the one before it belongs to an earlier stage: set that one up.
             done = progress.done
@@ -147,7 +152,7 @@ def _train_stages(
         stage = replace(stage, sink_tokens=sink_tokens)
         with naming_what_is_largest(stage):
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
-        done, resume = progress.done, False
+        done, before, resume = progress.done, progress, False
         if stopped or done >= plan.steps:
             return engine, sequences, progress, sink_tokens
         engine.close()
@@ -177,12 +182,12 @@ def set_up(
         message = f"validation.{given[0]}: there is nothing to validate"
         raise InputError(message, hint="give longer text, or leave it out")
     model = _model(plan, device, dtype)
-    # The model has not trained yet. A resumed run loads its checkpoint later, so that it measures the same value here.
-    sink_tokens = sinks_of(plan, model, events.say)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
     teacher = _teacher(plan, model, dtype)
     engine = ZeroEngine(model, plan, ranks, teacher) if ranks else LocalEngine(model, plan.spec.optimizer, teacher)
+    # The model has not trained yet. A resumed run loads its checkpoint later, so that it measures the same value here.
+    sink_tokens = sinks_of(plan, engine, events.say)
     if device.type == "cuda":  # the peak of training, not of loading
         torch.cuda.reset_peak_memory_stats(device)
     return engine, sequences, HeldOut(held, cases) if held is not None else None, sink_tokens

@@ -79,6 +79,7 @@ class Death:
     code: int
 
     def words(self) -> str:
+        """Returns what happened, for an error message."""
         how = f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
         return f"{self.name} died ({how})"
 
@@ -167,6 +168,7 @@ def check_environment(launch: Launch) -> None:
 
 
 def port_in_use(host: str, port: int | str) -> EnvironmentFault:
+    """Returns the error for a port that another process uses."""
     return EnvironmentFault(
         f"port {port} of {host}, where the processes meet, is in use",
         hint="another run may be on: end it, or choose a port with MASTER_PORT=29501",

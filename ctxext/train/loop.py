@@ -54,7 +54,9 @@ def train(
     """Trains from `progress` to the plan's `stop`, or to Ctrl-C or SIGTERM.
 
     Returns (the state after the last step done, whether a signal stopped the run). In both cases it writes a checkpoint
-    of the last step done. What happens when a checkpoint cannot be written depends on its use:
+    of the last step done. After a rollback to a checkpoint of an earlier context it returns the state of that
+    checkpoint, before `plan.first`: the caller trains that context again. What happens when a checkpoint cannot be
+    written depends on its use:
 
         a later process or the next context starts from it    raises EnvironmentFault
         the last one of the run                               a warning: the result is written next
@@ -86,7 +88,8 @@ def train(
         # Log how much worse the training attention makes the model before any step at this context.
         if progress.done == plan.first and (line := untrained_cost(engine, sequences.sequence(0), plan)):
             events.say(line)
-        while progress.done < plan.stop:
+        # A rollback can go back into an earlier context, which has another plan: leave the loop.
+        while plan.first <= progress.done < plan.stop:
             began, step = time.monotonic(), progress.done
             start = step * plan.global_batch_size
             # A new objective has losses and gradients of another scale: restart both running means.
@@ -226,9 +229,11 @@ def _roll_back(
     engine.total()  # a barrier: rank 0 deletes checkpoints only after every rank has read its own
     if engine.rank == 0:
         discard_after(run, restored.done)
-    # This checkpoint ends the shorter context. Its losses are not comparable with those of this context.
+    # This checkpoint ends the shorter context. Its losses are not comparable with those of this context, whose baseline
+    # was measured with the weights of this checkpoint.
     if 0 < restored.done == plan.first:
-        restored = restored.at_next_ctx()
+        baseline = progress.validation
+        restored = replace(restored.at_next_ctx(), validation=baseline, best_loss=baseline and baseline["loss"])
     return replace(restored, rate=restored.rate / 2, rollbacks=(*restored.rollbacks, why))
 
 

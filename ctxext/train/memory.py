@@ -38,26 +38,34 @@ def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:
 def next_knob(plan: RunPlan) -> str:
     """Returns the `--set` option that lowers the largest item that can still be lowered.
 
-    `micro_batch_size` comes before all others, and a smaller ctx is the fallback if no other option is left.
+    `micro_batch_size` comes before all others. The options that keep the numbers of the run come before those that
+    change them or need more cards. A smaller ctx is the fallback if no option is left.
     """
-    spec, tried = plan.spec, list[str]()
-    memory = spec.memory
+    spec, memory = plan.spec, plan.spec.memory
     if spec.micro_batch_size > 1:
         return "micro_batch_size=1"
+    # Tiles are for sliding and S² layers. They leave no sink tokens, so that they would change a run that has some.
+    tileable = (
+        spec.ctx > TILE
+        and not plan.sink_tokens
+        and any(pattern.sliding_window or pattern.group_size for pattern in plan.patterns)
+    )
     # Items of the memory estimate -> the option that lowers them; None if it is already set.
-    knobs = {
+    same_numbers = {
         "activations": "memory.checkpoint=true" if not memory.checkpoint else None,
         "layer": "memory.checkpoint=true" if memory.checkpoint > 1
-        else f"memory.tiles={TILE}" if memory.checkpoint and (memory.tiles or 2 * TILE) > TILE else None,
+        else f"memory.tiles={TILE}" if tileable and memory.checkpoint and (memory.tiles or 2 * TILE) > TILE else None,
         "checkpoints": "memory.offload=true" if memory.checkpoint and not memory.offload else None,
         "kept attention": "memory.keep=nothing" if memory.keep != "nothing" else None,
-        "trainable": "optimizer.name=adamw8bit, or --zero 2 over several cards" if spec.optimizer.name == "adamw"
-        else "--zero 2 over several cards",
-        "weights": {"lora": "memory.quantize=nf4", "full": "--zero 3 over several cards"}[spec.tuning]
-        if memory.quantize == "none" else None,
     }  # fmt: skip
+    # Each item's alternatives: more cards keep the numbers, but ZeRO does not divide quantised weights.
+    whole = memory.quantize == "none"
+    alternatives = {
+        "trainable": {"--zero 2 over several cards": whole, "optimizer.name=adamw8bit": spec.optimizer.name == "adamw"},
+        "weights": {"--zero 3 over several cards": whole, "memory.quantize=nf4": whole and spec.tuning == "lora"},
+    }
+    others = {name: ", or ".join(x for x, left in given.items() if left) for name, given in alternatives.items()}
     # The largest item comes first, so that the first option found is the one to try.
-    for name in sorted(plan.memory, key=lambda name: -plan.memory[name]):
-        if knob := knobs.get(name):
-            tried.append(knob)
-    return tried[0] if tried else "a smaller --ctx"
+    ranked = sorted(plan.memory, key=lambda name: -plan.memory[name])
+    found = [knob for knobs in (same_numbers, others) for name in ranked if (knob := knobs.get(name))]
+    return found[0] if found else "a smaller --ctx"

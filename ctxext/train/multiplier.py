@@ -64,10 +64,12 @@ class Search:
 
     @property
     def best(self) -> Trial:
+        """The trial with the lowest held-out loss after its last step."""
         return min((trial for trial in self.trials if trial.final is not None), key=lambda trial: trial.final or 0.0)
 
     @property
     def option(self) -> str:
+        """The option that sets the best multiplier."""
         return f"--set lora.multiplier={self.best.multiplier:.6g}"
 
     @property
@@ -85,6 +87,7 @@ class Search:
         return tuple(said)
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data for `--json`."""
         trials = [asdict(trial) | {"final": trial.final} for trial in self.trials]
         return {"option": self.option, "remarks": list(self.remarks), "steps": self.steps, "trials": trials}
 

@@ -51,6 +51,7 @@ class Host:
 
     @property
     def local(self) -> bool:
+        """Whether this is the machine that the command runs on."""
         return self.name in ("localhost", "127.0.0.1", socket.gethostname(), socket.getfqdn())
 
 
@@ -64,10 +65,12 @@ class Launch:
 
     @property
     def world(self) -> int:
+        """The number of processes on all hosts."""
         return sum(host.slots for host in self.hosts)
 
     @property
     def stage(self) -> int:
+        """The stage of ZeRO: 1, 2 or 3."""
         stage: int = self.zero["zero_optimization"]["stage"]
         return stage
 
@@ -107,10 +110,12 @@ class Launch:
         return f"ZeRO {self.stage}, {processes}{where}" + (f", {offload} offloaded" if offload else "")
 
     def dump(self) -> str:
+        """Returns the contents of launch.json."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def read(cls, path: Path) -> Launch:
+        """Reads a launch.json."""
         data = json.loads(path.read_text("utf-8"))
         return cls(**(data | {"hosts": tuple(Host(**host) for host in data["hosts"])}))
 

@@ -22,9 +22,17 @@ from ctxext.ops.logits import loss_chunk
 from ctxext.ops.masks import Pattern
 from ctxext.train.measured import measured_length
 from ctxext.train.refuse import refuse
-from ctxext.train.schedule import Attention, attention_at, phases
+from ctxext.train.schedule import Attention, attention_at, first_dense, phases
 from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
-from ctxext.train.teacher import Teacher, absolute, objective_at, plan_teacher, teacher_bytes, teacher_flops
+from ctxext.train.teacher import (
+    Teacher,
+    absolute,
+    logits_bytes,
+    objective_at,
+    plan_teacher,
+    teacher_bytes,
+    teacher_flops,
+)
 from ctxext.units import counted, first_of, format_bytes, format_count, format_flops, format_tokens
 
 GPU_RUNTIME, CPU_RUNTIME = 2_500_000_000, 500_000_000  # bytes: contexts, libraries, allocator slack
@@ -84,14 +92,17 @@ class RunPlan:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step at this ctx."""
         return self.global_batch_size * self.spec.ctx
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer of the model."""
         return family_of(self.config).kinds(self.config)
 
     @property
     def measured_length(self) -> int | None:
+        """The greatest length in tokens that evaluations measured; None: never measured."""
         return measured_length(self.source)
 
     @property
@@ -198,7 +209,12 @@ class RunPlan:
             self.sink_tokens, f" and {first_of(self.sink_tokens or 0, 'token')} of a document"
         )
         text += " that grow" * spec.grow + ", shifted by a draw each step" * (spec.shift == "random")
-        text += f", the last {spec.dense_last:.0%} of the steps dense" if spec.dense_last else ""
+        if spec.dense_last:
+            dense = self.steps - first_dense(spec, self.steps)
+            text += f", the last {dense} of {counted(self.steps, 'step')} dense" if dense else (
+                f", no step dense (attention.dense_last {spec.dense_last:g} of {counted(self.steps, 'step')} is less "
+                "than one)"
+            )  # fmt: skip
         return f"{text}; they run dense ({costs})"
 
     def _trainables_row(self) -> str:
@@ -279,9 +295,11 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
     item_bytes = 2 if plan.dtype == "bfloat16" else 4
     if not gpu and plan.trainables.parameters <= partition.bucket:  # untouched memory costs nothing on a CPU
         partition = replace(partition, buffers=1)
+    # The largest pattern of the steps at this ctx: dense where one of them is.
+    group_size = None if first_dense(spec.attention, plan.steps) < plan.stop else plan.group_size
     memory = cost.training_memory(
         plan.source.shape,
-        [_pattern(kind, None if spec.attention.dense_last else plan.group_size) for kind in plan.kinds],  # the largest
+        [_pattern(kind, group_size) for kind in plan.kinds],
         spec.ctx,
         sequences,
         trainable=plan.trainables.parameters,
@@ -298,6 +316,7 @@ def divided(plan: RunPlan, partition: cost.Partition) -> RunPlan:
         offload=spec.memory.offload,
         runtime=GPU_RUNTIME if gpu else CPU_RUNTIME,
         chunk=loss_chunk(plan.source.shape.vocab_size, gpu=gpu),
+        logits=logits_bytes(plan.source, spec, sequences * spec.ctx, gpu=gpu),
         checkpointing=int(spec.memory.checkpoint),
         partition=partition,
     )

@@ -115,6 +115,7 @@ class Start:
 
     @classmethod
     def of(cls, plan: RunPlan) -> Start:
+        """Returns what a run of `plan` starts from, with the hashes of its files as they are now."""
         teacher = teacher_weights(plan.teacher, plan.spec)
         return cls(
             model=str(plan.source.directory.absolute()),

@@ -20,7 +20,7 @@ def attention_at(spec: AttentionSpec, group_size: int | None, ctx: int, step: in
 
     `group_size` None means that all steps are dense.
     """
-    if group_size is None or step >= (sparse := steps - round(spec.dense_last * steps)):
+    if group_size is None or step >= (sparse := first_dense(spec, steps)):
         return None, None
     if spec.grow:
         # Double the group in equal parts of the S²-Attn steps, while it is below ctx.
@@ -32,6 +32,11 @@ def attention_at(spec: AttentionSpec, group_size: int | None, ctx: int, step: in
         return group_size, None
     # The draw depends on seed and step alone, so that a resumed run repeats it.
     return group_size, Random(f"{seed}/{step}").randint(1, group_size - 1)
+
+
+def first_dense(spec: AttentionSpec, steps: int) -> int:
+    """Returns the first step (from 0) of those that end an S²-Attn run dense; `steps` where there is none."""
+    return steps - round(spec.dense_last * steps)
 
 
 def phases(spec: AttentionSpec, group_size: int | None, ctx: int, steps: int) -> dict[int | None, int]:

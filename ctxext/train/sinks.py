@@ -9,6 +9,7 @@ removes 83% of this loss (docs/features.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,24 +44,26 @@ def first_token_shares(model: Any, ids: Tensor) -> list[float]:
     The share is averaged over heads and over queries in the second half of the row. Attention is dense, without
     gradients. A model with uniform attention has shares near 1.4 / T. Layers with a window are left out.
     """
-    row = ids.to(next(model.parameters()).device)
     shares: list[float] = []
-
-    def watch(module: Any, query: Tensor, key: Tensor, pattern: Pattern, scaling: float | None) -> None:
-        if pattern.sliding_window is None:
-            T = key.shape[2]
-            # A few late queries are enough, and the full T x T attention is never computed.
-            at = torch.arange(T // 2, T, EVERY, device=query.device)  # [R]
-            learned = getattr(module, "sinks", None)
-            weights = attention_rows(query[:, :, at], key, at[None], scale=scaling, sink_logits=learned)  # [1,H,R,T]
-            shares.append(weights[..., 0].mean().item())
-
     # Measure in eval mode, then restore the mode of the caller.
     training = model.training
     with torch.no_grad():
-        hidden_states(model.eval(), row, watch=watch)
+        hidden_states(model.eval(), ids.to(next(model.parameters()).device), watch=partial(_watch, shares))
     model.train(training)
     return shares
+
+
+def _watch(
+    shares: list[float], module: Any, query: Tensor, key: Tensor, pattern: Pattern, scaling: float | None
+) -> None:
+    """Appends the share of a full layer to `shares`; a `watch` callback of model/attention.py, after `shares`."""
+    if pattern.sliding_window is None:
+        T = key.shape[2]
+        # A few late queries are enough, and the full T x T attention is never computed.
+        at = torch.arange(T // 2, T, EVERY, device=query.device)  # [R]
+        learned = getattr(module, "sinks", None)
+        weights = attention_rows(query[:, :, at], key, at[None], scale=scaling, sink_logits=learned)  # [1,H,R,T]
+        shares.append(weights[..., 0].mean().item())
 
 
 def measured_sinks(shares: Sequence[float]) -> int:
@@ -68,24 +71,29 @@ def measured_sinks(shares: Sequence[float]) -> int:
     return SINK_TOKENS if shares and sum(shares) / len(shares) >= HANGS else 0
 
 
-def sinks_of(plan: RunPlan, model: Any, say: Callable[[str], None]) -> int:
+def sinks_of(plan: RunPlan, engine: Engine, say: Callable[[str], None]) -> int:
     """Returns how many first tokens S²-Attn keeps visible in a run. `auto` is measured on the model and reported.
 
-    `model` is the base with a fresh adapter, also in a resumed run. The result therefore is that of the model before
-    training, and a resumed run uses the same number as at its start.
+    The model of `engine` is the base with a fresh adapter, also in a resumed run. The result therefore is that of the
+    model before training, and a resumed run uses the same number as at its start. Every rank calls this function and
+    gets the same number.
     """
     if plan.sink_tokens is not None:
         if plan.group_size and plan.spec.attention.sinks == "auto":
             say("attention.sinks: 0 with memory.tiles, whose tiles do not hold the first token of a document")
         return plan.sink_tokens
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        # ZeRO 3 has partitioned the weights, and its engine gathers them only when it runs the model itself.
-        say("warning: attention.sinks: auto is not measured under ZeRO 3, and is 0; set attention.sinks=1 to keep one")
-        return 0
-    # One forward pass over held-out text, before the first step.
-    shares = first_token_shares(model, measured_row(load_tokenizer(plan.source.directory), plan.spec.ctx))
-    sinks = measured_sinks(shares)
-    share = sum(shares) / len(shares)
+    # One forward pass over held-out text, before the first step. It goes through the engine, which gathers the weights
+    # under ZeRO 3.
+    row = measured_row(load_tokenizer(plan.source.directory), plan.spec.ctx).to(engine.device)
+    shares, training = list[float](), engine.model.training
+    engine.model.eval()
+    with torch.no_grad():
+        engine.loss(row, row, each=True, watch=partial(_watch, shares))
+    engine.model.train(training)
+    # The mean over the ranks, so that rounding cannot let them decide differently.
+    (total,) = engine.total(sum(shares) / len(shares))
+    share = total / engine.world
+    sinks = measured_sinks([share])
     why = ", so every query of S²-Attn sees it" if sinks else ""
     say(f"attention.sinks: {sinks}; {share:.1%} of the attention is on the first token{why}")
     return sinks

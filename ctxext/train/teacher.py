@@ -19,6 +19,7 @@ from ctxext.model.families import Config, rope_of
 from ctxext.model.positions import Auto
 from ctxext.model.source import ModelSource, original_config, resolve
 from ctxext.ops import cost
+from ctxext.ops.logits import distillation_chunk
 from ctxext.train.spec import DistillSpec, FinetuneSpec, Objective
 from ctxext.units import format_tokens
 
@@ -146,16 +147,33 @@ def teacher_flops(teacher: Teacher, source: ModelSource, T: int, *, mask: bool) 
 
 
 def teacher_bytes(teacher: Teacher, source: ModelSource, spec: FinetuneSpec, tokens: int, item_bytes: int) -> int:
-    """Returns the memory in bytes that a teacher adds.
+    """Returns the memory in bytes that a teacher adds; the logits of the loss are in `logits_bytes`.
 
-    These are its last hidden states (with a `hidden` objective those of every layer) and, for a separate model, its
-    weights. `tokens` are the tokens of one forward.
+    These are its last hidden states and, for a separate model, its weights. A KL holds the states twice, the second
+    time padded to the row. A `hidden` objective also holds those of every layer and, for the backward pass, their fp32
+    differences from the student's. `tokens` are the tokens of one forward.
     """
     assert spec.distill is not None
     shape = (teacher.source or source).shape
-    states = 1 + shape.num_layers * any(objective.hidden for objective in spec.distill.objectives)
+    entry = 0  # bytes of an entry of a hidden state, in the objective that holds the most
+    for objective in spec.distill.objectives:
+        kl, hidden = bool(objective.kl), bool(objective.hidden)
+        entry = max(entry, item_bytes * (kl + (kl or hidden)) + hidden * shape.num_layers * (item_bytes + 4))
     weights = cost.parameter_count(shape) * item_bytes if teacher.source else 0
-    return weights + states * tokens * shape.hidden_size * item_bytes
+    return weights + entry * tokens * shape.hidden_size
+
+
+def logits_bytes(source: ModelSource, spec: FinetuneSpec, tokens: int, *, gpu: bool) -> int | None:
+    """Returns the bytes of the logits that the loss of a run with a teacher holds at once; None without a teacher.
+
+    For each token of a chunk (train/distill.py) these are five fp32 entries of the vocabulary with a KL (log q, log p,
+    p, their difference and its product with p), and three without (log q, q and the weighted q).
+    """
+    if spec.distill is None:
+        return None
+    V = source.shape.vocab_size
+    entries = 5 if any(objective.kl for objective in spec.distill.objectives) else 3
+    return min(distillation_chunk(V, gpu=gpu), tokens) * V * 4 * entries
 
 
 def teacher_weights(teacher: Teacher | None, spec: FinetuneSpec) -> ModelSource | None:

@@ -6,18 +6,21 @@ writer that fails causes a warning and is not used again.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ctxext.config.output import write_whole
 from ctxext.errors import EnvironmentFault
 from ctxext.train.loop import Events
 from ctxext.train.metrics import StepMetrics
 from ctxext.train.plan import RunPlan
 from ctxext.train.validation import Validation
 
+WANDB_ID = "wandb-id.txt"  # the file in a run that holds its id at Weights & Biases
 STEP = "step"  # the field of Weights & Biases that is the x axis of all others
 
 
@@ -29,7 +32,8 @@ class Writer(Protocol):
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Writes numbers by name. `step` may have been written before, since a rollback repeats steps."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Ends the writing."""
 
 
 @contextmanager
@@ -108,7 +112,8 @@ class _WandB:
         except ImportError as error:
             raise _missing(self.name, "wandb", error) from error
         config: dict[str, Any] = asdict(plan.spec)
-        self._run = wandb.init(project=project, name=run.name, dir=str(run), config=config, resume="allow", id=run.name)
+        named: dict[str, Any] = {"project": project, "name": run.name, "id": _wandb_id(run), "resume": "allow"}
+        self._run = wandb.init(dir=str(run), config=config, **named)
         # The step of Weights & Biases only grows: what is logged at an earlier step is dropped. A rollback or a resumed
         # run repeats steps, so the run's step is logged as a field of its own.
         self._run.define_metric(STEP)
@@ -119,6 +124,17 @@ class _WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _wandb_id(run: Path) -> str:
+    """The id of a run at Weights & Biases: drawn once and kept in the run, so that no other run has it.
+
+    A run of an older version has no file, but the client's directory: its id is its name.
+    """
+    path = run / WANDB_ID
+    if not path.is_file():
+        write_whole(path, f"{run.name if (run / 'wandb').is_dir() else uuid.uuid4().hex}\n")
+    return path.read_text("utf-8").strip()
 
 
 def _missing(field: str, package: str, error: ImportError) -> EnvironmentFault:

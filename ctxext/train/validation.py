@@ -53,6 +53,7 @@ class Validation:
     passkey: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns plain data, as in validation.jsonl and in checkpoints."""
         return asdict(self)
 
 
@@ -87,7 +88,7 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
     passkey = measure(engine, held_out.cases, plan.spec.attention.backend) if held_out.cases else None
     engine.model.train(training)
     # Sum over the ranks before dividing, so that every token weighs the same.
-    flat = torch.tensor(engine.total(*sums.flatten().tolist())).view(-1, 2)  # [buckets + 1, 2]
+    flat = torch.tensor(engine.total(*sums.flatten().tolist()), dtype=sums.dtype).view(-1, 2)  # [buckets + 1, 2]
     means = {str(start): _mean(row) for start, row in zip(edges, flat[:-1], strict=False) if row[1] > 0}
     loss = _mean(flat[:-1].sum(0))
     short_loss = loss if short == T else _mean(flat[-1]) if flat[-1, 1] > 0 else None

@@ -128,6 +128,7 @@ def _refusal(error: BaseException, run: Path) -> CtxextError | None:
 
 
 def main(arguments: list[str]) -> int:
+    """Runs one rank of a run, or with a host number all ranks of that host; returns the exit code."""
     run = Path(arguments[0])
     if len(arguments) > 1:
         return run_host(run, int(arguments[1]))

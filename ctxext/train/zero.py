@@ -132,10 +132,12 @@ class ZeroEngine:
 
     @property
     def device(self) -> torch.device:
+        """The device of this rank."""
         device: torch.device = self.engine.device
         return device
 
     def total(self, *values: float) -> list[float]:
+        """Returns each value summed over the ranks in fp64; without values it is a barrier."""
         summed = torch.tensor([0.0, *values], dtype=torch.float64, device=self.device)
         dist.all_reduce(summed)
         return [float(value) for value in summed[1:]]
@@ -143,16 +145,19 @@ class ZeroEngine:
     def loss(
         self, ids: Tensor, labels: Tensor, *, each: bool = False, objective: Objective | None = None, **attention: Any
     ) -> Tensor:
+        """Returns the loss of this rank's rows, with the weights gathered by DeepSpeed."""
         losses: Tensor = self.engine(ids, labels, each=each, objective=objective, **attention)
         return losses
 
     def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss; the last micro-batch of a step reduces the gradients over the ranks."""
         self.waiting += 1
         # Ranks reduce gradients and may step only after the last micro-batch of the step.
         self.engine.set_gradient_accumulation_boundary(self.waiting == self.ranks.accumulation)
         self.engine.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, rate_factor: float) -> tuple[float, float]:
+        """Updates the weights; returns (gradient norm before clipping, factor of clipping)."""
         for group in self.zero.param_groups:
             group["lr"] = group["rate"] * rate_factor
         # DeepSpeed clips inside its step, so the limit is set before the norm is known. 0 means no clipping.
@@ -165,6 +170,7 @@ class ZeroEngine:
         return norm, self.clip.scale(norm)  # the same factor as DeepSpeed's; this call updates the running mean
 
     def tensors(self) -> dict[str, Tensor]:
+        """Returns masters and moments in full on rank 0, by `<kind>/<name>`; nothing on the others."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         # Gathering is collective: every rank calls it for every parameter, only rank 0 keeps the result.
@@ -177,6 +183,7 @@ class ZeroEngine:
         return found
 
     def masters(self) -> dict[str, Tensor]:
+        """Returns what trains, in fp32 and in full on rank 0, by name; nothing on the others."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         found: dict[str, Tensor] = {}
@@ -190,6 +197,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restores the result of `tensors`: every rank gets whole tensors and keeps its own part."""
         held = by_parameter(tensors, self.parameters)
         # A step clears the gradients that a rollback discards. The code below overwrites all that this step changes.
         if self.waiting:
@@ -204,6 +212,7 @@ class ZeroEngine:
             self._put_weight(parameter, held[name][MASTER])
 
     def close(self) -> None:
+        """Frees the memory of DeepSpeed and of the model."""
         from deepspeed.runtime.zero import parameter_offload
 
         self.engine.destroy()

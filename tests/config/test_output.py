@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -29,6 +30,39 @@ def test_an_output_appears_whole_when_the_block_ends(tmp_path):
         assert partial.parent == out.parent and partial.name.startswith(".a.partial-")
         assert not out.exists()
     assert listing(tmp_path) == ["runs", "runs/a", "runs/a/config.json"]
+
+
+def test_an_output_is_on_the_disk_before_it_gets_its_name_and_before_the_older_one_is_removed(tmp_path, disk_acts):
+    out = tmp_path / "a"
+    for text in ("old", "new"):
+        with staged_output(out, force=True) as partial:
+            (partial / "deep").mkdir()
+            (partial / "deep/config.json").write_text(text)
+            (partial / "spec.yaml").touch()
+            (partial / "link").symlink_to("nowhere")
+    renamed = len(disk_acts) - 1 - disk_acts[::-1].index(("rename", str(out)))
+    before = {path for act, path in disk_acts[:renamed] if act == "sync"}
+    assert {str(partial / name) for name in ("deep/config.json", "deep", "spec.yaml", "")} <= {*before, f"{partial}/"}
+    (removed,) = (i for i, (act, path) in enumerate(disk_acts) if act == "remove" and ".a.old-" in path)
+    assert ("sync", str(tmp_path)) in disk_acts[renamed:removed]
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, disk_acts):
+    path = tmp_path / "a.json"
+    write_whole(path, "{}")
+    (first, partial), second, third = disk_acts
+    assert first == "sync" and Path(partial).name.startswith(".a.json.partial-")
+    assert (second, third) == (("rename", str(path)), ("sync", str(tmp_path)))
+
+
+def test_a_directory_whose_file_system_cannot_sync_it_is_skipped(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_whole(tmp_path / "a.json", "{}")
+    assert listing(tmp_path) == ["a.json"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(1)])

@@ -164,6 +164,31 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(plan, whole, tmp_pat
         assert_equal(run, whole)
 
 
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_removed(plan, tmp_path, disk_acts):
+    """The files and their directory before the rename, the new name before the removal."""
+    run = tmp_path / "run"
+    start_run(plan, run)
+    run_finetune(plan, run, events=stop_after(6))
+    root = run / "checkpoints"
+    new, partial = root / "step-000006", root / ".step-000006.partial"
+    renamed = disk_acts.index(("rename", str(new)))
+    removed = disk_acts.index(("remove", str(root / "step-000001")), renamed)
+    before = {path for act, path in disk_acts[:renamed] if act == "sync"}
+    assert {str(partial), str(partial / checkpoint.TENSORS), str(partial / checkpoint.STATE)} <= before
+    assert {("sync", str(root)), ("sync", str(run))} <= set(disk_acts[renamed:removed])
+
+
+def test_a_result_is_on_the_disk_before_the_checkpoints_are_removed(plan, tmp_path, disk_acts):
+    run = tmp_path / "run"
+    start_run(plan, run)
+    assert run_finetune(plan, run).finished
+    renamed, removed = (disk_acts.index(act) for act in (
+        ("rename", str(run / "ctxext.json")), ("remove", str(run / "checkpoints"))))  # fmt: skip
+    synced = [path for act, path in disk_acts[:renamed] if act == "sync"]
+    assert {Path(path).name for path in synced if ".bundle-" in path} >= {RESULT, "config.json", "ctxext.json"}
+    assert ("sync", str(run)) in disk_acts[renamed:removed]
+
+
 # A full disk
 
 

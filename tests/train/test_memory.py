@@ -31,12 +31,23 @@ def plan_for(model, gpu=False, **fields):
         ({}, {"dtype": "bfloat16"}, "memory.tiles=4096"),
         ({}, {"dtype": "float32"}, "memory.offload=true"),
         ({"offload": True, "tiles": 4096}, {"dtype": "bfloat16", "attention": {"train": "s2", "group_size": 2048}},
-         "memory.quantize=nf4"),
+         "--zero 3 over several cards, or memory.quantize=nf4"),
         ({"offload": True, "tiles": 4096, "quantize": "nf4"}, {"dtype": "bfloat16", "attention":
-         {"train": "s2", "group_size": 2048}}, "optimizer.name=adamw8bit, or --zero 2 over several cards"),
+         {"train": "s2", "group_size": 2048}}, "optimizer.name=adamw8bit"),
+        # what keeps the numbers comes first, also where the weights or what trains are the largest item
+        ({}, {"dtype": "bfloat16", "ctx": "8k"}, "memory.tiles=4096"),
+        ({"tiles": 4096}, {"dtype": "bfloat16", "ctx": "8k"}, "memory.offload=true"),
+        ({}, {"dtype": "bfloat16", "ctx": "4k", "tuning": "full"}, "memory.offload=true"),
+        ({"offload": True}, {"dtype": "bfloat16", "ctx": "4k", "tuning": "full"},
+         "--zero 2 over several cards, or optimizer.name=adamw8bit"),
+        # tiles do nothing for layers that train dense, and cannot keep sink tokens
+        ({"offload": True}, {"dtype": "bfloat16", "attention": {"train": "dense"}},
+         "--zero 3 over several cards, or memory.quantize=nf4"),
+        ({"offload": True}, {"dtype": "bfloat16", "attention": {"train": "s2", "sinks": 1}},
+         "--zero 3 over several cards, or memory.quantize=nf4"),
     ],
 )  # fmt: skip
-def test_the_next_knob_is_against_the_largest_item(memory, fields, knob):
+def test_the_next_knob_is_against_the_largest_item_and_keeps_the_numbers_if_one_can(memory, fields, knob):
     assert next_knob(plan_for("llama2-7b", memory=memory, **fields)) == knob
 
 
@@ -157,3 +168,13 @@ def test_tiles_of_a_dense_phase_are_counted():
     )
     dense = plan_for("llama2-7b", dtype="bfloat16", memory={"tiles": 4096}, attention={"train": "dense"})
     assert tiled < ends == dense.memory["layer"]
+
+
+def test_a_dense_phase_without_a_step_is_not_counted():
+    """A share that rounds to no step, and a first context that ends before the dense steps begin."""
+    given = {"dtype": "bfloat16", "memory": {"tiles": 4096}, "stages": ["32k"], "steps": 4}
+    none, little, half = (
+        plan_for("llama2-7b", attention={"train": "s2", "dense_last": share}, **given) for share in (0, 0.1, 0.5)
+    )
+    assert little.memory == none.memory and little.earlier[0].memory == none.earlier[0].memory
+    assert half.memory["layer"] > none.memory["layer"] and half.earlier[0].memory == none.earlier[0].memory

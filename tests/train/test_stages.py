@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from ctxext.config.loader import build
-from ctxext.errors import EnvironmentFault, SpecError
+from ctxext.errors import CheckFailed, EnvironmentFault, SpecError
 from ctxext.model.source import resolve
 from ctxext.train import finetune, loop
 from ctxext.train.checkpoint import TENSORS
@@ -52,6 +52,19 @@ def interrupt():
 
 def lines(run, name="metrics.jsonl"):
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
+
+
+def jumping(monkeypatch, at, act=lambda: None):
+    """The loss is not finite at the given calls (from 1); `act` comes before the first of them."""
+    real, calls = loop.forward_backward, iter(range(1, 100))
+
+    def planted(*given):
+        loss, call = real(*given), next(calls)
+        if call == min(at):
+            act()
+        return float("nan") if call in at else loss
+
+    monkeypatch.setattr(loop, "forward_backward", planted)
 
 
 def test_each_context_has_its_own_positions_groups_and_batch(plan):
@@ -166,16 +179,56 @@ def test_a_full_disk_at_the_end_of_a_context_ends_the_run_and_not_in_a_loop(plan
 
 
 def test_a_rollback_to_where_a_context_began_forgets_the_losses_before(plan, tmp_path, monkeypatch):
-    real, calls = loop.forward_backward, iter(range(1, 100))
-    monkeypatch.setattr(
-        loop, "forward_backward", lambda *given: real(*given) + (float("nan") if next(calls) == 3 else 0)
-    )
+    jumping(monkeypatch, {3})
     seen, save = [], loop.save_checkpoint
     monkeypatch.setattr(loop, "save_checkpoint", lambda run, progress, *rest, **named: (
         seen.append((progress.done, progress.loss_seen)), save(run, progress, *rest, **named))[1])  # fmt: skip
     start_run(plan, tmp_path / "run")
     assert run_finetune(plan, tmp_path / "run").rollbacks == 1
     assert seen == [(1, 1), (2, 2), (3, 1), (4, 2), (5, 1), (6, 2)]
+
+
+def test_a_rollback_to_where_the_last_context_began_keeps_its_first_validation(plan, whole, tmp_path, monkeypatch):
+    jumping(monkeypatch, {5})
+    start_run(plan, tmp_path / "run")
+    assert run_finetune(plan, tmp_path / "run").rollbacks == 1
+    ours, theirs = (json.loads((run / "ctxext.json").read_text())["facts"] for run in (tmp_path / "run", whole))
+    assert ours["validation"][0] == theirs["validation"][0] and ours["validation"][0]["ctx"] == 256
+
+
+def test_a_rollback_to_a_damaged_start_of_a_context_trains_the_context_before_again(plan, whole, tmp_path, monkeypatch):
+    run, said, trained = tmp_path / "run", list[str](), list[tuple[int, int]]()
+    real, calls = loop.forward_backward, iter(range(1, 100))
+
+    def planted(engine, batch, stage, step):
+        trained.append((step, stage.spec.ctx))
+        loss = real(engine, batch, stage, step)
+        if next(calls) != 5:
+            return loss
+        (run / f"checkpoints/step-000004/{TENSORS}").write_bytes(b"")
+        return float("nan")
+
+    monkeypatch.setattr(loop, "forward_backward", planted)
+    start_run(plan, run)
+    report = run_finetune(plan, run, events=Events(said.append))
+    assert report.finished and report.rollbacks == 1
+    assert trained == [(0, 64), (1, 64), (2, 128), (3, 128), (4, 256), (3, 128), (4, 256), (5, 256)]
+    assert [line["tokens"] for line in lines(run)] == [line["tokens"] for line in lines(whole)]
+    rates = [line["learning_rate_factor"] / whole["learning_rate_factor"] for line, whole in zip(
+        lines(run), lines(whole), strict=True)]  # fmt: skip
+    assert rates == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    assert any("back to step 3, with the learning rates halved" in line for line in said)
+    validated = [(line["step"], line["ctx"]) for line in lines(run, "validation.jsonl")]
+    assert validated == [(0, 64), (2, 64), (2, 128), (4, 128), (4, 256), (6, 256)]
+
+
+def test_a_second_divergence_after_such_a_rollback_stops(plan, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    damage = lambda: (run / f"checkpoints/step-000004/{TENSORS}").write_bytes(b"")  # noqa: E731
+    jumping(monkeypatch, {5, 7}, damage)
+    start_run(plan, run)
+    with pytest.raises(CheckFailed, match="having rolled back once"):
+        run_finetune(plan, run)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -121,6 +123,34 @@ def test_tensorboard_shows_a_step_once_after_a_rollback(model_dir, fields, tmp_p
     assert [event.step for event in shown.Scalars("held-out/loss")] == [0, 4, 8]
     written = [line["loss"] for line in read(run / "metrics.jsonl")]
     assert [event.value for event in shown.Scalars("train/loss")] == pytest.approx(written)
+
+
+class Client:
+    """In place of the wandb module: the arguments of each `init`."""
+
+    def __init__(self):
+        self.started = list[dict[str, object]]()
+
+    def init(self, **arguments):
+        self.started.append(arguments)
+        return SimpleNamespace(define_metric=lambda *a, **b: None, log=lambda numbers: None, finish=lambda: None)
+
+
+def test_a_run_has_its_own_id_at_wandb_and_keeps_it(model_dir, fields, tmp_path, monkeypatch):
+    """Two runs of one name, one resumed, and one of an older version, whose id was its name."""
+    client, plan = Client(), planned(model_dir, fields, wandb="a-project")
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    for parent in ("a", "a", "b", "old", "old"):
+        run = tmp_path / parent / "run"
+        run.mkdir(parents=True, exist_ok=True)
+        if parent == "old":
+            (run / "wandb").mkdir(exist_ok=True)
+        with telemetry.telling(Events(), plan, run):
+            pass
+    first, resumed, other, old, again = (started["id"] for started in client.started)
+    assert first == resumed != other and len({first, other, "run"}) == 3
+    assert old == again == "run"
+    assert all(started["name"] == "run" and started["resume"] == "allow" for started in client.started)
 
 
 def log_records(data: bytes) -> Iterator[bytes]:

@@ -150,6 +150,30 @@ def test_schedules():
     assert attention_at(drawn, None, 128, 0, 8, 0) == (None, None)
 
 
+@pytest.mark.parametrize(
+    ("share", "told"),
+    [
+        (0.5, "the last 2 of 4 steps dense"),
+        (0.1, "no step dense (attention.dense_last 0.1 of 4 steps is less than one)"),
+        (0.0, None),
+    ],
+)
+def test_a_plan_says_how_many_steps_end_dense(share, told, make_plan):
+    plan = make_plan(attention={"train": "s2", "group_size": 32, "dense_last": share})
+    (row,) = (value for name, value in plan.rows() if name == "full layers train")
+    assert told in row if told else "4 steps" not in row
+
+
+def test_a_held_out_loss_is_a_double_over_the_ranks(make_plan):
+    """A sum of millions of nats has few digits left in single precision."""
+    plan, third = make_plan(validation={"sequences": 1}), 1e6 / 3
+    local = LocalEngine(_model(plan, *training_device(plan)), plan.spec.optimizer)
+    local.total = lambda *values: [third, 1.0] * (len(values) // 2)
+    _, held_out = prepare_data(plan, Events())
+    now = validate(local, HeldOut(held_out), plan, step=1)
+    assert set(now.by_position.values()) == {third}
+
+
 def test_the_schedule_reaches_the_model(make_plan, tmp_path, monkeypatch):
     plan = make_plan(attention={"train": "s2", "group_size": 32, "grow": True, "shift": "random", "dense_last": 0.5})
     seen, real = [], engine.hidden_states

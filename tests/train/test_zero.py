@@ -112,7 +112,7 @@ def one_process(run: Path, job: dict[str, Any]):
     """Carry out a job here: `stop` after a step; in call `nan` (from 1) the loss is not finite; before the step of call
     `clip`, norms are made believe to have been 1."""
     real, calls = loop.forward_backward, iter(range(1, 100))
-    set_up, alive = finetune.set_up, list[int]()
+    set_up, alive, said = finetune.set_up, list[int](), list[str]()
 
     def counted(*given):
         gc.collect()
@@ -132,11 +132,13 @@ def one_process(run: Path, job: dict[str, Any]):
 
     loop.forward_backward, finetune.set_up = planted, counted
     try:
-        plan, events = plan_resumed(run), Events(on_step=on_step)
+        plan, events = plan_resumed(run), Events(said.append, on_step)
         return run_finetune(plan, run, resume=job.get("resume", False), events=events, zero=job.get("zero"))
     finally:
         loop.forward_backward, finetune.set_up = real, set_up
         (run / "alive.json").write_text(json.dumps(alive))
+        if os.environ.get("RANK", "0") == "0":
+            (run / "said.json").write_text(json.dumps(said))
 
 
 def two_processes(root: Path, jobs: list[dict[str, Any]], **environment: str) -> None:
@@ -226,6 +228,15 @@ def test_every_loss_and_the_saved_weights_are_those_of_one_process(stage, kind, 
         assert len(ours["cells"]) == 3  # one more than the ranks
         for a, b in zip([ours, *ours["cells"]], [theirs, *theirs["cells"]], strict=True):
             assert (a["accuracy"], a["answer_nats"]) == (b["accuracy"], pytest.approx(b["answer_nats"], rel=1e-4))
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_the_attention_on_the_first_token_is_measured_under_every_stage(stage, root):
+    ours, one = (
+        [line for line in json.loads((root / name / "lora-untied" / "said.json").read_text()) if "sinks" in line]
+        for name in (stage, "one")
+    )
+    assert ours == one and len(one) == 1 and "% of the attention is on the first token" in one[0]
 
 
 @pytest.mark.parametrize("stage", ["one", "1", "2", "3"])
