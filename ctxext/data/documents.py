@@ -163,8 +163,7 @@ def _with_text(documents: Iterator[Document], reading: Reading) -> Iterator[Docu
     if not reading.documents:
         words = reading.passed_over_in_words()
         raise DataError(
-            f"{reading.source} has no text" + (f"; passed over: {words}" if words else ""),
-            hint="give data that holds text",
+            f"{reading.source} has no text" + (f"; skipped: {words}" if words else ""), hint="give data that holds text"
         )
 
 

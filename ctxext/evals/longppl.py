@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
-from ctxext.data.cases import manifest_of, write_rows
+from ctxext.data.cases import manifest_of, read_manifest, write_rows
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, Document, fingerprint, read_documents
 from ctxext.data.encoding import PlainText, Spans
 from ctxext.data.files import Reading, distinct, recorded
@@ -409,9 +409,12 @@ def _read(path: Path) -> tuple[list[KeyText], dict[str, Any]]:
     if not path.is_file() or not manifest_of(path).is_file():
         raise InputError(f"no keys at {path}", hint="longppl.prepare finds them with the evaluator")
     data = path.read_bytes()
-    facts = json.loads(manifest_of(path).read_bytes())
+    facts = read_manifest(path)
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-        raise DataError(f"{path} is not what its manifest says (sha256)", hint="remove it: keys are found again")
+        raise DataError(
+            f"the sha256 of {path} differs from the one in its manifest",
+            hint="remove the file and run the evaluation again",
+        )
     rows = [json.loads(line) for line in data.decode().split("\n") if line]
     return [KeyText(row["name"], row["text"], tuple(map(tuple, row["spans"]))) for row in rows], facts
 

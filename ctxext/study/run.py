@@ -207,10 +207,11 @@ def _done(root: Path, job: Job, record: dict[str, Any]) -> None:
 def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: api.Say, progress: api.Progress) -> Any:
     given = {field.name: getattr(step, field.name) for field in fields(step)}
     # Each command takes other callbacks; the steps of a training are reported by the progress callback.
-    callbacks = {"say": say, "progress": progress, "on_step": lambda metrics: progress("training", metrics.step, 0)}
-    taken = {name: callbacks[name] for name in CALLBACKS[command]}
+    callbacks: dict[str, Callable[..., None]] = {"say": say, "progress": progress}
     if command == "finetune":
-        given["resume"] = resume
+        given["resume"], total = resume, steps.resolved(command, step).steps
+        callbacks["on_step"] = lambda metrics: progress("training", metrics.step, total)
+    taken = {name: callbacks[name] for name in CALLBACKS[command]}
     return RUNS[command](**given, **taken, out=out, force=force)
 
 

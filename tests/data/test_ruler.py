@@ -305,6 +305,8 @@ def test_cases_are_kept_for_one_request(cases: Any, tmp_path: Path) -> None:
     assert ruler.kept_cases(path, {**request, "tasks": ["fwe"]}, make(other)) == other and len(made) == 2
     path.write_bytes(path.read_bytes()[:-9])
     assert ruler.kept_cases(path, {**request, "tasks": ["fwe"]}, make(other)) == other and len(made) == 3
+    path.with_name("ruler.jsonl.manifest.json").write_text("{")
+    assert ruler.kept_cases(path, {**request, "tasks": ["fwe"]}, make(other)) == other and len(made) == 4
 
 
 def test_the_words_are_wonderwords() -> None:

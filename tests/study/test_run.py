@@ -90,6 +90,13 @@ def test_a_matrix_runs_is_skipped_and_runs_again_where_its_inputs_change(place):
     assert outcomes["train.SN"] == "taken"
 
 
+def test_the_progress_of_a_training_has_the_total_of_its_steps(place):
+    plan, seen = plan_pipeline(read_pipeline("p.yaml", {"over.hybrid": ["SN"]})), []
+    run_pipeline(plan, progress=lambda *progress: seen.append(progress))
+    steps_seen = [counts for what, *counts in seen if what == "training"]
+    assert steps_seen == [[step, len(steps_seen)] for step in range(1, len(steps_seen) + 1)] and steps_seen
+
+
 def test_a_kill_while_the_output_is_hashed_costs_no_training(place, monkeypatch):
     real = state.stamp
 
