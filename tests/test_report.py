@@ -278,7 +278,7 @@ def test_what_is_missing_is_said(tmp_path):
     page = report(evaluation(tmp_path / "eval", ["passkey"], change=hole), out=tmp_path / "out")
     assert "none" in page.text and "not measured" in page.text and "inf*" in page.text
     assert "Not measured in these runs: Perplexity, LongPPL, Needle" in page.text
-    assert "n says how much each number is of" in page.text
+    assert "n is the number of items behind each number" in page.text
     depth = next(image["alt"] for image in page.all("img") if image["alt"].startswith("tiny: accuracy"))
     assert "0.5: " in depth and "none" in depth
     assert "Training" not in page.text

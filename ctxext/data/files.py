@@ -217,11 +217,11 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
         if kind is None:
             over.append((path, f"suffix {path.suffix}" if path.suffix else "no suffix"))
         elif kind[0] not in suffixes:
-            over.append((path, "rows are read, and this is text"))
+            over.append((path, "text, but only rows are read"))
         elif path.is_file():
             files.append(path)
         else:
-            over.append((path, "no ordinary file" if path.exists() else "a link to nothing"))
+            over.append((path, "not a regular file" if path.exists() else "a broken link"))
     # Only links can give a file two names.
     if linked:
         files, twice = _once(files, root)
@@ -233,7 +233,7 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
         words = Reading.begun(str(root), found).passed_over_in_words()
         raise InputError(
             f"no file to read in the directory {root}" + (f"; skipped: {words}" if words else ""),
-            hint=f"it may hold {', '.join(suffixes)}, and {' or '.join(COMPRESSIONS)} of them",
+            hint=f"add files with the suffix {', '.join(suffixes)}; {' or '.join(COMPRESSIONS)} may follow",
         )
     return found
 

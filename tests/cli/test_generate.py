@@ -267,7 +267,7 @@ def test_prompts_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_bytes(raw)
     refused(InputError, "either --prompt", None, None)
     refused(InputError, "either --prompt", "a", tmp_path / "empty")
-    refused(InputError, "--question goes with --file", "a", None, "b")
+    refused(InputError, "--question needs --file", "a", None, "b")
     refused(InputError, "no text", "  ", None)
     refused(InputError, "no text", None, tmp_path / "empty", "what?")
     refused(InputError, "cannot be read", None, tmp_path / "absent")

@@ -358,7 +358,7 @@ def test_labels_are_the_answers_and_sequences_without_one_are_left_out(tmp_path:
     question = [Document("q" * 32 + "a", "d", ((32, 33),))]
     short = tokenise(question, tokenizer, tmp_path / "s", eos_id=EOS)
     message = fault(DataError, lambda: PackedSequences(short, T, seed=0, document_mask=mask))
-    assert message == "none of the 4 sequences of 8 tokens has a token of an answer to learn"
+    assert message == "none of the 4 sequences of 8 tokens has a token of an answer"
 
 
 def test_what_renders_is_part_of_the_hash_and_tokens_of_other_versions_are_not_read(tmp_path: Path, make: Any) -> None:

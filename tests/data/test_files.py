@@ -70,13 +70,13 @@ def test_a_directory_is_read_whole_and_what_is_no_data_is_named(mix: Path) -> No
     assert again == texts
     assert reading.beside == [
         ("README", "no suffix"),
-        ("gone.txt", "a link to nothing"),
+        ("gone.txt", "a broken link"),
         ("paper.pdf", "suffix .pdf"),
         ("tables.parquet.gz", "suffix .gz"),
     ]
     assert reading.passed_over == [("config.json", "no field 'text'"), ("empty.txt", "empty"), ("none.jsonl", "empty")]
     assert reading.line() == (
-        "read 7 files, 8 documents; skipped: README (no suffix), gone.txt (a link to nothing), "
+        "read 7 files, 8 documents; skipped: README (no suffix), gone.txt (a broken link), "
         "paper.pdf (suffix .pdf), tables.parquet.gz (suffix .gz), config.json (no field 'text'), 2 more, 2 hidden"
     )
     assert Reading.of(json.loads(json.dumps(reading.as_dict()))) == reading
@@ -243,7 +243,7 @@ def test_conversations_leave_files_of_text_out_and_say_so(tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     texts, reading = read(tmp_path, rows=chat_rows("prompt", None))
     assert texts == ["pc"]
-    assert reading.beside == [("a.txt", "rows are read, and this is text")]
+    assert reading.beside == [("a.txt", "text, but only rows are read")]
 
 
 def test_a_directory_without_data_names_what_it_holds(tmp_path: Path) -> None:

@@ -161,14 +161,14 @@ def test_a_conversion_that_lost_its_theta(copy):
     """transformers takes 2e6 for a SmolLM3 that says nothing, whatever the source had."""
     path = copy("hybrid")
     edit(path, rope_parameters="gone", rope_theta="gone", rope_scaling="gone")
-    found = ill(path)["positions meant"]
+    found = ill(path)["intended positions"]
     assert "the conversion meant" in found.found and "2000000" in found.found and found.remedy
 
 
 def test_positions_that_are_not_those_of_the_run(copy):
     path = copy("run")
     edit(path, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0})
-    found = ill(path)["positions meant"]
+    found = ill(path)["intended positions"]
     assert "the run meant" in found.found and found.remedy
 
 

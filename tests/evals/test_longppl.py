@@ -257,7 +257,7 @@ def test_a_model_judged_by_itself_and_one_too_short(evaluator: Path, judge: Load
     spec = spec_of(evaluator, write_text(tmp_path / "d.jsonl", prose(120, 1)), step=16)
     prepared(spec, tmp_path)
     notes = "\n".join(longppl.job(judge, spec, tmp_path).notes)
-    assert "judge has the weights of the evaluator: it is judged by its own keys" in notes
+    assert "judge has the weights of the evaluator: it defines its own keys" in notes
     assert "none was cut off" not in notes
     small = replace(judge, source=replace(judge.source, usable_length=64))
     job = longppl.job(small, spec, tmp_path)

@@ -72,7 +72,7 @@ def test_a_parent_that_is_gone_is_said(tmp_path):
     run_conversion(plan_conversion(str(first), "SSSN", out=second, sliding_window=32), gate=False)
     first.rename(tmp_path / "elsewhere")
     steps = positions.history(resolve(str(second)))
-    assert [step["made_by"] for step in steps] == ["not there any more", "conversion"]
+    assert [step["made_by"] for step in steps] == ["missing", "conversion"]
 
 
 def test_a_path_is_shown_without_the_way_back(tmp_path, monkeypatch):

@@ -150,7 +150,7 @@ def test_a_layer_that_cannot_see_any_answer_is_zero_and_not_ranked(induction, le
     finding = found(converted(induction, "FS", 20, tmp_path / "FS"), letters)
     assert finding.facts["reach"] == [1.0, 0.0] and finding.facts["mass"]["scores"][1] == [0.0] * HEADS
     assert all(layer == 0 for layer, _ in finding.facts["top"])
-    assert any("layers 1: their zeros are by construction" in note for note in finding.notes)
+    assert any("layers 1: their scores are necessarily 0" in note for note in finding.notes)
     with pytest.raises(InputError, match="only 0 heads can see an answer"):
         found(converted(induction, "SS", 20, tmp_path / "SS"), letters, ablate=1, definitions=("mass",))
 

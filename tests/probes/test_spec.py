@@ -5,7 +5,7 @@ import pytest
 from ctxext.config import presets
 from ctxext.errors import InputError, SpecError
 from ctxext.probes.plan import plan_probe
-from ctxext.probes.spec import OF_A_RUN, PROBES, asked
+from ctxext.probes.spec import PROBES, RUN_PROBES, asked
 
 
 @pytest.mark.parametrize("preset", presets.names("probe"))
@@ -68,7 +68,7 @@ def test_a_preset_is_checked_whole(text, words, tmp_path):
 
 def test_all_leaves_out_what_follows_a_run(tmp_path):
     plan = plan_probe("tiny", ["all"], out=tmp_path / "out")
-    assert [probe.probe for probe in plan.spec.probes] == [name for name in PROBES if name not in OF_A_RUN]
+    assert [probe.probe for probe in plan.spec.probes] == [name for name in PROBES if name not in RUN_PROBES]
     assert {getattr(probe, "length", 512) for probe in plan.spec.probes} == {512}
 
 

@@ -49,7 +49,7 @@ def test_set_changes_a_value_an_axis_or_any_part(read):
     changes = {"model": "llama2-7b", "over.rank": [4], "steps.convert.sliding_window": 64}
     jobs = read(SWEEP, **changes).jobs
     assert len(jobs) == 6 and jobs[0].arguments["model"] == "llama2-7b" and jobs[0].arguments["sliding_window"] == 64
-    with pytest.raises(SpecError, match="modell: no value has this name; there are model, text"):
+    with pytest.raises(SpecError, match="modell: no value has this name; allowed: model, text"):
         read(SWEEP, modell="x")
 
 
@@ -92,9 +92,9 @@ def test_every_fault_is_told_at_once_with_its_path(read):
     faults = "\n".join(caught.value.faults)
     for expected in (
         "values.idle: no step uses it",
-        "over.rank: a value stands twice",
+        "over.rank: a value is given twice",
         "steps.b.command: got 'train'",
-        "steps.c: ${d}: a step that does not come before",
+        "steps.c: ${d}: this step does not come before",
         "steps.d: ${nobody}: no value, axis or step has this name",
     ):
         assert expected in faults, faults

@@ -111,7 +111,7 @@ def test_a_kill_while_the_output_is_hashed_costs_no_training(place, monkeypatch)
     monkeypatch.undo()
     monkeypatch.chdir(place)
     shown = CliRunner().invoke(app, ["run", "p.yaml", "--dry-run"])
-    assert shown.exit_code == 0 and "train.SN  (finetune; goes on)" in shown.stdout
+    assert shown.exit_code == 0 and "train.SN  (finetune; resumes)" in shown.stdout
     assert "settings={optimizer.learning_rate: 0.001, data.min_tokens: null}" in shown.stdout
     assert "lengths=[32]" in shown.stdout and "None" not in shown.stdout and "=null" not in shown.stdout
     trained = {path: path.stat().st_mtime_ns for path in (place / "runs" / "p" / "train.SN").rglob("*.safetensors")}
@@ -130,7 +130,7 @@ def test_what_changed_under_the_pipeline_is_noticed(place):
         run(**{"over.hybrid": ["SN"]})
     with pytest.raises(InputError, match="--from: convert.NS comes before and is not done"):
         run(begin="train", **{"over.hybrid": ["NS"]})
-    with pytest.raises(InputError, match="no step has this name; there are convert, train, merged"):
+    with pytest.raises(InputError, match="no step has this name; allowed: convert, train, merged"):
         run(begin="trian")
     (place / "runs" / "p" / "state" / "convert.SN.json").write_text("{")
     with pytest.raises(ModelError, match="broken.*"):
@@ -234,13 +234,16 @@ def test_a_preset_of_the_hub_is_stamped_by_what_it_says_and_a_model_by_its_lengt
     assert state.stamp("mine") != before
     out = str(place / "hybrid")
     run_conversion(plan_conversion(str(model_dir()), "SN", out=Path(out), sliding_window=16), gate=False)
-    before, manifest = state.stamp(out, but=state.TOLD), json.loads((place / "hybrid" / "ctxext.json").read_text())
+    before, manifest = (
+        state.stamp(out, but=state.NOT_COMPARED),
+        json.loads((place / "hybrid" / "ctxext.json").read_text()),
+    )
     manifest["created"] = "2020-01-01T00:00:00.000000+00:00"
     (place / "hybrid" / "ctxext.json").write_text(json.dumps(manifest))
-    assert state.stamp(out, but=state.TOLD) == before
+    assert state.stamp(out, but=state.NOT_COMPARED) == before
     manifest["facts"]["original_length"] = 8
     (place / "hybrid" / "ctxext.json").write_text(json.dumps(manifest))
-    assert state.stamp(out, but=state.TOLD) != before
+    assert state.stamp(out, but=state.NOT_COMPARED) != before
 
 
 def test_the_text_of_a_configuration_of_zero_is_part_of_what_is_asked(place, model_dir):
@@ -265,7 +268,7 @@ def test_a_place_that_is_not_a_pipelines_is_left_alone(place):
 def test_a_step_that_fails_is_named_and_what_was_done_stays(place):
     text = (place / "p.yaml").read_text().replace('run: "${train}"', 'run: "${convert}"')
     (place / "p.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"step merged.SN: .*holds no adapter"):
+    with pytest.raises(InputError, match=r"step merged.SN: .*has no adapter to merge"):
         run(**{"over.hybrid": ["SN"]})
     pipeline = read_pipeline("p.yaml", {"over.hybrid": ["SN"]})
     assert plan_pipeline(pipeline).standings["train.SN"] == "done"
