@@ -213,7 +213,7 @@ def _in_memory(plan: GenerationPlan) -> Iterator[None]:
             raise
         raise EnvironmentFault(
             f"out of memory: {plan.source.name} with a cache for the text and {plan.max_new_tokens:,} new tokens",
-            hint="give less --max-new-tokens, less text, --dtype bfloat16, or a model with windows (ctxext convert)",
+            hint="give a lower --max-new-tokens, less text, --dtype bfloat16, or a model with windows",
         ) from error
 
 
@@ -389,8 +389,8 @@ class Conversation:
         if longest > source.usable_length and not self.warned:
             self.warned, first = True, source.original_length
             warn(
-                f"warning: {format_tokens(end)} tokens and up to {format_tokens(self.plan.max_new_tokens)} new ones exceed "
-                f"the usable length of {source.name}, {format_tokens(source.usable_length)}"
+                f"warning: {format_tokens(end)} tokens and up to {format_tokens(self.plan.max_new_tokens)} new ones "
+                f"exceed the usable length of {source.name}, {format_tokens(source.usable_length)}"
                 + (f" (first trained at {format_tokens(first)})" if first not in (None, source.usable_length) else "")
                 + ": the text beyond is unreliable"
             )
