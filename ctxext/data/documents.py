@@ -81,7 +81,7 @@ def read_documents(
         return Documents(read_hub(hub_id, rows, split or "train"), Reading(source))
     if split is not None:
         raise InputError(
-            f"split {split!r} was asked of {source!r}, but files have no splits",
+            f"split {split!r} was given for {source!r}, but files have no splits",
             hint="give one file or directory for each split",
         )
     found = find(Path(source), rows.texts)

@@ -92,7 +92,7 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["finetune", str(model), "--ctx", "1k", "--set", "lora.rank"], "key=value"),
         (["finetune", "--resume"], "no unfinished run"),
         (["eval", str(model), "--suite", "mmlu"], "perplexity, longppl, passkey"),
-        (["eval", str(model), "--lengths", "1k"], "bears 64 tokens"),
+        (["eval", str(model), "--lengths", "1k"], "usable length of"),
         (["eval", str(model), "--against", str(model)], "the only model"),
         (["eval", str(model), "--set", "passkey.cases=2"], "passkey, niah, ruler has cases"),
         (["eval", str(model), "--suite", "passkey", "--data", "no.txt", "--lengths", "64"], "no such file"),

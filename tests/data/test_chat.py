@@ -206,8 +206,8 @@ SILENT = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{%
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (THINKS, "before message 3 is no beginning of the whole"),
-        (LAST_ONLY, "up to message 3 is no beginning of the whole"),
+        (THINKS, "before message 3 is not the beginning of the whole"),
+        (LAST_ONLY, "up to message 3 is not the beginning of the whole"),
         (SILENT, "leaves every answer out"),
         (INST, "does not render this conversation: only user and assistant"),
         (CHATML + "{% if messages|length == 2 %}{{ nothing.there }}{% endif %}", "(its first 2 messages)"),
@@ -266,7 +266,7 @@ def test_other_refusals(tmp_path: Path, make: Any) -> None:
             return {}
 
     message = fault(InputError, lambda: tokenise([Document("x", "d", ((0, 1),))], Slow(), tmp_path / "t", eos_id=0))
-    assert message.startswith("Slow does not say which characters a token has")
+    assert message.startswith("Slow does not map tokens to characters")
     mixed = [Document("x", "d", ((0, 1),)), Document("y", "e")]
     fault(DataError, lambda: tokenise(mixed, make(), tmp_path / "t", eos_id=0))
 

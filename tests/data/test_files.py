@@ -140,8 +140,8 @@ def test_json_holds_a_list_an_object_or_lines(tmp_path: Path, content: str, text
         ("7", "no list of objects"),
         ('{"version": "1", "data": [{"text": "a"}]}', "no field 'text'"),
         ('[{"body": "a"}]', "its first row has no field 'text'"),
-        ('[{"text": "a"},', "no JSON: Expecting value"),
-        ("[" * 100_000, "no JSON"),
+        ('[{"text": "a"},', "not JSON: Expecting value"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "empty"),
     ],
 )

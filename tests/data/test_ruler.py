@@ -251,7 +251,7 @@ def test_tasks_are_chosen_in_order(qa_files: dict[str, str]) -> None:
     assert ruler.chosen_tasks(("vt", "niah_single_1"), qa_files) == ["niah_single_1", "vt"]
     with pytest.raises(InputError, match="no task 'niah'; allowed: niah_single_1"):
         ruler.chosen_tasks(("niah",), {})
-    with pytest.raises(InputError, match="none is given as `squad`"):
+    with pytest.raises(InputError, match="`squad` is not given"):
         ruler.chosen_tasks(("qa_1",), {"hotpotqa": "x"})
 
 

@@ -184,7 +184,7 @@ def test_a_file_that_is_given_must_fit(loaded: Any, cases: list[Case], tmp_path:
 def test_refusals(loaded: Any, tmp_path: Path) -> None:
     spec = Ruler(lengths=(LENGTH,), cases=1, data="grass")
     for changes, message in (
-        ({"tasks": ("qa_1",)}, "none is given as `squad`"),
+        ({"tasks": ("qa_1",)}, "`squad` is not given"),
         ({"tasks": ("vt",), "lengths": (500,)}, r"vt at 500 needs [\d,]+ tokens"),
         ({"tasks": ("passkey",)}, "no task 'passkey'"),
         ({"tasks": ("vt", "qa_1"), "squad": str(tmp_path / "absent")}, "cannot read the questions"),
