@@ -77,7 +77,7 @@ def _lines(talk: Conversation) -> Iterator[str]:
             return
         if line == "/reset":
             talk.reset()
-            console.say("forgotten")
+            console.say("conversation cleared")
         elif re.fullmatch(r"/[a-z]+", line):
             console.say(f"unknown command {line}; allowed: /reset and /exit")
         elif line:

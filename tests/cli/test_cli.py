@@ -106,7 +106,7 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["eval", str(model), "--lengths", ""], "tokens"),
         (["verify", str(model), "--ctx", "3"], "at least 16"),
         (["report", "./nowhere"], "no such directory"),
-        (["report", str(model)], "no output of ctxext"),
+        (["report", str(model)], "not an output of ctxext"),
         (["verify", str(model), "--attention", "foo"], "training, inference"),
     ]
 
@@ -188,7 +188,7 @@ def test_the_four_commands_as_typed_in_a_directory_of_ones_own(model_dir, tmp_pa
 
 def test_a_log_is_told_now_and_then_how_far_it_is(capsys, monkeypatch):
     """stderr is no terminal here: no bar is drawn, and hours of silence look like a hang."""
-    with console.told("loading") as told:
+    with console.progress("loading") as told:
         told("reading", 1, 10)
         assert capsys.readouterr().err == ""
         monkeypatch.setattr(console, "SILENCE", -1.0)

@@ -261,7 +261,9 @@ def test_a_model_judged_by_itself_and_one_too_short(evaluator: Path, judge: Load
     assert "none was cut off" not in notes
     small = replace(judge, source=replace(judge.source, usable_length=64))
     job = longppl.job(small, spec, tmp_path)
-    assert "1 of 1 documents are longer with judge (up to 96 tokens) than its usable length 64; none" in "\n".join(job.notes)
+    assert "1 of 1 documents are longer with judge (up to 96 tokens) than its usable length 64; none" in "\n".join(
+        job.notes
+    )
     assert [item.size for item in job.items] == [96]
 
 

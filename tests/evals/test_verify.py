@@ -129,9 +129,13 @@ def test_a_long_ctx_is_measured_in_proportion(model_dir):
 
 def test_a_ctx_beyond_what_the_model_bears_is_told(model_dir):
     launch = plan_launch(str(model_dir("llama")), ctx=4096)
-    assert "ctx 4,096 is beyond the usable length of model, 64" in launch.notes[-1] and "not trained" in launch.notes[-1]
+    assert (
+        "ctx 4,096 is beyond the usable length of model, 64" in launch.notes[-1] and "not trained" in launch.notes[-1]
+    )
     assert "beyond the usable length" not in " ".join(plan_launch(str(model_dir("llama")), ctx=64).notes)
-    assert "beyond the usable length" not in " ".join(plan_launch(str(model_dir("llama")), ctx=256, attention="training").notes)
+    assert "beyond the usable length" not in " ".join(
+        plan_launch(str(model_dir("llama")), ctx=256, attention="training").notes
+    )
 
 
 def test_stories_passes(stories):
