@@ -143,7 +143,7 @@ FAULTS = [
     Fault("another model_type than the weights'", "qwen2", fields(model_type="llama"), "tensors", "q_proj.bias"),
     # the head
     Fault("tied, with a head of its own", "source", fields(tie_word_embeddings=True), "tied embeddings", "differs"),
-    Fault("not tied, and no head", "tied", fields(tie_word_embeddings=False), "tied embeddings", f"no {HEAD}"),
+    Fault("not tied, and no head", "tied", fields(tie_word_embeddings=False), "tied embeddings", f"{HEAD} is missing"),
     Fault("not tied, and the head equals the embeddings", "source",
           tensors(lambda stored: stored.update({HEAD: stored["model.embed_tokens.weight"].clone()})), "tied embeddings",
           "equals", "warning"),
@@ -223,9 +223,9 @@ FAULTS = [
     # what ctxext wrote
     Fault("a manifest that is no JSON", "hybrid", text("ctxext.json", "{"), "manifest", "is broken"),
     Fault("a manifest without a kind", "hybrid", fields("ctxext.json", kind=...), "manifest", "is broken"),
-    Fault("a byte changed after writing", "hybrid", flipped, "hashes", "other bytes"),
-    Fault("a byte of a merged model changed", "merged", flipped, "hashes", "other bytes"),
-    Fault("an adapter without its manifest", "run", without("ctxext.json"), "base", "which base"),
+    Fault("a byte changed after writing", "hybrid", flipped, "hashes", "the content differs"),
+    Fault("a byte of a merged model changed", "merged", flipped, "hashes", "the content differs"),
+    Fault("an adapter without its manifest", "run", without("ctxext.json"), "base", "is unknown"),
     Fault("an adapter whose base is gone", "run", in_manifest(path="/gone"), "base", "/gone is missing"),
     Fault("an adapter whose base changed", "run", in_manifest(weights={SINGLE: "0" * 64}), "base", "have changed"),
     Fault("an adapter that lost a matrix", "run",

@@ -165,7 +165,7 @@ def test_a_model_on_its_keys_against_logits(
     assert row.details["few_keys"] and row.details["n_key"] == n
     assert "short length / 8, step 12, scalable truncation, keys by judge" in row.protocol
     assert (row.details["short"], row.details["step"]) == (12, 12)
-    assert any(f"{n} key tokens are too few" in note for note in job.notes)
+    assert any(f"{n} key tokens: give more text" in note for note in job.notes)
     assert not any("its own keys" in note for note in job.notes)
 
 

@@ -134,7 +134,7 @@ def test_a_model_that_cannot_do_it_has_no_copy_scores(model_dir, letters):
         row[3] for row in finding.tables[0].rows
     } == {"none"}
     alone = found(model_dir("llama"), letters, ablate=2, definitions=("copy",), samples=2)
-    assert alone.pictures == alone.tables == () and "nothing was masked" in alone.notes[-1]
+    assert alone.pictures == alone.tables == () and "no head was masked" in alone.notes[-1]
 
 
 @pytest.mark.parametrize("window", [110, 125])

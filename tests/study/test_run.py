@@ -76,7 +76,7 @@ def test_a_matrix_runs_is_skipped_and_runs_again_where_its_inputs_change(place):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
     with pytest.raises(
-        InputError, match=r"train.SN is there, and not what is asked for: .*learning_rate was 0.001, is 0"
+        InputError, match=r"train.SN exists and was made from another request: .*learning_rate was 0.001, is 0"
     ):
         run(rate=2e-3)
     outcomes, _, _ = run(force=True, rate=2e-3)
@@ -173,7 +173,7 @@ def test_a_finished_step_is_not_replaced_because_one_before_it_was_made_again(pl
     shutil.rmtree(place / "runs" / "p" / "convert.SN")
     text = (place / "p.yaml").read_text().replace("sliding_window: 8", "sliding_window: 16")
     (place / "p.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"step train.SN: .*train.SN is there, and not what is asked for"):
+    with pytest.raises(InputError, match=r"step train.SN: .*train.SN exists and was made from another request"):
         run(**one)
     assert weights.read_bytes() == before
 
@@ -192,7 +192,7 @@ def begun(place, **changes):
 
 def test_what_was_begun_with_other_settings_is_neither_gone_on_with_nor_replaced(place):
     one, root, out, _, record = begun(place)
-    with pytest.raises(InputError, match=r"train.SN is there, and not what is asked for: .*learning_rate"):
+    with pytest.raises(InputError, match=r"train.SN exists and was made from another request: .*learning_rate"):
         run(rate=2e-3, **one)
     other = next(job for job in read_pipeline("p.yaml", one | {"rate": 2e-3}).jobs if job.step == "train")
     asked = json.loads(json.dumps(record["request"]).replace("0.001", "0.002"))  # the record of another, its files old
@@ -261,7 +261,7 @@ def test_the_text_of_a_configuration_of_zero_is_part_of_what_is_asked(place, mod
 def test_a_place_that_is_not_a_pipelines_is_left_alone(place):
     (place / "runs" / "p").mkdir(parents=True)
     (place / "runs" / "p" / "precious").write_text("")
-    with pytest.raises(InputError, match="no pipeline's output"):
+    with pytest.raises(InputError, match="not the output of a pipeline"):
         run()
 
 
