@@ -48,7 +48,7 @@ SHOWN = 20  # heads in the table
 LAST = 4  # last queries, whose entropy is measured (arXiv 2606.15378, released code)
 RECALL = 0.5  # share of an answer's tokens; a question succeeds above it
 ABOVE = (0.1, 0.5)  # EVALS' anchors: llama-2-7b-80k has 3.2% of its heads above 0.1 and 0.6% above 0.5
-SAYS = {
+MEANINGS = {
     "mass": "attention mass from the prompt's last token to the answer in the needle (arXiv 2606.15378)",
     "copy": "copying while decoding; 1 means every token of the answer (arXiv 2404.15574)",
 }
@@ -104,7 +104,7 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
         "length": spec.length,
         "haystack": haystack(spec.data)[0],
         "layers": subject.letters,
-        "definitions": {name: SAYS[name] for name in spec.definitions},
+        "definitions": {name: MEANINGS[name] for name in spec.definitions},
         "reach": reach,
         "ranked_by": next(iter(known), None),
         "top": [list(head) for head in ranked[:SHOWN]],

@@ -128,7 +128,7 @@ def test_what_changed_under_the_pipeline_is_noticed(place):
     config.write_text(config.read_text() + "\n")
     with pytest.raises(InputError, match="its files changed since"):
         run(**{"over.hybrid": ["SN"]})
-    with pytest.raises(InputError, match="--from: convert.NS comes before and is not done"):
+    with pytest.raises(InputError, match="--from: the earlier job convert.NS is not done"):
         run(begin="train", **{"over.hybrid": ["NS"]})
     with pytest.raises(InputError, match="no step has this name; allowed: convert, train, merged"):
         run(begin="trian")
@@ -282,7 +282,7 @@ def test_numbers_flow_into_later_steps_and_missing_ones_are_named(place):
     run(**{"over.hybrid": ["SN"]})
     assert "after 2 steps" in (place / "runs" / "p" / "page.SN" / "report.html").read_text()
     (place / "p.yaml").write_text(with_title.replace("steps_done", "step_done"))
-    with pytest.raises(InputError, match=r"step page.SN: .*no 'step_done'; there are out, finished"):
+    with pytest.raises(InputError, match=r"step page.SN: .*'step_done' is unknown; allowed: out, finished"):
         run(force=True, **{"over.hybrid": ["SN"]})
 
 
