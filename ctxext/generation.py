@@ -37,7 +37,7 @@ DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 MARKER = "\u241eanswer\u241e"  # the place of an answer in a rendered template
 SUSPECT = "\ufffd"  # a decoder's output for bytes that are not, or not yet, a complete character
 KINDS = {"S": "sliding", "s": "sliding (no RoPE)", "N": "full (no RoPE)", "F": "full"}  # letters of model/layout.py
-PLAIN = "--no-chat goes on with the text as it is"
+NO_CHAT_HINT = "give --no-chat to continue the text without a template"
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ def read_prompt(prompt: str | None, file: str | None, question: str | None) -> s
     if (prompt is None) == (file is None):
         raise InputError("give either --prompt TEXT or --file FILE (- is stdin)", hint="with a file, --question TEXT")
     if question is not None and file is None:
-        raise InputError("--question goes with --file", hint="put the question into --prompt")
+        raise InputError("--question needs --file", hint="put the question into --prompt")
     # Python turns bytes of an argument that are not UTF-8 into surrogates.
     for option, given in (("--prompt", prompt), ("--question", question)):
         if given is not None and any("\ud800" <= character <= "\udfff" for character in given):
             raise DataError(f"{option} is not UTF-8", hint="give UTF-8 text")
     text = prompt if file is None else _read(file)
     if not text or text.isspace():
-        raise InputError(f"{'--prompt' if file is None else file} has no text: nothing to go on with")
+        raise InputError(f"{'--prompt' if file is None else file} has no text to continue")
     return text if question is None else f"{text.rstrip()}\n\n{question}"
 
 
@@ -87,7 +87,7 @@ def _read(name: str) -> str:
             raise DataError(f"{name}: byte {error.start:,} is not UTF-8", hint="give a file of UTF-8 text") from None
         raise InputError(f"{name} cannot be read ({error})", hint="give a text file, or - for stdin") from None
     if "\0" in text:
-        raise DataError(f"{name} holds NUL bytes: it is no text", hint="give a file of UTF-8 text")
+        raise DataError(f"{name} has NUL bytes, so it is not text", hint="give a file of UTF-8 text")
     return text.replace("\r\n", "\n")
 
 
@@ -102,7 +102,7 @@ def plan_generation(model: str, **given: Any) -> GenerationPlan:
         (plan.max_new_tokens >= 1, f"--max-new-tokens {plan.max_new_tokens}: allowed is 1 or more"),
         (
             plan.temperature == 0 or COLDEST <= plan.temperature < math.inf,
-            f"--temperature {plan.temperature}: allowed are 0 (greedy) or anything from {COLDEST} up",
+            f"--temperature {plan.temperature}: allowed are 0 (greedy) and numbers from {COLDEST} up",
         ),
         (0 <= plan.seed < 2**63, f"--seed {plan.seed}: allowed are 0 to {2**63 - 1}"),
         (plan.dtype in (None, *DTYPES), f"--dtype {plan.dtype!r}: allowed are {', '.join(DTYPES)}"),
@@ -161,7 +161,7 @@ class Answer:
         write = f"{format_tokens(self.written)} tokens, {self.write_seconds:,.2f} s, {self.write_speed:,.1f} tokens/s"
         cache = [
             f"{held.layers} x {KINDS[held.kind]}, {format_bytes(held.bytes)}: {format_tokens(held.tokens)} tokens"
-            + (", which is all it keeps" if held.kind in "Ss" and held.tokens < self.read + self.kept else "")
+            + (", the most it keeps" if held.kind in "Ss" and held.tokens < self.read + self.kept else "")
             for held in self.cache
         ]
         rows = [("read", read), ("written", write), ("peak memory", format_bytes(self.peak_bytes))]
@@ -212,8 +212,8 @@ def _in_memory(plan: GenerationPlan) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise EnvironmentFault(
-            f"out of memory: {plan.source.name} and a cache of what is read and of {plan.max_new_tokens:,} tokens more",
-            hint="fewer --max-new-tokens, a shorter text, --dtype bfloat16, or a model with windows (ctxext convert)",
+            f"out of memory: {plan.source.name} with a cache for the text and {plan.max_new_tokens:,} new tokens",
+            hint="give a lower --max-new-tokens, less text, --dtype bfloat16, or a model with windows",
         ) from error
 
 
@@ -227,7 +227,7 @@ class Conversation:
             self.plan, self.loaded = plan, _load(plan)
         self.tokenizer: Any = self.loaded.tokenizer
         if plan.chat and not self.tokenizer.chat_template:
-            raise InputError(f"--chat: the tokenizer of {plan.source.name} has no chat template", hint=PLAIN)
+            raise InputError(f"--chat: the tokenizer of {plan.source.name} has no chat template", hint=NO_CHAT_HINT)
         self.templated = bool(self.tokenizer.chat_template) if plan.chat is None else plan.chat
         self.choose = sampled(plan.temperature, plan.seed) if plan.temperature else greedy
         self.stop = stop_ids(self.loaded.model, self.tokenizer)
@@ -376,9 +376,11 @@ class Conversation:
         try:
             whole: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program and may raise any exception
-            raise ModelError(f"{name}: its chat template does not render this ({error})", hint=PLAIN) from error
+            raise ModelError(f"{name}: its chat template does not render this ({error})", hint=NO_CHAT_HINT) from error
         if whole.count(MARKER) != len(self.asked):
-            raise ModelError(f"{name}: its chat template leaves answers out, which a cache cannot", hint=PLAIN)
+            raise ModelError(
+                f"{name}: its chat template leaves out earlier answers, and the cache has them", hint=NO_CHAT_HINT
+            )
         return whole.rpartition(MARKER)[2]
 
     def _check(self, unread: list[int], kept: int, warn: Callable[[str], None]) -> None:
@@ -393,16 +395,16 @@ class Conversation:
         if rope_of(source.config).get("rope_type") == "dynamic" and longest > limit and not self.slow:
             self.slow = True
             warn(
-                f"warning: RoPE is dynamic: beyond {format_tokens(limit)} tokens every token that is written reads the "
+                f"warning: RoPE is dynamic: beyond {format_tokens(limit)} tokens each new token reads the "
                 "whole text again, without a cache"
             )
         if longest > source.usable_length and not self.warned:
             self.warned, first = True, source.original_length
             warn(
-                f"warning: {format_tokens(end)} tokens given and up to {format_tokens(self.plan.max_new_tokens)} to be "
-                f"written; {source.name} bears {format_tokens(source.usable_length)}"
+                f"warning: {format_tokens(end)} tokens and up to {format_tokens(self.plan.max_new_tokens)} new ones "
+                f"exceed the usable length of {source.name}, {format_tokens(source.usable_length)}"
                 + (f" (first trained at {format_tokens(first)})" if first not in (None, source.usable_length) else "")
-                + ": what comes beyond is not to be trusted"
+                + ": the text beyond is unreliable"
             )
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ctxext.model.merge import MergeReport
 
 REQUEST = "request.json"  # of an evaluation: the spec and the weights that it was requested for
-SAME_AGAIN = "make room, then give the same command again: what is measured already is not measured again"
+RESUME_HINT = "free some space, then give the same command again: it resumes"
 MERGE_LENGTH = 512  # most tokens of a window when a merge measures perplexity
 MERGE_TOKENS = 8192  # most tokens of text for this measurement
 MERGE_SHORTEST = 64  # fewest tokens that a NoPE scale may be calibrated for
@@ -137,7 +137,7 @@ def eval_models(
 
     keep = [path for source in plan.sources for path in source.paths]
     room = nullcontext() if plan.resumes else replacing(plan.out, force, keep)
-    with room, disk_faults(plan.out, hint=SAME_AGAIN):
+    with room, disk_faults(plan.out, hint=RESUME_HINT):
         if not plan.resumes:
             _begin(plan)
         with (plan.out / REQUEST).open() as held:
@@ -251,20 +251,21 @@ def plan_merge(
         raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
     if nope_scale == "log":
         raise InputError(
-            "--nope-scale log: no stock class multiplies a query by the log of its position, so that an exported model "
-            "would silently lose it",
-            hint="bake a constant (--nope-scale auto), or measure it with `ctxext eval --nope-log-scale 500`",
+            "--nope-scale log: no stock class multiplies a query by the log of its position, so an exported model "
+            "would lose the scale without a message",
+            hint="merge a constant (--nope-scale auto), or measure it with `ctxext eval --nope-log-scale 500`",
         )
     alpha, scale = _chosen("--alpha-multiplier", alpha_multiplier), _chosen("--nope-scale", nope_scale)
     if length is not None and scale != "auto":
-        raise InputError(f"--length {length} is what --nope-scale auto calibrates for, and that was not asked for")
+        raise InputError(f"--length {length} has an effect only with --nope-scale auto, which was not given")
     if data is not None and "auto" not in (alpha, scale):
         raise InputError(
-            f"--data {data}: nothing is measured on it", hint="give --alpha-multiplier or --nope-scale auto"
+            f"--data {data} has no effect: this merge measures nothing",
+            hint="give --alpha-multiplier or --nope-scale auto",
         )
     source = resolve(run)
     if source.base is None:
-        raise InputError(f"{run} holds no adapter: it is an ordinary model already, nothing to merge")
+        raise InputError(f"{run} has no adapter to merge: it is an ordinary model already")
     if scale is not None and not any(kind.letter == "N" for kind in source.kinds):
         raise InputError(
             f"--nope-scale {nope_scale}: the layout {pattern_text(source.kinds)} has no N layer (NoPE, full)",
@@ -316,7 +317,9 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
     # A choice made on training text favours what the model memorised, so the user gets a warning.
     seen = seen_in_training(plan.source, plan.data)
     if seen and "auto" in (plan.alpha, plan.nope_scale):
-        notice(f"warning: {plan.data} was trained on ({seen}): what is chosen on text seen in training says little")
+        notice(
+            f"warning: {plan.data} was trained on ({seen}): what is chosen on training text may not hold for other text"
+        )
     return merge(
         plan.source,
         plan.out,

@@ -278,7 +278,7 @@ def test_what_is_missing_is_said(tmp_path):
     page = report(evaluation(tmp_path / "eval", ["passkey"], change=hole), out=tmp_path / "out")
     assert "none" in page.text and "not measured" in page.text and "inf*" in page.text
     assert "Not measured in these runs: Perplexity, LongPPL, Needle" in page.text
-    assert "n says how much each number is of" in page.text
+    assert "n is the number of items behind each number" in page.text
     depth = next(image["alt"] for image in page.all("img") if image["alt"].startswith("tiny: accuracy"))
     assert "0.5: " in depth and "none" in depth
     assert "Training" not in page.text
@@ -358,7 +358,7 @@ def test_other_outputs_are_shown_by_their_manifest(tmp_path):
     )
     page = report(merged, training(tmp_path / "run", steps=4), out=tmp_path / "out")
     assert "Run 1: merge, m" in page.text and "gate: 0.25" in page.text
-    with pytest.raises(InputError, match=r"nothing to report on in .*merged \(a merge\)") as refused:
+    with pytest.raises(InputError, match=r"nothing to report in .*merged \(a merge\)") as refused:
         plan_report([merged], out=tmp_path / "none", title=None, force=False)
     assert "eval, a probe or a finetune" in refused.value.hint
 
@@ -403,7 +403,7 @@ def without(kind: str, name: str):
 
 REFUSED = [
     (lambda place: place / "nowhere", InputError, "no such directory"),
-    (without("evaluation", "ctxext.json"), InputError, "no output of ctxext"),
+    (without("evaluation", "ctxext.json"), InputError, "not an output of ctxext"),
     (without("evaluation", "results.json"), InputError, "has no results.json"),
     (without("training", "metrics.jsonl"), InputError, "has no metrics.jsonl"),
     (file_with("evaluation", "ctxext.json", "{"), ModelError, "broken"),

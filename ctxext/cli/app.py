@@ -27,7 +27,7 @@ from ctxext.cli import (
 )
 
 app = typer.Typer(
-    help="Take a pretrained causal LM and make it long: retrofit its layers, extend its context, prove it.",
+    help="Extend the context of a pretrained causal LM: convert its layers, train it on longer text, check the result.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -44,7 +44,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No talk on stderr but errors")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors on stderr")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")
     ] = False,
@@ -69,4 +69,4 @@ for name, command, examples in (
     ("pretrain", pretrain.pretrain, pretrain.EXAMPLES),
 ):
     app.command(name, epilog=examples)(command)
-app.add_typer(presets.app, name="presets", help="What presets there are, what they say, and whether they are in order.")
+app.add_typer(presets.app, name="presets", help="List, show and validate presets.")

@@ -45,8 +45,8 @@ def chat(
     console.quiet_libraries()
     with console.progress("loading"):
         talk = generation.Conversation(plan)
-    how = "by its chat template" if talk.templated else "plainly (no chat template): it goes on with what you write"
-    console.say(f"{plan.source.name}, {how}; /reset forgets, /exit ends")
+    how = "with its chat template" if talk.templated else "no chat template: the model continues your text"
+    console.say(f"{plan.source.name}, {how}; /reset clears the conversation, /exit quits")
     turns = []
     try:
         for line in _lines(talk):
@@ -72,13 +72,13 @@ def _lines(talk: Conversation) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise DataError(f"stdin: byte {error.start} of the line is not UTF-8", hint="type UTF-8 text") from None
         if "\0" in line:
-            raise DataError("stdin: the line holds NUL bytes: it is no text", hint="type UTF-8 text")
+            raise DataError("stdin: the line has NUL bytes, so it is not text", hint="type UTF-8 text")
         if not raw or line == "/exit":
             return
         if line == "/reset":
             talk.reset()
-            console.say("forgotten")
+            console.say("conversation cleared")
         elif re.fullmatch(r"/[a-z]+", line):
-            console.say(f"no command {line}: there are /reset and /exit")
+            console.say(f"unknown command {line}; allowed: /reset and /exit")
         elif line:
             yield line

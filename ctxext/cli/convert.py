@@ -25,12 +25,13 @@ HybridOption = Annotated[
 FullLayersOption = Annotated[
     str | None,
     typer.Option(
-        help="odd, even, last, or layers from 0 such as 3,7,11: these are full, all others sliding; auto: the "
-        "planner measures and chooses"
+        help="The full layers: odd, even, last, numbers from 0 such as 3,7,11, or auto (the planner measures and "
+        "chooses); all others are sliding"
     ),
 ]
 CalibrationOption = Annotated[
-    str | None, typer.Option(help="Text that auto measures on and sinks are fitted on [default: the embedded corpus]")
+    str | None,
+    typer.Option(help="Text for the measurements of auto and the fit of sinks [default: the embedded corpus]"),
 ]
 EXAMPLES = """Examples:\n
   ctxext convert llama2-7b --hybrid swa128-nope\n
@@ -47,16 +48,18 @@ def convert(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="auto: how many full layers, or what share of the KV cache, such as 25% [default: half of the layers]"
+            help="auto: number of full layers, or share of the KV cache such as 25% [default: half of the layers]"
         ),
     ] = None,
     length: Annotated[
         str | None, typer.Option(help="auto: tokens at which KV cache and FLOPs are counted [default: usable length]")
     ] = None,
     calibration: CalibrationOption = None,
-    calibration_tokens: Annotated[str | None, typer.Option(help="auto: how much of it [default: 8k]")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="auto: show what each layer by itself costs")] = False,
-    i_know: Annotated[bool, typer.Option("--i-know", help="auto: allow a budget of no full layer")] = False,
+    calibration_tokens: Annotated[
+        str | None, typer.Option(help="auto: tokens of this text to use [default: 8k]")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="auto: print the cost of each layer alone")] = False,
+    i_know: Annotated[bool, typer.Option("--i-know", help="auto: allow a budget of zero full layers")] = False,
     sliding_window: Annotated[int | None, typer.Option(help="Window in tokens, instead of the preset's")] = None,
     model_class: Annotated[
         str,
@@ -68,12 +71,12 @@ def convert(
     sinks: Annotated[
         str,
         typer.Option(
-            help="auto: in a class with learned sinks (granite_swa), sliding layers get some in place of the first "
-            "token, where the model puts much of its attention on it; none: no sinks"
+            help="auto: in a class with learned sinks (granite_swa), fit sinks for sliding layers if the model puts "
+            "much of its attention on the first token; none: no sinks"
         ),
     ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [default: as stored]")] = None,
-    gate: Annotated[bool, typer.Option(help="Prove that the conversion computes what it should")] = True,
+    gate: Annotated[bool, typer.Option(help="Check the logits of the converted model")] = True,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Accept pytorch_model.bin weights")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,

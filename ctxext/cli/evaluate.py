@@ -33,25 +33,32 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option(help="Lengths in tokens, such as 2k,4k,8k [default: the usable length]")
     ] = None,
-    against: Annotated[str | None, typer.Option(help="A model to compare the others with, pair by pair")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Text to measure on or hide in [default: the embedded corpus's held-out files]")
+    against: Annotated[
+        str | None, typer.Option(help="A model to compare each of the others with, item by item")
     ] = None,
-    text_field: Annotated[str | None, typer.Option(help="The field with the text, of JSONL and Parquet rows")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on, or to hide needles in [default: the embedded corpus's held-out files]"),
+    ] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field of JSONL and Parquet rows that has the text")] = None,
     protocol: Annotated[str | None, typer.Option(help="perplexity: hf-stride, longlora or truncate")] = None,
     evaluator: Annotated[str | None, typer.Option(help="longppl: the model that finds the key tokens")] = None,
     limit: Annotated[
         str | None,
-        typer.Option(help="perplexity: tokens of text; longppl: documents; else cases in all, evenly by length"),
+        typer.Option(
+            help="perplexity: number of tokens; longppl: documents; other suites: cases, spread evenly over the lengths"
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed that the cases are drawn with")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for drawing the cases")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: float32]")] = None,
     extrapolate: Annotated[
-        bool, typer.Option("--extrapolate", help="Also measure at lengths beyond what a model bears")
+        bool, typer.Option("--extrapolate", help="Also measure at lengths beyond a model's usable length")
     ] = False,
     nope_log_scale: Annotated[
         float | None,
-        typer.Option(help="A, such as 500: queries of layers without positions at t times log(t + A) / log(A)"),
+        typer.Option(
+            help="A, such as 500: multiply queries at position t by log(t + A) / log(A) in layers without RoPE"
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field, as key=value or suite.key=value; may be repeated")
@@ -73,7 +80,7 @@ def _newest() -> str:
     from ctxext.config import manifest as manifests
 
     newest = manifests.newest(manifests.RUNS, ("conversion", "model", "finetune", "merge"))
-    console.say(f"no MODEL given: taking the newest, {newest}")
+    console.say(f"no MODEL given; using the newest output, {newest}")
     return str(newest)
 
 
@@ -90,7 +97,7 @@ def _run(
 
     plan = plan_eval(models, suite, fields, against=against, out=out, force=force)
     if plan.resumes:
-        console.say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
+        console.say(f"resuming the unfinished evaluation of the same request in {plan.out}")
     console.quiet_libraries()
     with console.progress("loading") as progress:
         report = eval_models(plan, force=force, progress=progress, notice=console.say)

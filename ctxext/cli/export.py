@@ -22,7 +22,7 @@ def export(
         Path | None, typer.Option(help="Output directory [default: ./runs/<time>-export-<target>-<name>]")
     ] = None,
     check_only: Annotated[
-        bool, typer.Option("--check-only", help="Say whether it would be honoured; write nothing")
+        bool, typer.Option("--check-only", help="Print whether the target supports the model; write nothing")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdict and what was written as JSON")] = False,
@@ -32,7 +32,10 @@ def export(
     from ctxext.export import write
 
     if check_only and (out is not None or force):
-        raise InputError("--check-only writes nothing: --out and --force are of no use with it", hint="leave one out")
+        raise InputError(
+            "--check-only writes nothing, so --out and --force have no effect",
+            hint="leave out --check-only, or --out and --force",
+        )
     # Where the target does not support the model, the verdict is printed and write.refuse raises CheckFailed.
     plan = write.plan_export(model, target, None if check_only else out, force)
     if check_only or not plan.verdict.honoured:

@@ -35,20 +35,21 @@ PresetOption = Annotated[
 ZeroOption = Annotated[str | None, typer.Option(help="DeepSpeed ZeRO: 1, 2, 3, 2_offload, 3_offload or a JSON file")]
 ProcessesOption = Annotated[
     int | None,
-    typer.Option(min=1, help="Processes, under ZeRO 2 unless --zero says otherwise [default: 1, or the GPUs]"),
+    typer.Option(
+        min=1, help="Number of processes, with ZeRO 2 unless --zero is given [default: 1, or the number of GPUs]"
+    ),
 ]
 HostfileOption = Annotated[
-    Path | None, typer.Option(help="Hosts with one file system, reached by ssh: lines `name slots=N`")
+    Path | None, typer.Option(help="File of hosts that share a file system, reached by ssh: lines `name slots=N`")
 ]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run (--out, or the newest)")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Resume an interrupted run (--out, or the newest)")]
 RepeatOption = Annotated[
-    Path | None, typer.Option(help="A run's directory: a new run of its spec on its model and data")
+    Path | None, typer.Option(help="Directory of a run: start a new run with its spec, model and data")
 ]
 ForceOption = Annotated[
     bool,
     typer.Option(
-        "--force",
-        help="Replace an existing run; with --resume: go on with a changed spec or data; with --repeat: on those",
+        "--force", help="Replace an existing run; with --resume or --repeat, also accept a changed spec or data"
     ),
 ]
 FindOption = Annotated[
@@ -80,7 +81,7 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="Run directory [default: ./runs/<time>-finetune-<name>]")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of the preset's")] = None,
     original_length: Annotated[
-        str | None, typer.Option(help="Tokens it was first trained at, if its files are wrong")
+        str | None, typer.Option(help="Tokens that the model was first trained at, if its files are wrong")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of the spec, as key=value; may be repeated")
@@ -104,7 +105,8 @@ def finetune(
     # A resumed or repeated run has its model and spec in its directory. `given` may change fields of that spec.
     if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
         raise InputError(
-            "--resume and --repeat take a run's own model and spec", hint="give one of them, without MODEL and --preset"
+            "--resume and --repeat use the model and spec of the run",
+            hint="give one of them, without MODEL and --preset",
         )
     if find_multiplier:
         from ctxext.cli.multiplier import refuse_beside, search
@@ -149,7 +151,7 @@ def _decided(
 
 
 def _rows(plan: RunPlan, launch: Launch | None) -> list[tuple[str, str]]:
-    return plan.rows() + ([("processes", f"{launch.summary()}; the memory is that of each")] if launch else [])
+    return plan.rows() + ([("processes", f"{launch.summary()}; the memory is per process")] if launch else [])
 
 
 def _predicted(plan: RunPlan, launch: Launch | None) -> tuple[str, Estimate | None]:
@@ -178,7 +180,7 @@ def _repeated(run: Path, given: dict[str, Any], force: bool) -> RunPlan:
 
     plan, moved = plan_repeated(run, given, accept=force)
     for what in moved:
-        console.say(f"warning: no longer what {run} was trained on: {what}")
+        console.say(f"warning: changed since {run} was trained: {what}")
     return plan
 
 
@@ -199,7 +201,7 @@ def _run(
     elif report.finished:
         console.pairs(report_rows(report, plan, _predicted(plan, launch)[1]))
     if not report.finished:
-        console.say(f"stopped after step {report.steps_done} of {report.steps}; go on with")
+        console.say(f"stopped after step {report.steps_done} of {report.steps}; resume with")
         console.say(f"  ctxext finetune --resume --out {run}")
         raise typer.Exit(130)
 
@@ -211,7 +213,7 @@ def report_rows(report: FinetuneReport, plan: RunPlan, predicted: Estimate | Non
     return [
         ("loss", _losses(report, plan)),
         ("held-out loss", _held_out(report, plan)),
-        ("trained tensors", f"{report.trained_tensors}, all found again on disk"),
+        ("trained tensors", f"{report.trained_tensors}, all checked on disk"),
         ("gradient spikes", f"{report.spikes} of {counted(report.steps, 'step')} scaled down"),
         ("rollbacks", str(report.rollbacks)),
         ("peak memory", _peak_memory(report, plan)),
@@ -224,7 +226,7 @@ def report_rows(report: FinetuneReport, plan: RunPlan, predicted: Estimate | Non
 def _step_row(report: FinetuneReport, predicted: Estimate | None) -> str:
     from ctxext.units import format_duration
 
-    beside = "nothing was predicted" if predicted is None else f"predicted {format_duration(predicted.seconds)}"
+    beside = "no prediction" if predicted is None else f"predicted {format_duration(predicted.seconds)}"
     return f"{format_duration(report.seconds_per_step or 0.0)}, the median; {beside}"
 
 
@@ -243,7 +245,7 @@ def _losses(report: FinetuneReport, plan: RunPlan) -> str:
     losses = f"{report.first_loss:.3f} -> {report.final_loss:.3f}"
     if plan.spec.distill is None:
         return f"{losses} nats a token{_where(plan)}"
-    what = "the last objective" if len(plan.spec.distill.objectives) > 1 else "what is learned from the teacher"
+    what = "the last objective" if len(plan.spec.distill.objectives) > 1 else "the teacher's objective"
     return f"{losses} of {what}{_where(plan)}"
 
 
@@ -251,7 +253,7 @@ def _held_out(report: FinetuneReport, plan: RunPlan) -> str:
     if report.held_out is None:
         return "not measured"
     before, after = report.held_out
-    return f"{before:.3f} -> {after:.3f} nats a token{_where(plan)}, under the attention it runs with"
+    return f"{before:.3f} -> {after:.3f} nats a token{_where(plan)}, with the attention of inference"
 
 
 def _where(plan: RunPlan) -> str:

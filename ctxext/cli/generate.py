@@ -20,24 +20,24 @@ EXAMPLES = """Examples:\n
 
 # The options that `generate` and `chat` share.
 Model = Annotated[str, typer.Argument(help="A local directory, a finetune run, a preset or a hub id")]
-MaxNewTokens = Annotated[int, typer.Option(help="The longest an answer may be, in tokens")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy; above, tokens are drawn")]
-Seed = Annotated[int, typer.Option(help="Seed that tokens are drawn with")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens to generate")]
+Temperature = Annotated[float, typer.Option(help="0: greedy; above 0: sampling")]
+Seed = Annotated[int, typer.Option(help="Seed for sampling")]
 Template = Annotated[
-    bool | None, typer.Option("--chat/--no-chat", help="Use the chat template [default: where there is one]")
+    bool | None, typer.Option("--chat/--no-chat", help="Use the chat template [default: if there is one]")
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16 [default: bfloat16 on a GPU, else float32]")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [default: a GPU where there is one]")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print what was written and its price as JSON, at the end")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N [default: a GPU if there is one]")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the text, its time and its memory as JSON, at the end")]
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Option(help="Text to go on with")] = None,
-    file: Annotated[str | None, typer.Option(help="A text file to go on with, of any length; - is stdin")] = None,
-    question: Annotated[str | None, typer.Option(help="Asked after the file, an empty line between")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue")] = None,
+    file: Annotated[str | None, typer.Option(help="A text file to continue, of any length; - is stdin")] = None,
+    question: Annotated[str | None, typer.Option(help="Question to add after the file, after an empty line")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     seed: Seed = 0,

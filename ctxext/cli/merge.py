@@ -23,7 +23,7 @@ def merge(
     alpha_multiplier: Annotated[
         str | None,
         typer.Option(
-            metavar="auto|X", help="Put all that trained (LoRA, embeddings, norms) at base + X times its change"
+            metavar="auto|X", help="Multiply the change of all trained tensors (LoRA, embeddings, norms) by X"
         ),
     ] = None,
     nope_scale: Annotated[
@@ -49,7 +49,7 @@ def merge(
 
     if run is None:
         run = str(manifests.newest(manifests.RUNS, ("finetune",)))
-        console.say(f"no RUN given: taking the newest, {run}")
+        console.say(f"no RUN given; using the newest, {run}")
     from ctxext.pipeline import merge_run, plan_merge
 
     given = {"alpha_multiplier": alpha_multiplier, "nope_scale": nope_scale, "length": length, "data": data}

@@ -24,8 +24,8 @@ def refuse_beside(**options: object) -> None:
     given = [f"--{name}" for name, value in options.items() if value]
     if given:
         raise InputError(
-            f"--find-multiplier beside {', '.join(given)}: it trains several short runs of its own, in one process",
-            hint="search first, then give what it prints to the run",
+            f"--find-multiplier is not allowed with {', '.join(given)}: it trains several short runs in one process",
+            hint="run the search first, then start the run with the multiplier that it prints",
         )
 
 
@@ -90,7 +90,7 @@ def _show(found: Search) -> None:
         last = "diverged" if trial.final is None else f"{trial.training[-1][1]:.4f}"
         marked = f"{trial.multiplier:g}{' *' if trial is found.best else ''}"
         rows.append([marked, *(f"{losses[step]:.4f}" if step in losses else "" for step in steps), last])
-    console.say("\nheld-out loss, nats a token; last, the training loss of the last step")
+    console.say("\nheld-out loss in nats a token; last column: the training loss of the last step")
     console.table(["multiplier", *(f"step {step}" for step in steps), "training"], rows)
     print(f"\n{found.option}")
     for remark in found.remarks:

@@ -25,21 +25,23 @@ def plan(
     model: Annotated[str, typer.Argument(help="A directory with a config.json (weights are not needed), or a preset")],
     ctx: Annotated[str | None, typer.Option(help="Training context in tokens, such as 8192, 100k (k = 1024)")] = None,
     hybrid: Annotated[
-        str | None, typer.Option(help="Plan it as `convert` would leave it; several by commas, none: as it is")
+        str | None,
+        typer.Option(help="Layout that `convert` would give the model; several separated by commas; none: unconverted"),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="A card, such as h100, 4090 or 24gb; `this` is this machine [default: this]")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(help="Memory of a card, such as 80G: instead of --gpu, or less than it has")
+        str | None, typer.Option(help="Memory of a card, such as 80G: instead of --gpu, or a lower limit for it")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, max=16, help="Cards of one machine that may be used")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, max=16, help="Number of cards, all in one machine")] = 1,
     preset: Annotated[str, typer.Option(help="A finetune preset or a YAML file")] = DEFAULT_PRESET,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the spec, as key=value; it is not searched then")
+        list[str] | None,
+        typer.Option("--set", help="Fix a field of the spec, as key=value: the search leaves it unchanged"),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure this machine first, about 20 s, and keep its rates")
+        bool, typer.Option("--calibrate", help="Measure the speed of this machine first (about 20 s) and store it")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON")] = False,
 ) -> None:
@@ -75,7 +77,7 @@ def _show(found: Answer) -> None:
     console.pairs(found.rows())
     for name, choice in found.commands():
         took = choice.timed(found.rates)
-        time = "time not known"
+        time = "time unknown"
         if took is not None:
             time = f"{format_duration(took.seconds)} a step, {took.tokens_per_second:,.0f} tokens/s"
         print(

@@ -42,11 +42,11 @@ def show(
         str,
         typer.Argument(
             metavar="KIND/NAME",
-            help="As `ctxext presets list` prints it, or a YAML file",
+            help="A name that `ctxext presets list` prints, or a YAML file",
             autocompletion=completion.of(),
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print what it sets as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the preset as JSON")] = False,
 ) -> None:
     """Show a preset and its comment; of a finetune preset also the fields that differ from the defaults."""
     from ctxext.config import presets
@@ -98,7 +98,7 @@ def validate(
         console.emit([{"name": name, "faults": faults} for name, faults in found])
     else:
         for name, faults in found:
-            print("\n  ".join([f"{name}: {counted(len(faults), 'fault') if faults else 'in order'}", *faults]))
+            print("\n  ".join([f"{name}: {counted(len(faults), 'fault') if faults else 'valid'}", *faults]))
     bad = [name for name, faults in found if faults]
     if bad:
-        raise CheckFailed(f"presets with faults: {', '.join(bad)}", hint="mend the YAML at the paths above")
+        raise CheckFailed(f"presets with faults: {', '.join(bad)}", hint="correct the YAML at the paths above")

@@ -29,7 +29,9 @@ def probe(
             autocompletion=completion.probes,
         ),
     ],
-    compare: Annotated[str | None, typer.Option(help="A model to compare with: the one before")] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="A model to compare with, such as the one before conversion or training")
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(help="Sizes of all probes: smoke, paper, or a YAML file", autocompletion=completion.of("probe")),
@@ -40,10 +42,10 @@ def probe(
     data: Annotated[
         str | None, typer.Option(help="Text to measure on [default: the embedded corpus's held-out files]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything drawn at random")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed for all random choices")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16 [default: float32]")] = None,
     extrapolate: Annotated[
-        bool, typer.Option("--extrapolate", help="Also measure at lengths beyond what a model bears")
+        bool, typer.Option("--extrapolate", help="Also measure at lengths beyond a model's usable length")
     ] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field, as key=value or probe.key=value; may be repeated")

@@ -19,7 +19,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="Outputs of eval, finetune and probe; beside them others, by their manifest"
+            metavar="RUN...", help="Outputs of eval, finetune and probe; of any other output only the manifest is shown"
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-report-<name>]")] = None,

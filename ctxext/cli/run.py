@@ -29,19 +29,24 @@ def run(
     ],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="One of its values, as name=value, or any part by its path; may be repeated"),
+        typer.Option(
+            "--set", help="Set a value of the pipeline, as name=value, or any part by its path; may be repeated"
+        ),
     ] = None,
     begin: Annotated[
-        str | None, typer.Option("--from", help="Run this step and those after it anew; take those before as they are")
+        str | None,
+        typer.Option(
+            "--from", help="Run this step and all later ones again; use the outputs of earlier steps as they are"
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print every step as it would run, and stop")] = False,
     untrusted: Annotated[
         bool, typer.Option("--untrusted", help="Refuse paths and links that lead out of the working directory")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Output directory, the same to go on [default: ./runs/<name>]")
+        Path | None, typer.Option(help="Output directory; give the same one to resume [default: ./runs/<name>]")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace outputs that are of other inputs")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs that were made from other inputs")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the jobs, or the results, as JSON")] = False,
 ) -> None:
     """Run a pipeline of named steps, each of them a command; finished steps with unchanged inputs are skipped."""
@@ -58,7 +63,7 @@ def run(
     with console.progress("starting") as progress:
         found = run_pipeline(plan, say=console.say, progress=progress)
     if found is None:
-        console.say("stopped; the same command goes on")
+        console.say("stopped; give the same command to resume")
         raise typer.Exit(130)
     if as_json:
         console.emit(asdict(found))
@@ -83,9 +88,9 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
         console.emit({"name": plan.pipeline.name, "out": str(plan.out), "jobs": jobs})
         return
     # The action for each status of a job (study/state.py and study/run.py).
-    words = {"new": "runs", "waits": "runs", "again": "runs anew", "changed": "runs anew, replacing",
-             "unfinished": "goes on", "reported": "goes on",
-             "done": "done, skipped", "taken": "taken as it is"}  # fmt: skip
+    words = {"new": "runs", "waits": "runs", "again": "runs again", "changed": "runs again, replaces the output",
+             "unfinished": "resumes", "reported": "resumes",
+             "done": "done, skipped", "taken": "used as it is"}  # fmt: skip
     for job in plan.pipeline.jobs:
         given = " ".join(f"{key}={flow(value)}" for key, value in job.arguments.items() if value is not None)
         print(f"{job.id}  ({job.command}; {words[plan.standings[job.id]]})\n    {given}")

@@ -20,6 +20,7 @@ from ctxext.config.output import disk_faults, write_whole
 from ctxext.data.prompts import prompt_ids as prompt_ids  # re-exported
 from ctxext.errors import DataError, InputError
 
+_REPAIR = "make the cases again, or remove the manifest"
 _FIELDS = {"id": str, "task": str, "length": int, "prompt": str, "references": list, "max_new_tokens": int}
 
 
@@ -86,26 +87,33 @@ def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
     """Returns the cases of a file and its manifest (empty if there is none).
 
     Errors: InputError (no such file), DataError (a line that does not parse, a field that is missing or of another
-    type, a repeated id, each with its line; no case at all; bytes that differ from the manifest's hash).
+    type, a repeated id, each with its line; no case at all; invalid UTF-8; a damaged manifest; bytes that differ
+    from the manifest's hash).
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the cases {path}: {error.strerror}") from None
     # A file without a manifest is accepted, such as one written by hand; with one its bytes must match.
-    manifest = json.loads(manifest_of(path).read_bytes()) if manifest_of(path).is_file() else {}
+    manifest = read_manifest(path) if manifest_of(path).is_file() else {}
     if manifest and hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-        raise DataError(
-            f"{path} is not what its manifest says (sha256)", hint="make the cases again, or remove the manifest"
-        )
+        raise DataError(f"the sha256 of {path} differs from the one in its manifest", hint=_REPAIR)
     if not data.strip():
-        raise DataError(f"{path} holds no case")
+        raise DataError(f"{path} has no case", hint="make the cases again")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}:{line}: invalid UTF-8 at byte {error.start:,} of the file (0x{data[error.start]:02x})",
+            hint="re-encode the file as UTF-8",
+        ) from error
     cases, seen = [], set[str]()
     # Split only at "\n": str.splitlines also splits at characters that may occur inside a JSON string.
-    for number, line in enumerate(data.decode("utf-8", "replace").removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), start=1):
         case = _case(line, f"{path}:{number}")
         if case.id in seen:
-            raise DataError(f"{path}:{number}: the id {case.id!r} stands twice")
+            raise DataError(f"{path}:{number}: the id {case.id!r} is used twice", hint="give each case its own id")
         seen.add(case.id)
         cases.append(case)
     return cases, manifest
@@ -124,6 +132,17 @@ def _case(line: str, place: str) -> Case:
             raise DataError(f"{place}: {name} is {got}; allowed: {kind.__name__}")
     given = {name: row[name] for name in _FIELDS} | {"references": tuple(row["references"])}
     return Case(**given, facts=row.get("facts", {}))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Returns the manifest of a file of rows. Raises DataError if it is damaged or has no sha256."""
+    try:
+        manifest = json.loads(manifest_of(path).read_bytes())
+    except ValueError as error:
+        raise DataError(f"{manifest_of(path)}: not JSON ({error})", hint=_REPAIR) from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), str):
+        raise DataError(f"{manifest_of(path)}: not a JSON object with a sha256", hint=_REPAIR)
+    return manifest
 
 
 def manifest_of(path: Path) -> Path:

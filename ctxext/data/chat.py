@@ -84,7 +84,7 @@ def _joined(row: dict[str, Any], place: str) -> Document:
 def _pair(row: dict[str, Any], place: str) -> tuple[str, str]:
     prompt, completion = (checked_text(row[field], place, field) for field in ("prompt", "completion"))
     if not completion:
-        raise DataError(f"{place}: field 'completion' is empty: nothing would be learned", hint="leave the row out")
+        raise DataError(f"{place}: field 'completion' is empty, so there is nothing to learn", hint="leave the row out")
     return prompt, completion
 
 
@@ -102,7 +102,7 @@ def _messages(row: dict[str, Any], place: str) -> list[dict[str, str]]:
     if ASSISTANT not in roles:
         raise DataError(
             f"{place}: no message has the role {ASSISTANT!r}; the roles there are {', '.join(dict.fromkeys(roles))}",
-            hint="answers are what is learned: leave the row out, or rename the role",
+            hint="training learns the answers: leave the row out, or rename the role",
         )
     if roles[0] == ASSISTANT:
         raise DataError(
@@ -136,7 +136,7 @@ def _conversation(
             beginning = "" if count == len(messages) else f" (its first {count} messages)"
             raise DataError(
                 f"{place}: the chat template does not render this conversation{beginning}: {error}",
-                hint="bring the roles and their order into the form that the template asks for",
+                hint="change the roles and their order to what the template requires",
             ) from error
         return text
 
@@ -151,8 +151,8 @@ def _conversation(
         for part, what in ((before, f"before message {number + 1}"), (after, f"up to message {number + 1}")):
             if not whole.startswith(part):
                 raise DataError(
-                    f"{place}: what the chat template renders {what} is no beginning of the whole conversation, so "
-                    "where the answer lies is unknown",
+                    f"{place}: what the chat template renders {what} is not the beginning of the whole conversation, "
+                    "so the place of the answer is unknown",
                     hint="give a template that renders a message the same whatever follows it, or rows of one answer",
                 )
         # None: the template has dropped the answer. 0: there is nothing to score. Otherwise: characters to score.
@@ -165,7 +165,7 @@ def _conversation(
     if not rendered_any:
         raise DataError(
             f"{place}: the chat template leaves every answer out",
-            hint="give a template that renders what assistants say",
+            hint="give a template that renders the messages of the assistant",
         )
     _require_texts(whole, messages, dropped, place)
     # Cut the text after a final answer, so that the document ends with the end-of-turn token.

@@ -73,7 +73,7 @@ def read_documents(
 
         return Documents(iter(corpus.stdlib_documents(cast(corpus.Split, split or "train"))), Reading(source))
     if source == SELF:
-        raise InputError(f"{SELF}: text that a model samples is for ctxext finetune alone", hint="give files")
+        raise InputError(f"{SELF}: only ctxext finetune supports text that the model samples", hint="give files")
     # A path wins over a hub id of the same name: `_hub_id` returns None if the path exists.
     rows = rows or _text_rows(text_field)
     hub_id = _hub_id(source)
@@ -81,7 +81,7 @@ def read_documents(
         return Documents(read_hub(hub_id, rows, split or "train"), Reading(source))
     if split is not None:
         raise InputError(
-            f"split {split!r} was asked of {source!r}, but files have no splits",
+            f"split {split!r} was given for {source!r}, but files have no splits",
             hint="give one file or directory for each split",
         )
     found = find(Path(source), rows.texts)
@@ -145,7 +145,7 @@ def _hub_id(source: str) -> str | None:
     if source.startswith(HUB_PREFIX):
         name = source.removeprefix(HUB_PREFIX)
         if not _HUB_ID.fullmatch(name):
-            raise InputError(f"{source!r} is no data set id", hint="write hub:NAME or hub:OWNER/NAME[:CONFIG]")
+            raise InputError(f"{source!r} is not a data set id", hint="write hub:NAME or hub:OWNER/NAME[:CONFIG]")
         return name
     is_path = Path(source).exists() or kind_of(Path(source)) is not None or not _HUB_ID.fullmatch(source)
     return None if is_path else source
@@ -163,8 +163,7 @@ def _with_text(documents: Iterator[Document], reading: Reading) -> Iterator[Docu
     if not reading.documents:
         words = reading.passed_over_in_words()
         raise DataError(
-            f"{reading.source} has no text" + (f"; passed over: {words}" if words else ""),
-            hint="give data that holds text",
+            f"{reading.source} has no text" + (f"; skipped: {words}" if words else ""), hint="give data with text"
         )
 
 

@@ -99,8 +99,8 @@ class PlainText:
         found = next((token for token in self._other if any(token in text for text in texts)), None)
         if found is not None:
             raise InputError(
-                f"the text has control tokens beside {found!r}, and {type(self.tokenizer).__name__} reads both as "
-                "text or neither",
+                f"the text has control tokens next to {found!r}, and {type(self.tokenizer).__name__} treats both as "
+                "text or neither as text",
                 hint="give the model a fast tokenizer (tokenizer.json), or take the control tokens out of the text",
             )
 

@@ -33,7 +33,8 @@ class Reading:
                  early
     beside       (name, why) of files and directories that are not data, known before reading; `more` counts those
                  beyond KEPT, `hidden` those whose names begin with a dot
-    passed_over  (name, why) of files that turned out to have no data while reading, at most KEPT
+    passed_over  (name, why) of files that turned out to have no data while reading, at most KEPT;
+                 `more_passed_over` counts those beyond KEPT
     empty_rows   number of rows with only white space
     tokens       number of tokens made of the documents and used; 0 if nothing counted them
     notes        notes of the encoder about the text (data/encoding.py)
@@ -50,6 +51,7 @@ class Reading:
     empty_rows: int = 0
     tokens: int = 0
     notes: list[str] = field(default_factory=list)
+    more_passed_over: int = 0
 
     @classmethod
     def begun(cls, source: str, found: Found) -> Reading:
@@ -58,13 +60,16 @@ class Reading:
         return cls(source, len(found.files), beside=beside[:KEPT], more=len(beside[KEPT:]), hidden=found.hidden)
 
     def pass_over(self, name: str, why: str) -> None:
-        # Moves a file from the files that gave text to the skipped ones.
+        """Moves a file from the files that gave text to the skipped ones."""
         # The reader counted the file when it opened it.
         self.files -= 1
         if len(self.passed_over) < KEPT:
             self.passed_over.append((name, why))
+        else:
+            self.more_passed_over += 1
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the report as a dict, for JSON."""
         return asdict(self)
 
     @classmethod
@@ -81,23 +86,23 @@ class Reading:
     def line(self, *, reused: bool = False) -> str:
         """Returns the main log line.
 
-        Example: `read 2 files, 3 documents, 1,034 tokens; passed over: e.json (no list of objects), 1 hidden`.
+        Example: `read 2 files, 3 documents, 1,034 tokens; skipped: e.json (no list of objects), 1 hidden`.
         """
         counts = [counted(self.documents, "document")] + ([counted(self.tokens, "token")] if self.tokens else [])
         if self.found:
             # Files that were not reached, because reading ended early.
-            rest = self.found - self.files - len(self.passed_over)
+            rest = self.found - self.files - len(self.passed_over) - self.more_passed_over
             files = counted(self.found, "file")
             counts.insert(0, f"{self.files:,} of {files}" if rest else counted(self.files, "file"))
         verb = "found in the cache:" if reused else "read"
         over = self.passed_over_in_words()
-        return f"{verb} {', '.join(counts)}" + (f"; passed over: {over}" if over else "")
+        return f"{verb} {', '.join(counts)}" + (f"; skipped: {over}" if over else "")
 
     def passed_over_in_words(self) -> str:
         """Returns some skipped names with the reasons, then counts; empty if nothing was skipped."""
         both = self.beside + self.passed_over
         said = [f"{name} ({why})" for name, why in both[:NAMED]]
-        rest = len(both[NAMED:]) + self.more
+        rest = len(both[NAMED:]) + self.more + self.more_passed_over
         counts = [(rest, f"{rest:,} more"), (self.hidden, f"{self.hidden:,} hidden")]
         counts.append((self.empty_rows, counted(self.empty_rows, "empty row")))
         return ", ".join(said + [words for count, words in counts if count])
@@ -214,11 +219,11 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
         if kind is None:
             over.append((path, f"suffix {path.suffix}" if path.suffix else "no suffix"))
         elif kind[0] not in suffixes:
-            over.append((path, "rows are read, and this is text"))
+            over.append((path, "text, but only rows are read"))
         elif path.is_file():
             files.append(path)
         else:
-            over.append((path, "no ordinary file" if path.exists() else "a link to nothing"))
+            over.append((path, "not a regular file" if path.exists() else "a broken link"))
     # Only links can give a file two names.
     if linked:
         files, twice = _once(files, root)
@@ -229,8 +234,8 @@ def _below(root: Path, suffixes: tuple[str, ...]) -> Found:
     if not files:
         words = Reading.begun(str(root), found).passed_over_in_words()
         raise InputError(
-            f"no file to read in the directory {root}" + (f"; passed over: {words}" if words else ""),
-            hint=f"it may hold {', '.join(suffixes)}, and {' or '.join(COMPRESSIONS)} of them",
+            f"no file to read in the directory {root}" + (f"; skipped: {words}" if words else ""),
+            hint=f"add files with the suffix {', '.join(suffixes)}; {' or '.join(COMPRESSIONS)} may follow",
         )
     return found
 

@@ -71,7 +71,7 @@ def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Ra
     outside 0..1 and for a length without space for needle and question.
     """
     if not 0.0 <= depth <= 1.0:
-        raise InputError(f"passkey depth {depth} is outside 0..1")
+        raise InputError(f"passkey depth {depth} is outside 0 to 1")
     key = digits(rng)
     bos, _ = framing(tokenizer)
     needle = tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False)

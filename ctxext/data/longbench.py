@@ -138,7 +138,7 @@ def read_templates(path: str | None) -> dict[str, str]:
         try:
             fields = {field for _, field, _, _ in string.Formatter().parse(template) if field is not None}
         except (ValueError, TypeError) as error:
-            raise DataError(f"{path}: the template of {name} is none ({error})") from None
+            raise DataError(f"{path}: the template of {name} is not valid ({error})") from None
         if "context" not in fields or fields - {"context", "input"}:
             raise DataError(
                 f"{path}: the template of {name} has the fields {sorted(fields)}; allowed: context, and input"
@@ -172,11 +172,14 @@ def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
         raise InputError(f"no such file or directory: {source}", hint="give LongBench's JSONL, or a directory of it")
     found = sorted(source.glob("*.jsonl"))
     if not found:
-        raise InputError(f"no .jsonl in the directory {source}", hint="it should hold LongBench's <task>.jsonl")
+        raise InputError(f"no .jsonl in the directory {source}", hint="put LongBench's <task>.jsonl there")
     # In a directory the file names must be tasks; a single file may have any name.
     stray = [path.name for path in found if path.stem not in TASKS]
     if stray:
-        raise DataError(f"{source}: {', '.join(stray)} name no task; {_allowed()}", hint="give such a file by itself")
+        raise DataError(
+            f"{source}: {', '.join(stray)}: the names are not tasks; {_allowed()}",
+            hint="give such a file on its own, not in a directory",
+        )
     return [path for path in found if tasks is None or path.stem in tasks]
 
 
@@ -190,11 +193,11 @@ def _read(path: Path) -> Iterator[Question]:
         if line.strip():
             question = _question(line, f"{path}:{number}")
             if (question.task, question.id) in seen:
-                raise DataError(f"{path}:{number}: the id {question.id!r} of {question.task} stands twice")
+                raise DataError(f"{path}:{number}: the id {question.id!r} of {question.task} is used twice")
             seen.add((question.task, question.id))
             yield question
     if not seen:
-        raise DataError(f"{path} holds no question")
+        raise DataError(f"{path} has no question")
 
 
 def _question(line: str, place: str) -> Question:

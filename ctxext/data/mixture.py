@@ -110,6 +110,6 @@ def slots_of(weights: Sequence[float]) -> list[int]:
     if 0 in slots:
         raise InputError(
             f"weight {weights[slots.index(0)]} of {sum(weights)} is less than a sequence in {CYCLE}",
-            hint="raise it, or leave the part out",
+            hint="raise the weight, or leave the part out",
         )
     return slots

@@ -60,7 +60,7 @@ class PackedSequences:
         self.without_answer = whole - self._count
         if not self._count:
             raise DataError(
-                f"none of the {whole:,} sequences of {seq_len:,} tokens has a token of an answer to learn",
+                f"none of the {whole:,} sequences of {seq_len:,} tokens has a token of an answer",
                 hint="give rows with answers, or a longer context",
             )
 

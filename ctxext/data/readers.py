@@ -94,7 +94,7 @@ def _read_json(path: Path, rows: Rows) -> Iterator[Document]:
         except (ValueError, RecursionError):
             is_row = False
         if not is_row:
-            raise NoRows(f"no JSON: {_first_line(error)}") from None
+            raise NoRows(f"not JSON: {_first_line(error)}") from None
         yield from _read_jsonl(path, rows)
         return
     found = data if isinstance(data, list) else [data]
@@ -174,7 +174,9 @@ def _read_parquet(path: Path, rows: Rows) -> Iterator[Document]:
                     row = {field: _plain(value, place) for field, value in zip(wanted, values, strict=True)}
                     yield rows.of(row, place)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is no readable Parquet file: {error}", hint="check that the file is whole") from error
+        raise DataError(
+            f"{path} is not a readable Parquet file: {error}", hint="check that the file is whole"
+        ) from error
 
 
 def _plain(value: Any, place: str) -> Any:

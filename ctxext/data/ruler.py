@@ -38,7 +38,7 @@ def chosen_tasks(asked: Sequence[str] | None, qa_files: Mapping[str, str | None]
     for task, name in QA.items():
         if task in (asked or ()) and not qa_files.get(name):
             raise InputError(
-                f"{task} asks the questions of a file, and none is given as `{name}`",
+                f"{task} needs a file of questions, and `{name}` is not given",
                 hint=f"give `{name}` the path of the data set's official JSON, or leave {task} out",
             )
     return [task for task in TASKS if (task in asked if asked else task not in QA or qa_files.get(QA[task]))]
@@ -76,8 +76,8 @@ def word_lists() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         texts = [(assets / f"{kind}list.txt").read_text(encoding="utf-8") for kind in ("noun", "adjective", "verb")]
     except OSError as error:
         raise EnvironmentFault(
-            f"wonderwords {version('wonderwords')} has no word lists where they are looked for: {error}",
-            hint="install a version 2 or 3 of wonderwords",
+            f"wonderwords {version('wonderwords')} does not have its word lists at the expected place: {error}",
+            hint="install version 2 or 3 of wonderwords",
         ) from error
     nouns, adjectives, verbs = (tuple(sorted({line.strip() for line in text.splitlines()} - {""})) for text in texts)
     return nouns, adjectives, verbs

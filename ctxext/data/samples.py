@@ -44,7 +44,7 @@ def sample_documents(
         written = sum(map(len, rows))
         empty = 0 if written else empty + 1
         if empty == GIVE_UP:
-            raise DataError(f"the model ends every document it samples at once ({GIVE_UP * batch} of them)")
+            raise DataError(f"the model ends every sampled document at its first token ({GIVE_UP * batch} of them)")
         # Keep the ids: encoding the decoded text again could give other tokens.
         for number, row in enumerate(rows):
             if row:

@@ -83,7 +83,7 @@ class TokenStore:
         meta = _read_meta(directory)
         if meta is None:
             raise DataError(
-                f"{directory} holds no finished tokens ({_META} is missing or of another version)",
+                f"{directory} has no finished tokens ({_META} is missing or of another version)",
                 hint="tokenise the data again",
             )
         # The sizes of all shards follow from the metadata; a shorter file fails when it is mapped.
@@ -99,7 +99,7 @@ class TokenStore:
             ) from error
         if len(bounds) != meta.documents:
             raise DataError(
-                f"{directory} has bounds for {len(bounds):,} documents, {_META} says {meta.documents:,}",
+                f"{directory} has bounds for {len(bounds):,} documents, {_META} has {meta.documents:,}",
                 hint="remove the directory and tokenise the data again",
             )
         return cls(directory, meta, bounds, shards, scored, reused)
@@ -304,7 +304,7 @@ def _write(
             hint="change data.min_tokens and data.max_tokens",
         )
     if not writer.tokens:
-        raise DataError("no document has a token", hint="give data that holds text")
+        raise DataError("no document has a token", hint="give data with text")
     np.save(directory / _BOUNDS, np.frombuffer(writer.bounds, dtype=np.int64))
     # Store the report of the source, with the counts of this encoding, for later runs that reuse the tokens.
     reading = documents.reading if isinstance(documents, Documents) else Reading("", documents=len(writer.bounds))
@@ -331,7 +331,8 @@ def _refuse_foreign(directory: Path) -> None:
     foreign = [path.name for path in directory.glob("*") if not _OURS.fullmatch(path.name)]
     if foreign:
         raise InputError(
-            f"{directory} holds other files than tokens, such as {min(foreign)}", hint="give a directory of its own"
+            f"{directory} has files that are not tokens, such as {min(foreign)}",
+            hint="give a directory for the tokens alone",
         )
 
 

@@ -53,7 +53,7 @@ def _encode_rendered(texts: list[str], tokenizer: Any) -> Iterator[tuple[list[in
     """Returns (ids, their characters) of texts whose control tokens are intended. InputError for a slow tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
-            f"{type(tokenizer).__name__} does not say which characters a token has: answers are not found",
+            f"{type(tokenizer).__name__} does not map tokens to characters, so answers cannot be found",
             hint="give the model a fast tokenizer (tokenizer.json)",
         )
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

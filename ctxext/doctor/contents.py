@@ -53,7 +53,7 @@ def finite_values(path: Path, config: Config) -> str:
     dtype = config.get("dtype") or config.get("torch_dtype")
     if dtype == "float16" and largest > FLOAT16_MAX:
         raise ModelError(
-            f"{where} holds {largest:.3g}, which is infinity in float16, the dtype that config.json names",
+            f"{where} has {largest:.3g}, which is infinity in float16, the dtype in config.json",
             hint="set dtype in config.json to bfloat16 or float32",
         )
     rest = "" if everything else f"; norms and biases only, of {format_bytes(size)}"
@@ -87,10 +87,10 @@ def two_thetas(raw: Config) -> list[Finding]:
     if inside is not None and beside is not None and inside != beside:
         text = f"rope_theta is {beside} in config.json and {inside} in its rope_parameters"
         text += ": transformers 5 reads the second, transformers 4 the first"
-        return [Finding("positions said", "warning", text, "give both one value")]
+        return [Finding("stored positions", "warning", text, "set both to the same value")]
     if inside is None and beside is None:
         text = "rope_parameters has no rope_theta: the default of the class is taken"
-        return [Finding("positions said", "warning", text, "add the rope_theta that the model was trained with")]
+        return [Finding("stored positions", "warning", text, "add the rope_theta that the model was trained with")]
     return []
 
 
@@ -109,7 +109,7 @@ def chat_template(path: Path) -> list[Finding]:
 
     tokenizer: Any = load_tokenizer(path)
     if not tokenizer.chat_template:
-        return [Finding("chat template", "ok", "none: a base model, or one whose template is not here")]
+        return [Finding("chat template", "ok", "none: a base model, or its template is missing")]
     messages = [{"role": "user", "content": "Hello"}]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -118,7 +118,7 @@ def chat_template(path: Path) -> list[Finding]:
         return [Finding("chat template", "failure", found, "copy the template of the model these weights came from")]
     # A template that compiles may still drop the message.
     if "Hello" not in text:
-        found = "the template leaves the text of a user's message out"
+        found = "the template leaves out the text of a user's message"
         return [Finding("chat template", "failure", found, "copy the template of the model these weights came from")]
     return [Finding("chat template", "ok", f"compiles; one message becomes {len(text):,} characters")]
 

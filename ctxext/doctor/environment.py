@@ -68,9 +68,9 @@ def _gpu() -> list[Finding]:
         # A torch built for GPUs that finds none, although the driver's tools are installed, is a fault.
         built = torch.version.cuda or torch.version.hip
         if built and (shutil.which("nvidia-smi") or shutil.which("rocm-smi")):
-            text = f"torch {torch.__version__} sees no GPU, though this machine has a driver's tools"
+            text = f"torch {torch.__version__} sees no GPU, but this machine has the tools of a driver"
             return [Finding("gpu", "failure", text, "check nvidia-smi, and that torch's CUDA fits the driver")]
-        return [Finding("gpu", "ok", f"none for torch {torch.__version__}: all runs on the CPU")]
+        return [Finding("gpu", "ok", f"none for torch {torch.__version__}: everything runs on the CPU")]
     found = []
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
@@ -102,20 +102,24 @@ def _kernels() -> list[Finding]:
             text, remedy = error.message.rpartition(": ")[2], "pip install flash-attn, or a newer torch" if gpu else ""
             found.append(Finding(f"kernel {backend}", "warning" if gpu else "ok", f"not used: {text}", remedy))
         except Exception as error:  # a kernel that was built for another torch may raise anything
-            text = f"present and broken: {type(error).__name__}: {str(error)[:200]}"
+            text = f"installed but broken: {type(error).__name__}: {str(error)[:200]}"
             found.append(Finding(f"kernel {backend}", "failure", text, "install it again for this torch and CUDA"))
     # FlexAttention needs triton; only its presence is checked.
     triton = find_spec("triton") is not None
-    text = ("triton is there; not compiled here" if triton else "no triton") if gpu else "not used: it needs a GPU"
+    text = (
+        ("triton is installed; the kernel is not compiled here" if triton else "no triton")
+        if gpu
+        else "not used: it needs a GPU"
+    )
     lacks = gpu and not triton
     found.append(Finding("kernel flex", "warning" if lacks else "ok", text, "pip install triton" if lacks else ""))
     # flash-attn is a compiled package: it can be installed and still fail at its import.
     if find_spec("flash_attn") is None:
-        return [*found, Finding("flash-attn", "ok", "not installed; torch's own varlen kernel serves instead")]
+        return [*found, Finding("flash-attn", "ok", "not installed; torch's own varlen kernel is used instead")]
     try:
         import flash_attn
     except Exception as error:
-        text = f"installed and does not import: {type(error).__name__}: {error}"
+        text = f"installed, but its import fails: {type(error).__name__}: {error}"
         return [
             *found,
             Finding("flash-attn", "failure", text, "pip install --force-reinstall flash-attn, or remove it"),
@@ -132,8 +136,8 @@ def _builds() -> list[Finding]:
     nvcc = shutil.which("nvcc") or shutil.which(str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin/nvcc"))
     gpu = torch.cuda.is_available()
     lacks = gpu and not nvcc
-    cuda = "install the CUDA toolkit if DeepSpeed is to build for the GPU" if lacks else ""
-    gxx = "" if compiler else "install g++: --zero 2_offload and 3_offload, and flex, build with it"
+    cuda = "install the CUDA toolkit to let DeepSpeed build for the GPU" if lacks else ""
+    gxx = "" if compiler else "install g++: --zero 2_offload, --zero 3_offload and flex need it"
     found = [
         Finding("C++ compiler", "ok" if compiler else "warning", compiler or "none", gxx),
         Finding("nvcc", "warning" if lacks else "ok", nvcc or "none", cuda),
@@ -144,9 +148,11 @@ def _builds() -> list[Finding]:
     for lock in locks:
         age = time.time() - lock.stat().st_mtime
         old = age > LOCK_AGE
-        text = f"{lock} is {format_duration(age)} old" + ("" if old else ": a build may be going on")
+        text = f"{lock} is {format_duration(age)} old" + ("" if old else ": a build may be running")
         remedy = (
-            f"rm {lock}: whatever builds {lock.parent.name} waits for it for ever" if old else "wait, then look again"
+            f"rm {lock}: every build of {lock.parent.name} waits for this lock forever"
+            if old
+            else "wait, then look again"
         )
         found.append(Finding("DeepSpeed builds", "failure" if old else "warning", text, remedy))
     return found if locks else [*found, Finding("DeepSpeed builds", "ok", f"no lock under {root}")]
@@ -161,14 +167,16 @@ def _room() -> list[Finding]:
         there = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
         free = shutil.disk_usage(there).free
         little = free < LITTLE_DISK
-        remedy = "make room, or give --out (HF_HOME for the cache) on another disk" if little else ""
+        remedy = "free some space, or give --out (HF_HOME for the cache) on another disk" if little else ""
         found.append(Finding(name, "warning" if little else "ok", f"{format_bytes(free)} free ({there})", remedy))
         if not os.access(there, os.W_OK):
-            found.append(Finding(name, "failure", f"{there} cannot be written", "give --out or HF_HOME elsewhere"))
+            found.append(
+                Finding(name, "failure", f"{there} cannot be written", "give --out or HF_HOME on another disk")
+            )
     here = memory()
     little = here.available < LITTLE_MEMORY
     text = f"{format_bytes(here.available)} of {format_bytes(here.total)} available"
-    remedy = "close what holds it: a model is loaded here before it goes anywhere" if little else ""
+    remedy = "close programs that use memory: every model is first loaded here" if little else ""
     return [*found, Finding("memory", "warning" if little else "ok", text, remedy)]
 
 
@@ -177,7 +185,7 @@ def _hub(environ: Mapping[str, str] = os.environ) -> list[Finding]:
 
     token = "a token is present" if get_token() else "no token (`hf auth login`; public models need none)"
     if environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return [Finding("hub", "ok", f"not asked: HF_HUB_OFFLINE is set; {token}")]
+        return [Finding("hub", "ok", f"not checked: HF_HUB_OFFLINE is set; {token}")]
     endpoint = environ.get("HF_ENDPOINT", "https://huggingface.co")
     answer: list[str] = []
     # In a thread, since the timeout of urlopen does not limit the name lookup.
@@ -187,7 +195,7 @@ def _hub(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     said = answer[0] if answer else f"no answer in {PATIENCE + 1:g} s"
     if said == "":
         return [Finding("hub", "ok", f"{endpoint} answers; {token}")]
-    remedy = "give local directories instead of hub ids; set HF_HUB_OFFLINE=1 if that is how it should be"
+    remedy = "give local directories instead of hub ids; set HF_HUB_OFFLINE=1 if this is intended"
     return [Finding("hub", "warning", f"{endpoint} cannot be reached ({said}); {token}", remedy)]
 
 

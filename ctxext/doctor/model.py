@@ -28,7 +28,7 @@ from ctxext.model.source import manifest_of, original_length, read_config, read_
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
 from ctxext.units import counted, format_tokens
 
-AGAIN = "copy or download the files again, or write the output again"
+COPY_HINT = "copy or download the files again, or write the output again"
 
 
 def model(name: str) -> list[Finding]:
@@ -41,30 +41,30 @@ def model(name: str) -> list[Finding]:
     found = [judged("manifest", lambda: _manifest(path)), judged("config", lambda: _config(path))]
     manifest = None if found[0].status == "failure" else manifest_of(path)
     if found[1].status == "failure":
-        return [*found, Finding("weights", "warning", "not examined: nothing says what they should be", AGAIN)]
+        return [*found, Finding("weights", "warning", "not checked: the expected weights are unknown", COPY_HINT)]
     config = normalise(read_config(path))
     adapter = (path / "adapter_config.json").is_file()
     # The weight files. An adapter must hold the trained tensors, any other model the tensors that config.json implies.
     found += guarded("adapter" if adapter else "weights", lambda: (
-        _adapter(path, manifest, config) if adapter else _weights(path, config)), AGAIN)  # fmt: skip
+        _adapter(path, manifest, config) if adapter else _weights(path, config)), COPY_HINT)  # fmt: skip
     # Values and hashes are read only from complete files.
     whole = all(finding.name not in ("files", "weights") or finding.status != "failure" for finding in found)
     if whole and not adapter:
-        found.append(judged("values", lambda: finite_values(path, config), AGAIN))
+        found.append(judged("values", lambda: finite_values(path, config), COPY_HINT))
     if manifest is not None and whole:
-        found += guarded("hashes", lambda: _hashes(path, manifest, adapter), AGAIN)
+        found += guarded("hashes", lambda: _hashes(path, manifest, adapter), COPY_HINT)
     # The positions.
-    found.append(judged("transformers", lambda: opens_as_config(path, config), "mend the field in config.json"))
-    found.append(judged("positions", lambda: _positions(path, config), "mend rope_parameters in config.json"))
-    found += guarded("positions meant", lambda: _promises(manifest, config))
-    found += guarded("positions said", lambda: two_thetas(read_config(path)) + short_claim(config))
+    found.append(judged("transformers", lambda: opens_as_config(path, config), "correct the field in config.json"))
+    found.append(judged("positions", lambda: _positions(path, config), "correct rope_parameters in config.json"))
+    found += guarded("intended positions", lambda: _promises(manifest, config))
+    found += guarded("stored positions", lambda: two_thetas(read_config(path)) + short_claim(config))
     # The tokenizer. The chat template and the stop tokens need one that opens.
     found += guarded("tokenizer", lambda: tokenizer(path, config))
     if all(finding.name != "tokenizer" or finding.status == "ok" for finding in found):
         found += guarded("chat template", lambda: chat_template(path))
         found += guarded("stop tokens", lambda: stop_tokens(path, config))
     if adapter:
-        return [*found, Finding("exports", "ok", "not before it is merged (ctxext merge)")]
+        return [*found, Finding("exports", "ok", "only after a merge (ctxext merge)")]
     return [*found, *guarded("exports", lambda: _exports(path, config))]
 
 
@@ -87,13 +87,13 @@ def _place(name: str) -> Path:
         directory = presets.model_preset(preset).directory
         if directory is not None:
             return preset.path.parent / directory
-    raise InputError(f"{name} is no local directory: nothing is downloaded to be examined", hint="give a directory")
+    raise InputError(f"{name} is not a local directory, and doctor downloads nothing", hint="give a directory")
 
 
 def _manifest(path: Path) -> str:
     found = manifest_of(path)
     if found is None:
-        return "no ctxext.json: a model of others"
+        return "no ctxext.json: not made by ctxext"
     if (stored := stored_as(found)) is not None:
         return f"read from a GGUF file, {stored}, in {path}"
     return f"{found.kind}, {found.created[:10]}, by ctxext {found.versions.get('ctxext')}"
@@ -101,26 +101,30 @@ def _manifest(path: Path) -> str:
 
 def _config(path: Path) -> str:
     if (path / "spec.yaml").is_file() and not (path / "config.json").is_file():
-        raise ModelError("an unfinished run: no model is here yet", hint=f"ctxext finetune --resume --out {path}")
+        raise ModelError("an unfinished run: there is no model yet", hint=f"ctxext finetune --resume --out {path}")
     config = normalise(read_config(path))
     return f"{config['model_type']}, {config['num_hidden_layers']} layers, {len(expected_tensors(config))} tensors"
 
 
 def _weights(path: Path, config: Config) -> list[Finding]:
     """Compares the files with the index, the tensors with the config, and the head with the embeddings."""
-    found = [judged("files", lambda: f"{len({info.file for info in read_tensors(path).values()})} whole", AGAIN)]
+    found = [judged("files", lambda: f"{len({info.file for info in read_tensors(path).values()})} whole", COPY_HINT)]
     if found[0].status == "failure":
         return found
     tensors = read_tensors(path)
     named = {info.file for info in tensors.values()}
     stray = sorted(file.name for file in path.glob("*.safetensors") if file.name not in named)
     if stray:
-        found.append(Finding("files", "warning", f"not in {INDEX}: {', '.join(stray)}", "remove what nothing reads"))
+        found.append(
+            Finding(
+                "files", "warning", f"not in {INDEX}: {', '.join(stray)}", "remove these files: no program reads them"
+            )
+        )
     # A tied model needs no stored head. An untied model without one gets only this failure, not also a missing tensor.
     expected = expected_tensors(config)
     tied, stored = bool(config["tie_word_embeddings"]), HEAD in tensors
     if not tied and not stored:
-        text = f"config.json says the head is its own, and there is no {HEAD}"
+        text = f"config.json says that the head is not tied, and {HEAD} is missing"
         found.append(Finding("tied embeddings", "failure", text, "set tie_word_embeddings to true in config.json"))
         expected.pop(HEAD)
     elif stored:
@@ -130,9 +134,9 @@ def _weights(path: Path, config: Config) -> list[Finding]:
 
     def agrees() -> str:
         check_tensors(path, tensors, expected)
-        return f"{len(tensors)} tensors, names and shapes as config.json has them"
+        return f"{len(tensors)} tensors, names and shapes as in config.json"
 
-    return [*found, judged("tensors", agrees, AGAIN)]
+    return [*found, judged("tensors", agrees, COPY_HINT)]
 
 
 def _head(path: Path, tied: bool) -> Finding:
@@ -146,13 +150,13 @@ def _head(path: Path, tied: bool) -> Finding:
     # A tied model ignores the stored head. An untied one trains head and embeddings separately.
     name = "tied embeddings"
     if tied and not same:
-        text = f"config.json says tied, and {HEAD} differs from {EMBEDDING}: it would be dropped"
+        text = f"config.json says tied, and {HEAD} differs from {EMBEDDING}: loading would drop it"
         return Finding(name, "failure", text, "set tie_word_embeddings to false in config.json")
     if same and not tied:
-        text = f"not tied, and {HEAD} equals {EMBEDDING}: they would part in training"
+        text = f"not tied, and {HEAD} equals {EMBEDDING}: training would make them different"
         return Finding(name, "warning", text, "set tie_word_embeddings to true if they belong together")
     return Finding(
-        name, "ok", "tied, and the stored head equals the embeddings" if tied else "not tied, a head of its own"
+        name, "ok", "tied, and the stored head equals the embeddings" if tied else "not tied, the head is stored"
     )
 
 
@@ -184,20 +188,20 @@ def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Find
         if lost:
             raise ModelError(f"{len(lost)} trained tensors are not in {ADAPTER_FILE}, first {lost[0]}")
         if saved is not None and saved != len(stored):
-            raise ModelError(f"{ADAPTER_FILE} has {len(stored)} tensors, {saved} were saved")
+            raise ModelError(f"{ADAPTER_FILE} has {len(stored)} tensors; the run saved {saved}")
         return f"{len(stored)} trained tensors, none missing"
 
     def base() -> str:
         parent = manifest.parents.get("base") if manifest else None
         if parent is None:
-            raise ModelError("nothing says which base it was trained on", hint="merge foreign adapters with PEFT")
+            raise ModelError("the base that it was trained on is unknown", hint="merge foreign adapters with PEFT")
         if not Path(parent["path"]).is_dir():
-            raise ModelError(f"{parent['path']} is gone", hint="put the base back there, or train again")
+            raise ModelError(f"{parent['path']} is missing", hint="put the base back, or train again")
         if manifests.weight_hashes(Path(parent["path"])) != parent["weights"]:
-            raise ModelError(f"the weights in {parent['path']} are others now", hint="put the original base back")
+            raise ModelError(f"the weights in {parent['path']} have changed", hint="put the original base back")
         return f"{parent['path']}, unchanged"
 
-    again = "copy the run again; a checkpoint of it still has what trained (ctxext finetune --resume)"
+    again = "copy the run again, or restore the trained tensors from a checkpoint (ctxext finetune --resume)"
     return [judged("adapter", complete, again), judged("base", base)]
 
 
@@ -205,7 +209,7 @@ def _hashes(path: Path, manifest: Manifest, adapter: bool) -> list[Finding]:
     """Compares the weights with their recorded hashes, and checks that the parents still exist unchanged."""
     found, own = [], manifest.facts.get("weights")
     if isinstance(own, dict):
-        found.append(judged("hashes", lambda: _as_written(path, own), AGAIN))
+        found.append(judged("hashes", lambda: _as_written(path, own), COPY_HINT))
     else:
         found.append(Finding("hashes", "ok", "not checked: the manifest records those of the parents only"))
     for role, parent in manifest.parents.items():
@@ -214,10 +218,10 @@ def _hashes(path: Path, manifest: Manifest, adapter: bool) -> list[Finding]:
         if (role == "base" and adapter) or not place.is_absolute():
             continue
         if not place.is_dir():
-            found.append(Finding(f"parent {role}", "ok", f"{place} is gone; it is not needed to run this"))
+            found.append(Finding(f"parent {role}", "ok", f"{place} is missing; the model runs without it"))
         elif manifests.weight_hashes(place) != parent.get("weights"):
-            remedy = "nothing, unless you meant to make this again from it"
-            found.append(Finding(f"parent {role}", "warning", f"the weights in {place} are others now", remedy))
+            remedy = "nothing, unless you want to make this model from it again"
+            found.append(Finding(f"parent {role}", "warning", f"the weights in {place} have changed", remedy))
         else:
             found.append(Finding(f"parent {role}", "ok", f"{place}, unchanged"))
     return found
@@ -227,7 +231,7 @@ def _as_written(path: Path, own: dict[str, str]) -> str:
     here = manifests.weight_hashes(path)
     ill = sorted(name for name, value in own.items() if here.get(name) != value)
     if ill:
-        raise ModelError(f"{', '.join(ill)}: other bytes than were written")
+        raise ModelError(f"{', '.join(ill)}: the content differs from what was written")
     return f"{counted(len(own), 'file')} as written"
 
 
@@ -248,7 +252,7 @@ def _positions(path: Path, config: Config) -> str:
         with torch.random.fork_rng():
             shadow: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(raw))
     except Exception as error:  # transformers raises errors of any kind for foreign configs
-        raise ModelError(f"transformers makes no model of it: {type(error).__name__}: {str(error)[:200]}") from error
+        raise ModelError(f"transformers cannot build the model: {type(error).__name__}: {str(error)[:200]}") from error
     worst = check_realised(shadow, config)
     rope = rope_of(config)
     if not rope:
@@ -264,15 +268,15 @@ def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
     if meant and "original_max_position_embeddings" not in meant:
         rope.pop("original_max_position_embeddings", None)
     if meant and rope and meant != rope:
-        text = f"{'the run' if manifest and manifest.kind != 'conversion' else 'the conversion'} meant {meant}, "
+        text = f"{'the run' if manifest and manifest.kind != 'conversion' else 'the conversion'} set {meant}, "
         text += f"config.json has {rope}"
-        found.append(Finding("positions meant", "failure", text, "put the run's own config.json back"))
+        found.append(Finding("intended positions", "failure", text, "put the config.json of the run back"))
     usable, claimed = facts.get("usable_length"), usable_length(config)
     if usable and usable > claimed:
-        text = f"trained to {format_tokens(usable)} tokens, config.json claims {format_tokens(claimed)}"
+        text = f"trained to {format_tokens(usable)} tokens, config.json gives {format_tokens(claimed)}"
         found.append(Finding("length", "warning", text, "raise max_position_embeddings in config.json"))
     if original_length(config) is None and not facts.get("original_length"):
-        text = "RoPE is scaled and nothing says from which length"
+        text = "RoPE is scaled and the original length is not stored"
         found.append(Finding("length", "warning", text, "give --original-length when you extend it"))
     return found
 

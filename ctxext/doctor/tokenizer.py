@@ -35,7 +35,7 @@ def tokenizer(path: Path, config: Config) -> list[Finding]:
 
     findings = [
         judged("tokenizer", opens, REMEDY),
-        judged("special tokens", lambda: _in_range(path, size), "mend the id in that file"),
+        judged("special tokens", lambda: _in_range(path, size), "correct the id in that file"),
     ]
     # The other checks need a tokenizer that opens; BOS and EOS also need ids in range.
     if found:
@@ -91,12 +91,12 @@ def _ids(path: Path, mine: Any) -> list[Finding]:
         stock: Any = stock_tokenizer(path)
         problem = against(stock)
     except Exception as error:  # transformers raises errors of any kind for foreign files
-        problem = f"it does not open them ({str(error)[:200]})"
+        problem = f"it cannot open the files ({str(error)[:200]})"
     # AutoTokenizer gives other ids, ctxext gives the right ones: a warning for programs that use AutoTokenizer.
     if problem is not None and against(mine) is None:
         text = f"AutoTokenizer of {version()} does not follow {FILE}: {problem}; ctxext uses {FILE}"
         settled = settle(path, read_config(path))
-        remedy = f"in programs of your own: {by_hand(str(path))}"
+        remedy = f"in your own programs: {by_hand(str(path))}"
         if settled.problem is None and settled.files:
             remedy = f"set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json; {remedy}"
         return [Finding(name, "warning", text, remedy)]
@@ -113,7 +113,7 @@ def _ends(path: Path, mine: Any) -> list[Finding]:
 
     found = []
     if mine.eos_token_id is None:
-        text = "the tokenizer names no EOS: documents cannot be ended, and finetune refuses it"
+        text = "the tokenizer has no EOS token to end documents, so finetune refuses it"
         found.append(Finding("EOS", "warning", text, "set eos_token in tokenizer_config.json"))
     file = path / "tokenizer_config.json"
     # What the tokenizer adds is measured on a text: transformers 5 follows the post_processor of tokenizer.json.
@@ -122,6 +122,6 @@ def _ends(path: Path, mine: Any) -> list[Finding]:
     if asked is not None and bool(asked) != adds:
         text = f"tokenizer_config.json says add_bos_token {str(bool(asked)).lower()}, and the tokenizer "
         text += "adds one" if adds else "adds none"
-        remedy = "nothing, if transformers 5 is what you use: it follows the post_processor of tokenizer.json"
+        remedy = "nothing with transformers 5, which follows the post_processor of tokenizer.json"
         found.append(Finding("BOS", "warning", text, remedy))
     return found

@@ -73,7 +73,7 @@ def of_stock_generate(model: Any, ids: Tensor) -> list[str]:
         return []
     about = f"RoPE follows the length of the text beyond {format_tokens(switch)} tokens"
     if switch >= T:
-        return [f"{about}: the {format_tokens(T)} measured do not reach there, where decoding is not checked"]
+        return [f"{about}: only {format_tokens(T)} were measured, so decoding beyond is not checked"]
     # Cache the first `switch` tokens with the old frequencies, then read the rest after them, as stock `generate` does.
     cache, whole = None, hidden_states(model, ids)
     for begin, end in ((0, switch), (switch, T)):
@@ -81,8 +81,8 @@ def of_stock_generate(model: Any, ids: Tensor) -> list[str]:
         cache = out.past_key_values
     off = relative(out.last_hidden_state[:, -1] - whole[:, -1], whole)
     return [
-        f"warning: {about}. ctxext reads the text again there. `generate` of transformers with a cache does not, and "
-        f"its last state is off by {off:.1e} of the largest: use it with use_cache=False"
+        f"warning: {about}. There ctxext reads the text again. `generate` of transformers with a cache does not, and "
+        f"its last state is off by {off:.1e} of the largest value: call it with use_cache=False"
     ]
 
 

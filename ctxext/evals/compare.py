@@ -99,7 +99,7 @@ def _unshown(n: int) -> str:
     if smallest_p(n) < LEVEL:
         return "no difference shown"
     enough = next(count for count in range(n, 64) if smallest_p(count) < LEVEL)
-    return f"too few pairs: {n} give p = {smallest_p(n):.4g} at the least; {enough} or more can show a difference"
+    return f"too few pairs: with {n} the smallest p is {smallest_p(n):.4g}; a difference needs {enough} or more"
 
 
 def paired(strata: Sequence[Sequence[tuple[Outcome, Outcome]]], seed: int = 0) -> tuple[float, float, float, float]:

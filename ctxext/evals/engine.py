@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from ctxext.errors import DataError
 from ctxext.progress import CountProgress
 
-STAR = "* beyond what the model bears"  # the note under tables with numbers at such lengths
+STAR = "* beyond the model's usable length"  # the note under tables with numbers at such lengths
 
 
 class Item(Protocol):
@@ -108,7 +108,7 @@ class Ledger:
                 outcome = Outcome(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise DataError(
-                    f"{path}:{number}: no outcome ({error})", hint="remove this line, or the file"
+                    f"{path}:{number}: not an outcome ({error})", hint="remove this line, or the file"
                 ) from None
             self.outcomes[outcome.id] = outcome
 

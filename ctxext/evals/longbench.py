@@ -57,14 +57,14 @@ def check(spec: LongBench) -> list[Question]:
     """
     if spec.data is None:
         raise InputError(
-            "longbench needs its data, which ctxext neither ships nor fetches",
+            "longbench needs the data of LongBench, which ctxext does not include or download",
             hint="give LongBench's JSONL, or the directory of its <task>.jsonl, in `data`",
         )
     questions = read_questions(spec.data, spec.tasks)
     names, templates = dict.fromkeys(question.task for question in questions), read_templates(spec.prompts)
     lacking = [name for name in names if name not in templates]
     if lacking:
-        raise InputError(f"{spec.prompts} has no prompt of {', '.join(lacking)}", hint="name other tasks in `tasks`")
+        raise InputError(f"{spec.prompts} has no prompt for {', '.join(lacking)}", hint="name other tasks in `tasks`")
     tasks = [TASKS[task] for task in names]
     require_jieba([task.metric for task in tasks])
     # At least half of each length must remain for the prompt.

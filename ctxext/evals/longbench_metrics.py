@@ -36,8 +36,8 @@ def require_jieba(metrics: Sequence[str]) -> None:
     wanting = [metric for metric in metrics if metric in CHINESE]
     if wanting and find_spec("jieba") is None:
         raise EnvironmentFault(
-            f"{' and '.join(dict.fromkeys(wanting))} cut Chinese text into words with jieba, which is not installed",
-            hint="pip install jieba, or name the tasks to run without the Chinese ones",
+            f"{' and '.join(dict.fromkeys(wanting))} need jieba for Chinese text, which is not installed",
+            hint="pip install jieba, or give `tasks` without the Chinese ones",
         )
 
 

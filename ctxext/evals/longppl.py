@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
-from ctxext.data.cases import manifest_of, write_rows
+from ctxext.data.cases import manifest_of, read_manifest, write_rows
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, Document, fingerprint, read_documents
 from ctxext.data.encoding import PlainText, Spans
 from ctxext.data.files import Reading, distinct, recorded
@@ -88,8 +88,8 @@ def truncation(spec: LongPpl, length: int) -> tuple[int, int]:
     step = spec.step or min(STEP, max(1, length // 32))
     if short + step >= length:
         raise InputError(
-            f"longppl at length {length:,}: a short context of {short:,} and a step of {step:,} tokens leave nothing "
-            "to compare it with",
+            f"longppl at length {length:,}: a short context of {short:,} and a step of {step:,} tokens leave no "
+            "longer context to compare with",
             hint="give a greater length, or smaller short and step",
         )
     return short, step
@@ -104,7 +104,7 @@ def check(spec: LongPpl) -> ModelSource:
     if spec.evaluator is None:
         raise InputError(
             "longppl needs an evaluator: the model that finds which tokens need a long context",
-            hint="name a strong long-context model in `evaluator`; a model judged by its own keys is judged by itself",
+            hint="name a strong long-context model in `evaluator`; a model should not be its own evaluator",
         )
     source = resolve(spec.evaluator)
     require_tokenizer(source.directory)
@@ -113,8 +113,8 @@ def check(spec: LongPpl) -> ModelSource:
     longest = max(spec.lengths or (0,))
     if longest > source.usable_length:
         raise ModelError(
-            f"the evaluator {source.name} bears {source.usable_length:,} tokens; keys at {longest:,} were asked of it",
-            hint=f"name an evaluator that bears {longest:,} tokens, or give shorter lengths",
+            f"the evaluator {source.name} has a usable length of {source.usable_length:,}, below {longest:,} tokens",
+            hint=f"name an evaluator with a usable length of {longest:,} tokens, or give shorter lengths",
         )
     return source
 
@@ -171,7 +171,7 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
         if not _facts(spec, source, length).items() <= facts[length].items():
             raise InputError(
                 f"{_path(place, length)} has keys of another evaluator, text or truncation",
-                hint="evaluate one longppl suite at a time, or into a place of its own",
+                hint="evaluate one longppl suite at a time, or give each its own output directory",
             )
         parts += [_part(loaded.tokenizer, length, number, key) for number, key in enumerate(keys)]
     largest = max((max(part.ids) for part in parts if part.ids), default=-1)
@@ -217,7 +217,7 @@ def documents(spec: LongPpl, length: int, tokenizer: Any) -> Iterator[tuple[Docu
             return
     if made == 0:
         raise DataError(
-            f"{spec.data} has {total:,} tokens in all; longppl at length {length:,} needs as many in one document",
+            f"{spec.data} has {total:,} tokens in all; longppl at length {length:,} needs one document of this length",
             hint="give more text, or a shorter length",
         )
 
@@ -282,7 +282,7 @@ def require_offsets(tokenizer: Any, name: str) -> Any:
     """Returns the tokenizer if it provides the characters of each token. Raises ModelError for a slow one."""
     if not tokenizer.is_fast:
         raise ModelError(
-            f"{name}: its tokenizer is a slow one, which does not tell the characters of a token",
+            f"{name}: its tokenizer is a slow one, which does not map tokens to characters",
             hint="convert it once with transformers' convert_slow_tokenizer and save tokenizer.json beside the weights",
         )
     return tokenizer
@@ -360,16 +360,16 @@ def _notes(loaded: LoadedModel, parts: Sequence[Part], facts: dict[int, dict[str
     yield from dict.fromkeys(f"longppl: {line}" for one in read for line in one.lines())
     yield f"longppl: key tokens found by {of['evaluator_name']}"
     if manifests.weight_hashes(loaded.source.directory) == of["evaluator"]["weights"]:
-        yield f"longppl: {loaded.name} has the weights of the evaluator: it is judged by its own keys"
+        yield f"longppl: {loaded.name} has the weights of the evaluator: it defines its own keys"
     for length in facts:
         mine = [part for part in parts if part.length == length]
         n, beyond = sum(len(part.keys) for part in mine), [p.size for p in mine if p.size > loaded.usable_length]
         if n < FEW_KEYS:
-            yield f"longppl at {length:,}: {n} key tokens are too few to say much: give more text, or a greater limit"
+            yield f"longppl at {length:,}: only {n} key tokens: give more text, or a greater limit"
         if beyond:
             yield (
-                f"longppl at {length:,}: {len(beyond)} of {len(mine)} documents are more tokens of {loaded.name} "
-                f"(up to {max(beyond):,}) than the {loaded.usable_length:,} it bears; none was cut off"
+                f"longppl at {length:,}: {len(beyond)} of {len(mine)} documents are longer with {loaded.name} "
+                f"(up to {max(beyond):,} tokens) than its usable length {loaded.usable_length:,}; none was cut off"
             )
 
 
@@ -409,11 +409,14 @@ def _same(path: Path, facts: dict[str, Any]) -> bool:
 
 def _read(path: Path) -> tuple[list[KeyText], dict[str, Any]]:
     if not path.is_file() or not manifest_of(path).is_file():
-        raise InputError(f"no keys at {path}", hint="longppl.prepare finds them with the evaluator")
+        raise InputError(f"no keys at {path}", hint="call longppl.prepare first: it finds them with the evaluator")
     data = path.read_bytes()
-    facts = json.loads(manifest_of(path).read_bytes())
+    facts = read_manifest(path)
     if hashlib.sha256(data).hexdigest() != facts["sha256"]:
-        raise DataError(f"{path} is not what its manifest says (sha256)", hint="remove it: keys are found again")
+        raise DataError(
+            f"the sha256 of {path} differs from the one in its manifest",
+            hint="remove the file and run the evaluation again",
+        )
     rows = [json.loads(line) for line in data.decode().split("\n") if line]
     return [KeyText(row["name"], row["text"], tuple(map(tuple, row["spans"]))) for row in rows], facts
 

@@ -224,8 +224,8 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
         run(items[:1])
         seconds = (time.perf_counter() - began) * tokens / items[0].size
         notes.append(
-            f"longlora runs a token about length / 256 times: some {format_duration(seconds)}, by the time that the "
-            "first window took"
+            f"longlora computes each token about length / 256 times: about {format_duration(seconds)}, estimated from "
+            "the first window"
         )
     return Job(items, run, rows, tuple(notes))
 
@@ -319,7 +319,7 @@ def _checked_stride(protocol: str, length: int, stride: int | None) -> int:
     if protocol == "truncate":
         if stride not in (None, length):
             raise InputError(
-                f"stride {stride} was given, but `truncate` puts its windows side by side",
+                f"stride {stride} was given, but the windows of `truncate` are adjacent",
                 hint="leave the stride out, or choose hf-stride",
             )
         return length
@@ -343,7 +343,7 @@ def _segments(
         return _enough(alone, 0, alone_from), (len(alone), 0, 0)
     if eos_id is None:
         raise InputError(
-            "the tokenizer has no EOS to join short documents with",
+            "the tokenizer has no EOS token, which joins short documents",
             hint=f"give documents of at least {alone_from:,} tokens",
         )
     end = torch.tensor([eos_id])

@@ -118,7 +118,7 @@ def _made(loaded: LoadedModel, spec: Ruler, place: Path) -> tuple[list[Case], di
 
     cases = ruler.kept_cases(place / "cases" / f"ruler-{tokenizer[:8]}.jsonl", request, make)
     without = [task for task in QA if task not in tasks] if spec.tasks is None else []
-    notes = [f"ruler: {task} is left out, for want of `{QA[task]}`: the path of its official JSON" for task in without]
+    notes = [f"ruler: {task} is left out: give `{QA[task]}`, the path of its official JSON" for task in without]
     return cases, request, notes
 
 
@@ -127,7 +127,7 @@ def _given(loaded: LoadedModel, spec: Ruler) -> tuple[list[Case], dict[str, Any]
     strange = next((case for case in cases if case.task not in TASKS or not case.references), None)
     if strange is not None:
         raise DataError(
-            f"{spec.from_cases}: {strange.id!r} is no case of RULER (task {strange.task!r}, "
+            f"{spec.from_cases}: {strange.id!r} is not a case of RULER (task {strange.task!r}, "
             f"{len(strange.references)} references)",
             hint=f"tasks are {', '.join(TASKS)}, and each case has at least one reference",
         )
@@ -135,14 +135,14 @@ def _given(loaded: LoadedModel, spec: Ruler) -> tuple[list[Case], dict[str, Any]
     if not mine:
         there = ", ".join(f"{length:,}" for length in sorted({case.length for case in cases}))
         raise InputError(
-            f"{spec.from_cases} has no case of the lengths and tasks asked for",
+            f"{spec.from_cases} has no case of the requested lengths and tasks",
             hint=f"it has the lengths {there}, and the tasks {', '.join(dict.fromkeys(c.task for c in cases))}",
         )
     # Items of one size run together, so keep the lengths together.
     mine = sorted(evenly(mine, spec.limit, lambda case: (case.length, case.task)), key=lambda case: case.length)
     notes = []
     if facts.get("tokenizer") != tokenizer_hash(loaded.tokenizer):
-        notes.append(f"ruler: {spec.from_cases} was not measured with this tokenizer: prompts may exceed their length")
+        notes.append(f"ruler: {spec.from_cases} was made with another tokenizer: prompts may exceed their length")
     return mine, {"haystack": "as in the file", "seed": "as in the file", **facts}, notes
 
 
@@ -152,9 +152,7 @@ def _not_full(cases: Sequence[Case]) -> list[str]:
     for (length, task), group in groupby(cases, key=lambda case: (case.length, case.task)):
         counted = [case.facts["prompt_tokens"] + case.max_new_tokens for case in group if "prompt_tokens" in case.facts]
         if counted and max(counted) < min(_FULL * length, length - _LINE):
-            notes.append(
-                f"ruler: {task} at {length:,} has at most {max(counted):,} tokens: there is no more to fill it"
-            )
+            notes.append(f"ruler: {task} at {length:,} has at most {max(counted):,} tokens: the task has no more text")
     return notes
 
 

@@ -140,8 +140,8 @@ def _manager(spec: Short) -> Any:
     unknown = [task for task in spec.tasks if task not in known]
     if unknown:
         raise InputError(
-            f"lm-eval knows no task or group {', '.join(unknown)}",
-            hint="`lm_eval ls tasks` lists them; definitions of your own go into the directory `include`",
+            f"lm-eval has no task or group {', '.join(unknown)}",
+            hint="`lm_eval ls tasks` lists them; put your own definitions into the directory `include`",
         )
     return manager
 
@@ -153,8 +153,8 @@ def _task(manager: Any, task: str) -> Any:
     except Exception as error:  # datasets and the hub's client raise errors of several libraries
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise EnvironmentFault(
-            f"the data of the task {task} cannot be had: {reason}",
-            hint="lm-eval fetches it from the hub: fetch it once where there is a network, or give tasks with local "
+            f"the data of the task {task} cannot be loaded: {reason}",
+            hint="lm-eval downloads it from the hub: run it once with a network connection, or give tasks with local "
             "data in `include`",
         ) from error
     return found["groups"].get(task) or found["tasks"][task]

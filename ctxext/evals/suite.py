@@ -126,7 +126,7 @@ def evaluate(
                             notice=notice)  # fmt: skip
     # Some suites load a model of their own or fetch data. Do this first, while no evaluated model is in memory.
     for suite in (suite for suite in spec.suites if suite.suite in PREPARED):
-        with _memory_runs_out("what comes before the models", suite.suite):
+        with _memory_runs_out("the preparation", suite.suite):
             module_of(suite.suite).prepare(suite, place, spec.dtype, device, progress)
     results: list[ModelResult] = []
     names = _names([_source(model) for model in found])
@@ -176,8 +176,8 @@ def _memory_runs_out(model: str, suite: str) -> Iterator[None]:
             raise
         raise EnvironmentFault(
             f"out of memory in {suite} of {model}: {' '.join(str(error).split())[:200]}",
-            hint="--set tokens_per_batch=1 runs row by row, --dtype bfloat16 halves the cache; the same command goes "
-            "on where this one ended",
+            hint="--set tokens_per_batch=1 runs row by row, --dtype bfloat16 halves the cache; the same command "
+            "resumes where this one ended",
         ) from error
 
 
@@ -207,9 +207,9 @@ def check_length(source: ModelSource, length: int, extrapolate: bool) -> None:
     if length <= source.usable_length or extrapolate:
         return
     raise InputError(
-        f"{source.name} bears {format_tokens(source.usable_length)} tokens, and length {format_tokens(length)} was "
-        "asked for: its layers with RoPE would meet distances they were never trained on, and numbers would show that",
-        hint="give --extrapolate to measure just this, or lengths up to what it bears",
+        f"length {format_tokens(length)} is beyond the usable length of {source.name}, "
+        f"{format_tokens(source.usable_length)} tokens: its layers with RoPE were not trained on such distances",
+        hint="give --extrapolate to measure it anyway, or shorter lengths",
     )
 
 
@@ -261,13 +261,13 @@ def _compared(
             continue
         for suite, mine, others in zip(report.spec.suites, of_model, outcomes[against], strict=True):
             if suite.suite == "short":
-                notice("short is not compared pair by pair: lm-eval gives one figure a task, with its standard error")
+                notice("short is not compared item by item: lm-eval gives one number per task, with its standard error")
                 continue
             # A nat per token of one tokenizer is not comparable with a nat per token of another.
             if suite.suite in LOWER_IS_BETTER and tokenizers[number] != tokenizers[against]:
                 notice(
-                    f"{names[number]} and {names[against]} have different tokenizers: their {suite.suite} is not "
-                    "compared, nats per token are of different tokens; perplexity has bits_per_byte in results.json"
+                    f"{names[number]} and {names[against]} have different tokenizers, so their {suite.suite} is not "
+                    "compared: nats per token need the same tokens; perplexity has bits_per_byte in results.json"
                 )
                 continue
             found += differences(suite.suite, names[number], mine, names[against], others)
@@ -280,7 +280,9 @@ def _load(model: Any, spec: EvalSpec, device: str | None) -> LoadedModel:
 
     if hasattr(model, "tokenizer"):
         if spec.nope_log_scale is not None:
-            raise InputError("nope_log_scale: a model that is loaded already is not changed; load it with the scale")
+            raise InputError(
+                "nope_log_scale: the model is loaded already and cannot be changed; load it with the scale"
+            )
         return model
     require_tokenizer(model.directory)
     a = spec.nope_log_scale if _has_nope(model) else None
@@ -300,7 +302,7 @@ def _check_log_scale(sources: Sequence[ModelSource], a: float | None) -> None:
         return
     layouts = "; ".join(f"{source.name} is {pattern_text(source.kinds)}" for source in sources)
     raise InputError(
-        f"nope_log_scale {a:g}: no model here has an N layer (full, without positions) to scale: {layouts}",
+        f"nope_log_scale {a:g}: no given model has an N layer (full, without positions): {layouts}",
         hint="leave --nope-log-scale out, or evaluate a conversion such as swa128-nope",
     )
 

@@ -36,7 +36,7 @@ def _enough_for_a_window(suite: Any) -> None:
     if suite.limit is not None and suite.limit < max(suite.lengths):
         raise InputError(
             f"a limit of {suite.limit:,} tokens is less than one window of {max(suite.lengths):,}",
-            hint="raise the limit, or leave it out; for another suite alone: --set passkey.limit=40",
+            hint="raise the limit, or leave it out; to limit another suite alone: --set passkey.limit=40",
         )
 
 

@@ -88,12 +88,12 @@ class Launch:
         if self.group_size != self.planned_group:
             found.append(f"groups of {self.planned_group:,} tokens are measured as groups of {self.group_size:,}")
         if short := sorted(W for W in _windows(self.source.kinds) if self.T <= W):
-            found.append(f"{T} tokens do not reach beyond the window of {', '.join(map(str, short))}")
+            found.append(f"{T} tokens are not longer than the window of {', '.join(map(str, short))}")
         usable = self.source.usable_length
         if self.attention == "inference" and self.ctx > usable:  # for training this is normal: it extends the context
             found.append(
-                f"warning: {self.source.name} bears {format_tokens(usable)} tokens, not {format_tokens(self.ctx)}: its "
-                "attention sees what is certified, and what it makes of that beyond was never trained"
+                f"warning: ctx {format_tokens(self.ctx)} is beyond the usable length of {self.source.name}, "
+                f"{format_tokens(usable)}: the check is of the pattern; the model was not trained on such distances"
             )
         return tuple(found)
 
@@ -108,7 +108,7 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     if attention not in (None, "training", "inference"):
         raise InputError(f"--attention {attention!r}: allowed are training, inference")
     if ctx is not None and ctx < SHORTEST:
-        raise InputError(f"--ctx {ctx}: at least {SHORTEST} tokens are needed to tell one pattern from another")
+        raise InputError(f"--ctx {ctx}: at least {SHORTEST} tokens are needed to distinguish patterns")
     source, spec, untrained = _find(model)
     require_tokenizer(source.directory)
     attention = attention or ("training" if spec else "inference")
@@ -266,7 +266,7 @@ def _judge(name: str, layer: int | None, edges: list[int], faults: Callable[[int
         # Only the first fault goes into the text; the number of all faults is in `measured`.
         if wrong and not first:
             i, head = found.nonzero()[0].tolist()
-            what = "moved, and must not see it" if found[i, head] > 0 else "did not move, and must see it"
+            what = "changed, but must not see it" if found[i, head] > 0 else "did not change, but must see it"
             first = f"{j} changed: {i}{f' of head {head}' if layer is not None else ''} {what}"
     return Check(name, layer, not wrong, first or f"{good}, {counted(len(edges), 'token')} changed", wrong, 0)
 
@@ -288,7 +288,7 @@ def _end_to_end(launch: Launch, row: _Row) -> Check:
         found[j] -= (~moved[j]).int()
         return found
 
-    good = "nothing earlier and no other document moves" if len(row.bounds) > 2 else "nothing earlier moves"
+    good = "no earlier output and no other document changes" if len(row.bounds) > 2 else "no earlier output changes"
     edges = _edges(row, _windows(launch.source.kinds), launch.group_size)
     return _judge("documents" if len(row.bounds) > 2 else "causality", None, edges, faults, good)
 
@@ -331,7 +331,9 @@ def _field(module: Any, arguments: dict[str, Any], layer: int, launch: Launch, r
         return ((own | silent) & ~sees).int() - (sees & ~silent).int()
 
     W, G = pattern.sliding_window, pattern.group_size
-    good = "exactly all before" if G is None else f"exactly groups of {G}, half of the heads shifted by {G // 2}"
+    good = (
+        "exactly all earlier tokens" if G is None else f"exactly groups of {G}, half of the heads shifted by {G // 2}"
+    )
     if pattern.sink_tokens:
         good += f", and {first_of(pattern.sink_tokens, 'token')}"
     good = good if W is None else f"exactly a window of {W}"

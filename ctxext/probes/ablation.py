@@ -62,7 +62,7 @@ def ablate(
     means = {what: sum(one[what] for _, one in runs[2:]) / spec.draws for what in MEASURES}
     table = Table(
         f"heads masked: {counted(len(asked.items), 'passkey')} at {spec.length:,} tokens in {haystack(spec.data)[0]}, "
-        f"others than those that rank the heads, and the loss of {_text_of(spec)} (windows side by side)",
+        f"different from those that rank the heads, and the loss of {_text_of(spec)} (adjacent windows)",
         ("masked", "heads", "passkey", "answer, nats a token", "loss, nats a token"),
         tuple(
             (

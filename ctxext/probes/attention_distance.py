@@ -44,9 +44,9 @@ def measure(subject: Subject, spec: AttentionDistance, progress: CountProgress) 
         found[length] = total / spec.samples
     at, letters = found[spec.length], subject.letters
     full = [layer for layer, kind in enumerate(subject.kinds) if kind.sliding_window is None]
-    notes = [] if full else ["every layer slides: how full layers grow with the text is left out"]
+    notes = [] if full else ["no layer is full, so the growth of attended distances over length is left out"]
     if subject.learned_sinks:
-        notes.append(f"attention on a learned sink is counted with that on the first {spec.sinks} tokens")
+        notes.append(f"attention on a learned sink is counted as attention on the first {spec.sinks} tokens")
     return Finding(
         facts={
             "length": spec.length,
@@ -139,7 +139,7 @@ def _table(at: Tensor, subject: Subject, spec: AttentionDistance) -> Table:
         )
     caption = (
         f"attention of {spec.rows} queries in the second half of {counted(spec.samples, 'text')} of {spec.length:,} "
-        "tokens; means over heads, and the head that looks farthest"
+        "tokens; means over heads, and the head with the greatest distance"
     )
     header = ("layer", "kind", "distance", "farthest head", f"first {spec.sinks} tokens", "entropy, nats")
     return Table(caption, header, tuple(rows))

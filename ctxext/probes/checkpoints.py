@@ -60,10 +60,10 @@ def history(source: ModelSource, say: Callable[[str], None]) -> History:
     Raises InputError where the model is no such run, ModelError where the model it started from has changed.
     """
     if source.manifest is None or not is_run(source):
-        raise InputError(f"{source.name} is no finetune run", hint="name the directory of a finetune run")
+        raise InputError(f"{source.name} is not a finetune run", hint="name the directory of a finetune run")
     run, adapters, last = source.directory, source.base is not None, result_step(source)
     weights = _required(
-        tensor_reader(source.base.directory if source.base else _began_from(source)), "the model before"
+        tensor_reader(source.base.directory if source.base else _began_from(source)), "the model before training"
     )
     result = State(last, _adapter(run) if adapters else _required(tensor_reader(run), str(run)))
 
@@ -123,8 +123,8 @@ def _began_from(source: ModelSource) -> Path:
     path = Path(parent["path"])
     if not path.is_dir() or manifests.weight_hashes(path) != parent["weights"]:
         raise ModelError(
-            f"{source.name}: the model it was trained from, {path}, is not there any more, or has other weights",
-            hint="put it back: the run's first step is read from it",
+            f"{source.name}: the model it was trained from, {path}, is missing or has other weights",
+            hint="put it back: the weights of the run's first step come from it",
         )
     return path
 
@@ -144,7 +144,10 @@ def _required(read: Callable[[str], Tensor | None], where: str) -> Callable[[str
     def reading(name: str) -> Tensor:
         tensor = read(name)
         if tensor is None:
-            raise ModelError(f"{where}: there is no {name}", hint="the checkpoint is of another run")
+            raise ModelError(
+                f"{where} has no tensor {name}",
+                hint="the checkpoint belongs to another run: remove it, or probe that run",
+            )
         return tensor
 
     return reading

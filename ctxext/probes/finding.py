@@ -92,7 +92,7 @@ class Grid:
 
 def _same(of: str, *lengths: int) -> None:
     if len(set(lengths)) > 1:
-        raise ValueError(f"{of}: parts of {lengths} entries do not belong together")
+        raise ValueError(f"{of}: parts have different lengths, {lengths}")
 
 
 Picture = Annotated[Curves | Bars | Grid, Field(discriminator="kind")]

@@ -123,7 +123,7 @@ def _table(g: Tensor, beyond: dict[str, float], spec: GradientInfluence) -> Tabl
 
 def _notes(subject: Subject, spec: GradientInfluence) -> list[str]:
     return [
-        f"nearer than {spec.last} tokens a token is heard by its own predictions too: compare from there on",
+        f"distances below {spec.last} tokens include the effect of a token on its own prediction: compare greater ones",
         *_ends(subject, spec),
     ]
 
@@ -135,6 +135,8 @@ def _ends(subject: Subject, spec: GradientInfluence) -> list[str]:
     shown = ", ".join(f"{window:,}" for window in sorted(set(windows)))
     reach = sum(window - 1 for window in windows)
     if len(windows) < len(subject.kinds):
-        return [f"a window ends at {shown} tokens, the sliding layers in a row at {reach:,}: the rest is full layers'"]
+        return [
+            f"a window ends at {shown} tokens, all sliding layers together at {reach:,}: beyond, full layers carry it"
+        ]
     # The distance is from the last position; the first of the `last` positions reaches last - 1 tokens farther.
-    return [f"no layer is full: exactly zero beyond {reach + spec.last - 1:,} tokens back"]
+    return [f"no layer is full, so it is exactly zero beyond {reach + spec.last - 1:,} tokens back"]

@@ -34,7 +34,7 @@ from ctxext.progress import CountProgress
 from ctxext.units import counted
 
 BATCH_TOKENS = 16_384
-TOKEN = {"parting": "the last token before the answers part ways", "question": "the question's last token"}
+TOKEN = {"parting": "the last token before the answers differ", "question": "the question's last token"}
 
 
 def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Finding:
@@ -81,7 +81,7 @@ def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Findi
         "embedding": embedding,
         **found,
     }
-    note = f"before the first layer, where the token is its embedding: {embedding['accuracy']:.3f}"
+    note = f"accuracy before the first layer, on the embedding of the token: {embedding['accuracy']:.3f}"
     return Finding(facts, _bars(found, subject.letters, spec), (_table(facts, subject.letters),), (note,))
 
 

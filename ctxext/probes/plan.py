@@ -16,7 +16,7 @@ from ctxext.evals.longppl import check as check_evaluator
 from ctxext.evals.spec import LongPpl
 from ctxext.evals.suite import check_length
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.probes.spec import KEEP_THEM, LONGEST, OF_A_RUN, PROBES, SHORTEST, ProbeSpec, asked
+from ctxext.probes.spec import KEEP_CHECKPOINTS, LONGEST, PROBES, RUN_PROBES, SHORTEST, ProbeSpec, asked
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def plan_probe(
     for source in sources:
         require_tokenizer(source.directory)
     if "all" in names and len(names) > 1:
-        raise InputError(f"{' '.join(names)}: all stands alone")
+        raise InputError(f"{' '.join(names)}: give `all` alone, or the names of probes")
     left_out = ""
     if names == ["all"]:
         names, left_out = _all(sources)
     # A named probe must fit every model; `all` has left out those that do not.
     for name, source in product(names, sources):
         if wanting := _wanting(name, source):
-            raise InputError(f"{name} follows a training run, and {source.name} {wanting[0]}", hint=wanting[1])
+            raise InputError(f"{name} needs a training run, and {source.name} {wanting[0]}", hint=wanting[1])
     spec = asked(names, given or {}, preset=preset)
     spec = replace(spec, probes=tuple(_filled(probe, sources, spec.extrapolate) for probe in spec.probes))
     if any(probe.probe == "layer-niah" for probe in spec.probes):
@@ -96,15 +96,15 @@ def result_step(source: ModelSource) -> int:
 
 def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
     """Returns what a model lacks for the probe, and a hint; None where it lacks nothing."""
-    if name not in OF_A_RUN:
+    if name not in RUN_PROBES:
         return None
     if not is_run(source):
-        return "is no finetune run", "name the directory of a finetune run"
+        return "is not a finetune run", "name the directory of a finetune run"
     # The checkpoint of the result's own step adds nothing to the result.
     result = f"step-{result_step(source):06d}"
     between = [path for path in source.directory.glob("checkpoints/step-*") if path.name != result]
     if name == "retrieval-trace" and not between:
-        return ("has no checkpoints left", KEEP_THEM)
+        return ("has no checkpoints left", KEEP_CHECKPOINTS)
     return None
 
 
@@ -136,19 +136,19 @@ def _heads_are_there(probe: Any, source: ModelSource) -> None:
     ablated, followed = getattr(probe, "ablate", None) or 0, getattr(probe, "heads", 0)
     if 2 * ablated > heads:
         raise InputError(
-            f"{probe.probe}: ablate {ablated} masks as many heads and then as many others, and {source.name} has "
-            f"{heads} in all",
+            f"{probe.probe}: ablate {ablated} needs two sets of as many heads, the top ones and random others; "
+            f"{source.name} has {heads} heads",
             hint=f"give at most {heads // 2}",
         )
     if followed > heads:
-        raise InputError(f"{probe.probe}: heads {followed}, and {source.name} has {heads} in all")
+        raise InputError(f"{probe.probe}: heads is {followed}; {source.name} has only {heads} heads")
 
 
 def _loss_can_be_measured(probe: Any, length: int) -> None:
     if probe.data == GRASS:
         raise InputError(
-            "receptive-field measures the loss of its text, and that of repeated sentences says nothing",
-            hint="give --data a text, or leave it out; --set layer-niah.data=grass is for one probe",
+            "receptive-field measures the loss of its text; repeated sentences are not suitable",
+            hint="give another text in --data, or leave it out; --set layer-niah.data=grass sets one probe alone",
         )
     if probe.evaluator is not None:
         check_evaluator(LongPpl(evaluator=probe.evaluator, lengths=(length,), data=probe.data))

@@ -57,7 +57,7 @@ def measure(subject: Subject, spec: Positions, progress: CountProgress) -> Findi
     steps = history(source)
     notes = _notes(source, layers, subject.dtype)
     if rope.get("rope_type") in BY_LENGTH:
-        notes += (f"{rope['rope_type']} turns by the text's length: intended and measured in {tokens:,} tokens",)
+        notes += (f"{rope['rope_type']} depends on the length of the text: intended and measured at {tokens:,} tokens",)
     facts: dict[str, Any] = {
         "rope": {key: value for key, value in rope.items() if value is not None},
         "original_length": source.original_length,
@@ -159,13 +159,13 @@ def history(source: ModelSource) -> list[dict[str, Any]]:
         path = next((parent for parent in parents if parent not in seen), None)
         manifest = None
         if path is not None and not path.is_dir():
-            steps.append({"path": _shown(path), "made_by": "not there any more"})
+            steps.append({"path": _shown(path), "made_by": "missing"})
             break
         if path is not None:
             try:
                 manifest = manifests.read(path)
             except ModelError:
-                steps.append({"path": _shown(path), "made_by": "its ctxext.json is broken"})
+                steps.append({"path": _shown(path), "made_by": "its ctxext.json is damaged"})
                 break
     return steps[::-1]
 
@@ -205,26 +205,28 @@ def _notes(source: ModelSource, layers: list[dict[str, Any]], dtype: str) -> tup
     notes, original, rope = [], source.original_length, rope_of(source.config)
     wrong = [str(one["layer"]) for one in layers if one["apart"] > TOLERANCE[dtype]]
     if wrong:
-        notes.append(f"layers {', '.join(wrong)} turn by other angles than config.json means: see `apart`")
+        notes.append(f"layers {', '.join(wrong)} rotate by other angles than those of config.json: see `apart`")
     if original is None:
-        notes.append("RoPE is scaled and nothing says from which length: --original-length is needed to extend further")
+        notes.append("RoPE is scaled and the original length is not stored: give --original-length to extend further")
     # A longer usable length without rescaled positions: nothing but training beyond the original length supports it.
     full = [one for one in layers if one["kind"] == "F"]
     plain = rope.get("rope_type") == "default" and rope["rope_theta"] == original_theta(source.config)
     if full and original and source.usable_length > original and plain:
         notes.append(
-            f"full layers with RoPE are said to bear {source.usable_length:,} tokens; their positions are those of the "
-            f"{original:,} they were first trained at, and only training beyond it can have made up for that"
+            f"config.json gives a usable length of {source.usable_length:,}; the RoPE of the full layers is that "
+            f"of the original length {original:,}, so only training at longer contexts can support it"
         )
     # Sliding layers whose window is within the original length do not need stretched positions.
     small = [one for one in layers if one["kind"] == "S" and one["bears"] is None and one["stretched"][1] > 1.001]
     if small:
         notes.append(
-            f"{len(small)} sliding layers see no farther than they were trained to and are stretched all the same, "
+            f"{len(small)} sliding layers do not see beyond their training distances, but their RoPE is stretched "
             f"up to {max(one['stretched'][1] for one in small):g} times"
         )
     if any(one["kind"] == "N" for one in layers):
-        notes.append("positions set no end to N layers; what they retrieve at a length is for eval to say")
+        notes.append(
+            "N layers have no positions and so no length limit; measure with eval what they retrieve at a length"
+        )
     return tuple(notes)
 
 
@@ -258,13 +260,13 @@ def _layers_table(layers: list[dict[str, Any]]) -> Table:
             "all" if one["sees"] is None else f"{one['sees']:,}",
             "none" if one["stretched"] is None else f"{one['stretched'][0]:.3g} to {one['stretched'][1]:.3g}",
             f"{one['apart']:.1e}",
-            "no end" if one["bears"] is None else f"{one['bears']:,}",
+            "no limit" if one["bears"] is None else f"{one['bears']:,}",
         )
         for one in layers
     ]
     caption = (
         "what a layer sees, how much its wavelengths were stretched, how far its measured rotations are from the "
-        "intended (relative; without RoPE: radians a token), and the tokens its positions bear"
+        "intended (relative; without RoPE: radians a token), and the tokens its positions support"
     )
     return Table(caption, ("layer", "kind", "sees", "stretched", "apart", "bears"), tuple(rows))
 
@@ -284,4 +286,4 @@ def _history_table(steps: list[dict[str, Any]]) -> Table:
     names = ("made_by", "layers", "rope", "factor", "theta", "trained_at", "usable_length", "path")
     rows = tuple(tuple(shown(step.get(name)) for name in names) for step in steps)
     header = ("made by", "layers", "RoPE", "factor", "theta", "trained at", "usable to", "path")
-    return Table("how the model came about, the first first; lengths in tokens", header, rows)
+    return Table("how the model was made, first step first; lengths in tokens", header, rows)

@@ -31,7 +31,7 @@ def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> Find
     source = subject.source
     run = history(source, notes.append)
     if not run.checkpoints:
-        notes.append("no checkpoints are left between the run's start and its end: only these two are compared")
+        notes.append("the run has no checkpoints between its start and its end, so only these two are compared")
     # The grids compare start and result, whichever of the two is the reference `to`; `far` is the other one.
     to = run.start if spec.to == "base" else run.result
     far = run.states.index(run.result if spec.to == "base" else run.start)

@@ -72,7 +72,7 @@ def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> 
     if whole.get("longppl_loss", 0.0) is None:
         notes.append(f"the evaluator found no key tokens at {spec.length:,} tokens: no LongPPL")
     if whole["passkey"] == 0:
-        notes.append("no passkey is found with nothing restricted: their loss says more than their share")
+        notes.append("no passkey is found even without restrictions: compare their loss, not their share")
     rows = [(one.group, {"visible": one.visible, "layers": list(one.layers), **score}) for one, score in found]
     facts = {
         "length": spec.length,
@@ -104,12 +104,14 @@ def restrictions(subject: Subject, spec: ReceptiveField) -> tuple[list[Restricti
         if group in spec.restrict and layers:
             made += [Restriction(group, R, layers) for R in visible]
         elif group in spec.restrict:
-            notes.append(f"no layer of this model is a {group} one: that line is left out")
+            notes.append(f"the model has no {group} layer, so that line is left out")
     if "layers" in spec.restrict:
         R = spec.layer_visible or visible[0]
         made += [Restriction("layers", R, (i,)) for i in range(len(windows))]
         if any(window is not None and window <= R for window in windows):
-            notes.append(f"windows of at most {R:,} tokens are not narrowed by R = {R:,}: such layers' bars are 0")
+            notes.append(
+                f"windows of at most {R:,} tokens are not narrowed by R = {R:,}: the bars of such layers are 0"
+            )
     return made, notes
 
 

@@ -48,9 +48,9 @@ SHOWN = 20  # heads in the table
 LAST = 4  # last queries, whose entropy is measured (arXiv 2606.15378, released code)
 RECALL = 0.5  # share of an answer's tokens; a question succeeds above it
 ABOVE = (0.1, 0.5)  # EVALS' anchors: llama-2-7b-80k has 3.2% of its heads above 0.1 and 0.6% above 0.5
-SAYS = {
+MEANINGS = {
     "mass": "attention mass from the prompt's last token to the answer in the needle (arXiv 2606.15378)",
-    "copy": "copying while decoding, 1 is every token of the answer (arXiv 2404.15574)",
+    "copy": "copying while decoding; 1 means every token of the answer (arXiv 2404.15574)",
 }
 
 
@@ -105,7 +105,7 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
         "length": spec.length,
         "haystack": haystack(spec.data)[0],
         "layers": subject.letters,
-        "definitions": {name: SAYS[name] for name in spec.definitions},
+        "definitions": {name: MEANINGS[name] for name in spec.definitions},
         "reach": reach,
         "ranked_by": next(iter(known), None),
         "top": [list(head) for head in ranked[:SHOWN]],
@@ -125,7 +125,7 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
     pictures = tuple(_grid(name, score, subject.letters, spec) for name, score in known.items())
     notes = _notes(spec, subject, copied, reach)
     if spec.ablate is not None and ranked and float(next(iter(known.values()))[ranked[spec.ablate - 1]]) == 0:
-        notes += (f"fewer than {spec.ablate} heads have a score above 0: the rest of those masked are no such heads",)
+        notes += (f"fewer than {spec.ablate} heads have a score above 0: the other masked heads do not retrieve",)
     return Finding(facts, pictures, tuple(tables), notes)
 
 
@@ -242,7 +242,8 @@ def check_reach(what: str, wanted: int, reach: Sequence[float], heads: int) -> N
     there = heads * sum(of > 0 for of in reach)
     if there < wanted:
         raise InputError(
-            f"{what} {wanted}, but only {there} heads can see an answer", hint="the others' windows end before it"
+            f"{what} {wanted}, but only {there} heads can see an answer",
+            hint="give fewer: the windows of the other heads end before the answer",
         )
 
 
@@ -271,17 +272,15 @@ def _needles(batch: Sequence[Question], tokens: int, device: torch.device) -> Te
 def _notes(spec: RetrievalHeads, subject: Subject, copied: Copied, reach: Sequence[float]) -> tuple[str, ...]:
     notes = []
     if "copy" in spec.definitions and copied.scores is None:
-        notes.append(
-            f"copy: none of {copied.trials} answers was found: the model cannot do this, so no head has a score"
-        )
+        notes.append(f"copy: none of {copied.trials} answers was found, so no head has a score")
     blind = [str(layer) for layer, of in enumerate(reach) if of == 0]
     partly = [str(layer) for layer, of in enumerate(reach) if 0 < of < 1]
     if blind:
-        notes.append(f"no answer is within the window of layers {', '.join(blind)}: their zeros are by construction")
+        notes.append(f"no answer is within the window of layers {', '.join(blind)}: their scores are necessarily 0")
     if partly:
         notes.append(f"only some answers are within the window of layers {', '.join(partly)}: see their reach")
     if spec.ablate is not None and copied.scores is None and "mass" not in spec.definitions:
-        notes.append("nothing was masked: no head has a score to be chosen by")
+        notes.append("no head was masked, since none has a score")
     return tuple(notes)
 
 
@@ -306,5 +305,5 @@ def _ranked_table(
         for place, (layer, head) in enumerate(ranked[:SHOWN], start=1)
     ]
     passkeys = counted(spec.samples, "passkey")
-    caption = f"heads by {first}, of {passkeys} in {spec.length:,} tokens; reach: answers within sight"
+    caption = f"heads by {first}, of {passkeys} in {spec.length:,} tokens; reach: share of answers within the window"
     return Table(caption, ("rank", "layer.head", "kind", "copy", "mass", "reach"), tuple(rows))

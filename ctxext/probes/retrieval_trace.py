@@ -17,7 +17,7 @@ from ctxext.probes.ablation import Head
 from ctxext.probes.checkpoints import History, history, put
 from ctxext.probes.finding import Curve, Curves, Finding, Table
 from ctxext.probes.retrieval_heads import answer_attention, check_reach, questions, ranking, reachable
-from ctxext.probes.spec import KEEP_THEM, RetrievalTrace
+from ctxext.probes.spec import KEEP_CHECKPOINTS, RetrievalTrace
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress
 
@@ -33,7 +33,7 @@ def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> 
     if not run.checkpoints:
         raise InputError(
             f"retrieval-trace: {subject.source.name} has no checkpoints left between its start and its end",
-            hint=KEEP_THEM,
+            hint=KEEP_CHECKPOINTS,
         )
     loaded = subject.loaded
     asked = questions(loaded, spec.data, spec.length, spec.samples, spec.seed)

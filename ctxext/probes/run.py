@@ -122,7 +122,7 @@ def _in_memory(subject: Subject, spec: Any, progress: CountProgress) -> Finding:
             raise
         raise ModelError(
             f"{spec.probe}: {subject.source.name} gives numbers that are not finite",
-            hint="probe the model in float32; if it is, its weights may hold NaN",
+            hint="probe the model in float32; if it is float32 already, its weights may have NaN",
         ) from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

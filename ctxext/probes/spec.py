@@ -76,7 +76,8 @@ class LayerNiah:
         judged = math.ceil(self.test * self.samples)
         if min(judged, self.samples - judged) < self.classes:
             raise ValueError(
-                f"{self.samples} samples, {judged} of them to judge by: {self.classes} classes need one each in both"
+                f"{self.samples} samples, {judged} of them for the test: training and test need one of each of "
+                f"{self.classes} classes"
             )
 
 
@@ -177,8 +178,10 @@ PROBES: dict[str, type] = {
     "attention-distance": AttentionDistance,
     "positions": Positions,
 }
-OF_A_RUN = ("retrieval-trace", "qk-distance")  # these follow a training run; `all` leaves them out for other models
-KEEP_THEM = "train with --set faults.keep_at_end=true, and faults.keep as large as there are steps to follow"
+RUN_PROBES = ("retrieval-trace", "qk-distance")  # these need a training run; `all` leaves them out for other models
+KEEP_CHECKPOINTS = (
+    "train with --set faults.keep_at_end=true, and with faults.keep of at least the number of checkpoints to keep"
+)
 
 
 @spec
@@ -207,7 +210,9 @@ def asked(names: list[str], given: dict[str, Any], *, preset: str | None = None)
     from_preset = dict(presets.find("probe", preset).data) if preset else {}
     unknown = [key for key in from_preset if key not in PROBES and key not in _WHOLE]
     if unknown:
-        raise InputError(f"probe preset {preset}: {unknown[0]!r} is no probe and no field; probes: {', '.join(PROBES)}")
+        raise InputError(
+            f"probe preset {preset}: {unknown[0]!r} is neither a probe nor a field; probes: {', '.join(PROBES)}"
+        )
     for name, section in from_preset.items():
         if name in PROBES:
             _check_section(f"probe preset {preset}, {name}", name, section)
@@ -223,7 +228,7 @@ def _check_section(place: str, name: str, section: Any) -> None:
         raise InputError(f"{place}: got {section!r}; allowed: fields and their values, such as {{samples: 20}}")
     known = {field.name for field in fields(PROBES[name])} - {"probe"}
     if wrong := sorted(set(section) - known):
-        raise InputError(f"{place}: {wrong[0]!r} is no field; allowed: {', '.join(sorted(known))}")
+        raise InputError(f"{place}: {wrong[0]!r} is not a field; allowed: {', '.join(sorted(known))}")
 
 
 _WHOLE = {field.name for field in fields(ProbeSpec)} - {"probes"}

@@ -49,8 +49,8 @@ def plan_report(directories: list[Path], *, out: Path | None, title: str | None,
     if not any(run.measured for run in found):
         given = ", ".join(f"{run.directory} (a {run.manifest.kind})" for run in found)
         raise InputError(
-            f"nothing to report on in {given}: no evaluation, no training, no probe",
-            hint="give the output of an eval, a probe or a finetune; others may stand beside it",
+            f"nothing to report in {given}: no evaluation, training or probe",
+            hint="give the output of an eval, a probe or a finetune; other outputs may be added",
         )
     # The report is named after the first evaluated model, or after the first run where nothing was evaluated.
     name = next((model.model for run in found if run.results for model in run.results.models), found[0].name)

@@ -29,7 +29,11 @@ def section(place: Path, runs: Sequence[Run]) -> Html:
             asked = ", ".join(f"{key} {value}" for key, value in result.spec.items() if key != "probe")
             parts += [
                 tag("h3", f"{result.probe}, {' and '.join(run.probes.models)}"),
-                tag("p", f"Asked: {asked or 'nothing more'}. From run {run.number}; {run.versions}.", class_="quiet"),
+                tag(
+                    "p",
+                    f"Request: {asked or 'default settings'}. From run {run.number}; {run.versions}.",
+                    class_="quiet",
+                ),
                 *[tag("p", f"{model}: {note}.", class_="quiet") for model, finding in told for note in finding.notes],
                 pictures(shown),
             ]

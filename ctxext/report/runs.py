@@ -22,10 +22,10 @@ from ctxext.errors import DataError, InputError
 from ctxext.probes.finding import ProbeReport
 
 RESULTS, STEPS, VALIDATIONS, PROBES = "results.json", "metrics.jsonl", "validation.jsonl", "probes.json"
-_BEGUN = {"spec.yaml": "ctxext finetune --resume", "request.json": "ctxext eval as it was asked, which goes on with it"}
+_BEGUN = {"spec.yaml": "ctxext finetune --resume", "request.json": "the same ctxext eval command again: it resumes"}
 _LOOSE = ConfigDict(extra="ignore", strict=True)  # fields that a later version adds are ignored
 _MOST_FAULTS = 5
-_AGAIN = "it may be of another version of ctxext: run it again"
+_RUN_AGAIN_HINT = "another version of ctxext may have written it: run the command again"
 
 
 def _details(details: dict[str, Any]) -> dict[str, Any]:
@@ -250,7 +250,7 @@ def _read(number: int, directory: Path) -> Run:
                 message = f"{directory} is not finished: it has {begun} and no {manifests.FILE_NAME}"
                 raise InputError(message, hint=f"finish it first: {command}")
         raise InputError(
-            f"{directory} has no {manifests.FILE_NAME}: no output of ctxext",
+            f"{directory} has no {manifests.FILE_NAME}: it is not an output of ctxext",
             hint="give the output of an eval, a probe or a finetune",
         )
     readable = (manifests.FILE_NAME, RESULTS, STEPS, VALIDATIONS, PROBES)
@@ -274,7 +274,9 @@ def _results(path: Path) -> Results:
     names = [suite.get("suite") for suite in results.spec.suites]
     for model in results.models:
         if [suite.suite for suite in model.suites] != names:
-            raise DataError(f"{path}: the suites of {model.model} are not those of its spec, {names}", hint=_AGAIN)
+            raise DataError(
+                f"{path}: the suites of {model.model} are not those of its spec, {names}", hint=_RUN_AGAIN_HINT
+            )
     return results
 
 
@@ -287,13 +289,13 @@ def _validated(path: Path, adapter: TypeAdapter[Any], what: str) -> Any:
         return adapter.validate_json(path.read_bytes())
     except ValidationError as error:
         faults = "\n".join(f"  {fault}" for fault in _faults(error))
-        raise DataError(f"{path} does not hold {what}:\n{faults}", hint=_AGAIN) from None
+        raise DataError(f"{path} does not hold {what}:\n{faults}", hint=_RUN_AGAIN_HINT) from None
 
 
 def _faults(error: ValidationError) -> list[str]:
     """The first _MOST_FAULTS faults, each with its dotted path and message, and the number of the others."""
     first = error.errors(include_url=False)[:_MOST_FAULTS]
-    told = [f"{'.'.join(map(str, one['loc'])) or 'all of it'}: {one['msg']}" for one in first]
+    told = [f"{'.'.join(map(str, one['loc'])) or 'the whole file'}: {one['msg']}" for one in first]
     return [*told, *[f"and {error.error_count() - len(first)} more"] * (error.error_count() > len(first))]
 
 

@@ -11,7 +11,7 @@ from ctxext.report.markup import Html, details, join, number, pictures, small, t
 from ctxext.report.runs import Block, Difference, ModelResult, Run, Series
 from ctxext.units import format_tokens
 
-_EFFECTIVE = "; effective: the greatest length with an average of at least 85.6 (RULER's bar, arXiv 2404.06654)"
+_EFFECTIVE = "; effective: the greatest length with an average of at least 85.6 (RULER's threshold, arXiv 2404.06654)"
 
 
 def summary(blocks: Sequence[Block]) -> Html:
@@ -22,7 +22,7 @@ def summary(blocks: Sequence[Block]) -> Html:
     note = f"Not measured in these runs: {', '.join(missing)}." if missing else "Every suite was measured."
     caption = (
         "The whole suite, at the greatest length at which every model has a number. [low, high]: 95% interval. "
-        "* beyond the length that the model bears by its own config."
+        "* beyond the usable length that the model's config gives."
     )
     parts = [table(caption, ["model", *map(_summary_head, blocks)], rows), tag("p", note, class_="quiet")]
     return tag("section", tag("h2", "Summary", id="summary"), *parts)
@@ -71,7 +71,7 @@ def model_table(found: Sequence[tuple[str, ModelResult, dict[str, str]]]) -> Htm
     ]
     caption = (
         "Layout: S is RoPE in a sliding window (the tokens a query sees, itself included), N full attention without "
-        "positions, F full attention with RoPE. Lengths in tokens: trained at first, and borne by the config."
+        "positions, F full attention with RoPE. Lengths in tokens: trained at first, and usable by the config."
     )
     head = ["model", "layout", "positions", "trained at", "usable to", "path", "weights (sha256)"]
     return tag("section", tag("h2", "Models", id="models"), table(caption, head, rows, class_="words"))
@@ -94,14 +94,14 @@ def _differences(found: Sequence[tuple[Run, Difference]]) -> list[Html]:
     Suites without lengths are in a table of their own.
     """
     caption = (
-        "Both models on the same items: the first one's figure less the other's, its 95% bootstrap interval over "
-        "pairs, and p of a sign-flip test. Not corrected for how many there are: of equal models, one in twenty is "
-        "called different."
+        "Both models on the same items: the score of the first minus that of the second, the 95% bootstrap interval "
+        "over pairs, and p of a sign-flip test. Not corrected for multiple comparisons: of equal models, one "
+        "comparison in twenty shows a difference."
     )
     with_length, without = ([pair for pair in found if bool(pair[1].length) == has] for has in (True, False))
     made = [_difference_table(with_length, caption)] if with_length else []
     return made + (
-        [_difference_table(without, "As above, of what has no length." if made else caption)] if without else []
+        [_difference_table(without, "As above, for suites without lengths." if made else caption)] if without else []
     )
 
 
@@ -137,7 +137,7 @@ def suites(place: Path, blocks: Sequence[Block]) -> list[tuple[str, str, Html]]:
         stem = suite if suite in words.TITLES else f"suite-{number_}"  # unknown names of results.json are no file names
         parts = list[Html]()
         for at, block in enumerate(mine, start=1):
-            parts += [tag("h3", f"As asked the {at}. time")] if len(mine) > 1 else []
+            parts += [tag("h3", f"Request {at}")] if len(mine) > 1 else []
             parts.append(_block(place / (stem if len(mine) == 1 else f"{stem}-{at}"), block, numbers))
         title = words.title(suite)
         made.append((stem, title, tag("section", tag("h2", title, id=stem), *parts)))
@@ -149,11 +149,11 @@ def _block(stem: Path, block: Block, numbers: charts.Numbers) -> Html:
     ran = ", ".join(dict.fromkeys(f"run {series.run.number}" for series in block.series))
     notes = list(dict.fromkeys(note for series in block.series for note in series.notes))
     if len({tuple(sorted({row.length for row in series.rows})) for series in block.series}) > 1:
-        notes.append("Not every model was run at the same lengths: n says how much each number is of.")
+        notes.append("Not every model was run at the same lengths: n is the number of items behind each number.")
     return tag(
         "div",
         tag("p", f"{words.metric(block)}, {words.better(block)}; {words.protocol(block)}."),
-        tag("p", f"Asked: {words.asked(block)}. From {ran}; {words.versions(block)}.", class_="quiet"),
+        tag("p", f"Request: {words.asked(block)}. From {ran}; {words.versions(block)}.", class_="quiet"),
         *[tag("p", note, class_="quiet") for note in notes],
         *_shown(charts.draw(stem, block, numbers), block),
         details("Every number, with its protocol", _every_number(block), *_nested(block)),

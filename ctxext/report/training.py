@@ -18,7 +18,7 @@ from ctxext.report.runs import Run
 from ctxext.units import format_bytes, format_duration, format_tokens
 
 _CURVES = [  # field of metrics.jsonl, axis label, factor, logarithmic
-    ("loss", "training loss, nats a token or as the teacher counts", 1.0, False),
+    ("loss", "training loss, nats a token or in the teacher objective's unit", 1.0, False),
     ("gradient_norm", "gradient norm, before clipping", 1.0, True),
     ("tokens_per_second", "tokens a second", 1.0, False),
     ("memory", "memory, GiB", 2.0**-30, False),
@@ -38,7 +38,7 @@ def section(place: Path, runs: Sequence[Run]) -> Html:
     if not runs:
         return Html("")
     versions = "; ".join(dict.fromkeys(run.versions for run in runs))
-    losses = "Held-out loss is under the attention the model runs with, on the same tokens every time."
+    losses = "Held-out loss is measured with the attention of inference, on the same tokens every time."
     return tag(
         "section",
         tag("h2", "Training", id="training"),

@@ -101,6 +101,6 @@ def _answer(reference: Reference, known: Mapping[str, Any], every: Mapping[str, 
         elif isinstance(found, Mapping) and key in found:
             found = found[key]
         else:
-            has = ", ".join(map(str, found)) if isinstance(found, Mapping) else "nothing below"
-            raise LookupError(f"{reference.text}: no {key!r}; there are {has}")
+            has = ", ".join(map(str, found)) if isinstance(found, Mapping) else "none"
+            raise LookupError(f"{reference.text}: {key!r} is unknown; allowed: {has}")
     return found

@@ -95,7 +95,7 @@ def read_pipeline(name: str, changes: Mapping[str, Any] | None = None) -> Pipeli
             name, _, key = path.partition(".")
             values[name] = {**values[name], key: value}
         else:
-            faults.append(f"--set {path}: no value has this name; there are {', '.join(values) or 'none'}")
+            faults.append(f"--set {path}: no value has this name; allowed: {', '.join(values) or 'none'}")
     if faults:
         raise SpecError(str(found.path), faults)
     pipeline = build(PipelineSpec, data, source=str(found.path))
@@ -125,7 +125,7 @@ def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
     # Axis values become parts of directory names, so their slugs must differ too.
     for name, axis in pipeline.over.items():
         if not axis or len({_slug(value) for value in axis}) < len(axis):
-            yield f"over.{name}: {'empty' if not axis else 'a value stands twice'}; allowed: a list of different values"
+            yield f"over.{name}: {'empty' if not axis else 'a value is given twice'}; allowed: different values"
     for name, step in pipeline.steps.items():
         given = step.get("command", "none")
         if not isinstance(given, str) or given not in steps.SPECS:
@@ -143,18 +143,18 @@ def _reference_faults(pipeline: PipelineSpec) -> Iterator[str]:
     for part in ("values", "over"):
         for name, value in getattr(pipeline, part).items():
             if next(references(value), None):
-                yield f"{part}.{name}: a value refers to nothing; write the reference where the value is used"
+                yield f"{part}.{name}: a value may not hold a reference; write the reference where the value is used"
     before: list[str] = []
     for name, step in pipeline.steps.items():
         for text in malformed(step):
-            yield f"steps.{name}: {text!r} holds no reference; allowed: ${{name}}, ${{step.key}}, ${{step[*]}}"
+            yield f"steps.{name}: {text!r} is not a reference; allowed: ${{name}}, ${{step.key}}, ${{step[*]}}"
         # A step may refer to values, axes and the steps before it. [*] is allowed for steps only.
         for reference in references(step):
             known = [*before, *([] if reference.every else [*pipeline.values, *pipeline.over])]
             if reference.name not in known:
                 later = reference.name in pipeline.steps
-                why = "a step that does not come before" if later else "no value, axis or step has this name"
-                yield f"steps.{name}: {reference.text}: {why}; there are {', '.join(known) or 'none'}"
+                why = "this step does not come before" if later else "no value, axis or step has this name"
+                yield f"steps.{name}: {reference.text}: {why}; allowed: {', '.join(known) or 'none'}"
         before.append(name)
     used = {reference.name for step in pipeline.steps.values() for reference in references(step)}
     for part in ("values", "over"):
@@ -187,7 +187,7 @@ def _job_faults(job: Job) -> list[str]:
     """Faults of a job's arguments, as far as they do not depend on the report of another step."""
     where, later = f"steps.{job.step}", {name for name, value in job.arguments.items() if next(references(value), None)}
     if job.id in RESERVED:
-        return [f"{where}: {job.id} is a file of every pipeline's output; allowed: another name"]
+        return [f"{where}: {job.id} is the name of a file in the output of every pipeline; allowed: another name"]
     try:
         step = steps.read(job.command, job.arguments, source=where)
     except SpecError as error:

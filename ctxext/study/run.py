@@ -81,10 +81,10 @@ def plan_pipeline(
     """
     out = out or manifests.RUNS / pipeline.name
     if begin is not None and begin not in pipeline.steps:
-        raise InputError(f"--from {begin}: no step has this name; there are {', '.join(pipeline.steps)}")
+        raise InputError(f"--from {begin}: no step has this name; allowed: {', '.join(pipeline.steps)}")
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty and not (out / FILE).is_file():
-        raise InputError(f"{out} exists and is no pipeline's output", hint="give another --out")
+        raise InputError(f"{out} exists and is not the output of a pipeline", hint="give another --out")
     check_inputs(pipeline, out, begin=begin, trusted=trusted)
     # Jobs come after the jobs they need, so one pass over them is enough.
     standings: dict[str, str] = {}
@@ -102,7 +102,7 @@ def plan_pipeline(
 def _taken(out: Path, job: Job) -> str:
     record = state.read(out, job)
     if record is None or not record["done"] or not (out / job.id).exists():
-        raise InputError(f"--from: {job.id} comes before and is not done", hint="begin there, or earlier")
+        raise InputError(f"--from: the earlier job {job.id} is not done", hint="start at its step, or earlier")
     return "taken"
 
 
@@ -117,9 +117,9 @@ def _standing(job: Job, pipeline: Pipeline, out: Path, force: bool, trusted: boo
 def _may_replace(found: str, record: dict[str, Any] | None, asked: dict[str, Any], out: Path, force: bool) -> None:
     """Raises InputError where a finished output would be replaced without `force`."""
     if found == "changed" and not force:
-        moved = differences(record["request"], asked) if record else ["it is not of this pipeline"]
+        moved = differences(record["request"], asked) if record else ["it was not made by this pipeline"]
         raise InputError(
-            f"{out} is there, and not what is asked for: {'; '.join(moved) or 'its files changed since'}",
+            f"{out} exists and was made from another request: {'; '.join(moved) or 'its files changed since'}",
             hint="give --force to run the step again and replace it, or another --out",
         )
 
@@ -131,7 +131,7 @@ def run_pipeline(plan: Plan, *, say: api.Say = api.ignore, progress: api.Progres
     finished jobs stay done.
     """
     about = {"name": plan.pipeline.name, "values": plan.pipeline.values, "over": plan.pipeline.over}
-    with disk_faults(plan.out, hint="make room, then give the same command again: what is done is not done again"):
+    with disk_faults(plan.out, hint="free some space, then give the same command again: it skips finished jobs"):
         plan.out.mkdir(parents=True, exist_ok=True)
     with locked(plan.out, "pipeline"):
         write_whole(plan.out / FILE, json.dumps(state.plain(about), indent=2) + "\n")
@@ -170,7 +170,7 @@ def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
         standing = "again"
     _may_replace(standing, record, asked, out, plan.force)
     if standing == "done":
-        say(f"  as asked and unchanged: {out}")
+        say(f"  skipped, since it is done and unchanged: {out}")
         return "skipped"
     # The command finished and its report is stored; only the hash of the output is missing.
     if standing == "reported" and record is not None:
@@ -207,10 +207,11 @@ def _done(root: Path, job: Job, record: dict[str, Any]) -> None:
 def _call(command: str, step: Any, out: Path, resume: bool, force: bool, say: api.Say, progress: api.Progress) -> Any:
     given = {field.name: getattr(step, field.name) for field in fields(step)}
     # Each command takes other callbacks; the steps of a training are reported by the progress callback.
-    callbacks = {"say": say, "progress": progress, "on_step": lambda metrics: progress("training", metrics.step, 0)}
-    taken = {name: callbacks[name] for name in CALLBACKS[command]}
+    callbacks: dict[str, Callable[..., None]] = {"say": say, "progress": progress}
     if command == "finetune":
-        given["resume"] = resume
+        given["resume"], total = resume, steps.resolved(command, step).steps
+        callbacks["on_step"] = lambda metrics: progress("training", metrics.step, total)
+    taken = {name: callbacks[name] for name in CALLBACKS[command]}
     return RUNS[command](**given, **taken, out=out, force=force)
 
 

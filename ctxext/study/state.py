@@ -26,8 +26,8 @@ from ctxext.study.known_fields import known_fields
 from ctxext.study.pipeline import Job
 
 FOLDER = "state"
-TOLD = (manifests.FILE_NAME, "README.md")  # files of an input that record when and how it was made: not compared
-MEANT = ("original_length", "usable_length", "source_layout", "source_rope_parameters")  # facts that steps use
+NOT_COMPARED = (manifests.FILE_NAME, "README.md")  # files of an input that record when and how it was made
+COMPARED_FACTS = ("original_length", "usable_length", "source_layout", "source_rope_parameters")  # facts that steps use
 LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is compared
 
 Standing = Literal["new", "unfinished", "reported", "done", "changed"]
@@ -46,7 +46,7 @@ def request(job: Job, step: Any, record: dict[str, Any] | None = None) -> dict[s
     # Models and runs are identified by their content, and other inputs (text) by their fingerprint.
     named = {name: value for name, value in arguments.items() if name in steps.MODELS and value is not None}
     reads = {
-        name: [stamp(one, but=TOLD) for one in ([value] if isinstance(value, str) else value)]
+        name: [stamp(one, but=NOT_COMPARED) for one in ([value] if isinstance(value, str) else value)]
         for name, value in named.items()
     }
     return plain(
@@ -83,7 +83,7 @@ def stamp(name: str, *, but: Collection[str] = ()) -> Any:
     files = {file.name: _sha256(file) for file in small if file.stat().st_size <= LARGEST}
     manifest = manifests.read(path)
     base = manifest.parents.get("base") if manifest else None
-    meant = {key: manifest.facts[key] for key in MEANT if key in manifest.facts} if manifest else {}
+    meant = {key: manifest.facts[key] for key in COMPARED_FACTS if key in manifest.facts} if manifest else {}
     return {"weights": weights, "files": files, "facts": meant, **({"base": base["weights"]} if base else {})}
 
 
@@ -123,7 +123,7 @@ def read(root: Path, job: Job) -> dict[str, Any] | None:
         reason = "a key is missing"
     except (OSError, ValueError, RecursionError, AttributeError) as error:
         reason = str(error)
-    raise ModelError(f"{path} is broken: {reason}", hint="remove it, and the step runs again")
+    raise ModelError(f"{path} is broken: {reason}", hint="remove it; the step then runs again")
 
 
 def write(root: Path, job: Job, record: dict[str, Any]) -> None:

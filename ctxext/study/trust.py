@@ -24,7 +24,7 @@ from ctxext.study.state import teacher_of
 def check_inside(job: Job, step: Any, out: Path) -> None:
     """Raises InputError for a job that reads or writes outside the working directory, with the text and its target."""
     if getattr(step, "hostfile", None) is not None:
-        raise InputError(f"step {job.id}: hostfile: an untrusted pipeline starts no process on other hosts")
+        raise InputError(f"step {job.id}: hostfile: --untrusted allows no processes on other hosts")
     allowed = [Path.cwd().resolve(), shipped("presets").resolve(), shipped("deepspeed_configs").resolve()]
     meant = steps.resolved(job.command, step)
     # Any string of the step or of its presets may be used as a path, so all of them are checked.
@@ -91,5 +91,5 @@ def _texts(value: Any) -> Iterator[str]:
 def _outside(job: Job, text: str, leads: Path) -> InputError:
     return InputError(
         f"step {job.id}: {text!r} leads to {leads.resolve()}, outside the working directory",
-        hint="put what it needs below the working directory, or run without --untrusted a pipeline that you trust",
+        hint="move the files below the working directory, or leave out --untrusted if you trust the pipeline",
     )

@@ -92,12 +92,12 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["finetune", str(model), "--ctx", "1k", "--set", "lora.rank"], "key=value"),
         (["finetune", "--resume"], "no unfinished run"),
         (["eval", str(model), "--suite", "mmlu"], "perplexity, longppl, passkey"),
-        (["eval", str(model), "--lengths", "1k"], "bears 64 tokens"),
+        (["eval", str(model), "--lengths", "1k"], "usable length of"),
         (["eval", str(model), "--against", str(model)], "the only model"),
         (["eval", str(model), "--set", "passkey.cases=2"], "passkey, niah, ruler has cases"),
         (["eval", str(model), "--suite", "passkey", "--data", "no.txt", "--lengths", "64"], "no such file"),
         (["eval", str(model), "--lengths", "1"], "at least 2"),
-        (["merge", str(model)], "nothing to merge"),
+        (["merge", str(model)], "has no adapter to merge"),
         (["merge"], "no output"),
         (["convert", "missing/", "--hybrid", "full"], "no such directory"),
         (["convert", str(model), "--hybrid", "full", "--out", str(model), "--force"], "even --force"),
@@ -106,7 +106,7 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["eval", str(model), "--lengths", ""], "tokens"),
         (["verify", str(model), "--ctx", "3"], "at least 16"),
         (["report", "./nowhere"], "no such directory"),
-        (["report", str(model)], "no output of ctxext"),
+        (["report", str(model)], "not an output of ctxext"),
         (["verify", str(model), "--attention", "foo"], "training, inference"),
     ]
 
@@ -175,7 +175,7 @@ def test_the_four_commands_as_typed_in_a_directory_of_ones_own(model_dir, tmp_pa
     assert json.loads(done.stdout)["gate"]["identity_max_diff"] == 0.0
     done = ctxext("finetune", "--ctx", "256", "--preset", "smoke", "--data", "text.txt", cwd=tmp_path)
     assert "no MODEL given" in done.stderr and "linear, factor 2" in done.stderr
-    assert "all found again on disk" in done.stdout
+    assert "all checked on disk" in done.stdout
     done = ctxext("eval", "--suite", "perplexity", "--lengths", "64,256", "--data", "text.txt", cwd=tmp_path)
     assert "-swa128-nope-256" in done.stdout and "hf-stride" in done.stderr
     done = ctxext("merge", cwd=tmp_path)
@@ -188,7 +188,7 @@ def test_the_four_commands_as_typed_in_a_directory_of_ones_own(model_dir, tmp_pa
 
 def test_a_log_is_told_now_and_then_how_far_it_is(capsys, monkeypatch):
     """stderr is no terminal here: no bar is drawn, and hours of silence look like a hang."""
-    with console.told("loading") as told:
+    with console.progress("loading") as told:
         told("reading", 1, 10)
         assert capsys.readouterr().err == ""
         monkeypatch.setattr(console, "SILENCE", -1.0)

@@ -28,7 +28,7 @@ def test_losses_name_their_context_where_there_were_several():
     assert rows["loss"] == "3.000 -> 2.000 nats a token" and "ctx" not in rows["held-out loss"]
     rows = dict(report_rows(REPORT, plan_for(stages=["512", "1k"], steps=3), None))
     assert rows["loss"] == "3.000 -> 2.000 nats a token at ctx 2,048"
-    assert rows["held-out loss"] == "3.500 -> 2.500 nats a token at ctx 2,048, under the attention it runs with"
+    assert rows["held-out loss"] == "3.500 -> 2.500 nats a token at ctx 2,048, with the attention of inference"
 
 
 @pytest.mark.parametrize(("batch", "words"), [(1, "1 sequence, 2,048 tokens, 1 forward of 1,"), (2, "2 sequences, ")])

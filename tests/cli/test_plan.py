@@ -100,7 +100,7 @@ def test_without_rates_the_memory_is_planned_and_the_time_is_not_known(monkeypat
     monkeypatch.setattr(calibration, "card_here", lambda: None)
     text = run("tiny", "--ctx", "8k")
     for words in ("no rates are known for this machine", "time ", "not known; `ctxext plan tiny --calibrate`",
-                  "fits: ctx 8,192, time not known, ", "ctxext finetune tiny --ctx 8k", "checkpoints"):  # fmt: skip
+                  "fits: ctx 8,192, time unknown, ", "ctxext finetune tiny --ctx 8k", "checkpoints"):  # fmt: skip
         assert words in text, words
     assert "fastest" not in text and "tokens/s" not in text
     found = json.loads(run("tiny", "--ctx", "8k", "--json"))

@@ -40,7 +40,7 @@ def test_a_preset_is_shown_as_its_file_and_what_differs():
 
 
 def test_validate_prints_every_fault_and_fails(tmp_path):
-    assert run("presets", "validate", "finetune/heal").stdout == "finetune/heal: in order\n"
+    assert run("presets", "validate", "finetune/heal").stdout == "finetune/heal: valid\n"
     bad = tmp_path / "finetune" / "bad.yaml"
     bad.parent.mkdir()
     bad.write_text("stepss: 3\nctx: -1")

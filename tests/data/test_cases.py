@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ctxext.data.cases import Case, evenly, largest, private_random, prompt_ids, read_cases, write_cases
+from ctxext.data.cases import Case, evenly, largest, manifest_of, private_random, prompt_ids, read_cases, write_cases
 from ctxext.errors import DataError, InputError
 
 CASES = [Case(f"t/{i}", "t", 64, f"präfix {i}", ("a", "b"), 8, {"depth": 0.5}) for i in range(3)]
@@ -31,7 +31,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
         ("[]", "cases.jsonl:2: not a JSON object"),
         ({"prompt": None}, "cases.jsonl:2: prompt is NoneType"),
         ({"references": "a"}, "references is str 'a'; allowed: list"),
-        ({"id": "t/0"}, "the id 't/0' stands twice"),
+        ({"id": "t/0"}, "the id 't/0' is used twice"),
     ],
 )
 def test_broken_lines_are_named(tmp_path: Path, line: Any, said: str) -> None:
@@ -48,11 +48,39 @@ def test_missing_empty_and_changed_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read the cases"):
         read_cases(path)
     path.write_text("")
-    with pytest.raises(DataError, match="holds no case"):
+    with pytest.raises(DataError, match="has no case"):
         read_cases(path)
     write_cases(path, CASES, {})
     path.write_text(path.read_text().replace("präfix 1", "prefix 1"))
-    with pytest.raises(DataError, match="not what its manifest says"):
+    with pytest.raises(DataError, match="the sha256 of .* differs from the one in its manifest"):
+        read_cases(path)
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        (b"{", "manifest.json: not JSON"),
+        (b"\xff", "manifest.json: not JSON"),
+        (b"[]", "manifest.json: not a JSON object with a sha256"),
+        (b'{"seed": 0}', "manifest.json: not a JSON object with a sha256"),
+    ],
+)
+def test_a_damaged_manifest_is_a_data_error(tmp_path: Path, manifest: bytes, said: str) -> None:
+    path = tmp_path / "cases.jsonl"
+    write_cases(path, CASES, {})
+    manifest_of(path).write_bytes(manifest)
+    with pytest.raises(DataError, match=said):
+        read_cases(path)
+
+
+def test_invalid_utf8_is_a_data_error_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "cases.jsonl"
+    write_cases(path, CASES, {})
+    manifest_of(path).unlink()
+    data = path.read_bytes()
+    at = data.index("präfix 2".encode()) + 2
+    path.write_bytes(data[:at] + b"\xe4" + data[at + 2 :])
+    with pytest.raises(DataError, match=f"cases.jsonl:3: invalid UTF-8 at byte {at} of the file .0xe4"):
         read_cases(path)
 
 

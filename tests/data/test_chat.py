@@ -206,8 +206,8 @@ SILENT = "{% for m in messages %}{% if m.role != 'assistant' %}{{ m.content }}{%
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        (THINKS, "before message 3 is no beginning of the whole"),
-        (LAST_ONLY, "up to message 3 is no beginning of the whole"),
+        (THINKS, "before message 3 is not the beginning of the whole"),
+        (LAST_ONLY, "up to message 3 is not the beginning of the whole"),
         (SILENT, "leaves every answer out"),
         (INST, "does not render this conversation: only user and assistant"),
         (CHATML + "{% if messages|length == 2 %}{{ nothing.there }}{% endif %}", "(its first 2 messages)"),
@@ -266,7 +266,7 @@ def test_other_refusals(tmp_path: Path, make: Any) -> None:
             return {}
 
     message = fault(InputError, lambda: tokenise([Document("x", "d", ((0, 1),))], Slow(), tmp_path / "t", eos_id=0))
-    assert message.startswith("Slow does not say which characters a token has")
+    assert message.startswith("Slow does not map tokens to characters")
     mixed = [Document("x", "d", ((0, 1),)), Document("y", "e")]
     fault(DataError, lambda: tokenise(mixed, make(), tmp_path / "t", eos_id=0))
 
@@ -358,7 +358,7 @@ def test_labels_are_the_answers_and_sequences_without_one_are_left_out(tmp_path:
     question = [Document("q" * 32 + "a", "d", ((32, 33),))]
     short = tokenise(question, tokenizer, tmp_path / "s", eos_id=EOS)
     message = fault(DataError, lambda: PackedSequences(short, T, seed=0, document_mask=mask))
-    assert message == "none of the 4 sequences of 8 tokens has a token of an answer to learn"
+    assert message == "none of the 4 sequences of 8 tokens has a token of an answer"
 
 
 def test_what_renders_is_part_of_the_hash_and_tokens_of_other_versions_are_not_read(tmp_path: Path, make: Any) -> None:

@@ -94,7 +94,7 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, said: str)
 def test_bad_parquet(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1 and nothing more")
-    assert "no readable Parquet file" in fault(DataError, path)
+    assert "not a readable Parquet file" in fault(DataError, path)
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None], "id": [1, 2]}), path)
     assert f"{path}:2: field 'text' holds NoneType" in fault(DataError, path)
     assert "the fields there are text, id" in fault(DataError, path, text_field="body")
@@ -118,7 +118,7 @@ def test_refusals_come_at_the_call_and_not_at_the_first_document(tmp_path: Path)
         (tmp_path / "none.txt", "no such file"),
         (tmp_path, "no file to read"),
         ("./nowhere/at/all", "no such file"),
-        ("hub:a/b/c", "no data set id"),
+        ("hub:a/b/c", "not a data set id"),
     ]:
         with pytest.raises(InputError, match=said):
             read_documents(str(source))

@@ -93,7 +93,7 @@ def test_slow_tokenizers_read_control_tokens_as_text_or_refuse() -> None:
     assert plain.encode(["a</s>b", "ab"])[0] == [[ord(c) + 3 for c in "a</s>b"], [ord(c) + 3 for c in "ab"]]
     assert plain.read_as_text == 1
     tokenizer.add_tokens([AddedToken("<think>", special=False)])
-    with pytest.raises(InputError, match=r"control tokens beside '<think>', and ByT5Tokenizer reads both"):
+    with pytest.raises(InputError, match=r"control tokens next to '<think>', and ByT5Tokenizer treats both"):
         PlainText(tokenizer).encode(["a</s><think>"])
 
 

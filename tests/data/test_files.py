@@ -12,7 +12,7 @@ import pytest
 
 from ctxext.data.chat import chat_rows
 from ctxext.data.documents import Documents, fingerprint, read_documents
-from ctxext.data.files import NAMED, Reading, recorded
+from ctxext.data.files import KEPT, NAMED, Reading, recorded
 from ctxext.errors import CtxextError, DataError, InputError
 
 ROW = json.dumps({"text": "one row"}) + "\n"
@@ -70,13 +70,13 @@ def test_a_directory_is_read_whole_and_what_is_no_data_is_named(mix: Path) -> No
     assert again == texts
     assert reading.beside == [
         ("README", "no suffix"),
-        ("gone.txt", "a link to nothing"),
+        ("gone.txt", "a broken link"),
         ("paper.pdf", "suffix .pdf"),
         ("tables.parquet.gz", "suffix .gz"),
     ]
     assert reading.passed_over == [("config.json", "no field 'text'"), ("empty.txt", "empty"), ("none.jsonl", "empty")]
     assert reading.line() == (
-        "read 7 files, 8 documents; passed over: README (no suffix), gone.txt (a link to nothing), "
+        "read 7 files, 8 documents; skipped: README (no suffix), gone.txt (a broken link), "
         "paper.pdf (suffix .pdf), tables.parquet.gz (suffix .gz), config.json (no field 'text'), 2 more, 2 hidden"
     )
     assert Reading.of(json.loads(json.dumps(reading.as_dict()))) == reading
@@ -140,8 +140,8 @@ def test_json_holds_a_list_an_object_or_lines(tmp_path: Path, content: str, text
         ("7", "no list of objects"),
         ('{"version": "1", "data": [{"text": "a"}]}', "no field 'text'"),
         ('[{"body": "a"}]', "its first row has no field 'text'"),
-        ('[{"text": "a"},', "no JSON: Expecting value"),
-        ("[" * 100_000, "no JSON"),
+        ('[{"text": "a"},', "not JSON: Expecting value"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "empty"),
     ],
 )
@@ -157,6 +157,17 @@ def test_json_without_rows_is_refused_alone_and_passed_over_in_a_directory(
     assert texts == ["a"]
     assert len(reading.passed_over) == 1 and why in reading.passed_over[0][1]
     assert reading.files == 1 and "read 1 file," in reading.line()
+
+
+def test_skipped_files_beyond_those_listed_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "z.txt").write_text("text")
+    for number in range(KEPT + 3):
+        (tmp_path / f"{number:03}.txt").write_text("")
+    _, reading = read(tmp_path)
+    assert len(reading.passed_over) == KEPT and reading.more_passed_over == 3
+    assert reading.line().startswith("read 1 file, 1 document; skipped: 000.txt (empty), ")
+    assert reading.line().endswith(f", {KEPT + 3 - NAMED} more")
+    assert Reading.of(json.loads(json.dumps(reading.as_dict()))) == reading
 
 
 def test_a_later_row_of_json_that_is_bad_is_named(tmp_path: Path) -> None:
@@ -232,12 +243,12 @@ def test_conversations_leave_files_of_text_out_and_say_so(tmp_path: Path) -> Non
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n')
     texts, reading = read(tmp_path, rows=chat_rows("prompt", None))
     assert texts == ["pc"]
-    assert reading.beside == [("a.txt", "rows are read, and this is text")]
+    assert reading.beside == [("a.txt", "text, but only rows are read")]
 
 
 def test_a_directory_without_data_names_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_bytes(b"x")
-    with pytest.raises(InputError, match=r"no file to read in the directory .*; passed over: a.pdf \(suffix .pdf\)"):
+    with pytest.raises(InputError, match=r"no file to read in the directory .*; skipped: a.pdf \(suffix .pdf\)"):
         read_documents(str(tmp_path))
 
 

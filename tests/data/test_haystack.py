@@ -106,7 +106,7 @@ def test_bad_arguments_are_refused():
     tokenizer, rng = CharacterTokenizer(), random.Random(0)
     with pytest.raises(InputError, match="at least 105 tokens"):
         haystack.passkey_case(tokenizer, 40, 0.5, rng, FILLER)
-    with pytest.raises(InputError, match="outside 0..1"):
+    with pytest.raises(InputError, match="outside 0 to 1"):
         haystack.passkey_case(tokenizer, 400, 1.5, rng, FILLER)
     with pytest.raises(InputError, match="unknown"):
         haystack.haystack_text("grasss")  # type: ignore[arg-type]

@@ -251,7 +251,7 @@ def test_tasks_are_chosen_in_order(qa_files: dict[str, str]) -> None:
     assert ruler.chosen_tasks(("vt", "niah_single_1"), qa_files) == ["niah_single_1", "vt"]
     with pytest.raises(InputError, match="no task 'niah'; allowed: niah_single_1"):
         ruler.chosen_tasks(("niah",), {})
-    with pytest.raises(InputError, match="none is given as `squad`"):
+    with pytest.raises(InputError, match="`squad` is not given"):
         ruler.chosen_tasks(("qa_1",), {"hotpotqa": "x"})
 
 
@@ -305,6 +305,8 @@ def test_cases_are_kept_for_one_request(cases: Any, tmp_path: Path) -> None:
     assert ruler.kept_cases(path, {**request, "tasks": ["fwe"]}, make(other)) == other and len(made) == 2
     path.write_bytes(path.read_bytes()[:-9])
     assert ruler.kept_cases(path, {**request, "tasks": ["fwe"]}, make(other)) == other and len(made) == 3
+    path.with_name("ruler.jsonl.manifest.json").write_text("{")
+    assert ruler.kept_cases(path, {**request, "tasks": ["fwe"]}, make(other)) == other and len(made) == 4
 
 
 def test_the_words_are_wonderwords() -> None:

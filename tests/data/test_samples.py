@@ -42,7 +42,7 @@ def test_documents_have_the_length_and_the_tokens_asked_for(loaded_small):
 def test_a_model_that_says_nothing_is_refused(loaded_small, monkeypatch):
     monkeypatch.setattr("ctxext.data.samples.generate", lambda model, prompts, *_, **__: [[] for _ in prompts])
     given = {"tokens": 200, "length": 24, "batch": 4, "temperature": 1.0, "seed": 0}
-    with pytest.raises(DataError, match="ends every document it samples at once"):
+    with pytest.raises(DataError, match="ends every sampled document at its first token"):
         list(sample_documents(loaded_small.model, loaded_small.tokenizer, **given))
 
 

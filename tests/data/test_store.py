@@ -188,7 +188,7 @@ def test_tokens_that_are_found_say_what_was_read(tmp_path: Path) -> None:
     assert again.meta == first.meta
     reading = Reading.of(again.meta.reading)
     assert reading.line(reused=True) == (
-        "found in the cache: 1 file, 1 document, 3 tokens; passed over: b.csv (suffix .csv)"
+        "found in the cache: 1 file, 1 document, 3 tokens; skipped: b.csv (suffix .csv)"
     )
 
 

@@ -89,7 +89,7 @@ def flip(path):
 def test_a_changed_byte(copy, made):
     path = copy(made)
     flip(path / "model.safetensors")
-    assert "other bytes than were written" in ill(path)["hashes"].found
+    assert "the content differs from what was written" in ill(path)["hashes"].found
 
 
 def test_a_changed_byte_of_an_export(model_dir, tmp_path):
@@ -100,7 +100,7 @@ def test_a_changed_byte_of_an_export(model_dir, tmp_path):
     weights.write_bytes(data)
     assert ill(tmp_path / "out") == {}
     flip(weights)
-    assert "other bytes than were written" in ill(tmp_path / "out")["hashes"].found
+    assert "the content differs from what was written" in ill(tmp_path / "out")["hashes"].found
 
 
 def test_names_and_shapes_against_the_config(copy):
@@ -177,15 +177,15 @@ def test_a_conversion_that_lost_its_theta(copy):
     """transformers takes 2e6 for a SmolLM3 that says nothing, whatever the source had."""
     path = copy("hybrid")
     edit(path, rope_parameters="gone", rope_theta="gone", rope_scaling="gone")
-    found = ill(path)["positions meant"]
-    assert "the conversion meant" in found.found and "2000000" in found.found and found.remedy
+    found = ill(path)["intended positions"]
+    assert "the conversion set" in found.found and "2000000" in found.found and found.remedy
 
 
 def test_positions_that_are_not_those_of_the_run(copy):
     path = copy("run")
     edit(path, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0})
-    found = ill(path)["positions meant"]
-    assert "the run meant" in found.found and found.remedy
+    found = ill(path)["intended positions"]
+    assert "the run set" in found.found and found.remedy
 
 
 def test_an_adapter_without_its_embeddings(copy):
@@ -215,10 +215,10 @@ def test_a_base_that_moved_or_changed(copy, tmp_path):
     (path / "ctxext.json").write_text(json.dumps(manifest))
     assert ill(path) == {}
     flip(base / "model.safetensors")
-    assert "are others now" in ill(path)["base"].found
+    assert "have changed" in ill(path)["base"].found
     base.rename(tmp_path / "moved")
     found = ill(path)["base"]
-    assert f"{base} is gone" in found.found and "put the base back" in found.remedy
+    assert f"{base} is missing" in found.found and "put the base back" in found.remedy
 
 
 def test_a_broken_manifest_and_a_broken_config(copy):
@@ -267,7 +267,7 @@ def test_exports_that_would_be_refused_are_warnings_with_the_way_out(chain):
 
 def test_nothing_is_fetched_to_be_examined():
     for name in ("org/some-model", "llama2-7b", "./absent"):
-        with pytest.raises(InputError, match="nothing is downloaded"):
+        with pytest.raises(InputError, match="doctor downloads nothing"):
             examine(name)
 
 

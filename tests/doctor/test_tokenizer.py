@@ -90,7 +90,7 @@ def test_an_eos_that_is_absent(place: Path) -> None:
     edit(place / "generation_config.json", eos_token_id=[7, 0])
     assert found(place) == {}
     edit(place / "tokenizer_config.json", eos_token=None)
-    assert "names no EOS" in found(place)["EOS"].found
+    assert "has no EOS" in found(place)["EOS"].found
 
 
 def test_a_bos_that_is_asked_for_and_not_added(place: Path) -> None:

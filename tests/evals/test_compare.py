@@ -35,14 +35,14 @@ def test_few_pairs_that_differ_are_no_difference_though_the_interval_excludes_ze
     more = differences("passkey", "a", outcomes([0] * 8 + [1] * 12), "b", outcomes([1] * 20))[0]
     assert more.called == "worse" and more.value == pytest.approx(-0.4)
     one = differences("passkey", "a", outcomes([1.0]), "b", outcomes([0.0]))[0]
-    assert one.called == "too few pairs: 1 give p = 1 at the least; 6 or more can show a difference"
+    assert one.called == "too few pairs: with 1 the smallest p is 1; a difference needs 6 or more"
 
 
 @pytest.mark.parametrize("n", [5, 6])
 def test_five_cases_lost_of_five_say_that_more_are_needed(n: int) -> None:
     """The least p of n pairs is 2 / 2^n: 0.0625 of five, 0.03125 of six."""
     lost = differences("passkey", "a", outcomes([0.0] * n), "b", outcomes([1.0] * n))[0]
-    needs = "too few pairs: 5 give p = 0.0625 at the least; 6 or more can show a difference"
+    needs = "too few pairs: with 5 the smallest p is 0.0625; a difference needs 6 or more"
     assert lost.called == {5: needs, 6: "worse"}[n]
     assert smallest_p(n) == 2 / 2**n == pytest.approx(lost.p, abs=0.01)
 

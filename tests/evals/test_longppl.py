@@ -165,7 +165,7 @@ def test_a_model_on_its_keys_against_logits(
     assert row.details["few_keys"] and row.details["n_key"] == n
     assert "short length / 8, step 12, scalable truncation, keys by judge" in row.protocol
     assert (row.details["short"], row.details["step"]) == (12, 12)
-    assert any(f"{n} key tokens are too few" in note for note in job.notes)
+    assert any(f"{n} key tokens: give more text" in note for note in job.notes)
     assert not any("its own keys" in note for note in job.notes)
 
 
@@ -257,11 +257,13 @@ def test_a_model_judged_by_itself_and_one_too_short(evaluator: Path, judge: Load
     spec = spec_of(evaluator, write_text(tmp_path / "d.jsonl", prose(120, 1)), step=16)
     prepared(spec, tmp_path)
     notes = "\n".join(longppl.job(judge, spec, tmp_path).notes)
-    assert "judge has the weights of the evaluator: it is judged by its own keys" in notes
+    assert "judge has the weights of the evaluator: it defines its own keys" in notes
     assert "none was cut off" not in notes
     small = replace(judge, source=replace(judge.source, usable_length=64))
     job = longppl.job(small, spec, tmp_path)
-    assert "1 of 1 documents are more tokens of judge (up to 96) than the 64 it bears; none" in "\n".join(job.notes)
+    assert "1 of 1 documents are longer with judge (up to 96 tokens) than its usable length 64; none" in "\n".join(
+        job.notes
+    )
     assert [item.size for item in job.items] == [96]
 
 
@@ -296,7 +298,7 @@ def test_refusals(
         longppl.check(LongPpl(lengths=(96,)))
     with pytest.raises(InputError, match="no such directory"):
         longppl.check(spec_of(tmp_path / "nothing" / "here", data))
-    with pytest.raises(ModelError, match="the evaluator judge bears 128 tokens; keys at 129 were asked"):
+    with pytest.raises(ModelError, match="the evaluator judge has a usable length of 128, below 129 tokens"):
         prepared(spec_of(evaluator, data, lengths=(96, 129)), tmp_path)
     bare = write_model(tmp_path / "bare", max_position_embeddings=128)
     (bare / "tokenizer.json").unlink()

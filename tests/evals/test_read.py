@@ -46,7 +46,7 @@ def test_every_suite_with_data_says_and_keeps_what_it_read(suite: str, data: Pat
     said: list[str] = []
     eval_models(plan, notice=said.append)
     line = next(line for line in said if f"{suite}: read " in line)
-    assert "2 files, 2 documents" in line and line.endswith("; passed over: c.pdf (suffix .pdf)")
+    assert "2 files, 2 documents" in line and line.endswith("; skipped: c.pdf (suffix .pdf)")
     if suite in ("perplexity", "longppl"):
         assert f"{2 * len(LINE) * 10:,} tokens" in line or f"{len(LINE) * 10:,} tokens" in line
         assert any("control tokens in the text read as the characters they are" in line for line in said)

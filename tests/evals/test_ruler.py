@@ -170,21 +170,21 @@ def test_a_file_that_is_given_must_fit(loaded: Any, cases: list[Case], tmp_path:
     write_cases(path, cases, {"tokenizer": "other"})
     spec = Ruler(lengths=(LENGTH,), from_cases=str(path))
     assert [item.case for item in job(loaded, spec, tmp_path).items] == cases
-    assert "not measured with this tokenizer" in job(loaded, spec, tmp_path).notes[1]
+    assert "made with another tokenizer" in job(loaded, spec, tmp_path).notes[1]
     assert [item.case.task for item in job(loaded, replace(spec, tasks=("cwe", "vt")), tmp_path).items] == ["vt", "cwe"]
-    with pytest.raises(InputError, match="no case of the lengths") as refused:
+    with pytest.raises(InputError, match="no case of the requested lengths") as refused:
         job(loaded, replace(spec, lengths=(4096,)), tmp_path)
     assert refused.value.hint and "the lengths 3,000" in refused.value.hint
     for strange in (replace(cases[0], task="niah"), replace(cases[0], references=())):
         write_cases(path, [strange], {})
-        with pytest.raises(DataError, match="is no case of RULER"):
+        with pytest.raises(DataError, match="is not a case of RULER"):
             job(loaded, spec, tmp_path)
 
 
 def test_refusals(loaded: Any, tmp_path: Path) -> None:
     spec = Ruler(lengths=(LENGTH,), cases=1, data="grass")
     for changes, message in (
-        ({"tasks": ("qa_1",)}, "none is given as `squad`"),
+        ({"tasks": ("qa_1",)}, "`squad` is not given"),
         ({"tasks": ("vt",), "lengths": (500,)}, r"vt at 500 needs [\d,]+ tokens"),
         ({"tasks": ("passkey",)}, "no task 'passkey'"),
         ({"tasks": ("vt", "qa_1"), "squad": str(tmp_path / "absent")}, "cannot read the questions"),
@@ -199,8 +199,8 @@ def test_qa_is_left_out_by_name(loaded: Any, tmp_path: Path) -> None:
     assert len(made.items) == 11
     assert made.notes[:3] == (
         "ruler: RULER-11 (no QA), 11 cases",
-        "ruler: qa_1 is left out, for want of `squad`: the path of its official JSON",
-        "ruler: qa_2 is left out, for want of `hotpotqa`: the path of its official JSON",
+        "ruler: qa_1 is left out: give `squad`, the path of its official JSON",
+        "ruler: qa_2 is left out: give `hotpotqa`, the path of its official JSON",
     )
 
 

@@ -133,12 +133,12 @@ def test_generators_are_not_seeded(loaded: LoadedModel, tasks: str) -> None:
 
 
 def test_what_lm_eval_cannot_do(loaded: LoadedModel, tasks: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="knows no task or group no_such_task"):
+    with pytest.raises(InputError, match="has no task or group no_such_task"):
         short.prepare(Short(tasks=("no_such_task",)), tmp_path, "float32", "cpu", lambda *_: None)
     with pytest.raises(InputError, match="no such directory"):
         short.check(Short(tasks=("ctxext_norm",), include=str(tmp_path / "nothing")))
     (tmp_path / "away.yaml").write_text(TASK.format(name="ctxext_away", data=tmp_path / "away.jsonl", more=""))
-    with pytest.raises(EnvironmentFault, match="the data of the task ctxext_away cannot be had"):
+    with pytest.raises(EnvironmentFault, match="the data of the task ctxext_away cannot be loaded"):
         short.prepare(Short(tasks=("ctxext_away",), include=str(tmp_path)), tmp_path, "float32", "cpu", lambda *_: None)
 
 

@@ -56,7 +56,7 @@ def test_rows_flag_what_is_beyond_the_model(loaded: Any, data: str) -> None:
 
 
 def test_a_length_beyond_the_model_is_refused_unless_asked_for(loaded: Any, data: str) -> None:
-    with pytest.raises(InputError, match="bears 128 tokens, and length 256 was asked") as caught:
+    with pytest.raises(InputError, match="length 256 is beyond the usable length of model, 128 tokens") as caught:
         evaluate([loaded], spec("perplexity", data, lengths=[64, 256]))
     assert "--extrapolate" in str(caught.value.hint)
 
@@ -250,7 +250,7 @@ def test_longlora_says_first_how_long_it_will_take(loaded: Any, data: str) -> No
     evaluate([loaded], given, progress=lambda *_: told.append("ran"), notice=told.append)
     assert "read 1 file, 1 document, 600 tokens" in told[0], told
     assert "2 windows, 256 tokens to run" in told[1] and "256 tokens apart skip text at length 128" in told[2], told
-    assert "longlora runs a token" in told[3] and told[4] == "ran", told
+    assert "longlora computes each token" in told[3] and told[4] == "ran", told
 
 
 def test_depths_are_drawn_beside_the_numbers(model_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_every_command_takes_a_file(write_model: Any, tmp_path: Path) -> None:
     shutil.rmtree(source)
     (tmp_path / "book.txt").write_text(BOOK)
     data = ("--data", "book.txt")
-    assert "time not known" in ctxext(tmp_path, "plan", model, "--ctx", "512")
+    assert "time unknown" in ctxext(tmp_path, "plan", model, "--ctx", "512")
     found = json.loads(ctxext(tmp_path, "doctor", model, "--json"))[model]
     assert "Q8_0" in found[0]["found"] and not [one for one in found if one["status"] == "failure"]
     written = json.loads(ctxext(tmp_path, "generate", model, "--prompt", "the", "--max-new-tokens", "3", "--json"))

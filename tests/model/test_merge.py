@@ -105,7 +105,7 @@ def test_a_merge_that_changes_the_model_is_not_written(model_dir, tmp_path, monk
 
 
 def test_an_ordinary_model_has_nothing_to_merge(model_dir, tmp_path):
-    with pytest.raises(InputError, match="nothing to merge"):
+    with pytest.raises(InputError, match="has no adapter to merge"):
         plan_merge(str(model_dir("llama")), tmp_path / "merged", None, False)
 
 
@@ -117,10 +117,10 @@ def test_an_ordinary_model_has_nothing_to_merge(model_dir, tmp_path):
         ({"alpha_multiplier": "nan"}, "above 0 and up to 4"),
         ({"alpha_multiplier": "half"}, "allowed are auto"),
         ({"nope_scale": "-1"}, "above 0 and up to 4"),
-        ({"nope_scale": "log"}, "silently lose it"),
+        ({"nope_scale": "log"}, "lose the scale without a message"),
         ({"nope_scale": "1.2", "length": "4k"}, "--length 4k"),
         ({"nope_scale": "auto", "length": "8"}, "allowed are 64 tokens"),
-        ({"alpha_multiplier": "0.5", "data": "embedded"}, "nothing is measured"),
+        ({"alpha_multiplier": "0.5", "data": "embedded"}, "this merge measures nothing"),
         ({"alpha_multiplier": "auto", "data": "./absent.txt"}, "absent.txt"),
     ],
     ids=str,

@@ -80,7 +80,7 @@ def test_a_run_says_what_it_expects_and_then_what_it_took(model_dir, tmp_path, m
     known = ["finetune", str(model_dir("llama")), "--ctx", "64", "--preset", "smoke", "--data", str(text), "--out"]
     result = CliRunner().invoke(app, [*known, str(tmp_path / "a")])
     assert result.exit_code == 0, result.output
-    assert "no rates known for this machine" in result.stderr and "nothing was predicted" in result.stdout
+    assert "no rates known for this machine" in result.stderr and "no prediction" in result.stdout
     calibrate.calibrate()
     result = CliRunner().invoke(app, [*known, str(tmp_path / "b")])
     assert result.exit_code == 0, result.output

@@ -109,7 +109,7 @@ def test_exactly_zero_beyond_the_reach_of_all_windows(place):
     assert (by_distance[: reach + 1] > 0).all() and (by_distance[reach + 1 :] == 0).all()
     assert all((bucket["influence"] > 0) == (bucket["start"] <= reach) for bucket in finding.facts["buckets"])
     assert finding.facts["share_beyond"]["16"] == 0 < finding.facts["share_beyond"]["8"]
-    assert finding.notes[-1] == f"no layer is full: exactly zero beyond {reach} tokens back"
+    assert finding.notes[-1] == f"no layer is full, so it is exactly zero beyond {reach} tokens back"
     assert None in finding.pictures[0].lines[0].y  # a logarithmic axis has no zero
 
 

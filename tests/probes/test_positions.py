@@ -44,7 +44,9 @@ def test_every_layer_turns_as_the_config_means(kind, family, model_dir):
     assert scale["built"] == pytest.approx(scale["meant"]) and (scale["meant"] > 1) == (kind in ("yarn", "longrope"))
     stretched = max(layer["stretched"][1] for layer in finding.facts["layers"])
     assert (stretched > 1.5) == (kind != "default"), stretched  # also where it depends on the length of the text
-    assert any("by the text's length" in note for note in finding.notes) == (kind in ("dynamic", "longrope"))
+    assert any("depends on the length of the text" in note for note in finding.notes) == (
+        kind in ("dynamic", "longrope")
+    )
     json.dumps(dataclasses.asdict(finding), allow_nan=False)
 
 
@@ -53,7 +55,7 @@ def test_a_model_that_turns_otherwise_than_its_config_says_is_found_out(model_di
     subject.loaded.model.model.rotary_emb.inv_freq.div_(2.0)  # interpolated, and config.json knows nothing of it
     finding = look(subject)
     assert all(layer["apart"] == pytest.approx(0.5, abs=1e-3) for layer in finding.facts["layers"])
-    assert any("turn by other angles" in note for note in finding.notes)
+    assert any("rotate by other angles" in note for note in finding.notes)
 
 
 def test_layers_without_positions_do_not_turn_and_the_past_is_told(tmp_path):
@@ -72,7 +74,7 @@ def test_a_parent_that_is_gone_is_said(tmp_path):
     run_conversion(plan_conversion(str(first), "SSSN", out=second, sliding_window=32), gate=False)
     first.rename(tmp_path / "elsewhere")
     steps = positions.history(resolve(str(second)))
-    assert [step["made_by"] for step in steps] == ["not there any more", "conversion"]
+    assert [step["made_by"] for step in steps] == ["missing", "conversion"]
 
 
 def test_a_path_is_shown_without_the_way_back(tmp_path, monkeypatch):
@@ -86,7 +88,7 @@ def test_a_path_is_shown_without_the_way_back(tmp_path, monkeypatch):
 def test_positions_that_nothing_was_trained_for_are_pointed_at(model_dir):
     changes = {"max_position_embeddings": 4096, "original_max_position_embeddings": 512}
     finding = look(Subject(from_directory(model_dir(**changes))))
-    assert any("are said to bear 4,096 tokens" in note for note in finding.notes)
+    assert any("a usable length of 4,096" in note for note in finding.notes)
     assert {layer["bears"] for layer in finding.facts["layers"]} == {4096}
 
 

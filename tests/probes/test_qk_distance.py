@@ -105,7 +105,7 @@ def test_a_run_whose_start_is_gone_is_refused(model_dir, letters, kept_run, writ
     with pytest.raises(ModelError, match="trained from") as caught:
         asked(path)
     assert "first step" in caught.value.hint
-    with pytest.raises(InputError, match="no finetune run"):
+    with pytest.raises(InputError, match="not a finetune run"):
         asked(model_dir("llama"))
 
 

@@ -113,7 +113,7 @@ def test_the_questions_of_the_ablation_are_others(induction, letters):
 
 
 def test_more_heads_than_there_are_cannot_be_masked(induction, letters, tmp_path):
-    with pytest.raises(InputError, match="16 in all") as caught:
+    with pytest.raises(InputError, match="has 16 heads") as caught:
         plan_probe(str(induction), ["retrieval-heads"], {"ablate": 9, "data": str(letters)}, out=tmp_path / "out")
     assert "at most 8" in caught.value.hint
 
@@ -130,9 +130,11 @@ def test_a_model_that_cannot_do_it_has_no_copy_scores(model_dir, letters):
     finding = found(model_dir("llama"), letters, ablate=2, draws=1, samples=2)
     assert finding.facts["copy"] == {"scores": None, "statistics": None, "successes": 0, "trials": 2}
     assert finding.facts["ranked_by"] == "mass" and [picture.name for picture in finding.pictures] == ["mass"]
-    assert "cannot do this" in finding.notes[0] and {row[3] for row in finding.tables[0].rows} == {"none"}
+    assert "answers was found, so no head has a score" in finding.notes[0] and {
+        row[3] for row in finding.tables[0].rows
+    } == {"none"}
     alone = found(model_dir("llama"), letters, ablate=2, definitions=("copy",), samples=2)
-    assert alone.pictures == alone.tables == () and "nothing was masked" in alone.notes[-1]
+    assert alone.pictures == alone.tables == () and "no head was masked" in alone.notes[-1]
 
 
 @pytest.mark.parametrize("window", [110, 125])
@@ -150,7 +152,7 @@ def test_a_layer_that_cannot_see_any_answer_is_zero_and_not_ranked(induction, le
     finding = found(converted(induction, "FS", 20, tmp_path / "FS"), letters)
     assert finding.facts["reach"] == [1.0, 0.0] and finding.facts["mass"]["scores"][1] == [0.0] * HEADS
     assert all(layer == 0 for layer, _ in finding.facts["top"])
-    assert any("layers 1: their zeros are by construction" in note for note in finding.notes)
+    assert any("layers 1: their scores are necessarily 0" in note for note in finding.notes)
     with pytest.raises(InputError, match="only 0 heads can see an answer"):
         found(converted(induction, "SS", 20, tmp_path / "SS"), letters, ablate=1, definitions=("mass",))
 

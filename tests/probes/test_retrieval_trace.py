@@ -125,9 +125,9 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_loaded(run, lette
         measure(
             Subject(resolve(str(copy)), device="cpu"), RetrievalTrace(length=150, data=str(letters)), lambda *_: None
         )
-    with pytest.raises(InputError, match="is no finetune run"):
+    with pytest.raises(InputError, match="is not a finetune run"):
         plan_probe(str(induction), ["retrieval-trace"], out=tmp_path / "out")
-    with pytest.raises(InputError, match="is no finetune run"):
+    with pytest.raises(InputError, match="is not a finetune run"):
         history(resolve(str(induction)), print)
 
     def named(path):

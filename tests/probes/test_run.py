@@ -73,7 +73,7 @@ def test_out_of_memory_says_what_helps(hybrid, tmp_path, monkeypatch):
 
 def test_all_says_what_it_leaves_out_and_why(hybrid, tmp_path, monkeypatch):
     plan = plan_probe(hybrid, ["all"], preset="smoke", out=tmp_path / "out")
-    assert plan.left_out == "all leaves out retrieval-trace and qk-distance (tiny-swa128-nope is no finetune run)"
+    assert plan.left_out == "all leaves out retrieval-trace and qk-distance (tiny-swa128-nope is not a finetune run)"
     monkeypatch.setattr(run, "MEASURES", dict.fromkeys(run.MEASURES, lambda *_: Finding({})))
     told = []
     run.measure(plan, notice=told.append)

@@ -5,7 +5,7 @@ import pytest
 from ctxext.config import presets
 from ctxext.errors import InputError, SpecError
 from ctxext.probes.plan import plan_probe
-from ctxext.probes.spec import OF_A_RUN, PROBES, asked
+from ctxext.probes.spec import PROBES, RUN_PROBES, asked
 
 
 @pytest.mark.parametrize("preset", presets.names("probe"))
@@ -47,7 +47,7 @@ def test_a_fault_within_a_probe_is_one_fault():
 def test_a_preset_that_names_no_probe_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("layer-nia: {samples: 100}\n")
-    with pytest.raises(InputError, match="'layer-nia' is no probe"):
+    with pytest.raises(InputError, match="'layer-nia' is neither a probe nor a field"):
         asked(["layer-niah"], {}, preset=str(path))
 
 
@@ -56,7 +56,7 @@ def test_a_preset_that_names_no_probe_is_refused(tmp_path):
     [
         ("layer-niah: 5", "got 5; allowed: fields"),
         ("layer-niah: [a]", "allowed: fields"),
-        ("retrieval-heads: {smaples: 4}", "'smaples' is no field"),
+        ("retrieval-heads: {smaples: 4}", "'smaples' is not a field"),
     ],
 )
 def test_a_preset_is_checked_whole(text, words, tmp_path):
@@ -68,7 +68,7 @@ def test_a_preset_is_checked_whole(text, words, tmp_path):
 
 def test_all_leaves_out_what_follows_a_run(tmp_path):
     plan = plan_probe("tiny", ["all"], out=tmp_path / "out")
-    assert [probe.probe for probe in plan.spec.probes] == [name for name in PROBES if name not in OF_A_RUN]
+    assert [probe.probe for probe in plan.spec.probes] == [name for name in PROBES if name not in RUN_PROBES]
     assert {getattr(probe, "length", 512) for probe in plan.spec.probes} == {512}
 
 
@@ -76,13 +76,13 @@ def test_all_leaves_out_what_follows_a_run(tmp_path):
     ("names", "given", "words"),
     [
         (["retrieval-trace"], {}, "training run"),
-        (["attention-distance"], {"length": 1024}, "bears 512 tokens"),
-        (["attention-distance"], {"attention-distance.lengths": ["1k"]}, "bears 512 tokens"),
+        (["attention-distance"], {"length": 1024}, "usable length of "),
+        (["attention-distance"], {"attention-distance.lengths": ["1k"]}, "usable length of "),
         (["attention-distance"], {"length": 32}, "less than 64"),
         (["attention-distance"], {"data": "no-such-file.txt"}, "no-such-file"),
         (["gradient-influence"], {"length": 128, "last": 129}, "last 129 positions of 128"),
-        (["retrieval-heads"], {"ablate": 9}, "ablate 9 masks as many heads and then as many others.*16 in all"),
-        (["all", "positions"], {}, "all stands alone"),
+        (["retrieval-heads"], {"ablate": 9}, "ablate 9 needs two sets of as many heads.*16 heads"),
+        (["all", "positions"], {}, "give `all` alone"),
         (["receptive-field"], {"data": "grass"}, "repeated sentences"),
         (["receptive-field"], {"evaluator": "no-such-model"}, "no-such-model"),
     ],

@@ -239,7 +239,7 @@ def test_the_log_scale_is_part_of_what_an_evaluation_is_and_needs_an_n_layer(hyb
     ]
     assert len({json.dumps(plan.request, sort_keys=True) for plan in plans}) == 3
     plan_eval([str(hybrid)], "perplexity", given, against=str(model_dir("llama")), out=tmp_path / "out")
-    with pytest.raises(InputError, match="no model here has an N layer.*FFFF"):
+    with pytest.raises(InputError, match="no given model has an N layer.*FFFF"):
         plan_eval([str(model_dir("llama"))], "perplexity", given, out=tmp_path / "out")
     with pytest.raises(InputError, match="FFFF has no N layer"):
         load_model(model_dir("llama"), nope_log_scale=500.0)

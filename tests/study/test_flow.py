@@ -33,9 +33,9 @@ def test_a_reference_becomes_what_it_names(given, expected):
 
 
 def test_a_path_that_a_report_does_not_have_is_told_with_what_it_has():
-    with pytest.raises(LookupError, match=r"heal.facts.worst.*no 'worst'; there are best"):
+    with pytest.raises(LookupError, match=r"heal.facts.worst.*'worst' is unknown; allowed: best"):
         filled("${heal.facts.worst}", KNOWN)
-    with pytest.raises(LookupError, match="no '2'"):
+    with pytest.raises(LookupError, match="'2' is unknown"):
         filled("${heal.held_out.2}", KNOWN)
 
 

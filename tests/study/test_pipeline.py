@@ -49,7 +49,7 @@ def test_set_changes_a_value_an_axis_or_any_part(read):
     changes = {"model": "llama2-7b", "over.rank": [4], "steps.convert.sliding_window": 64}
     jobs = read(SWEEP, **changes).jobs
     assert len(jobs) == 6 and jobs[0].arguments["model"] == "llama2-7b" and jobs[0].arguments["sliding_window"] == 64
-    with pytest.raises(SpecError, match="modell: no value has this name; there are model, text"):
+    with pytest.raises(SpecError, match="modell: no value has this name; allowed: model, text"):
         read(SWEEP, modell="x")
 
 
@@ -92,9 +92,9 @@ def test_every_fault_is_told_at_once_with_its_path(read):
     faults = "\n".join(caught.value.faults)
     for expected in (
         "values.idle: no step uses it",
-        "over.rank: a value stands twice",
+        "over.rank: a value is given twice",
         "steps.b.command: got 'train'",
-        "steps.c: ${d}: a step that does not come before",
+        "steps.c: ${d}: this step does not come before",
         "steps.d: ${nobody}: no value, axis or step has this name",
     ):
         assert expected in faults, faults
@@ -129,14 +129,14 @@ def test_presets_and_fields_of_steps_are_read_too(read):
         ("steps: {a: {command: merge, run: x}, 'a b': {command: merge, run: x}}", "steps.a b"),
         ("values: {a: 1}\nsteps: {a: {command: merge, run: '${a}'}}", "the name is taken"),
         ("over: {n: []}\nsteps: {a: {command: merge, run: '${n}'}}", "over.n: empty"),
-        ("values: {a: '${b}'}\nsteps: {s: {command: merge, run: '${a}'}}", "a value refers to nothing"),
-        ("steps: {a: {command: merge, run: '${a'}}", "holds no reference"),
+        ("values: {a: '${b}'}\nsteps: {s: {command: merge, run: '${a}'}}", "a value may not hold a reference"),
+        ("steps: {a: {command: merge, run: '${a'}}", "is not a reference"),
         (f"over: {{n: {list(range(1001))}}}\nsteps: {{a: {{command: merge, run: '${{n}}'}}}}", "1,001 cells"),
-        ("over: {n: ['${a}']}\nsteps: {s: {command: merge, run: '${n}'}}", "a value refers to nothing"),
-        ("steps: {state: {command: merge, run: x}}", "state is a file of every pipeline's output"),
+        ("over: {n: ['${a}']}\nsteps: {s: {command: merge, run: '${n}'}}", "a value may not hold a reference"),
+        ("steps: {state: {command: merge, run: x}}", "state is the name of a file in the output of every pipeline"),
         ("steps: {a: {command: [merge], run: x}}", "steps.a.command: got \\['merge'\\]"),
         ("values: 5\nsteps: {a: {command: merge, run: x}}", "values"),
-        ("values: {m: tiny}\nsteps: {a: {command: merge, run: '${m.name}'}}", "no 'name'; there are nothing below"),
+        ("values: {m: tiny}\nsteps: {a: {command: merge, run: '${m.name}'}}", "'name' is unknown; allowed: none"),
         ("steps: {a: &x {command: merge, run: b}, c: *x}", "anchors"),
     ],
 )

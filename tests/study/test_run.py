@@ -76,7 +76,7 @@ def test_a_matrix_runs_is_skipped_and_runs_again_where_its_inputs_change(place):
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
 
     with pytest.raises(
-        InputError, match=r"train.SN is there, and not what is asked for: .*learning_rate was 0.001, is 0"
+        InputError, match=r"train.SN exists and was made from another request: .*learning_rate was 0.001, is 0"
     ):
         run(rate=2e-3)
     outcomes, _, _ = run(force=True, rate=2e-3)
@@ -88,6 +88,13 @@ def test_a_matrix_runs_is_skipped_and_runs_again_where_its_inputs_change(place):
         "measure.SN": "ran", "measure.NS": "ran", "page": "ran",
     }  # fmt: skip
     assert outcomes["train.SN"] == "taken"
+
+
+def test_the_progress_of_a_training_has_the_total_of_its_steps(place):
+    plan, seen = plan_pipeline(read_pipeline("p.yaml", {"over.hybrid": ["SN"]})), []
+    run_pipeline(plan, progress=lambda *progress: seen.append(progress))
+    steps_seen = [counts for what, *counts in seen if what == "training"]
+    assert steps_seen == [[step, len(steps_seen)] for step in range(1, len(steps_seen) + 1)] and steps_seen
 
 
 def test_a_kill_while_the_output_is_hashed_costs_no_training(place, monkeypatch):
@@ -104,7 +111,7 @@ def test_a_kill_while_the_output_is_hashed_costs_no_training(place, monkeypatch)
     monkeypatch.undo()
     monkeypatch.chdir(place)
     shown = CliRunner().invoke(app, ["run", "p.yaml", "--dry-run"])
-    assert shown.exit_code == 0 and "train.SN  (finetune; goes on)" in shown.stdout
+    assert shown.exit_code == 0 and "train.SN  (finetune; resumes)" in shown.stdout
     assert "settings={optimizer.learning_rate: 0.001, data.min_tokens: null}" in shown.stdout
     assert "lengths=[32]" in shown.stdout and "None" not in shown.stdout and "=null" not in shown.stdout
     trained = {path: path.stat().st_mtime_ns for path in (place / "runs" / "p" / "train.SN").rglob("*.safetensors")}
@@ -121,9 +128,9 @@ def test_what_changed_under_the_pipeline_is_noticed(place):
     config.write_text(config.read_text() + "\n")
     with pytest.raises(InputError, match="its files changed since"):
         run(**{"over.hybrid": ["SN"]})
-    with pytest.raises(InputError, match="--from: convert.NS comes before and is not done"):
+    with pytest.raises(InputError, match="--from: the earlier job convert.NS is not done"):
         run(begin="train", **{"over.hybrid": ["NS"]})
-    with pytest.raises(InputError, match="no step has this name; there are convert, train, merged"):
+    with pytest.raises(InputError, match="no step has this name; allowed: convert, train, merged"):
         run(begin="trian")
     (place / "runs" / "p" / "state" / "convert.SN.json").write_text("{")
     with pytest.raises(ModelError, match="broken.*"):
@@ -166,7 +173,7 @@ def test_a_finished_step_is_not_replaced_because_one_before_it_was_made_again(pl
     shutil.rmtree(place / "runs" / "p" / "convert.SN")
     text = (place / "p.yaml").read_text().replace("sliding_window: 8", "sliding_window: 16")
     (place / "p.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"step train.SN: .*train.SN is there, and not what is asked for"):
+    with pytest.raises(InputError, match=r"step train.SN: .*train.SN exists and was made from another request"):
         run(**one)
     assert weights.read_bytes() == before
 
@@ -185,7 +192,7 @@ def begun(place, **changes):
 
 def test_what_was_begun_with_other_settings_is_neither_gone_on_with_nor_replaced(place):
     one, root, out, _, record = begun(place)
-    with pytest.raises(InputError, match=r"train.SN is there, and not what is asked for: .*learning_rate"):
+    with pytest.raises(InputError, match=r"train.SN exists and was made from another request: .*learning_rate"):
         run(rate=2e-3, **one)
     other = next(job for job in read_pipeline("p.yaml", one | {"rate": 2e-3}).jobs if job.step == "train")
     asked = json.loads(json.dumps(record["request"]).replace("0.001", "0.002"))  # the record of another, its files old
@@ -227,13 +234,16 @@ def test_a_preset_of_the_hub_is_stamped_by_what_it_says_and_a_model_by_its_lengt
     assert state.stamp("mine") != before
     out = str(place / "hybrid")
     run_conversion(plan_conversion(str(model_dir()), "SN", out=Path(out), sliding_window=16), gate=False)
-    before, manifest = state.stamp(out, but=state.TOLD), json.loads((place / "hybrid" / "ctxext.json").read_text())
+    before, manifest = (
+        state.stamp(out, but=state.NOT_COMPARED),
+        json.loads((place / "hybrid" / "ctxext.json").read_text()),
+    )
     manifest["created"] = "2020-01-01T00:00:00.000000+00:00"
     (place / "hybrid" / "ctxext.json").write_text(json.dumps(manifest))
-    assert state.stamp(out, but=state.TOLD) == before
+    assert state.stamp(out, but=state.NOT_COMPARED) == before
     manifest["facts"]["original_length"] = 8
     (place / "hybrid" / "ctxext.json").write_text(json.dumps(manifest))
-    assert state.stamp(out, but=state.TOLD) != before
+    assert state.stamp(out, but=state.NOT_COMPARED) != before
 
 
 def test_the_text_of_a_configuration_of_zero_is_part_of_what_is_asked(place, model_dir):
@@ -251,14 +261,14 @@ def test_the_text_of_a_configuration_of_zero_is_part_of_what_is_asked(place, mod
 def test_a_place_that_is_not_a_pipelines_is_left_alone(place):
     (place / "runs" / "p").mkdir(parents=True)
     (place / "runs" / "p" / "precious").write_text("")
-    with pytest.raises(InputError, match="no pipeline's output"):
+    with pytest.raises(InputError, match="not the output of a pipeline"):
         run()
 
 
 def test_a_step_that_fails_is_named_and_what_was_done_stays(place):
     text = (place / "p.yaml").read_text().replace('run: "${train}"', 'run: "${convert}"')
     (place / "p.yaml").write_text(text)
-    with pytest.raises(InputError, match=r"step merged.SN: .*holds no adapter"):
+    with pytest.raises(InputError, match=r"step merged.SN: .*has no adapter to merge"):
         run(**{"over.hybrid": ["SN"]})
     pipeline = read_pipeline("p.yaml", {"over.hybrid": ["SN"]})
     assert plan_pipeline(pipeline).standings["train.SN"] == "done"
@@ -272,7 +282,7 @@ def test_numbers_flow_into_later_steps_and_missing_ones_are_named(place):
     run(**{"over.hybrid": ["SN"]})
     assert "after 2 steps" in (place / "runs" / "p" / "page.SN" / "report.html").read_text()
     (place / "p.yaml").write_text(with_title.replace("steps_done", "step_done"))
-    with pytest.raises(InputError, match=r"step page.SN: .*no 'step_done'; there are out, finished"):
+    with pytest.raises(InputError, match=r"step page.SN: .*'step_done' is unknown; allowed: out, finished"):
         run(force=True, **{"over.hybrid": ["SN"]})
 
 

@@ -85,5 +85,5 @@ def test_presets_that_ship_and_files_below_are_allowed(refused, tmp_path):
     ):
         assert refused(step).standings["a"] == "new"
     assert refused(CASES["upwards"] | {"data": str(tmp_path / "secret.txt")}, trusted=True).standings["a"] == "new"
-    with pytest.raises(InputError, match="no process on other hosts"):
+    with pytest.raises(InputError, match="no processes on other hosts"):
         refused({"command": "finetune", "model": "tiny", "ctx": "1k", "hostfile": "hosts"})

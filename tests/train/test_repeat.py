@@ -76,7 +76,7 @@ def test_what_moved_is_named_and_accepted_when_told(first, write_model, tmp_path
     plan, moved = plan_repeated(first, accept=True)
     assert plan.spec.seed == 5 and len(moved) == 2
     said = finetune("--repeat", first, "--plan", "--force")
-    assert said.exit_code == 0 and said.stderr.count("warning: no longer what") == 2
+    assert said.exit_code == 0 and said.stderr.count("warning: changed since") == 2
     (tmp_path / "model").rename(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match="not there any more"):
         plan_repeated(first, accept=True)

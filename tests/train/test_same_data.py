@@ -155,7 +155,7 @@ def test_a_run_says_and_keeps_what_it_read(begun: Path, tmp_path: Path) -> None:
     report = run_finetune(plan_resumed(begun), begun, resume=True, events=Events(said.append))
     tokens = 2 * (len(LINES) + 1)
     counts = f"2 files, 2 documents, {tokens:,} tokens"
-    assert f"data: found in the cache: {counts}; passed over: x.csv (suffix .csv)" in said
+    assert f"data: found in the cache: {counts}; skipped: x.csv (suffix .csv)" in said
     facts = json.loads((begun / "ctxext.json").read_text())["facts"]["data"]
     for read in (facts["read"], report.as_dict()["read"]):
         (one,) = read
