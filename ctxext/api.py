@@ -231,16 +231,18 @@ def finetune(
     given = asked_fields(ctx, data, steps, original_length) | dict(settings or {})
     if resume:
         if out is None:
-            raise InputError("resume: which run?", hint="name it with out")
+            raise InputError("resume needs a run", hint="give its directory as out")
         if model is None and preset != "lora-alpha":
-            raise InputError(f"resume: preset {preset!r} says nothing without a model", hint="a run has its own spec")
+            raise InputError(
+                f"resume: preset {preset!r} needs a model", hint="leave preset out: the run has its own spec"
+            )
         run = Path(out)
         # With a model, compare its plan with the spec of the run. Without one, the given settings are changes.
         asked = None if model is None else plan_asked(str(model), preset, given, needs_weights=True)
         if asked is not None and not started_as(run, asked, any_data=force):
             raise InputError(
                 f"{run} was started with another model, data or settings",
-                hint="give what it was started with, or another out; or force, without resume, to begin anew",
+                hint="give the same model, data and settings, or another out; force without resume starts it again",
             )
         plan = plan_resumed(run, {} if model is not None else given, accept=force, say=say)
     else:
@@ -335,7 +337,7 @@ def evaluate(
         names, suite, fields, against=None if against is None else str(against), out=_path(out), force=force
     )
     if plan.resumes:
-        say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
+        say(f"{plan.out} is an unfinished evaluation of the same request: it is resumed")
     return eval_models(plan, force=force, progress=progress, notice=say)
 
 

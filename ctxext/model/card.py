@@ -46,7 +46,7 @@ def runtime_note(config: Mapping[str, Any]) -> str:
         return note + f"transformers 4 does not compute the same from it: {reason}."
     return note + (
         f"config.json has `rope_theta` and `rope_scaling` beside `rope_parameters`, so that {FOURTH} reads the same "
-        f"positions. Logits of such files were compared between {FOURTH} and 5; this directory itself, other releases "
+        f"positions. Logits of such files were compared between {FOURTH} and 5; this directory, other releases "
         "of 4, and other programs were not checked."
     )
 

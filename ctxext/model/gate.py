@@ -133,7 +133,7 @@ def run_gate(
     report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, every, stand_in)
     if not report.passed:
         raise CheckFailed(
-            f"the conversion does not compute what it should: identity layout off by {identity_diff:.3g} (must be 0), "
+            f"the converted model computes other logits: identity layout off by {identity_diff:.3g} (must be 0), "
             f"hybrid layout off by {hybrid_diff:.3g} (at most {tolerance:.2g})",
             hint="nothing was written; please report this with the source's config.json and your transformers version",
         )
@@ -155,9 +155,9 @@ def _truth_by_hand(out: Path, config: Config, kinds: Sequence[LayerKind], ids: T
     # `not <=` also fails for NaN.
     if not tolerance <= BLIND * largest:
         raise CheckFailed(
-            f"fp32 alone moves this model's logits by {rounding:.3g} (the largest is {largest:.3g}): the hybrid layout "
-            "cannot be proved in fp32",
-            hint="nothing was written; --no-gate converts without the proof",
+            f"fp32 rounding changes these logits by {rounding:.3g} (the largest is {largest:.3g}): the hybrid layout "
+            "cannot be compared in fp32",
+            hint="nothing was written; --no-gate converts without the comparison",
         )
     return exact, tolerance
 
@@ -182,7 +182,7 @@ def _check_number(config: Config, kinds: Sequence[LayerKind]) -> None:
     """Checks that the stock class reads the layout's window, where the window is too large to compare by logits."""
     read = _window_of(built_config(config))
     if read not in {kind.sliding_window for kind in kinds} - {None}:
-        raise CheckFailed(f"the converted config.json gives transformers a window of {read}, the layout has another")
+        raise CheckFailed(f"the converted config.json gives transformers a window of {read}, not the layout's")
 
 
 def _logits(

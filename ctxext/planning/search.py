@@ -165,7 +165,7 @@ def converted(source: ModelSource, hybrid: str) -> ModelSource:
     Raises the errors of `convert` for a layout.
     """
     if source.kind != "source" and source.kind != "model":
-        raise InputError(f"{source.name} is a {source.kind}; --hybrid plans the conversion of a pretrained model")
+        raise InputError(f"{source.name} is a {source.kind}; --hybrid needs a pretrained model")
     kinds = layer_kinds(find_hybrid(hybrid), source.config["num_hidden_layers"])
     facts = {"source_layout": layout_facts(source.kinds), "source_rope_parameters": rope_of(source.config)}
     manifest = manifests.new("conversion", spec={}, parents={}, facts=facts)
@@ -339,7 +339,7 @@ def _leanest(asked: Asked, ctx: int) -> tuple[bool, Choice | None]:
 def largest(choice: Choice) -> str:
     """Returns the three largest items of a choice's memory, in words."""
     ranked = sorted(choice.plan.memory.items(), key=lambda item: -item[1])[:3]
-    return "most of it " + ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked)
+    return "mostly " + ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked)
 
 
 def dominating(fit: list[tuple[Choice, Estimate | None]], rates: Rates | None) -> dict[str, Any] | None:

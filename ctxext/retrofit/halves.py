@@ -86,7 +86,7 @@ def _half(texts: list[EncodedText], data: str, tokenizer: Any, lengths: Sequence
     if tokens < longest:
         raise DataError(
             f"{data}: half of the text has {tokens:,} tokens, and one window has {longest:,}",
-            hint="give longer text with --data (half of it is to choose by, half to report on) or a shorter --length",
+            hint="give longer text with --data (one half to choose by, one to report on), or a shorter --length",
         )
     cuts = [cut_windows(texts, T, tokenizer.eos_token_id, "truncate", alone_from=longest) for T in lengths]
     windows = []
@@ -133,7 +133,7 @@ def told_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int =
     # Pairs of the same window, grouped by length; each length counts equally.
     strata = [[(a, b) for a, b in zip(mine, others, strict=True) if a.length == T] for T in lengths]
     value, low, high, p = paired(strata)
-    tries = f", the best of {looks} tries" if looks > 1 else ""
+    tries = f", the best of {looks} values" if looks > 1 else ""
     words = f"{value:+.4f} nats, 95% from {low:+.4f} to {high:+.4f}, p = {p:.4f}, {counted(len(mine), 'pair')}{tries}"
     return p * looks < 0.05 and high < 0, words
 

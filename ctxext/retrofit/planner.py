@@ -149,22 +149,22 @@ class LayerPlan:
         """Returns sentences about how the measurements were made."""
         r = self.request
         where = "the embedded corpus's training part" if r.calibration == EMBEDDED else r.calibration
-        how = "all there are" if self.exhaustive else "greedy, with swaps"
+        how = "all possible ones" if self.exhaustive else "greedy, with swaps"
         lines = [
             f"{len(self.measured)} layouts measured ({how}) on {self.texts} x {r.row_tokens} tokens of {where}, and on "
             f"{counted(self.questions, 'passkey')} in it",
-            "text, answers: KL to the source's predictions; loss: of the text, above the source's; nats a token, "
-            f"before any healing; KV cache and forward are those of {format_tokens(r.length)} tokens",
+            "text, answers: KL to the source's predictions; loss: on text, above the source's; nats a token, "
+            f"before any healing; KV cache and forward are for {format_tokens(r.length)} tokens",
         ]
         if not r.full:
-            lines.append("no full layer: nothing further back than the window will be retrieved")
+            lines.append("no full layer: the model can retrieve nothing further back than the window")
         if self.source_answer_loss is None:
             return [*lines, f"no passkeys: they do not fit in {r.row_tokens} tokens, so retrieval was not measured"]
         if not self.share:
             return [
                 *lines,
                 f"the source's own loss at the answers is {self.source_answer_loss:.2f} nats a token: it does not "
-                "retrieve, so answers do not count and the score is the text's",
+                "retrieve, so that the score counts text only",
             ]
         return [*lines, f"score = text + {self.share:g} x answers"]
 
@@ -239,8 +239,8 @@ def choose_layers(
 def _refuse_pickles(source: ModelSource) -> None:
     if only_pickles(source.directory):
         raise ModelError(
-            f"{source.name}: the planner reads safetensors, one layer at a time, and there are only pickles",
-            hint="convert it with named --full-layers, or store it as safetensors first",
+            f"{source.name}: the planner needs safetensors files, and this model has only pickled weights",
+            hint="give --full-layers by number, or save the model as safetensors first",
         )
 
 
@@ -273,8 +273,8 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     ids = joined(documents, tokenizer, READ_AHEAD * request.tokens)
     if len(ids) < min(2 * window, T):
         raise DataError(
-            f"--calibration {source}: {format_tokens(len(ids))} tokens; a window of {format_tokens(window)} shows its "
-            f"damage in texts of at least {format_tokens(min(2 * window, T))}",
+            f"--calibration {source}: {format_tokens(len(ids))} tokens; a window of {format_tokens(window)} can be "
+            f"measured in texts of at least {format_tokens(min(2 * window, T))}",
             hint="give longer text, or a smaller --sliding-window",
         )
     # Rows of T tokens at evenly spaced places of the text.

@@ -92,12 +92,12 @@ def fit_sinks(
     least = min(2 * window, _row_tokens(plan, window))
     if calibration != EMBEDDED and ids.shape[1] < least:
         raise InputError(
-            f"--calibration {calibration}: {ids.shape[1]:,} tokens; to fit sinks for windows of {window:,} it has to "
-            f"have {least:,}",
+            f"--calibration {calibration}: {ids.shape[1]:,} tokens; fitting sinks for windows of {window:,} needs at "
+            f"least {least:,}",
             hint="give more text, leave --calibration out, or add --sinks none",
         )
     if ids.shape[1] <= window:
-        say(f"sinks: the calibration text has {ids.shape[1]:,} tokens, a window {window:,}: nothing is hidden in it")
+        say(f"sinks: the calibration text has {ids.shape[1]:,} tokens and fits in a window of {window:,}: none needed")
         return None
     check_ids([int(ids.max())], source.config["vocab_size"], source.name)
     # All that follows needs the weights; they are streamed layer by layer.

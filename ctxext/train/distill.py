@@ -74,7 +74,7 @@ def distilled_loss(
     if objective.hidden:
         assert lesson is not None
         if len(outputs) != len(lesson.layers):
-            raise ModelError(f"{len(outputs)} of {len(lesson.layers)} layers showed their output")
+            raise ModelError(f"{len(outputs)} of {len(lesson.layers)} layers recorded their output")
         errors = [_relative(out, true, taught) for out, true in zip(outputs, lesson.layers, strict=True)]
         loss = loss + objective.hidden * torch.stack(errors).mean()
     # The weight of each token's cross entropy and KL.

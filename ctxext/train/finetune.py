@@ -48,7 +48,7 @@ from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
 from ctxext.units import counted
 
-NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from its first step"
+NO_CHECKPOINT = "the run has no checkpoint; it starts at its first step"
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def set_up(
         sequences, held = prepare_data(plan, events)
     wanted = {"passkey": cases, "max_short_ppl_increase": plan.spec.validation.max_short_ppl_increase}
     if held is None and (given := [name for name, value in wanted.items() if value]):
-        message = f"validation.{given[0]}: there is nothing to validate"
-        raise InputError(message, hint="give longer text, or leave it out")
+        message = f"validation.{given[0]}: there is no held-out text"
+        raise InputError(message, hint="give longer text, or leave this field out")
     model = _model(plan, device, dtype)
     # The model has not trained yet. A resumed run loads its checkpoint later, so that it measures the same value here.
     sink_tokens = sinks_of(plan, model, events.say)
@@ -206,11 +206,11 @@ def finish(
     if spec.result == "best" and progress.validation and progress.best_step != step:
         if progress.best_step is not None and load_newest(run, engine, events.say, step=progress.best_step):
             step = progress.best_step
-            events.say(f"the result is that of step {step}, the best by held-out loss ({progress.best_loss:.4f})")
+            events.say(f"the result is step {step}, which has the lowest held-out loss ({progress.best_loss:.4f})")
         else:
             why = "no step had a lower held-out loss than the start"
             if progress.best_step is not None:
-                why = f"the checkpoint of step {progress.best_step}, the best by held-out loss, is gone or damaged"
+                why = f"the checkpoint of step {progress.best_step}, the best by held-out loss, is missing or damaged"
             events.say(f"warning: {why}; the last weights are the result")
     # A collective call: every rank takes part before the others return.
     masters = engine.masters()
@@ -219,7 +219,7 @@ def finish(
     # A full disk may have kept the last lines out of the file. Without them the facts of the result are wrong.
     lines = metrics.read(run / metrics.STEPS)
     if not lines or lines[-1]["step"] != progress.done:
-        raise _no_result(run, progress, f"{run / metrics.STEPS} lacks the last steps, which found no room")
+        raise _no_result(run, progress, f"{run / metrics.STEPS} lacks the last steps, because the disk was full")
     facts = {
         "first_loss": _comparable(plan, lines)[0]["loss"],
         "final_loss": lines[-1]["loss"],

@@ -30,8 +30,8 @@ def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked[:3])
     return EnvironmentFault(
         f"out of memory at ctx {format_tokens(plan.spec.ctx)}: {' '.join(str(error).split())[:200]}. Estimated: "
-        f"{format_bytes(sum(plan.memory.values()))}, most of it {largest}",
-        hint=f"try {next_knob(plan)}, with --resume --force --set to go on from the last checkpoint",
+        f"{format_bytes(sum(plan.memory.values()))}, the largest parts are {largest}",
+        hint=f"try {next_knob(plan)}; --resume --force --set OPTION continues from the last checkpoint with it",
     )
 
 
@@ -51,9 +51,9 @@ def next_knob(plan: RunPlan) -> str:
         else f"memory.tiles={TILE}" if memory.checkpoint and (memory.tiles or 2 * TILE) > TILE else None,
         "checkpoints": "memory.offload=true" if memory.checkpoint and not memory.offload else None,
         "kept attention": "memory.keep=nothing" if memory.keep != "nothing" else None,
-        "trainable": "optimizer.name=adamw8bit, or --zero 2 over several cards" if spec.optimizer.name == "adamw"
-        else "--zero 2 over several cards",
-        "weights": {"lora": "memory.quantize=nf4", "full": "--zero 3 over several cards"}[spec.tuning]
+        "trainable": "optimizer.name=adamw8bit, or --zero 2 on several GPUs" if spec.optimizer.name == "adamw"
+        else "--zero 2 on several GPUs",
+        "weights": {"lora": "memory.quantize=nf4", "full": "--zero 3 on several GPUs"}[spec.tuning]
         if memory.quantize == "none" else None,
     }  # fmt: skip
     # The largest item comes first, so that the first option found is the one to try.

@@ -63,14 +63,14 @@ def plan_asked(
         raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
     if model is None:
         model = str(manifests.newest(manifests.RUNS, ("conversion", "model")))
-        say(f"no MODEL given: taking the newest, {model}")
+        say(f"no MODEL given: using the newest, {model}")
     source = resolve(model, weights=needs_weights)
     # Distillation without a ctx trains at the original length.
     given_length = fields.get("original_length")
     length = source.original_length if given_length is None else parse_tokens(given_length)
     if "ctx" not in fields and length is not None:
         fields["ctx"] = length
-        say(f"no --ctx given: healing at {length:,} tokens, the length it was first trained at")
+        say(f"no --ctx given: healing at {length:,} tokens, the model's original training length")
     return plan_run(source, build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)"))
 
 
@@ -184,40 +184,40 @@ def plan_resumed(
     the spec or the data changed without `accept`; ModelError when the model or the teacher has changed.
     """
     if not (run / SPEC_FILE).is_file():
-        raise InputError(f"{run}: no run to resume: it has no {SPEC_FILE}")
+        raise InputError(f"{run}: not a run: it has no {SPEC_FILE}")
     if (run / manifests.FILE_NAME).exists():
-        raise InputError(f"{run} is finished", hint="ctxext eval or ctxext merge it")
+        raise InputError(f"{run} is finished", hint="evaluate it with ctxext eval, or merge it with ctxext merge")
     start = _read(run)
     new = _changed(start.spec, changes or {})
     differ = differences(asdict(start.spec), asdict(new))
     # Another path with the same contents is not a change. Every other difference needs --force.
     if differ and all(one.startswith("data.source was ") for one in differ) and data_hash(new.data) == start.data:
-        say(f"the data moved to {new.data.described}; its contents are the same")
+        say(f"the data is now at {new.data.described}; its contents are the same")
     elif differ and not accept:
         raise InputError(
             f"{run} was started with another spec: {', '.join(differ)}",
-            hint="leave them out to go on as before, or add --force to go on with what is given",
+            hint="leave these options out to keep the run's spec, or add --force to continue with what is given",
         )
     done = _steps_done(run)
     if new.steps < done:
         raise InputError(
-            f"{run} is {counted(done, 'step')} far, more than steps: {new.steps}", hint=f"give {done} or more"
+            f"{run} has done {counted(done, 'step')}, more than steps: {new.steps}", hint=f"give {done} or more"
         )
     plan = plan_run(start.source(), new)
     # Compare the files with those of the start. Changed weights are never accepted.
     now = Start.of(plan)
     if now.weights != start.weights:
-        raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
+        raise ModelError(f"{start.model}: its weights are not those that this run started from (other sha256)")
     if now.teacher != start.teacher and new.distill == start.spec.distill:
-        raise ModelError(f"{run}: the teacher's weights are not those this run started with (their sha256 differ)")
+        raise ModelError(f"{run}: the teacher's weights are not those that this run started with (other sha256)")
     moved = moved_data(run, start.data, new.data, now.data) if new.data == start.spec.data else []
     if moved and not accept:
         raise InputError(
             f"{start.spec.data.described}: the data changed since this run started: {some_of(moved)}",
-            hint="put the files back, start a new run, or add --force to go on with the data as it is",
+            hint="put the files back, start a new run, or add --force to continue with the changed data",
         )
     if moved:
-        say(f"warning: going on with data that changed since this run started: {some_of(moved)}")
+        say(f"warning: continuing with data that changed since this run started: {some_of(moved)}")
     return plan
 
 
@@ -243,7 +243,7 @@ def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
 
 def way_out(run: Path) -> str:
     """Returns the hint for a full disk."""
-    return f"make room, then: ctxext finetune --resume --out {run}"
+    return f"free disk space, then give: ctxext finetune --resume --out {run}"
 
 
 def _record_changes(plan: RunPlan, run: Path) -> None:
@@ -291,7 +291,7 @@ def plan_repeated(
     InputError when the directory is not a run, or when weights or data changed without `accept`.
     """
     if not (run / SPEC_FILE).is_file():
-        raise InputError(f"{run}: no run to repeat: it has no {SPEC_FILE}")
+        raise InputError(f"{run}: not a run: it has no {SPEC_FILE}")
     start = _read(run)
     plan = plan_run(start.source(), _changed(start.spec, changes or {}))
     # Compare the model's files one by one, then the data and the teacher, unless `changes` replace these.
@@ -308,8 +308,8 @@ def plan_repeated(
         moved.append("the teacher's weights (changed)")
     if moved and not accept:
         raise InputError(
-            f"{run} cannot be repeated, these moved since: {', '.join(moved)}",
-            hint="put them back, or add --force to run the same spec on what there is now",
+            f"{run} cannot be repeated; missing or changed since then: {', '.join(moved)}",
+            hint="restore them, or add --force to run the same spec on the current files",
         )
     return plan, moved
 
@@ -325,7 +325,7 @@ def _read(run: Path, *, as_today: bool = False) -> Start:
         fields["spec"].setdefault("lora", {}).setdefault("sinks", "frozen")
     start = build(Start, fields, source=str(run / SPEC_FILE))
     if not Path(start.model).is_dir():
-        raise ModelError(f"{run}: the model it started from, {start.model}, is not there any more")
+        raise ModelError(f"{run}: the model that it started from, {start.model}, no longer exists")
     return start
 
 

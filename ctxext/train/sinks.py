@@ -76,11 +76,11 @@ def sinks_of(plan: RunPlan, model: Any, say: Callable[[str], None]) -> int:
     """
     if plan.sink_tokens is not None:
         if plan.group_size and plan.spec.attention.sinks == "auto":
-            say("attention.sinks: 0 with memory.tiles, whose tiles do not hold the first token of a document")
+            say("attention.sinks: 0, because memory.tiles is set: tiles do not hold a document's first token")
         return plan.sink_tokens
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         # ZeRO 3 has partitioned the weights, and its engine gathers them only when it runs the model itself.
-        say("warning: attention.sinks: auto is not measured under ZeRO 3, and is 0; set attention.sinks=1 to keep one")
+        say("warning: attention.sinks: auto cannot be measured under ZeRO 3: 0 is used; set attention.sinks=1 for one")
         return 0
     # One forward pass over held-out text, before the first step.
     shares = first_token_shares(model, measured_row(load_tokenizer(plan.source.directory), plan.spec.ctx))
@@ -116,6 +116,6 @@ def untrained_cost(engine: Engine, row: Packed, plan: RunPlan) -> str | None:
     if s2 - dense <= COSTLY:
         return line
     return (
-        f"warning: {line}: training starts from a worse model than the one that was loaded; "
+        f"warning: {line}: training starts with a higher loss than the loaded model has; "
         "try attention.sinks=1, a larger attention.group_size, or attention.train=dense"
     )
