@@ -77,7 +77,7 @@ class Verdict:
         """Returns (name, value) rows for the screen."""
         rows = [("target", self.target), ("layout", f"{self.model_type}: {self.layout}")]
         rows += [("honoured", "yes, exactly" if self.honoured else "no"), ("how", self.how)]
-        rows += [("not honoured", text) for text in self.objections] + [("instead", text) for text in self.nearest]
+        rows += [("not supported", text) for text in self.objections] + [("instead", text) for text in self.nearest]
         return [*rows, *(("source", text) for text in self.sources), (f"checked {self.checked}", self.not_checked)]
 
 

@@ -100,7 +100,7 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["merge", str(model)], "nothing to merge"),
         (["merge"], "no output"),
         (["convert", "missing/", "--hybrid", "full"], "no such directory"),
-        (["convert", str(model), "--hybrid", "full", "--out", str(model), "--force"], "even --force"),
+        (["convert", str(model), "--hybrid", "full", "--out", str(model), "--force"], "which --force does not replace"),
         (["convert", str(model), "--hybrid", "full", "--sliding-window", "8"], "no sliding layers"),
         (["finetune", str(model), "--ctx", "1k", "--set", "data.synthetic_kinds=[]"], "synthetic_kinds"),
         (["eval", str(model), "--lengths", ""], "tokens"),

@@ -172,7 +172,7 @@ def test_a_class_that_transformers_does_not_know_or_has_no_code_of_leaves_the_fi
 def test_files_that_are_none(tmp_path: Path) -> None:
     place = directory(tmp_path / "model", "llama", sentencepiece(), SETTINGS)
     (place / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(ModelError, match="the tokenizer does not open"):
+    with pytest.raises(ModelError, match="the tokenizer cannot be opened"):
         load_tokenizer(place)
     (place / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: not a JSON object"):

@@ -141,9 +141,9 @@ REFUSED = {
     "x": "allowed are",
     "2.5": "allowed are",
     "%": "allowed are",
-    "0%": "more than 0%",
-    "101%": "at most 100%",
-    "nan%": "more than 0%",
+    "0%": "shares above 0%",
+    "101%": "up to 100%",
+    "nan%": "shares above 0%",
     "6%": "sliding layers alone hold 6.25%",
     "0": "nothing further back",
 }
@@ -202,7 +202,7 @@ def test_samples_are_text_and_questions_with_their_answers_marked(model_dir, pro
 def test_text_shorter_than_two_windows_is_refused_and_rows_shrink_to_what_there_is(model_dir, tmp_path):
     tokenizer, path = load_tokenizer(model_dir("llama")), tmp_path / "short.txt"
     path.write_text("x" * 63)
-    with pytest.raises(DataError, match="63 tokens; a window of 32 shows its damage in texts of at least 64"):
+    with pytest.raises(DataError, match="63 tokens; a window of 32 can be measured in texts of at least 64"):
         calibration_samples(tokenizer, Request(2, 256, str(path), 1500, 256), 32)
     path.write_text("x" * 64)
     samples = calibration_samples(tokenizer, Request(2, 256, str(path), 1500, 256), 32)

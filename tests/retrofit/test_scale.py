@@ -186,7 +186,7 @@ def test_text_rules_out_what_harms_it():
     assert decided(answers, short={1.2: unsure})[0] == 1.1
     assert decided(answers, short={1.2: [0.015] * 12}, long={1.2: NOISE})[0] == 1.2
     chosen, reported, why = decided({1.2: best}, short={1.2: [0.03] * 12})
-    assert (chosen, reported) == (1.0, 1.2) and "0.0300 nats a token" in why and "that text bears" in why
+    assert (chosen, reported) == (1.0, 1.2) and "0.0300 nats a token" in why and "without harm to text" in why
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_from_python_paths_and_lists_are_taken_as_they_come(model_dir, tmp_path)
     (tmp_path / "own.yaml").write_text("layer_pattern: SN\nsliding_window: 8\n")
     made = api.convert(model_dir(), tmp_path / "own.yaml", full_layers=[1, 2], out=tmp_path / "a", gate=False)
     assert made.layout == "SNNS, window 8"
-    with pytest.raises(InputError, match="calibration is for the planner"):
+    with pytest.raises(InputError, match="calibration needs --full-layers auto"):
         api.convert(model_dir(), "SN", sliding_window=8, calibration=tmp_path, out=tmp_path / "b")
 
 

@@ -115,7 +115,7 @@ def test_a_jump_rolls_back_once_halves_the_rate_and_goes_on(by, plan, whole, tmp
 def test_a_second_jump_stops_for_good(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "forward_backward", jumping({7, 9}, 100.0))
     start_run(plan, tmp_path / "run")
-    with pytest.raises(CheckFailed, match="having rolled back once"):
+    with pytest.raises(CheckFailed, match="after one rollback"):
         run_finetune(plan, tmp_path / "run")
     assert not (tmp_path / "run/ctxext.json").exists()
 
@@ -135,7 +135,7 @@ def test_a_gradient_that_is_not_finite_is_no_step(model_dir, text, tmp_path):
     fields["optimizer"] = {"learning_rate": 1e30, "warmup_steps": 0}
     plan = plan_run(resolve(str(model_dir("llama"))), build(FinetuneSpec, fields, source="test"))
     start_run(plan, tmp_path / "run")
-    with pytest.raises(CheckFailed, match="stopped, having rolled back once"):
+    with pytest.raises(CheckFailed, match="stopped after one rollback"):
         run_finetune(plan, tmp_path / "run")
     assert not (tmp_path / "run" / "ctxext.json").exists()
 
@@ -204,7 +204,10 @@ def test_a_stop_whose_checkpoint_cannot_be_saved_says_so_and_the_one_before_is_r
     told = r"checkpoint after step 5 was not written, and the run was stopped: the disk .* newest one is of step 4"
     with pytest.raises(EnvironmentFault, match=told) as fault:
         run_finetune(plan, run, events=at_steps(s5=lambda: (disk.fill(LITTLE), stop())))
-    assert fault.value.exit_code == 3 and fault.value.hint == f"make room, then: ctxext finetune --resume --out {run}"
+    assert (
+        fault.value.exit_code == 3
+        and fault.value.hint == f"free disk space, then give: ctxext finetune --resume --out {run}"
+    )
     disk.make_room()
     assert "resuming after step 4 of 8" in resumed(run)
     assert_equal(run, whole)
@@ -343,7 +346,7 @@ def test_fewer_steps_than_are_done_are_refused_at_once(plan, tmp_path):
     run = tmp_path / "run"
     start_run(plan, run)
     run_finetune(plan, run, events=stop_after(4))
-    with pytest.raises(InputError, match="4 steps far, more than steps: 2"):
+    with pytest.raises(InputError, match="has done 4 steps, more than steps: 2"):
         plan_resumed(run, {"steps": 2}, accept=True)
     assert run_finetune(plan_resumed(run, {"steps": 4}, accept=True), run, resume=True).finished
 

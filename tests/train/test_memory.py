@@ -33,7 +33,7 @@ def plan_for(model, gpu=False, **fields):
         ({"offload": True, "tiles": 4096}, {"dtype": "bfloat16", "attention": {"train": "s2", "group_size": 2048}},
          "memory.quantize=nf4"),
         ({"offload": True, "tiles": 4096, "quantize": "nf4"}, {"dtype": "bfloat16", "attention":
-         {"train": "s2", "group_size": 2048}}, "optimizer.name=adamw8bit, or --zero 2 over several cards"),
+         {"train": "s2", "group_size": 2048}}, "optimizer.name=adamw8bit, or --zero 2 on several GPUs"),
     ],
 )  # fmt: skip
 def test_the_next_knob_is_against_the_largest_item(memory, fields, knob):

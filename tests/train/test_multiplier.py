@@ -79,7 +79,7 @@ def test_what_has_no_multiplier_or_nothing_to_judge_by_is_refused(make_plan, tmp
     for fields, told in (
         ({"tuning": "full"}, "no lora.multiplier"),
         ({"ctx": 128, "stages": [64]}, "one context"),
-        ({"validation": {"every_steps": None}}, "nothing out"),
+        ({"validation": {"every_steps": None}}, "holds out no text"),
     ):
         with pytest.raises(InputError, match=told):
             plan_trials(make_plan(**fields))

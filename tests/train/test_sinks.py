@@ -184,4 +184,4 @@ def test_what_cannot_be_is_refused(fields, words, model_dir, text):
 def test_auto_with_tiles_is_none_and_is_said(model_dir, text):
     plan, said = make_plan(model_dir("llama"), text, memory={"tiles": 64}), list[str]()
     assert plan.sink_tokens == 0 and sinks.sinks_of(plan, None, said.append) == 0
-    assert said == ["attention.sinks: 0 with memory.tiles, whose tiles do not hold the first token of a document"]
+    assert said == ["attention.sinks: 0, because memory.tiles is set: tiles do not hold a document's first token"]

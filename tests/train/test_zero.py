@@ -290,7 +290,10 @@ def test_what_is_shipped_can_be_read_and_says_how_to_partition_only():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"gradient_clipping": 1.0}, ["gradient_clipping: belongs to the training spec: optimizer.clip"]),
+        (
+            {"gradient_clipping": 1.0},
+            ["gradient_clipping: not allowed here; set it in the training spec: optimizer.clip"],
+        ),
         ({"train_batch_size": 8, "bf16": {"enabled": True}}, ["global_batch_size", "bf16: belongs", "dtype"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, ["optimizer.params.lr", '"auto"']),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
