@@ -181,7 +181,7 @@ def test_text_rules_out_what_harms_it():
     answers = {1.1: better, 1.2: best}
     for harm in ({"short": {1.2: [0.03] * 12}}, {"long": {1.2: [0.001] * 12}}):
         chosen, reported, why = decided(answers, **harm)
-        assert (chosen, reported) == (1.1, 1.1) and "passed over: 1.2, the last because" in why
+        assert (chosen, reported) == (1.1, 1.1) and "rejected: 1.2, the last because" in why
     unsure = [0.015 + 0.03 * x for x in NOISE]  # within the tolerance by its mean, which may be 0.03 as well
     assert decided(answers, short={1.2: unsure})[0] == 1.1
     assert decided(answers, short={1.2: [0.015] * 12}, long={1.2: NOISE})[0] == 1.2
