@@ -266,10 +266,10 @@ def carry_out(
     """Runs a plan, new or resumed; removes the directory of a new run that fails before it trained anything."""
     from ctxext.config.output import replacing
     from ctxext.train.launch import LOGS
-    from ctxext.train.run import alone, discard_unstarted, going_on, start_run
+    from ctxext.train.run import alone, applied_changes, discard_unstarted, start_run
 
     if resume:
-        with alone(run), going_on(plan, run):
+        with alone(run), applied_changes(plan, run):
             return _train(plan, run, True, launch, say, on_step)
     # `force` must not replace the model, the data, or the run that this one repeats.
     read = [Path(part.source) for part in plan.spec.data.parts]

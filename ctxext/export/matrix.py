@@ -17,13 +17,13 @@ from ctxext.export import spellings
 from ctxext.model.families import Config, expected_tensors, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
 
-WHEN = "2026-11"
-ITSELF = "this model itself was not run there: ctxext does not install or download the target"
-SEEN = "read in the named sources; models of this class were compared with transformers on a CPU"
+READ_DATE = "2026-11"
+NOT_RUN = "this model itself was not run there: ctxext does not install or download the target"
+COMPARED = "read in the named sources; models of this class were compared with transformers on a CPU"
 CHECKED = {
     "hf": "loaded and compared with the source by the gate of every conversion",
-    "vllm": f"{SEEN} in vLLM 0.32.0; {ITSELF}",
-    "gguf": f"{SEEN} in the llama.cpp of llama-cpp-python 0.3.36; {ITSELF}",
+    "vllm": f"{COMPARED} in vLLM 0.32.0; {NOT_RUN}",
+    "gguf": f"{COMPARED} in the llama.cpp of llama-cpp-python 0.3.36; {NOT_RUN}",
     "ollama": "read in the named sources, not run: ctxext does not install or download the target",
 }
 TARGETS = ("hf", "vllm", "gguf", "ollama")
@@ -107,7 +107,7 @@ def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | N
         nearest,
         fact.how,
         fact.sources,
-        WHEN,
+        READ_DATE,
         CHECKED[target] if fact.run else CHECKED["ollama"],
     )
 

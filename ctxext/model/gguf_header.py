@@ -18,7 +18,7 @@ from typing import Any
 from ctxext.errors import InputError, ModelError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-MOST = 1_000_000  # limit for the number of tensors and of metadata keys, far above any model
+MAX_ENTRIES = 1_000_000  # limit for the number of tensors and of metadata keys, far above any model
 MOST_DIMENSIONS, ALIGNMENT = 4, 32
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -123,7 +123,7 @@ class _Cursor:
     def header(self, strings: Collection[str]) -> Header:
         # The counts come first, then all metadata, then the table of tensors. This is the order of the format.
         tensors, keys = self.number("<Q"), self.number("<Q")
-        if tensors > MOST or keys > MOST:
+        if tensors > MAX_ENTRIES or keys > MAX_ENTRIES:
             raise self.damaged(f"it names {tensors:,} tensors and {keys:,} keys")
         metadata: dict[str, Any] = {}
         for _ in range(keys):

@@ -45,7 +45,7 @@ PROBES = (
     "🙂👩‍👩‍👧 🏳️‍🌈 \u2581 \u00a0\u200b\ufeff \t\x00\x7f",
     'camelCase snake_case SCREAMING_CASE http://a.b/c?d=e&f=1 <b>bold</b> {"k": [1, null]}',
 )
-TALK = (
+CHAT_PROBE = (
     {"role": "user", "content": "  Hi, it's 10 o'clock.\n"},
     {"role": "assistant", "content": "Hello there."},
     {"role": "user", "content": "Tell me:\n  x = 42"},
@@ -252,7 +252,7 @@ def probe_texts(tokenizer: Any) -> Iterator[str]:
     yield f"{first}Hi {last} there{last}\n{first} line{last}{last}x"
     if tokenizer.chat_template:
         # Some templates reject a conversation of several turns: try one user message then.
-        for messages in (TALK, TALK[:1]):
+        for messages in (CHAT_PROBE, CHAT_PROBE[:1]):
             try:
                 yield tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
                 return

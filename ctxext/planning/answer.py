@@ -184,7 +184,7 @@ def ask(
     if not on_gpu and cards_ > 1:
         raise InputError(f"--gpus {cards_}: this machine has no GPU", hint="name a card, such as --gpu h100")
     # Without --hybrid the model keeps its layout.
-    hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.AS_IT_IS,)
+    hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.OWN_LAYOUT,)
     if not hybrids:
         raise InputError(f"--hybrid {hybrid!r} names nothing", hint="give one or more, such as none,swa128-nope")
     return Asked(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates

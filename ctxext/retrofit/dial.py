@@ -29,7 +29,7 @@ from ctxext.errors import InputError
 from ctxext.evals.compare import Difference, differences
 from ctxext.evals.engine import Outcome
 from ctxext.model.load import LoadedModel, active_module, causal_lm
-from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, told_better
+from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, significantly_better
 from ctxext.units import format_tokens
 
 GRID = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
@@ -186,10 +186,10 @@ def choose(
                 tried = [(multipliers, measure(stage, multipliers)) for multipliers in varied]
             # The best of several tries needs a stricter test (Bonferroni).
             multipliers, outcomes = min(tried, key=lambda pair: criterion(pair[1]))
-            better, figures = told_better(outcomes, best, len(tried))
+            better, figures = significantly_better(outcomes, best, len(tried))
             if better:
                 chosen, best = multipliers, outcomes
-                why = f"{told_better(best, swept[1.0])[1]} against 1"
+                why = f"{significantly_better(best, swept[1.0])[1]} against 1"
             elif stage == "all" and multipliers != chosen:
                 why = f"1 is kept: {words(multipliers)} is not significantly better ({figures})"
         # Report on the other half, which chose nothing.

@@ -26,7 +26,7 @@ from ctxext.model.load import LoadedModel
 from ctxext.units import counted
 
 TOKENS = 8_192  # per length, to choose by; the half to report on has twice as many
-FEWEST = 8  # windows per length, if there is enough text: with fewer than six the paired test can show nothing
+MIN_WINDOWS = 8  # windows per length, if there is enough text: with fewer than six the paired test can show nothing
 _TOKENS_PER_BATCH = 16_384
 
 
@@ -42,7 +42,7 @@ class Half:
         return sum(window.size for window in self.windows)
 
 
-def halves(data: str, tokenizer: Any, lengths: Sequence[int], fewest: int = FEWEST) -> tuple[Half, Half]:
+def halves(data: str, tokenizer: Any, lengths: Sequence[int], fewest: int = MIN_WINDOWS) -> tuple[Half, Half]:
     """Returns (half to choose by, half to report on) of `data`, a source of data/documents.py.
 
     Of the embedded corpus only held-out text is used. `lengths` are tokens. Each length has at least `fewest` windows
@@ -123,7 +123,7 @@ def criterion(outcomes: Sequence[Outcome]) -> float:
     return sum(found.values()) / len(found)
 
 
-def told_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int = 1) -> tuple[bool, str]:
+def significantly_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int = 1) -> tuple[bool, str]:
     """Returns whether `mine` has a significantly lower criterion (evals/compare.py, paired), and the figures in words.
 
     `mine` is the best of `looks` tries, so that its p must be below 0.05 / looks (Bonferroni). Without this correction,

@@ -28,14 +28,14 @@ from ctxext.model.weights import only_pickles
 from ctxext.ops.cost import forward_flops, kv_cache_bytes
 from ctxext.progress import CountProgress, Progress, ignore
 from ctxext.retrofit.calibration import joined
-from ctxext.retrofit.damage import RETRIEVES, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
+from ctxext.retrofit.damage import MIN_SHARE, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
 from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
 from ctxext.retrofit.sinks import open_conversion, sinks_of_windows
 from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
 ANSWER_SHARE = 0.05  # weight in a score, as if one token in twenty were retrieved. A convention, not a measurement
-ANSWERS_FROM = 1.0  # nats a token: with a higher loss at the answers a source cannot retrieve, and the share is 0
-LEAST_QUESTIONS = 4
+MAX_ANSWER_LOSS = 1.0  # nats a token: with a higher loss at the answers a source cannot retrieve, and the share is 0
+MIN_QUESTIONS = 4
 READ_AHEAD = 8  # so many times the calibration tokens are read, so that rows come from several documents
 
 
@@ -84,7 +84,7 @@ class LayerPlan:
     read: tuple[dict[str, Any], ...] = ()  # of the calibration text (data/files.py, Reading)
 
     HEADER = ("full layers", "k", "KV cache", "share", "forward", "text", "answers", "score", "loss", "")
-    EXPLAIN = ("layer", "window: text", "answers", "as full: text", "answers", "best head", f"heads > {RETRIEVES}")
+    EXPLAIN = ("layer", "window: text", "answers", "as full: text", "answers", "best head", f"heads > {MIN_SHARE}")
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -140,7 +140,7 @@ class LayerPlan:
                 f"{facts.full.text:.4f}",
                 _shown(facts.full.answer),
                 _shown(max(facts.heads) if facts.heads else None),
-                str(sum(score > RETRIEVES for score in facts.heads)) if facts.heads else "-",
+                str(sum(score > MIN_SHARE for score in facts.heads)) if facts.heads else "-",
             )
             for facts in self.layers
         ]
@@ -205,7 +205,7 @@ def choose_layers(
         layers = replace(layers, values=values)
     # Answers count only if the source itself can retrieve them.
     loss = answer_loss(layers, samples, truth)
-    share = ANSWER_SHARE if loss is not None and loss <= ANSWERS_FROM else 0.0
+    share = ANSWER_SHARE if loss is not None and loss <= MAX_ANSWER_LOSS else 0.0
     facts = layer_facts(layers, samples, truth, window, full, lambda *n: progress("each layer by itself", *n))
 
     L, found = len(source.kinds), dict[Full, Damage]()
@@ -264,7 +264,7 @@ def layer_facts(
 def calibration_samples(tokenizer: Any, request: Request, window: int) -> Samples:
     """Returns rows of text, evenly spread over the text that is read, and passkeys hidden in that text.
 
-    There are as many passkeys as rows, at least LEAST_QUESTIONS. They are at all depths that are further from the
+    There are as many passkeys as rows, at least MIN_QUESTIONS. They are at all depths that are further from the
     question than the window, if a row is long enough. Raises DataError for text shorter than two windows (or than one
     row, if that is less): such text would show nothing of what a window hides.
     """
@@ -282,7 +282,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     places = len(ids) // T
     count = min(places, request.tokens // T)
     text = torch.stack([ids[(i * places // count) * T :][:T] for i in range(count)])
-    cases = _cases(tokenizer, ids.tolist(), T, window, max(LEAST_QUESTIONS, count))
+    cases = _cases(tokenizer, ids.tolist(), T, window, max(MIN_QUESTIONS, count))
     rows = torch.tensor([[*case.prompt_ids, *case.answer_ids] for case in cases], dtype=torch.int64).view(-1, T)
     answers, needles = torch.zeros(2, count + len(cases), T, dtype=torch.bool)
     for row, case in enumerate(cases, start=count):

@@ -33,7 +33,7 @@ from ctxext.evals.spec import Passkey
 from ctxext.model.load import LoadedModel, causal_lm
 from ctxext.model.source import ModelSource
 from ctxext.retrofit.dial import difference_row
-from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, told_better
+from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, significantly_better
 from ctxext.units import counted, format_tokens
 
 ANSWERS, TEXT = "passkey answers", "text"  # the measures that c can be chosen by
@@ -238,7 +238,7 @@ def decide(
     over, harm = [], ""
     # From the best c down to the last that is better than 1.
     for c in order[: order.index(1.0)]:
-        better, figures = told_better(tried[c], tried[1.0], len(tried))
+        better, figures = significantly_better(tried[c], tried[1.0], len(tried))
         if not better:
             return 1.0, order[0], f"1 is kept: {c:g} is not significantly better ({figures}){harm}"
         found = _harm(text(c), text(1.0), original)
@@ -259,7 +259,7 @@ def _harm(mine: list[Outcome], plain: list[Outcome], original: int) -> str:
         return f"may cost more than {TOLERANCE:g} on text at {format_tokens(original)} ({figures})"
     target = max(outcome.length for outcome in mine)
     long, long_plain = ([o for o in outcomes if o.length == target] for outcomes in (mine, plain))
-    worse, figures = told_better(long_plain, long)
+    worse, figures = significantly_better(long_plain, long)
     return f"makes text worse at {format_tokens(target)} (1 minus it: {figures})" if worse else ""
 
 

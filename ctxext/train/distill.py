@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.model.relayout import rotations
-from ctxext.train.loss import IGNORED, chunk_of, handed_down
+from ctxext.train.loss import IGNORED, chunk_of, stored_gradients
 from ctxext.train.spec import Objective
 
 
@@ -174,7 +174,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (*handed_down(ctx, grad), *[None] * 7)
+        return (*stored_gradients(ctx, grad), *[None] * 7)
 
 
 def _divergence(y: Tensor, z: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:

@@ -35,15 +35,15 @@ from ctxext.train.checkpoint import TrainingState, discard_after, load_newest, n
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
-from ctxext.train.memory import naming_what_is_largest
+from ctxext.train.memory import explaining_out_of_memory
 from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data, readings, training_device
-from ctxext.train.run import way_out
+from ctxext.train.run import resume_hint
 from ctxext.train.same_data import changes_of_data
 from ctxext.train.sinks import sinks_of
 from ctxext.train.teacher import teacher_weights
-from ctxext.train.telemetry import telling
+from ctxext.train.telemetry import with_writers
 from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
 from ctxext.units import counted
@@ -98,8 +98,8 @@ def run_finetune(
     began = time.monotonic()
     # Only rank 0 logs and writes telemetry.
     talks = zero is None or os.environ["RANK"] == "0"
-    told = telling(events or Events(), plan, run) if talks else nullcontext(Events())
-    with disk_faults(run, hint=way_out(run)), told as events:
+    told = with_writers(events or Events(), plan, run) if talks else nullcontext(Events())
+    with disk_faults(run, hint=resume_hint(run)), told as events:
         engine, sequences, progress, sink_tokens = _train_stages(plan, run, resume, events, zero)
         count = None
         # An interrupted run has no bundle yet: it is resumed.
@@ -125,7 +125,7 @@ def _train_stages(
         engine: Any = None
         # Free the memory of the stage before this one.
         gc.collect()
-        with naming_what_is_largest(stage):
+        with explaining_out_of_memory(stage):
             engine, sequences, held_out, sink_tokens = set_up(stage, events, zero)
             progress = load_newest(run, engine, events.say) if resume or done else None
         if resume:
@@ -145,7 +145,7 @@ def _train_stages(
         if 0 < progress.done == stage.first or (progress.validation or {}).get("ctx", stage.spec.ctx) != stage.spec.ctx:
             progress = progress.at_next_ctx()
         stage = replace(stage, sink_tokens=sink_tokens)
-        with naming_what_is_largest(stage):
+        with explaining_out_of_memory(stage):
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
         done, resume = progress.done, False
         if stopped or done >= plan.steps:
@@ -254,7 +254,7 @@ def _no_result(run: Path, progress: TrainingState, why: str) -> EnvironmentFault
     saved = newest_step(run)
     kept = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
     return EnvironmentFault(
-        f"the result of {counted(progress.done, 'step')} was not written: {why}; {kept}", hint=way_out(run)
+        f"the result of {counted(progress.done, 'step')} was not written: {why}; {kept}", hint=resume_hint(run)
     )
 
 

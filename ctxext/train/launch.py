@@ -66,7 +66,7 @@ PASSED_ON = (
     "XDG_CACHE_HOME",
 )
 # Process names of a compilation in progress.
-BUILDERS = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
+BUILD_PROCESSES = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
 STALE_LOCK_SECONDS = 60.0  # a younger lock may belong to a build that is starting
 KINDS = {kind.__name__: kind for kind in (InputError, ModelError, DataError, EnvironmentFault, CheckFailed)}
 
@@ -178,7 +178,7 @@ def _check_locks() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
     old = [lock for lock in sorted(root.glob("**/lock")) if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS]
-    if old and not any(process.info["name"] in BUILDERS for process in psutil.process_iter(["name"])):
+    if old and not any(process.info["name"] in BUILD_PROCESSES for process in psutil.process_iter(["name"])):
         raise EnvironmentFault(
             f"{old[0]} was left by a build that was killed; DeepSpeed would wait for this lock without end",
             hint=f"remove it: rm {shlex.quote(str(old[0]))}",

@@ -26,7 +26,7 @@ from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, mem
 from ctxext.train.optimizer import RelativeClip, rate_factor
 from ctxext.train.passkey import in_words
 from ctxext.train.plan import RunPlan
-from ctxext.train.run import way_out
+from ctxext.train.run import resume_hint
 from ctxext.train.sinks import untrained_cost
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
@@ -143,7 +143,8 @@ def _not_saved(why: str, progress: TrainingState, run: Path, *, stopped: bool) -
     needed, newest = "the run was stopped" if stopped else "the next context starts from it", newest_step(run)
     before = f"the newest checkpoint is of step {newest}" if newest else "there is no earlier checkpoint"
     return EnvironmentFault(
-        f"the checkpoint after step {progress.done} was not written, and {needed}: {why}; {before}", hint=way_out(run)
+        f"the checkpoint after step {progress.done} was not written, and {needed}: {why}; {before}",
+        hint=resume_hint(run),
     )
 
 

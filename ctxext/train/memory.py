@@ -14,7 +14,7 @@ TILE = 4096  # tokens; the suggested value of memory.tiles
 
 
 @contextmanager
-def naming_what_is_largest(plan: RunPlan) -> Iterator[None]:
+def explaining_out_of_memory(plan: RunPlan) -> Iterator[None]:
     """Raises `out_of_memory` in place of an out-of-memory error inside the block."""
     try:
         yield

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.errors import CheckFailed, EnvironmentFault, InputError
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.run import start_run, way_out
+from ctxext.train.run import resume_hint, start_run
 
 if TYPE_CHECKING:
     from ctxext.train.loop import Events
@@ -171,7 +171,7 @@ def run_trial(plan: RunPlan, run: Path, events: Events | None = None) -> Trial:
             stopped = error.message
         except EnvironmentFault as error:
             # The usual hint is to resume the run, but a trial is removed and cannot be resumed.
-            error.hint = "free disk space, then search again" if error.hint == way_out(run) else error.hint
+            error.hint = "free disk space, then search again" if error.hint == resume_hint(run) else error.hint
             raise
         # A stopped trial also has curves; read them before the directory is removed.
         training, held_out = (

@@ -25,7 +25,7 @@ from ctxext.units import counted
 
 FOLDER, DEFAULT = "deepspeed_configs", "2"
 ALLOWED = ("zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown")
-BELONGS = {  # DeepSpeed's keys -> the fields of the training spec that replace them
+SPEC_FIELDS = {  # DeepSpeed's keys -> the fields of the training spec that replace them
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
     "train_batch_size": "global_batch_size",
@@ -225,8 +225,8 @@ def read_zero(name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SpecError(str(path), ["allowed: an object of DeepSpeed's keys"])
     faults = [
-        f"{key}: not allowed here; set it in the training spec: {BELONGS[key]}"
-        if key in BELONGS
+        f"{key}: not allowed here; set it in the training spec: {SPEC_FIELDS[key]}"
+        if key in SPEC_FIELDS
         else f"{key}: unknown key; allowed: {', '.join(ALLOWED)}"
         for key in data
         if key not in ALLOWED

@@ -226,7 +226,7 @@ def plan_run(
     # Refusals without arithmetic come first: they are quick and read no teacher.
     refuse(source, spec, on_gpu(gpu))
     source = source.with_original_length(spec.original_length)
-    spec = _rooted(spec)
+    spec = _with_absolute_paths(spec)
     # The teacher uses the layout from before the conversion, so that it is planned apart from the new positions.
     teacher = plan_teacher(source, spec)
     positions = plan_positions(
@@ -311,7 +311,7 @@ def on_gpu(given: bool | None) -> bool:
     return visible_gpus() > 0 if given is None else given
 
 
-def _rooted(spec: FinetuneSpec) -> FinetuneSpec:
+def _with_absolute_paths(spec: FinetuneSpec) -> FinetuneSpec:
     """Makes the paths of data and teacher absolute, because a run may be resumed from another directory."""
     mixture = tuple(replace(part, source=_absolute(part.source)) for part in spec.data.mixture)
     spec = replace(spec, data=replace(spec.data, source=_absolute(spec.data.source), mixture=mixture))

@@ -108,7 +108,7 @@ def _split(
     options: dict[str, Any] = {"seed": spec.seed, "document_mask": spec.data.document_mask}
     store = _store(plan, source.documents, source.print_, tokenizer, events)
     # Log what was read first: it explains the error that PackedSequences raises for too little text.
-    _say_what_was_read(plan, source, store, events)
+    _log_reading(plan, source, store, events)
     whole = PackedSequences(store, spec.ctx, **options)
     _describe(plan, source, whole, events)
     # Documents of their own for validation: all other sequences train.
@@ -159,7 +159,7 @@ def _name(plan: RunPlan, source: _Source) -> str:
     return f"data, {source.name} ({source.share:.1%} of the sequences)"
 
 
-def _say_what_was_read(plan: RunPlan, source: _Source, store: TokenStore, events: Events) -> None:
+def _log_reading(plan: RunPlan, source: _Source, store: TokenStore, events: Events) -> None:
     reading = Reading.of(store.meta.reading)
     if store.reused and isinstance(source.documents, Documents):
         # The tokens come from the cache. The other files of the directory may be new: use the list made now.

@@ -24,7 +24,7 @@ from ctxext.config.output import check_free, claim, disk_faults, write_whole
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.same_data import DATA_FILE, changes_of_data, data_hash, moved_data, some_of, write_record
+from ctxext.train.same_data import DATA_FILE, changes_of_data, data_hash, first_few, moved_data, write_record
 from ctxext.train.spec import FinetuneSpec
 from ctxext.train.teacher import teacher_weights
 from ctxext.units import counted, parse_tokens
@@ -179,7 +179,7 @@ def plan_resumed(
 ) -> RunPlan:
     """Returns the plan of an existing run; `changes` are fields of its spec by dotted path (optimizer.learning_rate).
 
-    Nothing is written: `going_on` does that. `say` gets a warning where the data changed and the change is accepted.
+    Nothing is written: `applied_changes` does that. `say` gets a warning where changed data is accepted.
     Raises InputError when the directory is not a run, when the run is finished or has done more than `steps`, or when
     the spec or the data changed without `accept`; ModelError when the model or the teacher has changed.
     """
@@ -213,23 +213,23 @@ def plan_resumed(
     moved = moved_data(run, start.data, new.data, now.data) if new.data == start.spec.data else []
     if moved and not accept:
         raise InputError(
-            f"{start.spec.data.described}: the data changed since this run started: {some_of(moved)}",
+            f"{start.spec.data.described}: the data changed since this run started: {first_few(moved)}",
             hint="put the files back, start a new run, or add --force to continue with the changed data",
         )
     if moved:
-        say(f"warning: continuing with data that changed since this run started: {some_of(moved)}")
+        say(f"warning: continuing with data that changed since this run started: {first_few(moved)}")
     return plan
 
 
 @contextmanager
-def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
+def applied_changes(plan: RunPlan, run: Path) -> Iterator[None]:
     """Runs the block that trains a resumed run: the changes of `plan_resumed` become the run's spec.
 
     If the block fails before a step was trained with them, the old files are restored.
     """
     kept = {name: (run / name).read_bytes() for name in (SPEC_FILE, DATA_FILE) if (run / name).is_file()}
     trained = _metrics_size(run)
-    with disk_faults(run, hint=way_out(run)):
+    with disk_faults(run, hint=resume_hint(run)):
         _record_changes(plan, run)
         try:
             yield
@@ -241,7 +241,7 @@ def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
             raise
 
 
-def way_out(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """Returns the hint for a full disk."""
     return f"free disk space, then give: ctxext finetune --resume --out {run}"
 
@@ -253,7 +253,7 @@ def _record_changes(plan: RunPlan, run: Path) -> None:
         return
     changed = changes_of_data(run)
     if now.spec.data == start.spec.data and (moved := moved_data(run, start.data, now.spec.data, now.data)):
-        changed.append(f"after step {_steps_done(run)}: {some_of(moved)}")
+        changed.append(f"after step {_steps_done(run)}: {first_few(moved)}")
     write_spec(run, now)
     write_record(run, now.spec.data, changed)
 
@@ -303,7 +303,7 @@ def plan_repeated(
         if start.weights.get(file) != now.weights.get(file)
     ]
     if plan.spec.data == start.spec.data and (data := moved_data(run, start.data, plan.spec.data, now.data)):
-        moved.append(f"the data, {start.spec.data.described} (changed): {some_of(data)}")
+        moved.append(f"the data, {start.spec.data.described} (changed): {first_few(data)}")
     if now.teacher != start.teacher and plan.spec.distill == start.spec.distill:
         moved.append("the teacher's weights (changed)")
     if moved and not accept:

@@ -63,7 +63,7 @@ def moved_data(run: Path, then: str | None, data: DataSpec, now: str | None) -> 
     return found or ["the order or the formats of its files"]
 
 
-def some_of(moved: Sequence[str]) -> str:
+def first_few(moved: Sequence[str]) -> str:
     """Returns the first few differences in one line, and the number of the others."""
     rest = len(moved) - NAMED
     return ", ".join(moved[:NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

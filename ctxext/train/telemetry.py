@@ -33,7 +33,7 @@ class Writer(Protocol):
 
 
 @contextmanager
-def telling(events: Events, plan: RunPlan, run: Path) -> Iterator[Events]:
+def with_writers(events: Events, plan: RunPlan, run: Path) -> Iterator[Events]:
     """Yields `events` that also write to the destinations of the spec; the writers close when the block ends or fails.
 
     Raises EnvironmentFault for a package that is not installed.

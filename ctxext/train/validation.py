@@ -26,7 +26,7 @@ from ctxext.train.passkey import measure
 from ctxext.train.plan import RunPlan
 
 FIRST_BUCKET = 64  # positions 0..63; each bucket after it is as wide as all before
-WORSE = 0.02  # nats a token above the start that count as worse: well above rounding, and still a small rise
+WORSE_NATS = 0.02  # nats a token above the start that count as worse: well above rounding, and still a small rise
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
 def complaint(first: Validation, now: Validation, progress: TrainingState) -> str | None:
     """Returns a warning where the held-out loss rose while the training loss fell; else None."""
     first_loss, loss = progress.first_loss, progress.loss_mean
-    if now.loss <= first.loss + WORSE or loss >= first_loss:
+    if now.loss <= first.loss + WORSE_NATS or loss >= first_loss:
         return None
     return (
         f"warning: step {now.step}: with the attention of inference, the held-out loss is {now.loss:.3f} and was "

@@ -34,7 +34,7 @@ IDS = torch.arange(60)[None] * 7 % 250
 @pytest.fixture
 def hangs(monkeypatch):
     """Every model counts as one that hangs on its first token."""
-    monkeypatch.setattr(sinks, "HANGS", 0.0)
+    monkeypatch.setattr(sinks, "SINK_SHARE", 0.0)
 
 
 def convert(model: Path, out: Path, layout: str = "SSFN", **options) -> tuple[Path, list[str]]:
@@ -64,7 +64,7 @@ def test_the_class_holds_the_source_and_stock_transformers_reads_what_ctxext_rea
     family, changes, fitted, model_dir, tmp_path, monkeypatch
 ):
     """The gate has compared the source's own layout (difference 0) and the layout with sinks."""
-    monkeypatch.setattr(sinks, "HANGS", 0.0 if fitted else 1.0)
+    monkeypatch.setattr(sinks, "SINK_SHARE", 0.0 if fitted else 1.0)
     out, _ = convert(model_dir(family, **changes), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "granite_swa" and config["layer_rope_theta"] == [10_000, 10_000, 10_000, 0]
@@ -159,7 +159,7 @@ def test_what_is_said(model_dir, tmp_path, monkeypatch):
     assert any("no sinks are needed" in line for line in said)
     _, said = convert(model, tmp_path / "other", model_class="auto", gate=False)
     assert not any("first token" in line for line in said)
-    monkeypatch.setattr(sinks, "HANGS", 0.0)
+    monkeypatch.setattr(sinks, "SINK_SHARE", 0.0)
     _, said = convert(model, tmp_path / "warned", model_class="auto", gate=False)
     (line,) = [line for line in said if "first token" in line]
     assert line.startswith("warning: ") and "--class granite_swa avoids it" in line

@@ -24,7 +24,7 @@ from ctxext.train.finetune import run_finetune
 from ctxext.train.loop import Events
 from ctxext.train.metrics import read
 from ctxext.train.plan import plan_run
-from ctxext.train.run import alone, going_on, newest_unfinished, plan_resumed, start_run
+from ctxext.train.run import alone, applied_changes, newest_unfinished, plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec
 
 RESULT = "adapter_model.safetensors"
@@ -280,7 +280,7 @@ def test_a_changed_spec_is_refused_by_name_and_taken_when_told(plan, tmp_path):
     assert plan_resumed(run, {"steps": 8}).spec == plan.spec
     accepted = plan_resumed(run, changes, accept=True)
     assert accepted.steps == 3 and plan_resumed(run).steps == 8  # until it goes on
-    with going_on(accepted, run):
+    with applied_changes(accepted, run):
         assert run_finetune(plan_resumed(run), run, resume=True).steps_done == 3
 
 
@@ -359,7 +359,7 @@ def test_a_change_that_the_checkpoint_cannot_take_is_told_and_the_spec_is_as_it_
     accepted = plan_resumed(run, {"lora.rank": 4, "lora.alpha": 16.0}, accept=True)
     with (
         pytest.raises(ModelError, match=r"the checkpoint holds .*lora_A.* as \[8, .*trains \[4, "),
-        going_on(accepted, run),
+        applied_changes(accepted, run),
     ):
         run_finetune(accepted, run, resume=True)
     assert (run / "spec.yaml").read_bytes() == before and not resumed(run)[0].startswith("warning")
@@ -386,7 +386,7 @@ def test_a_resumed_run_at_another_ctx_starts_its_losses_anew(plan, tmp_path):
     start_run(plan, run)
     run_finetune(plan, run, events=stop_after(4))
     longer = plan_resumed(run, {"ctx": 96}, accept=True)
-    with going_on(longer, run):
+    with applied_changes(longer, run):
         report = run_finetune(longer, run, resume=True)
     lines = read(run / "validation.jsonl")
     assert [(line["step"], line["ctx"]) for line in lines] == [(0, 64), (2, 64), (4, 64), (4, 96), (6, 96), (8, 96)]

@@ -154,7 +154,7 @@ def test_a_run_says_what_its_attention_costs_untrained_and_warns_where_that_is_m
         run_finetune(plan, tmp_path / str(asked), events=Events(lines.append))
         (line,) = (line for line in lines if "training attention, untrained" in line)
         costs[asked] = float(line.partition("(")[2].partition(")")[0])
-        assert line.startswith("warning") == (costs[asked] > sinks.COSTLY)
+        assert line.startswith("warning") == (costs[asked] > sinks.COST_WARNING)
     assert abs(costs[1]) < abs(costs[0])
 
 

@@ -350,7 +350,7 @@ def test_a_machine_that_cannot_run_it_is_told_before_anything_starts(tmp_path, m
     check_environment(plain)
     check_environment(offload)  # the lock is fresh: somebody may be building
     os.utime(lock, (time.time() - 600, time.time() - 600))
-    monkeypatch.setattr(launching, "BUILDERS", set())
+    monkeypatch.setattr(launching, "BUILD_PROCESSES", set())
     check_environment(plain)
     with pytest.raises(EnvironmentFault, match="left by a build that was killed") as caught:
         check_environment(offload)

@@ -95,16 +95,16 @@ def choose(call: Call, backend: str = "auto") -> str:
     if backend not in get_args(Backend):
         raise InputError(f"attention backend {backend!r}: allowed are {', '.join(get_args(Backend))}")
     if backend != "auto":
-        if why := _unserved(backend, call):
+        if why := _unsupported(backend, call):
             raise EnvironmentFault(
                 f"attention.backend: {backend} cannot be used: {why}", hint="use auto, which chooses a backend that can"
             )
         return backend
     wants_varlen = call.packed or call.pattern.sliding_window is not None
-    return "varlen" if wants_varlen and not _unserved("varlen", call) else "blocked"
+    return "varlen" if wants_varlen and not _unsupported("varlen", call) else "blocked"
 
 
-def _unserved(backend: str, call: Call) -> str | None:
+def _unsupported(backend: str, call: Call) -> str | None:
     """Returns why a backend cannot serve a call, None when it can."""
     if backend in ("naive", "blocked"):
         return None
