@@ -75,7 +75,7 @@ def test_no_full_layer_is_for_those_who_know(convert, tmp_path):
         (["--explain"], "--explain needs --full-layers auto"),
         (["--i-know"], "--i-know needs --full-layers auto"),
         (["--full-layers", "auto", "--hybrid", "SNF"], "--full-layers needs a layout with S"),
-        (["--full-layers", "auto", "--sliding-window", "256"], "covers all of the 256 that this model bears"),
+        (["--full-layers", "auto", "--sliding-window", "256"], "covers all of the 256 that this model supports"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_nothing_written(convert, tmp_path, options, message):

@@ -76,14 +76,14 @@ def test_hybrids_side_by_side():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--ctx", "8k", "--gpu", "h1000"], "known are h200, h100"),
+        (["--ctx", "8k", "--gpu", "h1000"], "allowed are h200, h100"),
         (["--ctx", "8k", "--memory", "lots"], "no number of bytes"),
         (["--ctx", "8k", "--memory", "0"], "1M or more"),
         (["--ctx", "0", "--gpu", "h100"], "at least one token"),
         (["--gpu", "h100"], "--ctx is missing"),
         (["--ctx", "8k", "--gpu", "h100", "--hybrid", "swa1"], "no hybrid preset"),
         (["--ctx", "8k", "--gpu", "h100", "--hybrid", ","], "names nothing"),
-        (["--ctx", "8k", "--gpu", "h100", "--memory", "400G"], "h100 has 79.6 GiB"),
+        (["--ctx", "8k", "--gpu", "h100", "--memory", "400G"], "h100 has only 79.6 GiB"),
         (["--ctx", "8k", "--gpu", "h100", "--set", "dtype=float32"], "only the bf16 rate"),
         (["--ctx", "8k", "--gpu", "h100", "--set", "lora.rankk=3"], "rankk"),
         (["--ctx", "8k", "--gpu", "h100", "--set", "attention.group_size=9k"], "group_size"),

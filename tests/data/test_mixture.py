@@ -141,7 +141,7 @@ def test_a_mixture_in_a_spec() -> None:
     ("given", "said"),
     [
         ({"source": "x", "mixture": [A]}, "source: given together with mixture; set them in its parts"),
-        ({"format": "prompt", "text_field": "b", "mixture": [A]}, "format, text_field: given beside mixture"),
+        ({"format": "prompt", "text_field": "b", "mixture": [A]}, "format, text_field: given together with mixture"),
         ({"mixture": [A, A]}, "a.jsonl is listed twice"),
         ({"mixture": [A, {"source": "b", "weight": 0.001}]}, "b has less than a thousandth of the weight (0.001)"),
         ({"mixture": [{"source": "b", "weight": 0}]}, "mixture.0.weight: got 0; allowed: more than 0"),

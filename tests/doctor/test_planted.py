@@ -171,7 +171,7 @@ FAULTS = [
           "1 entries"),
     Fault("a window that use_sliding_window denies", "hybrid", fields(use_sliding_window=False), "config",
           "use_sliding_window is not true"),
-    Fault("sliding layers but no window", "hybrid", fields(sliding_window=None), "config", "no sliding_window"),
+    Fault("sliding layers and no window", "hybrid", fields(sliding_window=None), "config", "sliding_window is missing"),
     Fault("a Mistral with layers of two kinds", "mistral",
           fields(layer_types=["full_attention", "sliding_attention"] * 2), "config", "Ministral"),
     Fault("an activation that is not silu", "source", fields(hidden_act="gelu"), "config", "'gelu'"),
@@ -198,7 +198,7 @@ FAULTS = [
           fields(rope_parameters=ROPE | {"rope_type": "linear", "factor": 2.0}), "positions meant", "the run meant"),
     # the tokenizer and its ids
     Fault("no tokenizer", "source", without("tokenizer.json"), "tokenizer", "no tokenizer"),
-    Fault("a tokenizer that is broken", "source", text("tokenizer.json", "{}"), "tokenizer", "does not open"),
+    Fault("a tokenizer that is broken", "source", text("tokenizer.json", "{}"), "tokenizer", "cannot be opened"),
     Fault("the tokenizer of a larger model", "source",
           in_tokenizer(lambda one: one["model"]["vocab"].update({"<more>": 400})), "tokenizer", "largest id is 400"),
     Fault("tokens added without rows", "source",

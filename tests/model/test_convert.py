@@ -97,7 +97,7 @@ def test_a_window_too_large_to_walk_is_proved_at_a_smaller_one(family, model_dir
     assert report.gate["passed"] and (report.gate["window_stand_in"], report.gate["tokens"]) == (16, 128)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["sliding_window"] == 100_000
     rows = dict(report.rows())
-    assert "larger windows proved at 16 keys" in rows["gate: source layout = source"]
+    assert "larger windows compared at 16 keys" in rows["gate: source layout = source"]
     assert rows["warning"].startswith("windows of 100,000 keys cover all")
     small = convert(source, "SN", tmp_path / "small", sliding_window=16)
     assert small.warning is None and (small.gate["window_stand_in"] is None) == (family != "mistral")

@@ -258,7 +258,7 @@ def test_a_conversion_has_the_ids_of_its_source_or_is_refused(foreign: Path, tmp
 
 def test_an_export_that_others_would_read_otherwise(foreign: Path, tmp_path: Path) -> None:
     """Refused for programs that open it by AutoTokenizer; for Python the card says what to use."""
-    with pytest.raises(CheckFailed, match="vllm opens the tokenizer by AutoTokenizer"):
+    with pytest.raises(CheckFailed, match="vllm opens the tokenizer with AutoTokenizer"):
         export(plan_export(str(foreign), "vllm", out=tmp_path / "vllm"))
     assert not (tmp_path / "vllm").exists()
     export(plan_export(str(foreign), "hf", out=tmp_path / "hf"))

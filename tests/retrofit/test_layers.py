@@ -168,7 +168,7 @@ def test_a_request_is_checked_before_anything_is_read(tmp_path):
     assert asked_for(budget="0", i_know=True).full == 0
     with pytest.raises(InputError, match="covers all of the 256"):
         asked_for(window=256)
-    with pytest.raises(InputError, match="at least one row of 256"):
+    with pytest.raises(InputError, match="one row or more, here 256"):
         asked_for(tokens=255)
     with pytest.raises(InputError, match="--length 0"):
         asked_for(length=0)
@@ -253,7 +253,7 @@ def test_pickles_are_refused(model_dir, prose, tmp_path):
             (directory / file.name).write_bytes(file.read_bytes())
     torch.save({"a": torch.zeros(1)}, directory / "pytorch_model.bin")
     plan = plan_conversion(str(directory), "SN", sliding_window=16, out=tmp_path / "out", allow_pickle=True)
-    with pytest.raises(ModelError, match="only pickles"):
+    with pytest.raises(ModelError, match="only pickled weights"):
         choose_layers(plan, Request(2, 256, prose, 512, 256))
 
 

@@ -189,7 +189,7 @@ def test_a_preset_with_a_fault_is_told(tmp_path, monkeypatch):
         validated("mine")
     assert len(validated("finetune/heal")) == len(validated("heal")) == 1
     (tmp_path / "own.yaml").write_text("stepss: 3")
-    with pytest.raises(InputError, match="own.yaml: which kind of preset is it") as refused:
+    with pytest.raises(InputError, match="own.yaml: its kind of preset is not known") as refused:
         validated("own.yaml")
     assert refused.value.hint.startswith("KIND/own.yaml; kinds are models, ")
     assert "stepss" in validated("finetune/own.yaml")[0][1][0] and validated(f"finetune/{tmp_path / 'own.yaml'}")[0][1]

@@ -107,7 +107,7 @@ def test_a_jump_rolls_back_once_halves_the_rate_and_goes_on(by, plan, whole, tmp
     assert losses(tmp_path / "run")[:7] == losses(whole)[:7]
     rates = [json.loads(line)["learning_rate_factor"] for line in (tmp_path / "run/metrics.jsonl").open()]
     assert rates == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
-    assert any("back to step 6, with the learning rates halved" in line for line in said)
+    assert any("from the checkpoint of step 6, at half the learning rates" in line for line in said)
     manifest = json.loads((tmp_path / "run/ctxext.json").read_text())
     assert len(manifest["facts"]["rollbacks"]) == 1 and "step 8" in manifest["facts"]["rollbacks"][0]
 
@@ -201,7 +201,9 @@ def test_a_stop_whose_checkpoint_cannot_be_saved_says_so_and_the_one_before_is_r
     disk = small_disk(8 * 1024**2)
     run = disk.path / "run"
     start_run(plan, run)
-    told = r"checkpoint after step 5 was not written, and the run was stopped: the disk .* newest one is of step 4"
+    told = (
+        r"checkpoint after step 5 was not written, and the run was stopped: the disk .* newest checkpoint is of step 4"
+    )
     with pytest.raises(EnvironmentFault, match=told) as fault:
         run_finetune(plan, run, events=at_steps(s5=lambda: (disk.fill(LITTLE), stop())))
     assert (

@@ -257,7 +257,7 @@ def test_a_bundle_whose_base_moved_is_refused(write_model, text, tmp_path):
         ({"ctx": 32, "rope_scaling": "linear"}, "no scaling is needed"),
         ({"ctx": "3.5q"}, "is no number of tokens"),
         ({"ctx": 0}, "ctx"),
-        ({"memory": {"quantize": "nf4"}}, "widths that 64 divides"),
+        ({"memory": {"quantize": "nf4"}}, "widths divisible by 64"),
         ({"tuning": "full", "memory": {"quantize": "nf4"}}, "freezes the weights"),
         ({"lora": {"rnk": 8}}, "lora.rnk"),
         ({"lora": {"target_modules": ["wq"]}}, "q_proj"),

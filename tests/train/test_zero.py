@@ -326,7 +326,7 @@ def test_what_no_launch_can_do_is_refused(make_plan, tmp_path, monkeypatch):
     for arguments, words in [
         ((plan, "2", 3, None), "4 sequences, which 3 processes"),
         ((plan, "2", 3, None), "3 or 6"),
-        ((plan, "2", 8, None), "would do: 8"),
+        ((plan, "2", 8, None), "allowed: 8"),
         ((plan, "4", 2, None), "1, 2, 2_offload, 3, 3_offload"),
         ((plan, "none.json", 2, None), "no file none.json"),
         ((plan, "2", 2, tmp_path / "hosts"), "slots=N"),
