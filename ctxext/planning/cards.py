@@ -153,7 +153,7 @@ def card_rates(name: str, *, packed: bool) -> Rates:
         stream=card.bandwidth * STREAM,
         host=card.pcie * HOST,
         link=card.link * LINK,
-        source=f"{name}: by arithmetic, matrices at 71% of its peak of {card.peak / TERA:.0f} TFLOP/s, attention at {of}",
+        source=f"{name}: arithmetic, matrices at 71% of its peak of {card.peak / TERA:.0f} TFLOP/s, attention at {of}",
         measured=False,
     )
 
