@@ -231,16 +231,18 @@ def finetune(
     given = asked_fields(ctx, data, steps, original_length) | dict(settings or {})
     if resume:
         if out is None:
-            raise InputError("resume: which run?", hint="name it with out")
+            raise InputError("resume needs a run", hint="give its directory as out")
         if model is None and preset != "lora-alpha":
-            raise InputError(f"resume: preset {preset!r} says nothing without a model", hint="a run has its own spec")
+            raise InputError(
+                f"resume: preset {preset!r} needs a model", hint="leave preset out: the run has its own spec"
+            )
         run = Path(out)
         # With a model, compare its plan with the spec of the run. Without one, the given settings are changes.
         asked = None if model is None else plan_asked(str(model), preset, given, needs_weights=True)
         if asked is not None and not started_as(run, asked, any_data=force):
             raise InputError(
                 f"{run} was started with another model, data or settings",
-                hint="give what it was started with, or another out; or force, without resume, to begin anew",
+                hint="give the same model, data and settings, or another out; force without resume starts it again",
             )
         plan = plan_resumed(run, {} if model is not None else given, accept=force, say=say)
     else:
@@ -264,10 +266,10 @@ def carry_out(
     """Runs a plan, new or resumed; removes the directory of a new run that fails before it trained anything."""
     from ctxext.config.output import replacing
     from ctxext.train.launch import LOGS
-    from ctxext.train.run import alone, discard_unstarted, going_on, start_run
+    from ctxext.train.run import alone, applied_changes, discard_unstarted, start_run
 
     if resume:
-        with alone(run), going_on(plan, run):
+        with alone(run), applied_changes(plan, run):
             return _train(plan, run, True, launch, say, on_step)
     # `force` must not replace the model, the data, or the run that this one repeats.
     read = [Path(part.source) for part in plan.spec.data.parts]
@@ -335,7 +337,7 @@ def evaluate(
         names, suite, fields, against=None if against is None else str(against), out=_path(out), force=force
     )
     if plan.resumes:
-        say(f"{plan.out} is an unfinished evaluation of the same request: going on with it")
+        say(f"{plan.out} is an unfinished evaluation of the same request: it is resumed")
     return eval_models(plan, force=force, progress=progress, notice=say)
 
 

@@ -110,7 +110,7 @@ def set_value(data: dict[str, Any], path: str, value: Any) -> None:
     """
     keys = path.split(".")
     if not all(keys):
-        raise InputError(f"{path!r} is no key; allowed: names joined by dots, such as attention.group_size")
+        raise InputError(f"{path!r} is not a key; allowed: names joined by dots, such as attention.group_size")
     for key in keys[:-1]:
         inner = data.get(key)
         if not isinstance(inner, dict):
@@ -158,7 +158,7 @@ def _plain(value: Any) -> Any:
         return asdict(value)
     if isinstance(value, PurePath):
         return str(value)
-    raise TypeError(f"{type(value).__name__} {value!r} has no YAML form")
+    raise TypeError(f"{type(value).__name__} {value!r} cannot be written as YAML")
 
 
 def _parse(text: str, source: str) -> Any:
@@ -205,9 +205,9 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise _refusal(key_node, f"the key {key!r} is no text; quote it")
+                raise _refusal(key_node, f"the key {key!r} is not text; quote it")
             if key in seen:
-                raise _refusal(key_node, f"the key {key!r} stands here twice")
+                raise _refusal(key_node, f"the key {key!r} is here twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -227,12 +227,12 @@ def _refusal(at: Any, problem: str) -> ConstructorError:
 
 
 def _odd_number(loader: _StrictLoader, node: ScalarNode) -> Any:
-    raise _refusal(node, f"{node.value} is no finite decimal number; write one, or quote it as text")
+    raise _refusal(node, f"{node.value} is not a finite decimal number; write one, or quote it as text")
 
 
 def _int(loader: _StrictLoader, node: ScalarNode) -> int:
     if len(node.value) > 40:
-        raise _refusal(node, "an integer of more than 40 digits")
+        raise _refusal(node, "an integer with more than 40 digits")
     return int(node.value)
 
 

@@ -202,7 +202,7 @@ def newest(
         if manifest is not None and manifest.kind in kinds and accept(path, manifest):
             found.append((datetime.fromisoformat(manifest.created), path))
     if not found:
-        hint = "name a directory, or make one first"
+        hint = "give a directory, or make such an output first"
         raise InputError(f"no output of kind {' or '.join(kinds)} under {root}/", hint=hint)
     return max(found)[1]
 

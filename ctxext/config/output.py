@@ -26,7 +26,7 @@ from ctxext.errors import CtxextError, EnvironmentFault, InputError
 from ctxext.units import format_bytes
 
 MARKS = ("ctxext.json", "spec.yaml", "request.json", "pipeline.json")  # each output of ctxext has at least one of them
-_ELSEWHERE = "give another --out"
+_OTHER_OUT = "give another --out"
 _LONGEST_NAME = 120  # bytes; a hidden neighbour's name contains the output's name, and a file name has at most 255
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.EBUSY, errno.ESTALE)
@@ -86,7 +86,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     try:
         # Build the error before the partial file is removed, since its message has the free space.
-        with disk_faults(path, hint="make room, then give the command again"):
+        with disk_faults(path, hint="free disk space, then give the command again"):
             partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
             sync(partial)
             partial.replace(path)
@@ -132,7 +132,7 @@ def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ())
         # The nearest existing parent must be a directory, or the output could not be created.
         above = next(path for path in out.absolute().parents if os.path.lexists(path))
         if not above.is_dir():
-            raise InputError(f"{above} is no directory: nothing can be written below it", hint=_ELSEWHERE)
+            raise InputError(f"{above} is not a directory: nothing can be written below it", hint=_OTHER_OUT)
         return
     if not force:
         raise InputError(f"{out} exists", hint="give --force to replace it, or another --out")
@@ -140,7 +140,7 @@ def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ())
     real = out.resolve()
     for kept in (Path.cwd(), Path.home(), *(path for path in keep if path is not None)):
         if kept.resolve().is_relative_to(real):
-            raise InputError(f"{out} holds {kept}: even --force does not replace it", hint=_ELSEWHERE)
+            raise InputError(f"{out} holds {kept}, which --force does not replace", hint=_OTHER_OUT)
     # A link, a file or an empty directory may be replaced; the directory may vanish during the check.
     before = _identity(out.absolute())
     try:
@@ -152,7 +152,7 @@ def check_free(out: Path, force: bool = False, keep: Iterable[Path | None] = ())
         # Another process may be replacing the directory at this moment.
         if _identity(out.absolute()) != before:
             raise busy(out, "process")
-        raise InputError(f"{out} is nothing that ctxext wrote: even --force does not replace it", hint=_ELSEWHERE)
+        raise InputError(f"{out} is not an output of ctxext, and --force does not replace it", hint=_OTHER_OUT)
     if any(is_locked(path) for path in (out, *(out / mark for mark in MARKS))):
         raise busy(out, "process")
 
@@ -189,7 +189,7 @@ def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Itera
 
 
 @contextmanager
-def disk_faults(out: Path, hint: str = f"make room, or {_ELSEWHERE}") -> Iterator[None]:
+def disk_faults(out: Path, hint: str = f"free disk space, or {_OTHER_OUT}") -> Iterator[None]:
     """Raises EnvironmentFault if the block that writes `out` fails because of disk space or permissions.
 
     `hint` states what to do about a full disk.
@@ -204,7 +204,7 @@ def disk_faults(out: Path, hint: str = f"make room, or {_ELSEWHERE}") -> Iterato
 
 
 def environment_fault(
-    error: BaseException, out: Path, hint: str = f"make room, or {_ELSEWHERE}"
+    error: BaseException, out: Path, hint: str = f"free disk space, or {_OTHER_OUT}"
 ) -> EnvironmentFault | None:
     """Returns an EnvironmentFault for an error of the disk or its permissions, and None for any other error.
 
@@ -226,9 +226,9 @@ def environment_fault(
     if isinstance(error, OSError) and error.errno in _NOT_WRITABLE:
         if named is not None and not named.is_relative_to(Path(out).absolute().parent):
             # The file is not part of the output, such as an input file.
-            return EnvironmentFault(f"{named}: {error.strerror}", hint="look at its permissions, and at its disk")
+            return EnvironmentFault(f"{named}: {error.strerror}", hint="check its permissions and its disk")
         where = f" ({named})" if named else ""
-        return EnvironmentFault(f"cannot write {out}: {error.strerror}{where}", hint=_ELSEWHERE)
+        return EnvironmentFault(f"cannot write {out}: {error.strerror}{where}", hint=_OTHER_OUT)
     return None
 
 
@@ -300,7 +300,7 @@ def _put_in_place(partial: Path, target: Path, before: tuple[int, ...] | None) -
     aside, now = _beside(target, "old"), _identity(target)
     if now is not None:
         if now != before:
-            raise _overtaken(target)
+            raise _written_meanwhile(target)
         target.rename(aside)
     try:
         # The older output returns to its place if the rename fails and nothing else is at `target`.
@@ -310,15 +310,15 @@ def _put_in_place(partial: Path, target: Path, before: tuple[int, ...] | None) -
             aside.rename(target)
         if isinstance(error, OSError) and error.errno in _TAKEN:
             _remove(aside)
-            raise _overtaken(target) from None
+            raise _written_meanwhile(target) from None
         raise
     sync(target.parent)
     _remove(aside)
 
 
-def _overtaken(target: Path) -> InputError:
+def _written_meanwhile(target: Path) -> InputError:
     return InputError(
-        f"{target} was written by another process meanwhile: that output stays, this one was removed", hint=_ELSEWHERE
+        f"{target} was written by another process meanwhile: that output is kept, this one was removed", hint=_OTHER_OUT
     )
 
 

@@ -38,7 +38,7 @@ def spread(
         ]
         if not takers:
             has = ", ".join(name for name in classes if field in _fields(classes, name, tag)) or "nothing"
-            raise InputError(f"{key} is no field of {of}", hint=f"{has} has {field}")
+            raise InputError(f"{key} is not a field of {of}", hint=f"{has} has {field}")
         for one in takers:
             one[field] = value
 

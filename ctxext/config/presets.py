@@ -71,9 +71,9 @@ class ModelPreset:
 
     def __post_init__(self) -> None:
         if (self.hub_id is None) == (self.directory is None):
-            raise ValueError("hub_id and directory: exactly one of them is needed")
+            raise ValueError("hub_id and directory: give exactly one of them")
         if self.hub_id is not None and self.shape is None:
-            raise ValueError("shape: missing; a model of the hub must be planned without its weights")
+            raise ValueError("shape: missing; plans for a model of the hub need it, since they read no weights")
         if self.usable_length < self.original_length:
             raise ValueError(f"usable_length {self.usable_length} is below original_length {self.original_length}")
 
@@ -150,7 +150,7 @@ def parted(name: str) -> tuple[str, str]:
         # A file in a directory such as presets/eval/ has the kind of that directory.
         if Path(name).parent.name in KINDS:
             return Path(name).parent.name, name
-        raise InputError(f"{name}: which kind of preset is it?", hint=f"KIND/{name}; kinds are {', '.join(KINDS)}")
+        raise InputError(f"{name}: its kind of preset is not known", hint=f"KIND/{name}; kinds are {', '.join(KINDS)}")
     having = [kind for kind in KINDS if name in names(kind)]
     if len(having) == 1:
         return having[0], name

@@ -92,7 +92,7 @@ def write_card(
         "## Layers",
         _layers(source),
         "## How it was made",
-        "\n".join(f"{number}. {_told(step)}" for number, step in enumerate(steps, start=1)),
+        "\n".join(f"{number}. {_step_text(step)}" for number, step in enumerate(steps, start=1)),
         *_measured(steps),
         "## Use",
         _use(source.config, commands, tokenizer_problem),
@@ -134,7 +134,7 @@ def _layers(source: ModelSource) -> str:
     return "\n".join(lines) + (f"\n\nRoPE: {stated}." if rope else "")
 
 
-def _told(step: Step) -> str:
+def _step_text(step: Step) -> str:
     # One line of "How it was made". A model without a manifest is not an output of ctxext.
     found = step.manifest
     if (stored := stored_as(found)) is not None:
@@ -150,7 +150,7 @@ def _told(step: Step) -> str:
         what = "all weights" if found.kind == "model" else "LoRA with embeddings and norms"
         said = f"trained ({what}) at {format_tokens(spec['ctx'])} tokens"
         said += f", {facts['tokens']:,} of them in {facts.get('steps')} steps; {facts.get('positions')}"
-        said += "; learned from a teacher" if facts.get("teacher") else ""
+        said += "; distilled from a teacher" if facts.get("teacher") else ""
     else:
         said = "pretrained" if found.kind == "model" else found.kind
     return f"**{step.name}**: {said} {by}"
@@ -161,7 +161,7 @@ def _measured(steps: Sequence[Step]) -> list[str]:
     for step in steps:
         facts = step.manifest.facts if step.manifest else {}
         gate, merge = facts.get("gate") or {}, facts.get("merge") or {}
-        unit = "of what is learned from the teacher" if facts.get("teacher") else "nats a token"
+        unit = "of the distillation objective" if facts.get("teacher") else "nats a token"
         of = f" ({merge['perplexity_of']})" if "perplexity_of" in merge else ""  # older manifests lack it
         # Each manifest has only the values that its command measures; the others are None and give no row.
         found = {
@@ -187,22 +187,22 @@ def _use(config: Config, commands: Sequence[str], tokenizer_problem: str | None)
     )
     needs = runtime_note(config)
     if tokenizer_problem is not None:
-        needs += f" Do not use AutoTokenizer: it reads other ids than tokenizer.json ({tokenizer_problem})."
+        needs += f" Do not use AutoTokenizer: it gives other ids than tokenizer.json ({tokenizer_problem})."
     more = "\n".join(commands)
     return f"{needs}\n\n```python\n{code}\n```" + (f"\n\nNot run by ctxext:\n\n```\n{more}\n```" if commands else "")
 
 
 def _limits(source: ModelSource, verdict: Verdict, base: str | None, licensed: bool) -> list[str]:
-    lines = [f"Beyond {format_tokens(source.usable_length)} tokens nothing was trained."]
+    lines = [f"The model was not trained beyond {format_tokens(source.usable_length)} tokens."]
     if source.kind == "conversion":
         lines.append(
-            "Layers lost their window or RoPE and nothing was trained since: expect damage until it is healed."
+            "Some layers lost their window or RoPE and were not trained since: expect damage until it is healed."
         )
     if verdict.target != "hf":
         lines.append(f"{verdict.target}: {verdict.how}; {verdict.not_checked} ({verdict.checked}).")
     else:
         lines.append(
-            "Whether other programs honour the windows and NoPE layers: `ctxext export --check-only --target ...`."
+            "`ctxext export --check-only --target ...` shows which other programs support the windows and NoPE layers."
         )
     if not licensed:
         lines.append("The licence of the base is not known here: find it, and add `license:` above before publishing.")

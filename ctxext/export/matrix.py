@@ -17,14 +17,14 @@ from ctxext.export import spellings
 from ctxext.model.families import Config, expected_tensors, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
 
-WHEN = "2026-11"
-ITSELF = "this model was not given to it: nothing of the target is installed or downloaded by ctxext"
-SEEN = "read in the sources named, and models of this class held to transformers on a CPU"
+READ_DATE = "2026-11"
+NOT_RUN = "this model itself was not run there: ctxext does not install or download the target"
+COMPARED = "read in the named sources; models of this class were compared with transformers on a CPU"
 CHECKED = {
     "hf": "loaded and compared with the source by the gate of every conversion",
-    "vllm": f"{SEEN} in vLLM 0.32.0; {ITSELF}",
-    "gguf": f"{SEEN} in the llama.cpp of llama-cpp-python 0.3.36; {ITSELF}",
-    "ollama": "read in the sources named, not run: nothing of the target is installed or downloaded by ctxext",
+    "vllm": f"{COMPARED} in vLLM 0.32.0; {NOT_RUN}",
+    "gguf": f"{COMPARED} in the llama.cpp of llama-cpp-python 0.3.36; {NOT_RUN}",
+    "ollama": "read in the named sources, not run: ctxext does not install or download the target",
 }
 TARGETS = ("hf", "vllm", "gguf", "ollama")
 Kinds = tuple[LayerKind, ...]
@@ -77,7 +77,7 @@ class Verdict:
         """Returns (name, value) rows for the screen."""
         rows = [("target", self.target), ("layout", f"{self.model_type}: {self.layout}")]
         rows += [("honoured", "yes, exactly" if self.honoured else "no"), ("how", self.how)]
-        rows += [("not honoured", text) for text in self.objections] + [("instead", text) for text in self.nearest]
+        rows += [("not supported", text) for text in self.objections] + [("instead", text) for text in self.nearest]
         return [*rows, *(("source", text) for text in self.sources), (f"checked {self.checked}", self.not_checked)]
 
 
@@ -107,7 +107,7 @@ def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | N
         nearest,
         fact.how,
         fact.sources,
-        WHEN,
+        READ_DATE,
         CHECKED[target] if fact.run else CHECKED["ollama"],
     )
 
@@ -134,7 +134,7 @@ def _every_fourth(config: Config, kinds: Kinds) -> list[Objection]:
     for word, rope in (("would get RoPE", False), ("would lose it", True)):
         layers = [i for i, kind in enumerate(kinds) if kind.use_rope is rope and (i % 4 == 3) is rope]
         wrong += [f"{_layers(layers)} {word}"] if layers else []
-    text = "the program leaves RoPE out of layers 3, 7, 11, ... whatever the model says"
+    text = "the program always leaves RoPE out of layers 3, 7, 11, ..."
     plain = all(kind.use_rope and not limits(kind, config) for kind in kinds)  # as in the source's own class
     return [(f"{text}: {'; '.join(wrong)}", UNCONVERTED if plain else FFFN)] if wrong else []
 
@@ -142,7 +142,7 @@ def _every_fourth(config: Config, kinds: Kinds) -> list[Objection]:
 def _biases(config: Config, kinds: Kinds) -> list[Objection]:
     if not any(name.endswith("proj.bias") for name in expected_tensors(config)):
         return []
-    return [("the projections have biases, and llama.cpp loads no such file (llama-cpp-python 0.3.36)", UNCONVERTED)]
+    return [("the projections have biases, which llama.cpp does not load (llama-cpp-python 0.3.36)", UNCONVERTED)]
 
 
 def _scaling(config: Config, kinds: Kinds, *, refused: dict[str, str], instead: str) -> list[Objection]:
@@ -160,7 +160,7 @@ def _llama3(config: Config, kinds: Kinds) -> list[Objection]:
     meant = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
     if rope.get("rope_type") != "llama3" or taken == meant:
         return []
-    text = f"RoPE scaling llama3 from {meant} tokens: the converter takes {taken} for them"
+    text = f"RoPE scaling llama3 from {meant} tokens: the converter uses {taken} instead"
     return [(text, f"write original_max_position_embeddings {meant} at the top of config.json")]
 
 
@@ -177,7 +177,7 @@ def _never(config: Config, kinds: Kinds, *, why: str) -> list[Objection]:
 
 FFFN = "`ctxext convert SOURCE --hybrid FFFN` (full attention, no RoPE in every fourth layer), healed and trained again"
 UNCONVERTED = (
-    "the source without converting it, in its own class, if its layers are all F: `SOURCE`, or what "
+    "if all layers of the source are F, the source without a conversion: `SOURCE`, or what "
     "`ctxext finetune SOURCE --ctx ...` makes of it"
 )
 OWN_CLASS = (
@@ -197,14 +197,14 @@ _VLLM_NATIVE = partial(
     instead=LINEAR_YARN,
 )
 _VLLM_QWEN = partial(_windows, why="vLLM's own class ignores or refuses windows of some layers", instead=OWN_CLASS)
-_GGUF_LOST = {"dynamic": "the converter passes it over", "longrope": "the converter writes no factors of this class"}
+_GGUF_LOST = {"dynamic": "the converter ignores it", "longrope": "the converter writes no factors of this class"}
 _GGUF_LOST |= {"attention_factor": "llama.cpp computes another (seen in llama-cpp-python 0.3.36)"}
 _GGUF = partial(_scaling, refused=_GGUF_LOST, instead=LINEAR_YARN)
 _GGUF_QWEN = partial(_scaling, refused=_GGUF_LOST | {"llama3": "written for Llama classes alone"}, instead=LINEAR_YARN)
 _GGUF_WINDOW = partial(_windows, why="the converter writes none and every layer is full", instead=FFFN)
 _GGUF_QWEN_WINDOW = partial(_windows, why="the converter writes none and every layer is full", instead=UNCONVERTED)
-_GGUF_SINKS = partial(_never, why="no GGUF file of this class was tried here, so nothing is said for it")
-_GGUF_MELLUM = partial(_never, why="llama.cpp's Mellum needs experts in every layer and has RoPE in every layer")
+_GGUF_SINKS = partial(_never, why="no GGUF file of this class was tried, so that support is not known")
+_GGUF_MELLUM = partial(_never, why="llama.cpp's Mellum needs experts and RoPE in every layer")
 _OLLAMA_ROPE = partial(
     _scaling,
     refused=dict.fromkeys(
@@ -237,7 +237,7 @@ _GRANITE = (
 )
 _LLAMA_GRANITE = ("ggml-org/llama.cpp, src/models/granite-swa.cpp @ 38d3906: windows, sinks, RoPE by layer",)
 _LLAMA_CPP = (
-    "ggml-org/llama.cpp, conversion/llama.py @ 0274f0f and conversion/base.py @ 00bd27a: what a GGUF file is told "
+    "ggml-org/llama.cpp, conversion/llama.py @ 0274f0f and conversion/base.py @ 00bd27a: what a GGUF file contains "
     "(formerly convert_hf_to_gguf.py; Mistral becomes llama, no window is written)",
     "ggml-org/llama.cpp, issues 3371 and 3377: no sliding window for Mistral",
 )
@@ -272,7 +272,7 @@ _VLLM: dict[str, Fact] = {
         (_VLLM_RUNNING,),
     ),
     "mellum": Fact(
-        f"{BACKEND}, asked for with --model-impl transformers; its own class stops at a model without experts",
+        f"{BACKEND}, with --model-impl transformers; its own class fails for a model without experts",
         (*_BACKEND, *_MELLUM),
         (_VLLM_RUNNING,),
     ),

@@ -43,7 +43,7 @@ def objections(raw: Config, target: str) -> list[Objection]:
     if target != "hf":
         found += [one for part in sets for one in _elsewhere(raw, part)]
         found += [
-            (f"{name} {raw[name]!r} beside RoPE's parameters: transformers does not read it", _without(name))
+            (f"{name} {raw[name]!r} beside RoPE's parameters: transformers ignores it", _without(name))
             for name in ELSEWHERE
             if raw.get(name) is not None
         ]
@@ -57,7 +57,7 @@ def _everywhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
     name = "original_max_position_embeddings"
     if _kind(rope) in ("yarn", "longrope", "llama3") and name in raw and raw[name] is None:
         yield (
-            f"{name} is null at the top of config.json: transformers takes that for the length of {_kind(rope)}",
+            f"{name} is null at the top of config.json: transformers uses it as the length of {_kind(rope)}",
             _without(name),
         )
 
@@ -66,9 +66,9 @@ def _elsewhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
     kind = _kind(rope)
     for name in sorted(rope.keys() - READ.get(kind, ANY)):
         if rope[name] is not None:
-            yield f"{name} among RoPE's parameters: transformers does not read it for {kind}", _without(name)
+            yield f"{name} among RoPE's parameters: transformers ignores it for {kind}", _without(name)
     if None not in (rope.get("type"), rope.get("rope_type")) and rope["type"] != rope["rope_type"]:
-        text = f"rope_type {rope['rope_type']} and type {rope['type']}: transformers reads the first, others the second"
+        text = f"rope_type {rope['rope_type']} and type {rope['type']}: transformers reads rope_type, others type"
         yield text, _without("type")
     # The same value in two places: programs differ in the place that they read.
     for name in ("rope_theta", "original_max_position_embeddings"):
@@ -82,14 +82,14 @@ def _elsewhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
             )
             yield text, f"write the same {name} in both places of config.json"
     if kind == "yarn" and rope.get("factor") is None:
-        text = "yarn without a factor: transformers takes max_position_embeddings over the original length"
+        text = "yarn without a factor: transformers uses max_position_embeddings / original length"
         yield text, "write factor into rope_parameters of config.json"
 
 
 def _betas(rope: dict[str, Any]) -> Iterator[Objection]:
     for name, usual in BETAS.items():
         if _kind(rope) == "yarn" and rope.get(name) not in (None, usual):
-            text = f"yarn with {name} {rope[name]}: converters before 2026 write none, and {usual} is taken"
+            text = f"yarn with {name} {rope[name]}: converters before 2026 do not write it, and {usual} is used"
             yield text, f"{name} {usual}, trained again"
 
 
@@ -98,4 +98,4 @@ def _kind(rope: dict[str, Any]) -> str:
 
 
 def _without(name: str) -> str:
-    return f"take {name} out of config.json, if transformers' reading is meant"
+    return f"remove {name} from config.json, if transformers' reading is the right one"

@@ -65,7 +65,9 @@ def plan_export(model: str, target: str, out: Path | None = None, force: bool = 
     if target not in TARGETS:
         raise InputError(f"--target {target!r}: allowed are {', '.join(TARGETS)}")
     if (Path(model) / "adapter_config.json").is_file():
-        raise InputError(f"{model} is an adapter: no target runs it as it was trained", hint=f"ctxext merge {model}")
+        raise InputError(
+            f"{model} is an adapter, which no target supports", hint=f"merge it first: ctxext merge {model}"
+        )
     source = resolve(model)
     require_tokenizer(source.directory)
     out = out or manifests.default_out(f"export-{target}", source.name)
@@ -79,8 +81,8 @@ def refuse(judged: Verdict) -> None:
     if not judged.honoured:
         lines = "\n".join(f"  {text}" for text in judged.objections)
         raise CheckFailed(
-            f"{judged.target} does not honour {judged.model_type} {judged.layout}\n{lines}",
-            hint="honoured would be: " + "; or ".join(judged.nearest),
+            f"{judged.target} does not support {judged.model_type} {judged.layout}\n{lines}",
+            hint="supported would be: " + "; or ".join(judged.nearest),
         )
 
 
@@ -133,9 +135,9 @@ def _tokenizer_files(plan: ExportPlan) -> tuple[dict[str, str], str | None]:
     settled = settle(directory, read_object(directory / "config.json"))
     if settled.problem is not None and plan.verdict.target != "hf":
         raise CheckFailed(
-            f"{plan.verdict.target} opens the tokenizer by AutoTokenizer, which ({version()}) reads other ids than "
+            f"{plan.verdict.target} opens the tokenizer with AutoTokenizer, which ({version()}) gives other ids than "
             f"tokenizer.json: {settled.problem}",
-            hint="ctxext convert it (to a class without a tokenizer class of its own), or export --target hf",
+            hint="ctxext convert it to a class without its own tokenizer class, or use --target hf",
         )
     # The settings file is always rewritten, because it may contain a local path.
     files = {name: data.decode() for name, data in settled.files.items()}
@@ -191,7 +193,7 @@ def _search(texts: Mapping[str, str], source: ModelSource) -> None:
             # The lookahead avoids a match on the first part of a longer name, such as /home/al in /home/alice.
             if re.search(rf"{re.escape(place)}(?![\w.-])", text):
                 raise CheckFailed(
-                    f"{name} would name {place}, a place of this machine", hint="take it out of the source"
+                    f"{name} would contain {place}, a path of this machine", hint="remove it from the source"
                 )
 
 

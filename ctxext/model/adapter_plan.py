@@ -107,7 +107,7 @@ def plan_trainables(config: Config, tuning: str, lora: LoraSpec, fitted_layers: 
         return Trainables("full", (), (), 0, embedding, sum(norms.values()), rest)
     if lora.embeddings == "lora" and config["tie_word_embeddings"]:
         raise InputError(
-            "embeddings: lora on a model with tied embeddings would leave its head behind",
+            "embeddings: lora is not supported for tied embeddings, because the head would not train",
             hint="use embeddings: full or frozen",
         )
     # One group for each name: modules of one name have the same shape in every layer.
@@ -154,7 +154,7 @@ def _lora_modules(config: Config, name: str, lora: LoraSpec) -> LoraModules:
 def _embedding_lora(config: Config, lora: LoraSpec) -> LoraModules:
     if lora.alpha == "curvature":
         raise InputError(
-            "lora.alpha: curvature is derived for PEFT's initialisation of linear layers, embeddings start differently",
+            "lora.alpha: curvature does not support LoRA on embeddings, which PEFT initialises differently",
             hint="use embeddings: full or frozen, or another alpha",
         )
     return _group("embed_tokens", 1, config["vocab_size"], config["hidden_size"], lora)

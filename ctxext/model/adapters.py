@@ -54,7 +54,7 @@ def attach(model: PreTrainedModel, plan: Trainables, rank: int, base: str) -> Pe
     count = sum(full_shape(parameter).numel() for parameter in found.values())
     if strangers or count != plan.parameters:
         raise CheckFailed(
-            f"{count:,} parameters would train, {plan.parameters:,} were planned; {len(strangers)} modules differ"
+            f"{count:,} parameters would train, but the plan has {plan.parameters:,}; {len(strangers)} modules differ"
             + (f", first {min(strangers)}" if strangers else ""),
             hint="please report this with your peft version",
         )
@@ -95,7 +95,7 @@ def save_adapter(model: PeftModel, directory: Path, masters: Mapping[str, Tensor
         key = name.replace(".modules_to_save.default", "").replace(".default", "")
         if key not in reopened or not torch.equal(reopened[key], tensor.detach().cpu()):
             raise CheckFailed(
-                f"{directory}: the trained tensor {name} was not found again after saving",
+                f"{directory}: the saved file does not hold the trained tensor {name} as it was trained",
                 hint="the run's checkpoint still has it; please report this with your peft version",
             )
     return len(reopened)
@@ -119,10 +119,10 @@ def open_adapter(model: PreTrainedModel, directory: Path) -> PeftModel:
     placed |= {name: own[name] for name in stored if is_fitted(name) and name in own}
     lost = sorted(stored.keys() ^ placed.keys())
     if lost:
-        raise ModelError(f"{directory}: {len(lost)} trained tensors have no place, or are missing, first {lost[0]}")
+        raise ModelError(f"{directory}: {len(lost)} trained tensors are missing or unknown, first {lost[0]}")
     for name, tensor in stored.items():
         if not torch.equal(placed[name].cpu(), tensor.to(placed[name].dtype)):
-            raise ModelError(f"{directory}: the trained tensor {name} was not taken over by the model")
+            raise ModelError(f"{directory}: the model did not load the trained tensor {name}")
     return adapted
 
 
@@ -133,6 +133,6 @@ def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
     """
     wide = {parameter.dtype for parameter in adapted.parameters()}
     if wide != {torch.float32}:
-        raise ModelError(f"merging is done in fp32, the model holds {', '.join(map(str, wide))}")
+        raise ModelError(f"merging needs fp32 weights, but the model has {', '.join(map(str, wide))}")
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return merged

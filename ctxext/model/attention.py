@@ -79,9 +79,9 @@ def attend(
     if attention_mask is not None:
         if attention_mask.ndim != 2:
             raise ModelError(
-                f"an attention mask of shape {list(attention_mask.shape)}: ctxext's attention sees intervals of keys "
-                "that end at the query, and takes no T x T mask",
-                hint="give a [B, S] padding mask, or document_starts=",
+                f"an attention mask of shape {list(attention_mask.shape)}: ctxext's attention needs intervals of keys "
+                "that end at the query, and no T x T mask",
+                hint="give a [B, S] padding mask or document_starts=",
             )
         if document_starts is not None:
             raise ModelError("padding and packed documents cannot be combined")
@@ -107,7 +107,7 @@ def attend(
 
 def _refuse_unsupported(module: nn.Module, softcap: float | None, dropout: float) -> None:
     if softcap is not None:
-        raise ModelError(f"{type(module).__name__} uses soft-capping, which ctxext's attention has not")
+        raise ModelError(f"{type(module).__name__} uses soft-capping, which ctxext's attention does not support")
     if dropout:
         raise ModelError(
             f"attention dropout {dropout} is not supported", hint="set attention_dropout to 0 in config.json"
@@ -127,7 +127,7 @@ def intervening(decoder: Any, changes: Mapping[int, Intervention]) -> Iterator[N
     for index, change in changes.items():
         wrong = [head for head in change.masked if not 0 <= head < heads]
         if not 0 <= index < len(layers) or wrong or (change.visible is not None and change.visible < 1):
-            raise ModelError(f"layer {index}, {change}: a model of {len(layers)} layers with {heads} heads each")
+            raise ModelError(f"layer {index}, {change}: the model has {len(layers)} layers with {heads} heads each")
     try:
         for index, change in changes.items():
             layers[index].self_attn.intervention = change
@@ -140,7 +140,7 @@ def intervening(decoder: Any, changes: Mapping[int, Intervention]) -> Iterator[N
 def _narrowed(pattern: Pattern, visible: int) -> Pattern:
     # A window of at most `visible` keys.
     if pattern.group_size is not None:
-        raise ModelError("an intervention is for the attention a model runs with, not for S²-Attn")
+        raise ModelError("interventions need the attention of inference; S²-Attn does not support them")
     return Pattern(min(visible, pattern.sliding_window or visible))
 
 
@@ -165,12 +165,12 @@ def left_padding(
     """
     # The queries must be the last tokens of the keys. That does not hold for a static cache.
     if isinstance(q_offset, Tensor) or q_offset + q_length != kv_offset + kv_length:
-        raise ModelError("ctxext's attention takes transformers' dynamic cache, not a static one")
+        raise ModelError("ctxext's attention needs transformers' dynamic cache, not a static one")
     chunked = local_size not in (None, getattr(config, "sliding_window", None))
     if chunked or not (allow_is_causal_skip or torch.compiler.is_compiling()):
         raise ModelError(
-            "ctxext's attention is causal, with windows and left padding; this model or call asks for another mask",
-            hint="for packed documents give document_starts=, and no position_ids that start anew",
+            "ctxext's attention is causal, with windows and left padding; this model or call needs another mask",
+            hint="for packed documents give document_starts=, and no position_ids that restart",
         )
     if attention_mask is None:
         return None

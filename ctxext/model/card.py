@@ -12,7 +12,7 @@ import yaml
 from ctxext import __version__
 from ctxext.model.rope_fields import unlike_transformers_4
 
-FOURTH = "transformers 4.57.3"  # the 4.x release in which outputs were compared (tests/model/test_transformers_4.py)
+VERSION_4 = "transformers 4.57.3"  # the 4.x release in which outputs were compared (tests/model/test_transformers_4.py)
 FRONT = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["ctxext", "long-context"]}
 
 
@@ -45,8 +45,8 @@ def runtime_note(config: Mapping[str, Any]) -> str:
     if reason := unlike_transformers_4(dict(config)):
         return note + f"transformers 4 does not compute the same from it: {reason}."
     return note + (
-        f"config.json has `rope_theta` and `rope_scaling` beside `rope_parameters`, so that {FOURTH} reads the same "
-        f"positions. Logits of such files were compared between {FOURTH} and 5; this directory itself, other releases "
+        f"config.json has `rope_theta` and `rope_scaling` beside `rope_parameters`, so that {VERSION_4} reads the same "
+        f"positions. Logits of such files were compared between {VERSION_4} and 5; this directory, other releases "
         "of 4, and other programs were not checked."
     )
 

@@ -163,7 +163,7 @@ ROPE: dict[str, Check] = {
 def check_fields(values: dict[str, Any], table: dict[str, Check], file: object = "config.json") -> None:
     """Raises ModelError that lists every field of `values` with a value that `table` does not allow."""
     wrong = [
-        f"{name} is {_shown(values[name])}, allowed is {allowed}"
+        f"{name} is {_shown(values[name])}; allowed: {allowed}"
         for name, (sound, allowed) in table.items()
         if name in values and not sound(values[name])
     ]
@@ -184,7 +184,7 @@ def check_padding(config: dict[str, Any]) -> None:
     if pad is not None and pad >= rows:
         raise ModelError(
             f"config.json: pad_token_id {pad} is outside the {rows:,} rows of the embedding",
-            hint="nothing is padded here: set it to null in config.json, or to a token that the model has",
+            hint="set it to null in config.json (ctxext needs no padding), or to a token that the model has",
         )
 
 
@@ -205,17 +205,17 @@ def check_layers(config: dict[str, Any]) -> None:
             hint="list in no_rope_layers which layers use RoPE (1) and which do not (0)",
         )
     if family == "mistral" and "layer_types" in config and types != {"sliding_attention"}:
-        raise ModelError("config.json: mistral with layer_types is a Ministral, whose layers differ: not supported")
+        raise ModelError("config.json: mistral with layer_types (a Ministral, whose layers differ) is not supported")
     if "sliding_attention" not in types:
         return
     if family == "llama":
-        raise ModelError("config.json: layers of sliding_attention, which a llama has not")
+        raise ModelError("config.json: layer_types has sliding_attention, which llama does not support")
     if config.get("sliding_window") is None:
-        raise ModelError("config.json: layers of sliding_attention, and no sliding_window")
+        raise ModelError("config.json: layer_types has sliding_attention, but sliding_window is missing")
     if family in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
         raise ModelError(
-            "config.json: layers of sliding_attention, and use_sliding_window is not true",
-            hint="set it to true, or the layers to full_attention: which of them holds is anybody's guess",
+            "config.json: layer_types has sliding_attention, but use_sliding_window is not true",
+            hint="set use_sliding_window to true, or these layers to full_attention, as the model was trained",
         )
 
 
@@ -230,7 +230,7 @@ def check_rope(rope: dict[str, Any], head_dim: int) -> None:
             raise ModelError(f"config.json, rope_parameters: yarn with {name} {_shown(rope[name])} is not supported")
     for name in ("short_factor", "long_factor") if rope["rope_type"] == "longrope" else ():
         if len(rope.get(name, ())) != head_dim // 2:
-            raise ModelError(f"config.json: longrope needs {name}, {head_dim // 2} numbers for a head of {head_dim}")
+            raise ModelError(f"config.json: longrope needs {name}, {head_dim // 2} numbers for head_dim {head_dim}")
 
 
 def _shown(value: Any) -> str:

@@ -135,7 +135,7 @@ class ConversionReport:
             return [*rows, ("gate", "not run (--no-gate)")]
         covered = f"{self.gate['layers']} of {self.gate['num_layers']} layers, {self.gate['tokens']} tokens, fp32"
         if (stand_in := self.gate["window_stand_in"]) is not None:
-            covered += f"; larger windows proved at {stand_in:,} keys"
+            covered += f"; larger windows compared at {stand_in:,} keys"
         return [
             *rows,
             ("gate: source layout = source", f"max logit difference {self.gate['identity_max_diff']:g} ({covered})"),
@@ -177,7 +177,7 @@ def plan_conversion(
     if out is not None:
         check_free(out, force, keep=[source.path])
     if source.base is not None:
-        raise InputError(f"{model} is an adapter on {source.base.name}", hint="ctxext merge it first, then convert")
+        raise InputError(f"{model} is an adapter on {source.base.name}", hint="merge it first: ctxext merge")
     if source.config["model_type"] not in SOURCES:
         raise ModelError(
             f"{model}: model_type {source.config['model_type']!r} cannot be converted; "
@@ -332,7 +332,7 @@ def _check_room(staging: Path, plan: ConversionPlan) -> None:
     free = shutil.disk_usage(staging).free
     if needed > free:
         raise EnvironmentFault(
-            f"{plan.out}: {format_bytes(needed)} are needed, {format_bytes(free)} are free",
+            f"{plan.out}: {format_bytes(needed)} are needed, but {format_bytes(free)} are free",
             hint="give --out on a larger disk",
         )
 
@@ -367,8 +367,8 @@ def _warning(kinds: Sequence[LayerKind], length: int) -> str | None:
     if not windows or min(windows) < length:
         return None
     return (
-        f"windows of {format_tokens(min(windows))} keys cover all {format_tokens(length)} tokens that the model bears: "
-        "the sliding layers are full there, and the conversion changes nothing in them"
+        f"windows of {format_tokens(min(windows))} keys cover all {format_tokens(length)} tokens of the model: "
+        "they hide nothing there, and the conversion changes nothing in the sliding layers"
     )
 
 
@@ -379,7 +379,7 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "its weights are unchanged" if report.sinks is None else "its weights are unchanged but for sinks and biases"
     )
     text = [
-        f"{source.name}, converted by layer layout alone: {weights} (S: RoPE and a sliding window, "
+        f"{source.name} with another layer layout: {weights} (S: RoPE and a sliding window, "
         "N: full attention without positional encoding, F: RoPE and full attention). Layers that lost their window or "
         "their RoPE compute something the weights were not trained for, so expect damage until it is finetuned.",
         runtime_note(plan.config),

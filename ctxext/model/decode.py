@@ -101,9 +101,9 @@ class Reader:
         if 0 < held < settled:
             if whole is None:
                 raise InputError(
-                    f"this model's RoPE follows the length of the text, and the ids of the {held:,} tokens in the "
-                    "cache are not known: the text cannot be read again",
-                    hint="give the ids of what the cache holds (seen), or generate without a cache",
+                    f"this model's RoPE depends on the length of the text, and the ids of the {held:,} tokens in the "
+                    "cache are not known, so that they cannot be computed again",
+                    hint="give the ids of the cached tokens (seen), or generate without a cache",
                 )
             room = max((x.reserve for x in self.cache.layers if isinstance(x, ReservedLayer)), default=0)
             self.cache.layers = reserved_cache(self.decoder.config, room).layers
@@ -170,12 +170,12 @@ def generate(
     a cache that is not empty, or with any cache where RoPE's frequencies change within this generation.
     """
     if not prompts or min(map(len, prompts)) == 0:
-        raise InputError("nothing to generate from: a prompt has no tokens")
+        raise InputError("a prompt has no tokens")
     weight, reader = output_weight(model), Reader(model, cache, seen, **attention_arguments)
     ids, mask = _padded(prompts, weight.device)  # [B, T]
     padded, T = not bool(mask.all()), ids.shape[1]
     if padded and reader.cache.get_seq_length():
-        raise InputError("prompts that go on with a cache must be of one length")
+        raise InputError("prompts that continue a cache must have one length")
     # All rows of a batch share RoPE's frequencies, which depend on the longest row. Where they change within this
     # generation, rows of different lengths run one by one.
     if padded and same_frequencies_from(reader.decoder.config, T + max_new_tokens) > 1:

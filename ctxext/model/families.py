@@ -111,7 +111,7 @@ def _granite_kinds(config: Config) -> tuple[LayerKind, ...]:
     if thetas - {config["rope_parameters"]["rope_theta"]}:
         raise ModelError(
             f"config.json: layer_rope_theta has {sorted(thetas)}, rope_theta is "
-            f"{config['rope_parameters']['rope_theta']}: supported is one theta for all layers with RoPE"
+            f"{config['rope_parameters']['rope_theta']}: all layers with RoPE need the same theta"
         )
     return tuple(
         LayerKind(theta != 0, config["sliding_window"] if kind == "sliding_attention" else None)
@@ -201,7 +201,7 @@ def normalise(config: Config) -> Config:
         raise ModelError(f"config.json: a head of {config['head_dim']:,}; allowed are {allowed}")
     if heads % config["num_key_value_heads"]:
         raise ModelError(
-            f"config.json: {heads} query heads do not divide over {config['num_key_value_heads']} kv heads"
+            f"config.json: {heads} query heads are not a multiple of the {config['num_key_value_heads']} kv heads"
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported, only silu is")
@@ -230,7 +230,7 @@ def _check_multipliers(config: Config) -> None:
     meant = dict.fromkeys(("embedding_multiplier", "logits_scaling", "residual_multiplier"), 1.0)
     for name, value in (meant | {"attention_multiplier": config["head_dim"] ** -0.5}).items():
         if not math.isclose(config[name], value, rel_tol=1e-12):
-            raise ModelError(f"config.json: {name} is {config[name]:g}, supported is {value:g}, as in a Llama")
+            raise ModelError(f"config.json: {name} is {config[name]:g}, only {value:g} is supported, as in a Llama")
 
 
 def model_shape(config: Config) -> ModelShape:

@@ -91,12 +91,12 @@ def check_realised(model: Any, config: Config) -> float:
     for prefix, rotary in product(_rope_prefixes(config), rotaries(model.get_decoder())):
         realised = getattr(rotary, f"{prefix}inv_freq").tolist()
         if len(realised) != len(intended):
-            raise CheckFailed(f"the built model has {len(realised)} RoPE frequencies, {len(intended)} were meant")
+            raise CheckFailed(f"the built model has {len(realised)} RoPE frequencies, {len(intended)} are expected")
         pairs = [*zip(realised, intended, strict=True), (getattr(rotary, f"{prefix}attention_scaling"), scale)]
         worst = max(worst, *(abs(got - meant) / abs(meant) for got, meant in pairs))
     if worst > 1e-5:
         raise CheckFailed(
-            f"the built model's RoPE frequencies differ from the intended by {worst:.1e} (relative), for {rope}",
+            f"the built model's RoPE frequencies differ from the expected ones by {worst:.1e} (relative), for {rope}",
             hint="please report this with your transformers version",
         )
     return worst

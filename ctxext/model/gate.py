@@ -42,8 +42,8 @@ LARGEST_WINDOW = 1024  # keys; the time of the fp64 walk grows with the square o
 # Allowed multiple of the walk's own fp32 rounding; stock kernels add in another order. Measured with 195 tokens and a
 # window of 128: stock differs by 0.8 and 1.1 times that rounding (stories260K, SmolLM2-135M), and a window that is off
 # by one on one layer differs by 600 times or more.
-ALLOWANCE = 8
-BLIND = 1e-2  # as a part of the largest logit; with a larger tolerance the comparison would detect nothing
+TOLERANCE_FACTOR = 8
+MAX_TOLERANCE = 1e-2  # as a part of the largest logit; with a larger tolerance the comparison would detect nothing
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class GateReport:
 
     identity_max_diff   max |logit - logit| of the first comparison
     hybrid_max_diff     the same of the second comparison
-    hybrid_tolerance    ALLOWANCE times the rounding of fp32
+    hybrid_tolerance    TOLERANCE_FACTOR times the rounding of fp32
     tokens              number of random tokens compared
     layers, num_layers  layers compared, and layers of the model
     window_stand_in     the window used in place of larger ones, in keys; None: every window kept its size
@@ -135,7 +135,7 @@ def run_gate(
     report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, every, stand_in)
     if not report.passed:
         raise CheckFailed(
-            f"the conversion does not compute what it should: identity layout off by {identity_diff:.3g} (must be 0), "
+            f"the converted model computes other logits: identity layout off by {identity_diff:.3g} (must be 0), "
             f"hybrid layout off by {hybrid_diff:.3g} (at most {tolerance:.2g})",
             hint="nothing was written; please report this with the source's config.json and your transformers version",
         )
@@ -153,13 +153,13 @@ def _truth_by_hand(out: Path, config: Config, kinds: Sequence[LayerKind], ids: T
         rounding = _difference(walk(read, config, kinds, ids), exact)
     largest = max(1.0, exact.abs().max().item())
     # At least one fp32 rounding step of the largest logit: a very small model may measure a rounding of zero.
-    tolerance = ALLOWANCE * max(rounding, torch.finfo(torch.float32).eps * largest)
+    tolerance = TOLERANCE_FACTOR * max(rounding, torch.finfo(torch.float32).eps * largest)
     # `not <=` also fails for NaN.
-    if not tolerance <= BLIND * largest:
+    if not tolerance <= MAX_TOLERANCE * largest:
         raise CheckFailed(
-            f"fp32 alone moves this model's logits by {rounding:.3g} (the largest is {largest:.3g}): the hybrid layout "
-            "cannot be proved in fp32",
-            hint="nothing was written; --no-gate converts without the proof",
+            f"fp32 rounding changes these logits by {rounding:.3g} (the largest is {largest:.3g}): the hybrid layout "
+            "cannot be compared in fp32",
+            hint="nothing was written; --no-gate converts without the comparison",
         )
     return exact, tolerance
 
@@ -184,7 +184,7 @@ def _check_number(config: Config, kinds: Sequence[LayerKind]) -> None:
     """Checks that the stock class reads the layout's window, where the window is too large to compare by logits."""
     read = _window_of(built_config(config))
     if read not in {kind.sliding_window for kind in kinds} - {None}:
-        raise CheckFailed(f"the converted config.json gives transformers a window of {read}, the layout has another")
+        raise CheckFailed(f"the converted config.json gives transformers a window of {read}, not the layout's")
 
 
 def _logits(

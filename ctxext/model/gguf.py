@@ -124,7 +124,7 @@ def _write(header: Header, out: Path, digest: str) -> None:
         raise EnvironmentFault(
             f"{header.path}: dequantised to {dtype} it takes {format_bytes(needed)}, {format_bytes(free)} are free at "
             f"{out.parent}",
-            hint="make room, or set XDG_CACHE_HOME to a directory on a larger disk",
+            hint="free disk space, or set XDG_CACHE_HOME to a directory on a larger disk",
         )
     # The rename at the end makes `out` appear as a whole; a failed write leaves nothing.
     partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
@@ -168,9 +168,9 @@ def _write_into(directory: Path, header: Header, config: Config, digest: str) ->
     # The model card states that the weights come from a quantised file. The licence is the file's own.
     rows = [("quantisation", quantisation(header)), ("file", header.path.name), ("sha256 of the file", digest)]
     said = (
-        f"The weights of a GGUF file, dequantised to {config['dtype']}. They are those of a quantised file and not of "
+        f"The weights of a GGUF file, dequantised to {config['dtype']}. They are as precise as the quantised file, not "
     )
-    said += "the model that it was made from."
+    said += "as the model that it was made from."
     licence = {"license": str(value)} if (value := header.metadata.get("general.license")) else {}
     (directory / "README.md").write_text(model_card(header.path.stem, [said], rows, licence), "utf-8")
     manifests.write(directory, manifests.new("source", spec={}, parents={}, facts=facts, command=[]))

@@ -84,7 +84,7 @@ def config_of(header: Header) -> Config:
     ]
     if unread:
         raise ModelError(
-            f"{path}: {', '.join(unread)}: not read here, and it may change what the model computes",
+            f"{path}: {', '.join(unread)}: not supported, and it may change what the model computes",
             hint="give the model's original directory",
         )
     return _config(header, architecture, fields)
@@ -95,12 +95,12 @@ def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Config
     heads, width = fields["attention.head_count"], fields["embedding_length"]
     kv_heads = fields.get("attention.head_count_kv") or heads
     if not all(type(value) is int and value > 0 for value in (heads, kv_heads, width)):
-        raise ModelError(f"{header.path}: layers with head counts of their own are not supported")
+        raise ModelError(f"{header.path}: different head counts in different layers are not supported")
     # These classes rotate whole heads, and keys and values have the same head size.
     head_dim = fields.get("attention.key_length") or width // heads
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.get(name) not in (None, head_dim):
-            raise ModelError(f"{header.path}: {name} {fields[name]} in heads of {head_dim}: whole heads are rotated")
+            raise ModelError(f"{header.path}: {name} {fields[name]} in heads of {head_dim}: RoPE needs whole heads")
     tensors, ids = header.tensors, special_ids(header)
     config: Config = {
         "model_type": architecture,
@@ -186,8 +186,8 @@ def _llama3(header: Header, theta: float, head_dim: int) -> Config:
     scaled = inverse_frequencies(rope, head_dim, 1)[0]
     if any(abs(a / b - factor) > 1e-4 * factor for a, b, factor in zip(plain, scaled, found, strict=True)):
         raise ModelError(
-            f"{header.path}: its {FACTORS} are not those of Llama 3.1 to 3.3 (bands 1 and 4, from 8,192 tokens), and a "
-            "config.json cannot say them",
+            f"{header.path}: {FACTORS} are not those of Llama 3.1 to 3.3 (bands 1 and 4, from 8,192 tokens); no "
+            "config.json can express them",
             hint="give the model's original directory",
         )
     return rope
@@ -211,15 +211,15 @@ def tensor_names(header: Header, config: Config) -> dict[str, str]:
     # Collect all faults before raising, so that one message shows up to five of them.
     expected = expected_tensors(config)
     faults = [f"{name}: missing" for name in expected if name not in named]
-    faults += [f"{named[name]}: not of this class" for name in named if name not in expected]
+    faults += [f"{named[name]}: does not belong to this class" for name in named if name not in expected]
     faults += [
-        f"{named[name]}: {list(header.tensors[named[name]].shape)}, by its header {list(shape)}"
+        f"{named[name]}: {list(header.tensors[named[name]].shape)}, but {list(shape)} by its header"
         for name, shape in expected.items()
         if name in named and header.tensors[named[name]].shape != tuple(shape)
     ]
     if faults:
         more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ModelError(f"{header.path}: its tensors are not those of its header: {'; '.join(faults[:5])}{more}")
+        raise ModelError(f"{header.path}: its tensors do not match its header: {'; '.join(faults[:5])}{more}")
     return {name: named[name] for name in expected}
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from ctxext.errors import InputError, ModelError
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
-MOST = 1_000_000  # limit for the number of tensors and of metadata keys, far above any model
+MAX_ENTRIES = 1_000_000  # limit for the number of tensors and of metadata keys, far above any model
 MOST_DIMENSIONS, ALIGNMENT = 4, 32
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -100,13 +100,13 @@ def read_header(path: Path, strings: Collection[str] = ()) -> Header:
                 hint="give the directory that holds config.json and the weights, or a .gguf file",
             )
         if len(begin) < 8 or size < 24:
-            raise ModelError(f"{path}: truncated: {size:,} bytes are no GGUF file", hint=AGAIN)
+            raise ModelError(f"{path}: truncated: {size:,} bytes are too few for a GGUF file", hint=AGAIN)
         (version,) = struct.unpack("<I", begin[4:])
         # A big-endian file shows its small version number in the upper bytes.
         if version not in VERSIONS:
             swapped = version & 0xFFFF == 0 and version != 0
             what = "its bytes are big-endian" if swapped else f"version {version}"
-            raise ModelError(f"{path}: a GGUF file of a kind that is not read here: {what}; 2 and 3 are supported")
+            raise ModelError(f"{path}: unsupported GGUF file: {what}; versions 2 and 3 are supported")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             try:
                 return _Cursor(path, mapped, size).header(strings)
@@ -123,13 +123,13 @@ class _Cursor:
     def header(self, strings: Collection[str]) -> Header:
         # The counts come first, then all metadata, then the table of tensors. This is the order of the format.
         tensors, keys = self.number("<Q"), self.number("<Q")
-        if tensors > MOST or keys > MOST:
+        if tensors > MAX_ENTRIES or keys > MAX_ENTRIES:
             raise self.damaged(f"it names {tensors:,} tensors and {keys:,} keys")
         metadata: dict[str, Any] = {}
         for _ in range(keys):
             key = self.text()
             if key in metadata:
-                raise self.damaged(f"{key} stands in it twice")
+                raise self.damaged(f"{key} is in it twice")
             metadata[key] = self.value(self.number("<I"), key in strings)
         entries = [self.tensor() for _ in range(tensors)]
         # The tensor data begins after the table, rounded up to the alignment; offsets in the table count from there.
@@ -140,7 +140,7 @@ class _Cursor:
         found: dict[str, Stored] = {}
         for name, number, shape, offset in entries:
             if name in found:
-                raise self.damaged(f"tensor {name} stands in it twice")
+                raise self.damaged(f"tensor {name} is in it twice")
             found[name] = self.stored(name, number, shape, begin + offset)
         return Header(self.path, metadata, found)
 
@@ -149,12 +149,12 @@ class _Cursor:
             raise ModelError(
                 f"{self.path}: {name} is stored as ggml type {number}, which is not supported; supported are "
                 f"{', '.join(name for name, _, _ in TYPES.values())}",
-                hint="give a file of another quantisation",
+                hint="give a file with another quantisation",
             )
         # A row holds whole blocks, so the last dimension must be a multiple of a block's entries.
         kind, entries, size = TYPES[number]
         if not shape or 0 in shape or shape[-1] % entries:
-            raise self.damaged(f"{name} has the shape {list(shape)} in {kind}, whose blocks have {entries} entries")
+            raise self.damaged(f"{name} has the shape {list(shape)} in {kind}, whose blocks need {entries} entries")
         stored = Stored(kind, number, shape, begin, prod(shape) // entries * size)
         if stored.begin + stored.size > self.size:
             raise ModelError(

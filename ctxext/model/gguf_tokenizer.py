@@ -48,11 +48,11 @@ def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
     # Check the vocabulary first: each token needs a type and an embedding row, and no token may occur twice.
     tokens, kinds = told.get("tokens"), told.get("token_type")
     if not isinstance(tokens, list) or not isinstance(kinds, list) or len(kinds) != len(tokens):
-        raise ModelError(f"{file}: no vocabulary in it (tokenizer.ggml.tokens and token_type)")
+        raise ModelError(f"{file}: it has no vocabulary (tokenizer.ggml.tokens and token_type)")
     if len(tokens) > config["vocab_size"]:
         raise ModelError(f"{file}: {len(tokens):,} tokens, the embedding has {config['vocab_size']:,} rows")
     if len(set(tokens)) != len(tokens):
-        raise ModelError(f"{file}: tokens stand twice in its vocabulary")
+        raise ModelError(f"{file}: its vocabulary lists a token twice")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if told.get("model") not in builders:
         raise ModelError(f"{file}: a tokenizer of type {told.get('model')!r}; supported are {', '.join(builders)}")
@@ -96,14 +96,14 @@ def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
     pre = told.get("pre")
     if pre not in PRE:
         raise ModelError(
-            f"{file}: tokenizer.ggml.pre {pre!r}: how it splits text is not known here; known are {', '.join(PRE)}",
+            f"{file}: tokenizer.ggml.pre {pre!r}: unknown way to split text; supported are {', '.join(PRE)}",
             hint="give the model's original directory, or make the file again with a newer llama.cpp",
         )
     # Some names are aliases of the same pattern.
     pre = SAME.get(pre, pre)
     merges = [tuple(merge.split(" ")) for merge in told.get("merges") or ()]
     if not merges or any(len(pair) != 2 for pair in merges):
-        raise ModelError(f"{file}: no merges in it (tokenizer.ggml.merges)")
+        raise ModelError(f"{file}: it has no merges (tokenizer.ggml.merges)")
     vocabulary = {token: number for number, token in enumerate(told["tokens"])}
     try:
         built = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE))
@@ -129,7 +129,7 @@ def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
 def _sentencepiece(file: Path, told: dict[str, Any]) -> Tokenizer:
     tokens, scores = told["tokens"], told.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise ModelError(f"{file}: no scores in it (tokenizer.ggml.scores)")
+        raise ModelError(f"{file}: it has no scores (tokenizer.ggml.scores)")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     # SentencePiece merges the pair whose result has the best score, so a merge has the rank of its result.
     ranked = sorted((number for number, kind in enumerate(told["token_type"]) if kind == NORMAL),
@@ -160,7 +160,7 @@ def _add_ends(file: Path, built: Tokenizer, told: dict[str, Any], said: dict[str
     ends = {"bos_token": bool(bos), "eos_token": bool(told.get("add_eos_token", False))}
     for name, wanted in ends.items():
         if wanted and name not in said:
-            raise ModelError(f"{file}: it adds a {name} to every text and does not say which")
+            raise ModelError(f"{file}: it adds a {name} to every text but does not name the token")
     begin, end = (said[name] if wanted else None for name, wanted in ends.items())
     if begin is None and end is None:
         return

@@ -29,7 +29,7 @@ def download(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path
     try:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=UNREAD))
     except HFValidationError as error:
-        raise InputError(f"{hub_id}: no name of a model ({error})", hint=f"check the spelling, {LOCAL}") from None
+        raise InputError(f"{hub_id}: not a model's name ({error})", hint=f"check the spelling, {LOCAL}") from None
     except (network, OSError) as error:
         raise _fault(hub_id, revision, error) from None
 
@@ -50,7 +50,7 @@ def _fault(hub_id: str, revision: str | None, error: Exception) -> CtxextError:
             return found
     return EnvironmentFault(
         f"{hub_id} is not in the local cache and the hub cannot be reached ({_first_name(error)})",
-        hint=f"fetch it once where there is a network, {LOCAL}",
+        hint=f"download it once with a network connection, {LOCAL}",
     )
 
 
@@ -78,13 +78,13 @@ def _on_this_machine(hub_id: str, cause: BaseException) -> CtxextError | None:
         return None
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return EnvironmentFault(
-            f"{hub_id}: the disk is full where the hub's cache lies ({cause.filename or cause.strerror})",
-            hint="free some room, or set HF_HOME to a larger disk",
+            f"{hub_id}: the disk of the hub's cache is full ({cause.filename or cause.strerror})",
+            hint="free disk space, or set HF_HOME to a directory on a larger disk",
         )
     if cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return EnvironmentFault(
             f"{hub_id}: the hub's cache cannot be written ({cause.filename or cause.strerror})",
-            hint="set HF_HOME to a directory of yours",
+            hint="set HF_HOME to a directory that you can write to",
         )
     return None
 
@@ -95,7 +95,7 @@ def _answered(hub_id: str, cause: BaseException) -> CtxextError | None:
 
     if isinstance(cause, OfflineModeIsEnabled):
         return EnvironmentFault(
-            f"{hub_id} is not in the local cache, and HF_HUB_OFFLINE forbids to ask the hub",
+            f"{hub_id} is not in the local cache, and HF_HUB_OFFLINE forbids a request to the hub",
             hint=f"unset HF_HUB_OFFLINE, {LOCAL}",
         )
     if not isinstance(cause, HfHubHTTPError):
@@ -103,14 +103,14 @@ def _answered(hub_id: str, cause: BaseException) -> CtxextError | None:
     # Access errors are the user's to fix (InputError); the other statuses are the hub's state (EnvironmentFault).
     status = cause.response.status_code
     if status in (401, 403):
-        return InputError(f"{hub_id}: the hub refuses access (HTTP {status})", hint=f"`hf auth login`, {LOCAL}")
+        return InputError(f"{hub_id}: the hub denies access (HTTP {status})", hint=f"`hf auth login`, {LOCAL}")
     if status == 429:
         return EnvironmentFault(
-            f"{hub_id}: the hub answers that too much was asked of it (HTTP 429)",
-            hint=f"try again in some minutes; with a token more is allowed (`hf auth login`); {LOCAL}",
+            f"{hub_id}: the hub received too many requests (HTTP 429)",
+            hint=f"try again in some minutes; with a token (`hf auth login`) more requests are allowed; {LOCAL}",
         )
     return EnvironmentFault(
-        f"{hub_id}: the hub answers with an error (HTTP {status})", hint=f"try again later, {LOCAL}"
+        f"{hub_id}: the hub returns a server error (HTTP {status})", hint=f"try again later, {LOCAL}"
     )
 
 

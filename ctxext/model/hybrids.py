@@ -19,9 +19,9 @@ def target_of(source: Config, target: str | None = None) -> str:
         return family.targets[0]
     if target in family.targets:
         return target
-    why = "it normalises queries and keys, which the class does not" if family.qk_norm else "it is none of its classes"
+    why = "it normalises queries and keys, which the class does not" if family.qk_norm else "it is not a class for it"
     raise InputError(
-        f"--class {target}: {family.name} does not become one: {why}",
+        f"--class {target}: {family.name} cannot be converted to it: {why}",
         hint=f"allowed for {family.name}: auto, {', '.join(family.targets)}",
     )
 
@@ -66,7 +66,7 @@ def hybrid_config(
     # All target classes have one window number for the whole model.
     windows = {kind.sliding_window for kind in kinds} - {None}
     if len(windows) > 1:
-        raise ModelError(f"{pattern_text(kinds)}: one model has one window, not {sorted(windows)}")
+        raise ModelError(f"{pattern_text(kinds)}: all sliding layers need one window, not {sorted(windows)}")
     window = windows.pop() if windows else None
     types = ["full_attention" if kind.sliding_window is None else "sliding_attention" for kind in kinds]
     write = {"smollm3": _write_smollm3, "mellum": _write_mellum, "granite_swa": _write_granite_swa}[target]
@@ -96,7 +96,7 @@ def _write_mellum(source: Config, kinds: Sequence[LayerKind], window: int | None
         parameters = dict(rope) if kind.use_rope else NO_ROPE | {"rope_theta": rope["rope_theta"]}
         if per_type.setdefault(name, parameters) != parameters:
             raise ModelError(
-                f"{pattern_text(kinds)}: qwen3 becomes a Mellum model, whose {name} layers all have RoPE or none has"
+                f"{pattern_text(kinds)}: qwen3 becomes a Mellum model, whose {name} layers need RoPE in all or in none"
             )
     # Mellum is a mixture-of-experts class. "dense" on every layer uses a plain MLP; the expert fields have no effect.
     return {

@@ -18,8 +18,8 @@ def check_ids(ids: Iterable[int], vocabulary: int, name: str) -> None:
     largest = max(ids, default=0)
     if largest >= vocabulary:
         raise ModelError(
-            f"{name}: its tokenizer gives token {largest}, the model has {vocabulary}",
-            hint="put this model's own tokenizer beside its weights",
+            f"{name}: its tokenizer gives token {largest}, but the model has {vocabulary} tokens",
+            hint="put the model's own tokenizer beside its weights",
         )
 
 

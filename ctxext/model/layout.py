@@ -65,7 +65,7 @@ class HybridSpec:
         if len(letters) != 1 or "S" not in self.layer_pattern:
             raise InputError(
                 f"--full-layers needs a layout with S and exactly one of N and F, not {self.layer_pattern!r}",
-                hint="choose a preset such as swa128-nope (S and N) or swa128 (S and F)",
+                hint="use a preset such as swa128-nope (S and N) or swa128 (S and F)",
             )
         return letters.pop()
 
@@ -86,8 +86,8 @@ def find_hybrid(name: str, sliding_window: int | None = None) -> HybridSpec:
         raise InputError(f"--sliding-window {sliding_window}: layout {name!r} has no sliding layers")
     if "S" in str(data.get("layer_pattern", "")) and data.get("sliding_window") is None:
         raise InputError(
-            f"layout {name!r} has sliding layers and no window",
-            hint=f"name a preset or a YAML file that has one, or with convert: --hybrid {name} --sliding-window 128",
+            f"layout {name!r} has sliding layers but no window",
+            hint=f"give a preset or a YAML file with a window, or with convert: --hybrid {name} --sliding-window 128",
         )
     return build(HybridSpec, data, source=f"hybrid {name}")
 
@@ -104,7 +104,7 @@ def _preset(name: str) -> presets.Preset:
         wrong = next(letter for letter in name if letter not in LETTERS)
         capital = f"did you mean {name.upper()}?" if set(name.upper()) <= set(LETTERS) else None
         raise InputError(
-            f"{error.message}; nor is it a pattern, whose letters are S, N and F, capital: it has {wrong!r}",
+            f"{error.message}; a pattern has the capital letters S, N and F only, not {wrong!r}",
             hint=capital or error.hint or "S is RoPE + sliding window, N is NoPE + full, F is RoPE + full",
         ) from None
 

@@ -117,15 +117,15 @@ def build_model(
     stray = [key for key in sorted(info["unexpected_keys"]) if not ignored(key) and key != HEAD]
     if lost or stray:
         raise ModelError(
-            f"{weights}: {len(lost)} weights missing or of another shape, {len(stray)} left over, "
+            f"{weights}: {len(lost)} weights are missing or have another shape, {len(stray)} are left over, "
             f"first {(lost + stray)[0]}"
         )
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     # transformers leaves the two untied where the stored head differs from the embeddings.
     if config["tie_word_embeddings"] and head.weight is not embeddings.weight:
         raise ModelError(
-            f"{weights}: config.json says tied embeddings, but {HEAD} differs from them",
-            hint="set tie_word_embeddings to false in config.json if the head is its own",
+            f"{weights}: config.json ties the embeddings, but {HEAD} differs from them",
+            hint="set tie_word_embeddings to false in config.json if the head has its own weights",
         )
     if quantize == "none":
         _check_numbers(model, weights)
@@ -171,7 +171,7 @@ def scale_queries(model: Any, kinds: Sequence[LayerKind], a: float) -> None:
     """Sets a > 1 on the attention of every N layer. Raises InputError where the layout has no N layer."""
     if not any(kind.letter == "N" for kind in kinds):
         raise InputError(
-            f"nope_log_scale {a:g}: the layout {pattern_text(kinds)} has no N layer whose queries to scale"
+            f"nope_log_scale {a:g}: the layout {pattern_text(kinds)} has no N layer, whose queries it would scale"
         )
     for kind, layer in zip(kinds, causal_lm(model).get_decoder().layers, strict=True):
         if kind.letter == "N":

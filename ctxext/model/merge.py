@@ -173,7 +173,7 @@ def _tied_as_it_should_be(model: Any, config: Config) -> bool:
     # Returns whether the head is tied. Raises CheckFailed where that differs from the base's config.
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     if tied != bool(config["tie_word_embeddings"]):
-        raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, the base is not")
+        raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, but the base is not")
     return tied
 
 

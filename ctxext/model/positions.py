@@ -178,28 +178,28 @@ def plan_positions(
     keep = partial(_kept, config, ctx, original_length, usable_length, reach)
     automatic = scaling.type == "auto"
     if scaling.type == "none":
-        return keep("positions untouched, as asked")
+        return keep("positions unchanged, as requested")
     if automatic and ctx <= usable_length:
-        return keep(f"positions untouched: usable to {format_tokens(usable_length)} tokens already")
+        return keep(f"positions unchanged: usable to {format_tokens(usable_length)} tokens already")
     if not automatic and not reach:
         raise InputError(f"rope_scaling {scaling.type}: no layer of this model uses RoPE", hint="use rope_scaling auto")
     # Every scaling below is derived from the original length.
     if original_length is None:
         raise InputError(
-            f"RoPE is scaled already ({rope.get('rope_type')}, factor {rope.get('factor')}) and nothing says from "
-            "which original length",
-            hint="add --original-length, the context the model was first trained at",
+            f"RoPE is scaled already ({rope.get('rope_type')}, factor {rope.get('factor')}) from an "
+            "original length that is not known",
+            hint="give the model's original training length with --original-length",
         )
     # Sliding windows may keep every RoPE layer within trained distances. Then `auto` scales nothing.
     if automatic and reach <= original_length:
-        far = f"look {format_tokens(reach)} tokens back" if reach else "are none"
-        return keep(f"no interpolation needed: layers with RoPE {far}, trained at {format_tokens(original_length)}")
+        far = f"layers with RoPE see {format_tokens(reach)} tokens back" if reach else "no layer has RoPE"
+        return keep(f"no interpolation needed: {far}, trained at {format_tokens(original_length)}")
     if automatic:
         scaling = _same_type(rope, original_theta(config))
     elif ctx <= original_length:
         raise InputError(
             f"rope_scaling {scaling.type} at ctx {format_tokens(ctx)}: the model was trained at "
-            f"{format_tokens(original_length)}, nothing needs scaling",
+            f"{format_tokens(original_length)}, no scaling is needed",
             hint="use rope_scaling none or auto",
         )
     return _scaled(config, scaling, ctx, original_length, reach, automatic)
@@ -219,7 +219,7 @@ def _kept(
     stated = rope.get("original_max_position_embeddings")
     if None not in (stated, original_length) and stated != original_length:
         raise InputError(
-            f"--original-length {format_tokens(original_length or 0)}: the RoPE that this model keeps is "
+            f"--original-length {format_tokens(original_length or 0)}: this model keeps its RoPE, "
             f"{rope['rope_type']} from {format_tokens(stated)} tokens",
             hint="leave it out, or give rope_scaling, which is derived from it",
         )
@@ -245,7 +245,7 @@ def _scaled(config: Config, scaling: Any, ctx: int, original_length: int, reach:
     )
     # Warn where an explicit factor is too small: some layers then see rotations that training never used.
     if scaling.type in ("linear", "yarn") and factor * original_length < reach:
-        summary += f"; beyond {format_tokens(int(factor * original_length))} positions are ones it never saw"
+        summary += f"; beyond {format_tokens(int(factor * original_length))} positions are untrained"
     longest = original_length if scaling.type == "dynamic" else ctx
     return PositionPlan(parameters, longest, ctx, original_length, reach, factor, summary)
 
@@ -263,7 +263,7 @@ def _same_type(rope: Config, theta: float) -> Any:
         return Yarn(**betas, attention_factor=rope.get("attention_factor"))
     if old == "longrope":
         raise InputError(
-            "this model uses longrope: its factors hold for one length",
+            "this model uses longrope, whose factors are for one length",
             hint="give rope_scaling {type: longrope, short_factor: [...], long_factor: [...]}",
         )
     # A changed theta without a scaling type comes from an earlier ntk or abf.

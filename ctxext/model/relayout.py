@@ -80,7 +80,7 @@ def _without_bias(own: Any, wanted: Any, name: str) -> Any:
         return own
     if type(own) is not nn.Linear:
         raise ModelError(
-            f"{name} has a bias that the layout has not, and is a {type(own).__name__}",
+            f"{name} has a bias that the layout does not have, and is a {type(own).__name__}",
             hint="name the source as the teacher: --set distill.teacher=SOURCE",
         )
     with torch.device("meta"):

@@ -50,7 +50,7 @@ def read_rope(config: Config) -> Config:
         names = sorted(name for name in read[0].keys() | read[1].keys() if read[0].get(name) != read[1].get(name))
         raise ModelError(
             f"config.json: rope_parameters and rope_scaling differ in {', '.join(names)}",
-            hint="keep the one that the model was trained with, and remove the other",
+            hint="keep the field that the model was trained with, and remove the other",
         )
     return read[0] if read else _complete({"rope_theta": theta}, config)
 
@@ -90,7 +90,7 @@ def _complete(rope: Config, config: Config) -> Config:
         )
     if share not in (None, 1):
         raise ModelError(
-            "config.json, rope_parameters: partial_rotary_factor is not supported: whole heads are rotated"
+            "config.json, rope_parameters: partial_rotary_factor is not supported: RoPE must rotate whole heads"
         )
     check_rope(rope, config["head_dim"])
     if kind in FROM_A_LENGTH:
@@ -133,5 +133,5 @@ def unlike_transformers_4(config: Config) -> str | None:
         # transformers 4 derives the factor of longrope, and with it the scale of cos and sin, from the two lengths.
         ratio = config["max_position_embeddings"] / rope[ORIGINAL]
         if rope["factor"] != ratio:
-            return f"it takes {ratio:g} for the factor of longrope, not {rope['factor']:g}"
+            return f"it uses {ratio:g} as the factor of longrope, not {rope['factor']:g}"
     return None

@@ -35,7 +35,7 @@ def open_shard(path: Path) -> Iterator[tuple[list[str], Callable[[str], Tensor]]
     try:
         shard = safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ModelError(f"{path} is no sound safetensors file ({error})", hint="copy the file again") from None
+        raise ModelError(f"{path} is not a valid safetensors file ({error})", hint="copy the file again") from None
     with shard:
         yield list(shard.keys()), shard.get_tensor
 
@@ -53,7 +53,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         ) from None
     named = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
     if not named or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ModelError(f"{path} holds something else than tensors by name")
+        raise ModelError(f"{path} must hold tensors by name, and holds something else")
     return dict(tensors)
 
 
@@ -204,8 +204,8 @@ def _check_head(path: Path, name: str, tensor: Tensor, copying: _Copying) -> Non
     """Raises ModelError where a tied model stores a head that differs from its embeddings. The copy drops this head."""
     if name == HEAD and name not in copying.expected and not torch.equal(tensor, copying.find(EMBEDDING)):
         raise ModelError(
-            f"{path}: config.json says tied embeddings, but {HEAD} differs from {EMBEDDING}",
-            hint="set tie_word_embeddings to false in config.json if the head is its own",
+            f"{path}: config.json ties the embeddings, but {HEAD} differs from {EMBEDDING}",
+            hint="set tie_word_embeddings to false in config.json if the head has its own weights",
         )
 
 
@@ -224,8 +224,8 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if result.is_floating_point() and result.numel() and not math.isfinite(result.abs().max().item()):
         kind = str(dtype).removeprefix("torch.")
         raise ModelError(
-            f"{name} holds {tensor.abs().max().item():g}, which {kind} does not ({torch.finfo(dtype).max:g} at most)",
-            hint="take bfloat16 or float32",
+            f"{name} holds {tensor.abs().max().item():g}, above the {torch.finfo(dtype).max:g} that {kind} can hold",
+            hint="use bfloat16 or float32",
         )
     return result
 

@@ -88,7 +88,7 @@ class ModelSource:
     def directory(self) -> Path:
         """The model's directory. Raises ModelError where only the shapes are known."""
         if self.path is None:
-            raise ModelError(f"{self.name}: weights are needed here, only its shapes are known")
+            raise ModelError(f"{self.name}: the weights are needed, but only the model's shapes are known")
         return self.path
 
     def with_original_length(self, tokens: int | None) -> ModelSource:
@@ -163,11 +163,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
         raise ModelError(
-            f"{path}: no model here: there is no config.json (found {inside})",
+            f"{path}: not a model: it has no config.json (found {inside})",
             hint="give the directory that holds config.json and the safetensors files",
         )
     if file.stat().st_size > CONFIG_LIMIT:
-        raise ModelError(f"{file}: {file.stat().st_size:,} bytes is no config.json")
+        raise ModelError(f"{file}: {file.stat().st_size:,} bytes is too large for a config.json")
     return read_object(file)
 
 
@@ -218,7 +218,7 @@ def original_config(source: ModelSource) -> Config:
         return source.config
     if source.kind != "conversion":
         raise InputError(
-            f"{source.name} is a {source.kind}: its weights are not those of a pretrained model any more",
+            f"{source.name} is a {source.kind}: its weights were trained after pretraining",
             hint="give a model that was not trained by ctxext, or a conversion of one",
         )
     facts = source.manifest.facts if source.manifest else {}
@@ -227,15 +227,15 @@ def original_config(source: ModelSource) -> Config:
         config, sinks = source.config | {"rope_parameters": rope}, facts.get("sinks")
         if sinks and sinks["source_biases"]:
             raise InputError(
-                f"{source.name}: fitting sinks changed biases that its source had, so its weights are not its source's",
-                hint="name the source where a teacher is asked for: --set distill.teacher=SOURCE",
+                f"{source.name}: fitting sinks changed its biases, so that its weights differ from its source's",
+                hint="give the source as the teacher: --set distill.teacher=SOURCE",
             )
         if sinks:
             # Leave out the fitted sinks and biases: use a class that has neither.
             config |= {"model_type": "llama", "attention_bias": False}
         return hybrid_config(config, kinds)
     except (KeyError, TypeError):
-        message = f"{source.name}: its ctxext.json does not say what its layout was"
+        message = f"{source.name}: its ctxext.json does not record the source's layout"
         raise InputError(message, hint="convert it again") from None
 
 
@@ -256,26 +256,26 @@ def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:
     # The base must exist at the recorded path, must not be a bundle, and must have the recorded weights.
     if manifest is None or "base" not in manifest.parents:
         raise ModelError(
-            f"{path}: an adapter without a ctxext.json that names its base",
-            hint="ctxext opens the bundles it wrote; merge foreign adapters with PEFT first",
+            f"{path}: an adapter, but no ctxext.json names its base",
+            hint="ctxext opens only adapters that it wrote; merge other adapters with PEFT first",
         )
     parent = manifest.parents["base"]
     base = Path(parent["path"])
     if isfile(base / "adapter_config.json"):
-        raise ModelError(f"{path}: its base {base} is an adapter too", hint="merge that one first")
+        raise ModelError(f"{path}: its base {base} is an adapter too", hint="merge the base first with ctxext merge")
     if not isdir(base):
         # A base in the GGUF cache can be rebuilt from its file, so it gets another hint.
         cached = base.parent.name == "gguf" and base.parent.parent.name == "ctxext"
         raise ModelError(
-            f"{path}: its base {base} is not there any more",
-            hint="it was read from a GGUF file: `ctxext doctor FILE.gguf` writes it into the cache again"
+            f"{path}: its base {base} no longer exists",
+            hint="it was read from a GGUF file: `ctxext doctor FILE.gguf` writes it to the cache again"
             if cached
-            else "put the base model back at that path, or train again from where it is now",
+            else "put the base model back at that path, or train again from its current path",
         )
     if manifests.weight_hashes(base) != parent["weights"]:
         raise ModelError(
-            f"{path}: the base at {base} is not the one this was trained on (its weights' sha256 differ)",
-            hint="put the original base back; an adapter on another base gives a broken model",
+            f"{path}: the base at {base} is not the one this adapter was trained on (its weights' sha256 differs)",
+            hint="put the original base back: on another base the adapter gives wrong results",
         )
     return from_directory(base)
 
@@ -286,7 +286,7 @@ def _check_adapter(path: Path, manifest: Manifest | None) -> None:
     stored = len(read_header(path / ADAPTER_FILE))
     saved = manifest.facts.get("trained_tensors") if manifest else None
     if stored != saved:
-        raise ModelError(f"{path / ADAPTER_FILE}: {stored} trained tensors, {saved} were saved")
+        raise ModelError(f"{path / ADAPTER_FILE}: {stored} trained tensors, but {saved} were saved")
 
 
 def _patterns(allow_pickle: bool) -> list[str]:

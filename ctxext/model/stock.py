@@ -62,7 +62,7 @@ def stock_config(path: Path) -> Any:
         config.standardize_rope_params()  # transformers' formulas do this before they read a length at the top level
         return config
     except Exception as error:  # the checks of a config class raise many types
-        raise ModelError(f"{path / 'config.json'}: transformers does not read it ({_short(error)})") from error
+        raise ModelError(f"{path / 'config.json'}: transformers cannot read it ({_short(error)})") from error
 
 
 def built_config(config: Config) -> Any:
@@ -86,7 +86,7 @@ def check_same_reading(path: Path, config: Config) -> None:
         shown = "; ".join(f"{name}: {_plain(theirs, name)!r} there, {_plain(ours, name)!r} here" for name in differing)
         raise ModelError(
             f"{path / 'config.json'}: transformers reads other values than ctxext ({shown})",
-            hint="state these fields in config.json, and leave no null",
+            hint="write these fields into config.json, without null values",
         )
 
 
@@ -137,7 +137,7 @@ def drop_generation_config(directory: Path) -> str | None:
         return None
     except Exception as error:
         (directory / "generation_config.json").unlink()
-        return f"generation_config.json was left out: transformers does not read it ({_short(error)})"
+        return f"generation_config.json was left out: transformers cannot read it ({_short(error)})"
     return None
 
 

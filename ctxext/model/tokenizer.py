@@ -45,7 +45,7 @@ PROBES = (
     "🙂👩‍👩‍👧 🏳️‍🌈 \u2581 \u00a0\u200b\ufeff \t\x00\x7f",
     'camelCase snake_case SCREAMING_CASE http://a.b/c?d=e&f=1 <b>bold</b> {"k": [1, null]}',
 )
-TALK = (
+CHAT_PROBE = (
     {"role": "user", "content": "  Hi, it's 10 o'clock.\n"},
     {"role": "assistant", "content": "Hello there."},
     {"role": "user", "content": "Tell me:\n  x = 42"},
@@ -84,7 +84,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
             return stock
         return _as_file(path, stock)
     except Exception as error:
-        raise ModelError(f"{path}: the tokenizer does not open ({error})") from error
+        raise ModelError(f"{path}: the tokenizer cannot be opened ({error})") from error
 
 
 def stock_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -184,7 +184,7 @@ def settle(source: Path, config: Config) -> Settled:
             try:
                 stock = stock_tokenizer(Path(place))
             except Exception as error:  # transformers raises many types for foreign files
-                problem = problem or f"AutoTokenizer does not open it ({error})"
+                problem = problem or f"AutoTokenizer cannot open it ({error})"
                 continue
         found = difference(mine, stock)
         # Equal ids on the probe texts are weaker evidence than an equal pipeline, so a form with both comes first.
@@ -222,11 +222,11 @@ def difference(mine: Any, other: Any) -> str | None:
                 return differs(other, text, b, a)
         # `a` holds the ids with special tokens, which both tokenizers share at this point.
         if (said := other.decode(a)) != mine.decode(a):
-            return f"{type(other).__name__} makes {said[:40]!r} of the ids of {text[:40]!r}"
+            return f"{type(other).__name__} decodes the ids of {text[:40]!r} to {said[:40]!r}"
     for name in NAMED:
         a, b = (getattr(tokenizer, f"{name}_id") for tokenizer in (mine, other))
         if a != b:
-            return f"{type(other).__name__} has {name} {b}, here it is {a}"
+            return f"{type(other).__name__} has {name} {b}, but this tokenizer has {a}"
     if other.chat_template != mine.chat_template:
         return f"{type(other).__name__} has another chat template"
     return None
@@ -252,7 +252,7 @@ def probe_texts(tokenizer: Any) -> Iterator[str]:
     yield f"{first}Hi {last} there{last}\n{first} line{last}{last}x"
     if tokenizer.chat_template:
         # Some templates reject a conversation of several turns: try one user message then.
-        for messages in (TALK, TALK[:1]):
+        for messages in (CHAT_PROBE, CHAT_PROBE[:1]):
             try:
                 yield tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
                 return

@@ -47,7 +47,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file", hint="the checkpoint is incomplete: copy it again") from None
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is no whole safetensors file, or truncated ({error})", hint=AGAIN) from None
+        raise ModelError(f"{path} is not a valid safetensors file, or is truncated ({error})", hint=AGAIN) from None
 
 
 def weight_files(directory: Path, allow_pickle: bool = False) -> list[Path]:
@@ -103,7 +103,7 @@ def read_tensors(directory: Path) -> dict[str, TensorInfo]:
         name for name, shard in read_index(index).items() if tensors.get(name, TensorInfo("", "", ())).file != shard
     ]
     if stray:
-        raise ModelError(f"{index}: {len(stray)} tensors are not in the shard it names, first {min(stray)!r}")
+        raise ModelError(f"{index}: {len(stray)} tensors are not in the shard that it names, first {min(stray)!r}")
     return tensors
 
 
@@ -118,13 +118,13 @@ def _no_weights(directory: Path) -> ModelError:
     for name in (SINGLE, INDEX):
         if (directory / name).is_symlink():
             return ModelError(
-                f"{directory / name} links to {(directory / name).readlink()}, which is not there",
-                hint="the download is not complete: fetch the model again",
+                f"{directory / name} links to {(directory / name).readlink()}, which does not exist",
+                hint="the download is incomplete: download the model again",
             )
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
         return ModelError(
-            f"{directory}: only pickled weights ({pickles[0]}), which can run code when opened",
+            f"{directory}: only pickled weights ({pickles[0]}), which can run code when they are opened",
             hint="convert accepts pytorch_model.bin with --allow-pickle; or save the model as safetensors first",
         )
     return ModelError(f"{directory}: no {SINGLE} and no {INDEX}", hint="is this the model's directory?")
@@ -154,7 +154,7 @@ def model_names(stored: Iterable[str], tied: bool) -> dict[str, str]:
     of: dict[str, str] = {}
     for name, own in names.items():
         if of.setdefault(own, name) != name:
-            raise ModelError(f"both {of[own]} and {name} are stored, and both are {own}", hint="remove one of them")
+            raise ModelError(f"{of[own]} and {name} are both stored, and both are {own}", hint="remove one of them")
     return names
 
 
@@ -170,7 +170,7 @@ def check_tensors(directory: Path, tensors: Mapping[str, TensorInfo], expected: 
     wanted = dict(expected) | ({HEAD: expected[EMBEDDING]} if tied and HEAD in own and EMBEDDING in expected else {})
     faults = [f"{name}: missing, should be {list(shape)}" for name, shape in wanted.items() if name not in own]
     faults += [
-        f"{name}: {list(own[name].shape)} in the file, {list(shape)} by config.json"
+        f"{name}: {list(own[name].shape)} in the file, but {list(shape)} by config.json"
         for name, shape in wanted.items()
         if name in own and own[name].shape != tuple(shape)
     ]
@@ -180,14 +180,14 @@ def check_tensors(directory: Path, tensors: Mapping[str, TensorInfo], expected: 
         if name in wanted and info.dtype and info.dtype not in FLOATS  # a tensor of a pickle has no dtype name here
     ]
     faults += [
-        f"{name}: in the file, unknown to config.json"
+        f"{name}: in the file, but not in config.json's architecture"
         for name in sorted(own.keys() - wanted.keys())
         if not ignored(name)
     ]
     if faults:
         shown = "\n".join(f"  {fault}" for fault in faults[:5])
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ModelError(f"{directory}: config.json disagrees with the weights\n{shown}{more}")
+        raise ModelError(f"{directory}: config.json does not match the weights\n{shown}{more}")
 
 
 def ignored(name: str) -> bool:

@@ -35,7 +35,7 @@ def naive_attention(
     """
     (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
     if H % K or T > S:
-        raise InputError(f"q {list(q.shape)} over k {list(k.shape)}: K must divide H, and T may not exceed S")
+        raise InputError(f"q {list(q.shape)} over k {list(k.shape)}: K must divide H, and T must not exceed S")
     check_lower_bounds(lo, S)
     if lo.shape[1] == 2:
         f = first_shifted_head(H, K)

@@ -40,9 +40,9 @@ def alpha(rule: str, rank: int, fan_in: int, value: float | None = None, multipl
     if rule not in RULES:
         raise InputError(f"alpha rule {rule!r}: allowed are {', '.join(RULES)}")
     if rank < 1 or fan_in < 1:
-        raise InputError(f"rank {rank}, fan-in {fan_in}: both are 1 or more")
+        raise InputError(f"rank {rank}, fan-in {fan_in}: both must be 1 or more")
     if (rule == "fixed") != (value is not None):
-        raise InputError(f"alpha rule {rule} with value {value}: a value is given with fixed, and only with it")
+        raise InputError(f"alpha rule {rule} with value {value}: fixed needs a value, and the other rules take none")
     if not multiplier > 0 or (value is not None and not value > 0):
         raise InputError(f"alpha value {value}, multiplier {multiplier}: both must be positive")
     if rule == "sqrt":

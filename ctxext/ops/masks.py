@@ -79,11 +79,11 @@ class Pattern:
         _check_whole("group_size", self.group_size, smallest=2)
         _check_whole("shift", self.shift, smallest=1)
         if self.shift is not None and (self.group_size is None or self.shift >= self.group_size):
-            raise InputError(f"shift = {self.shift}: 1 to group_size - 1, and group_size is {self.group_size}")
+            raise InputError(f"shift = {self.shift}: allowed are 1 to group_size - 1, here {self.group_size} - 1")
         _check_whole("sink_tokens", self.sink_tokens, smallest=0)
         if self.sink_tokens and (self.group_size is None or self.sliding_window is not None):
             raise InputError(
-                f"sink_tokens = {self.sink_tokens}: only S² attention without a window takes sink tokens",
+                f"sink_tokens = {self.sink_tokens}: only S² attention without a window supports sink tokens",
                 hint="set group_size and no sliding_window, or leave sink_tokens at 0",
             )
 
@@ -114,7 +114,7 @@ def lower_bounds(
 
     S = T if S is None else S
     if not 1 <= T <= S:
-        raise InputError(f"T = {T} queries over S = {S} keys: the queries are the last T of the S tokens, 1 <= T <= S")
+        raise InputError(f"T = {T} queries over S = {S} keys: 1 <= T <= S is needed, the queries are the last tokens")
     if device is None:
         device = "cpu" if document_starts is None else document_starts.device
     q = torch.arange(S - T, S, device=device).view(1, 1, T)
@@ -158,8 +158,8 @@ def check_lower_bounds(lo: torch.Tensor, S: int) -> None:
         if wrong.any():
             row, i = wrong.nonzero()[0].tolist()
             raise InputError(
-                f"lo[{row}, {i}] = {lo[row, i]} (query at {position[i]}) {why}: that mask is not interval-causal",
-                hint="a query sees lo up to itself, and lo never descends; masks.lower_bounds makes such vectors",
+                f"lo[{row}, {i}] = {lo[row, i]} (query at {position[i]}) {why}: the mask is not interval-causal",
+                hint="a query sees lo up to itself, and lo must not decrease; masks.lower_bounds makes such vectors",
             )
 
 
@@ -171,11 +171,11 @@ def first_shifted_head(H: int, K: int) -> int:
     last H // 2 heads. Raises InputError for a single head, and for heads that K does not divide.
     """
     if K < 1 or H < 1 or H % K:
-        raise InputError(f"{H} query heads over {K} key/value heads: the second must divide the first")
+        raise InputError(f"{H} query heads, {K} key/value heads: the first must be a multiple of the second")
     if H == 1:
         raise InputError(
-            "S² attention shifts half of the heads, and this layer has a single one",
-            hint="train it with full attention: leave group_size unset",
+            "S² attention shifts half of the heads, but this layer has one head",
+            hint="train it with full attention: do not set group_size",
         )
     return H - H // 2 if K == 1 else H - (K // 2) * (H // K)
 
@@ -190,12 +190,12 @@ def document_starts(bounds: Sequence[int], T: int, *, device: torch.device | str
 
     bounds = list(bounds)
     if not bounds or bounds[0] != 0:
-        raise InputError(f"document bounds {_head(bounds)}: the first document starts at 0")
+        raise InputError(f"document bounds {_head(bounds)}: the first document must start at 0")
     for before, after in pairwise(bounds):
         if after <= before:
             raise InputError(f"document bounds must ascend, got {before} and then {after}")
     if T < 1 or bounds[-1] > T:
-        raise InputError(f"document bounds end at {bounds[-1]} in a row of {T} tokens: they may not exceed it")
+        raise InputError(f"document bounds end at {bounds[-1]} in a row of {T} tokens: they must not exceed it")
     # Drop a final T, which is the end of the last document and not a start.
     starts = torch.tensor([b for b in bounds if b < T])
     lengths = torch.diff(starts, append=torch.tensor([T]))
@@ -212,9 +212,9 @@ def check_document_starts(document_starts: torch.Tensor, *, B: int, T: int, S: i
 
     S = T if S is None else S
     if tuple(document_starts.shape) != (B, T):
-        raise InputError(f"document_starts has shape {list(document_starts.shape)}, the batch has [{B}, {T}]")
+        raise InputError(f"document_starts has shape {list(document_starts.shape)}, but the batch has [{B}, {T}]")
     if document_starts.is_floating_point() or document_starts.is_complex() or document_starts.dtype == torch.bool:
-        raise InputError(f"document_starts are key indices, integers; got {document_starts.dtype}")
+        raise InputError(f"document_starts must be integers (key indices), got {document_starts.dtype}")
     starts = document_starts.to("cpu", torch.int64)
     position = torch.arange(S - T, S)  # [T]
     _refuse_first(starts < 0, starts, position, "is negative")
@@ -222,7 +222,7 @@ def check_document_starts(document_starts: torch.Tensor, *, B: int, T: int, S: i
     # A start may only differ from the previous one at the first token of a new document.
     moved = starts[:, 1:] != starts[:, :-1]
     descends = torch.nn.functional.pad(starts[:, 1:] < starts[:, :-1], (1, 0))
-    _refuse_first(descends, starts, position, "is before the previous token's: document starts do not descend")
+    _refuse_first(descends, starts, position, "is before the previous token's: document starts must not decrease")
     late = torch.nn.functional.pad(moved & (starts[:, 1:] != position[1:]), (1, 0))
     _refuse_first(late, starts, position, "is new, but a document can only start at its own first token")
 
@@ -237,7 +237,7 @@ def _check_whole(name: str, value: int | None, *, smallest: int) -> None:
     if value is None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-        raise InputError(f"{name} = {value!r}: a whole number of tokens, {smallest} or more, or None")
+        raise InputError(f"{name} = {value!r}: allowed is a whole number of tokens, {smallest} or more, or None")
 
 
 def _head(values: Sequence[int]) -> str:

@@ -26,7 +26,7 @@ UNKNOWN = "no rates are known for this machine"
 ONE_MACHINE = 16  # cards in one machine, at most
 WORDS = {"linear": "matrices", "adapters": "adapters in fp32", "attention": "attention kernels",
          "stream": "memory bandwidth", "host": "the link to the host", "host_memory": "the host's memory",
-         "link": "the link between cards"}  # fmt: skip
+         "link": "the link between GPUs"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Answer:
             return
         longest = self.longest
         raise CheckFailed(
-            f"nothing that was tried fits: at least {format_bytes(self.leanest.needed)} are needed of "
-            f"{format_bytes(self.asked.memory)}, {search.largest(self.leanest)}",
+            f"no configuration fits: at least {format_bytes(self.leanest.needed)} are needed, but there are "
+            f"{format_bytes(self.asked.memory)}; {search.largest(self.leanest)}",
             hint="give more --gpus, another --gpu, or another --hybrid"
             if longest is None
             else f"the longest context that fits is {format_tokens(longest.plan.spec.ctx)} tokens",
@@ -82,7 +82,7 @@ class Answer:
         """Returns (name, value) lines for the screen, without the commands."""
         asked = self.asked
         where = (
-            f"{format_bytes(asked.memory)} each, {asked.cards} cards" if asked.cards > 1 else format_bytes(asked.memory)
+            f"{format_bytes(asked.memory)} each, {asked.cards} GPUs" if asked.cards > 1 else format_bytes(asked.memory)
         )
         rows = [
             ("model", f"{asked.source.name} ({pattern_text(asked.source.kinds)})"),
@@ -99,11 +99,11 @@ class Answer:
             *((f"  {name}", format_bytes(size)) for name, size in best.plan.memory.items()),
         ]
         if took is None:
-            flops = f"{format_flops(best.plan.step_flops)}{' on all cards' if best.ranks > 1 else ''}"
+            flops = f"{format_flops(best.plan.step_flops)}{' on all GPUs' if best.ranks > 1 else ''}"
             return [*rows, ("a step", flops), ("time", f"not known; {measures(asked.model)}")]
         rows += [
             ("a step", f"{format_duration(took.seconds)}, {took.tokens_per_second:,.0f} tokens/s, "
-             f"{format_flops(took.flops)}{' on each card' if best.ranks > 1 else ''}"),
+             f"{format_flops(took.flops)}{' on each GPU' if best.ranks > 1 else ''}"),
         ]  # fmt: skip
         rows += [
             (f"  {part.name}", f"{format_duration(part.seconds)} ({part.seconds / took.seconds:.0%})"
@@ -114,7 +114,7 @@ class Answer:
         if (most := self.dominates) is not None:
             rows.append((
                 "depends most on",
-                f"the rate of {WORDS[most['rate']]}: {most['share']:.0%} of the time; at 20% less a step takes "
+                f"the rate of {WORDS[most['rate']]}: {most['share']:.0%} of the time; if it is 20% lower, a step takes "
                 f"{most['slower_if_20_percent_less']:.0%} longer and "
                 + ("the same configuration is fastest" if most["same_choice"] else "another configuration is fastest"),
             ))  # fmt: skip
@@ -147,11 +147,11 @@ def ask(
     if parse_tokens(ctx) == 0:
         raise InputError("--ctx 0: a sequence has at least one token")
     if "ctx" in fixed:
-        raise InputError("--set ctx: --ctx says it, and finetune would take the one of --set", hint="leave it out")
+        raise InputError("--set ctx: give the context with --ctx only", hint="leave --set ctx out")
     if cards_ > ONE_MACHINE:
         raise InputError(
-            f"--gpus {cards_}: allowed are 1 to {ONE_MACHINE}, those of one machine",
-            hint="between machines the network decides, and that is not planned: finetune --hostfile runs there",
+            f"--gpus {cards_}: allowed are 1 to {ONE_MACHINE}, in one machine",
+            hint="plan does not support several machines, whose network decides; finetune --hostfile does",
         )
     # Options of the machine are checked before the model is read.
     given = None if memory is None else parse_bytes(memory)
@@ -169,22 +169,22 @@ def ask(
         # This machine: calibrated rates, or those of its card if that is known.
         rates, size, on_gpu = rates_here(spec.dtype, packed=packed)
         if not size and given is None:
-            raise InputError("nothing says how much memory this machine's GPU has", hint="give it: --memory 80G")
+            raise InputError("the memory of this machine's GPU is not known", hint="give it with --memory, such as 80G")
     else:
         # A named card, or a memory size alone: the rates of the reference card then stand in.
         name, card = cards.find_card(gpu or cards.REFERENCE)
         if spec.dtype == "float32":
             raise InputError(
-                f"--set dtype=float32: of {name} its rate in bf16 is known, which float32 is far from",
-                hint="leave dtype out, or plan on the card itself: --gpu this, after --calibrate",
+                f"--set dtype=float32: only the bf16 rate of {name} is known, and float32 is much slower",
+                hint="leave dtype out, or run ctxext plan --calibrate on that machine and use --gpu this",
             )
         rates, size = cards.card_rates(name, packed=packed), card.memory
         if gpu is not None and given is not None and given > size:
-            raise InputError(f"--memory {memory}: {name} has {format_bytes(size)}", hint="give less, or leave it out")
+            raise InputError(f"--memory {memory}: {name} has only {format_bytes(size)}", hint="give less")
     if not on_gpu and cards_ > 1:
         raise InputError(f"--gpus {cards_}: this machine has no GPU", hint="name a card, such as --gpu h100")
     # Without --hybrid the model keeps its layout.
-    hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.AS_IT_IS,)
+    hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.OWN_LAYOUT,)
     if not hybrids:
         raise InputError(f"--hybrid {hybrid!r} names nothing", hint="give one or more, such as none,swa128-nope")
     return Asked(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
@@ -196,9 +196,9 @@ def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | Non
     The estimate is None if no rates are known for this machine.
     """
     rates = rates_here(plan.spec.dtype, packed=plan.spec.data.document_mask)[0]
-    memory = f"{format_bytes(sum(plan.memory.values()))} held at its peak"
+    memory = f"{format_bytes(sum(plan.memory.values()))} at peak"
     if not on_gpu(plan.gpu):
-        memory += " (what the process holds on to is more on a CPU)"  # freed blocks: docs/plan.md
+        memory += " (on a CPU the process itself keeps more)"  # freed blocks: docs/plan.md
     if rates is None:
         return f"{memory}; no rates known for this machine: ctxext plan MODEL --calibrate", None
     took = estimate(plan, rates, partition)

@@ -142,7 +142,7 @@ def _store(found: list[Calibration]) -> None:
     except (OSError, EnvironmentFault) as error:
         raise EnvironmentFault(
             f"the calibration cannot be stored at {path()} ({error})",
-            hint="make room there, or set XDG_CACHE_HOME to another place",
+            hint="free disk space there, or set XDG_CACHE_HOME to another directory",
         ) from None
 
 

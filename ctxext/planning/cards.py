@@ -130,8 +130,8 @@ def find_card(name: str) -> tuple[str, Card]:
     if known not in CARDS:
         close = difflib.get_close_matches(known, [*CARDS, *SIZES], n=2)
         raise InputError(
-            f"--gpu {name}: no such card; known are {', '.join(CARDS)}, by size {', '.join(SIZES)}, and this",
-            hint=f"did you mean {' or '.join(close)}?" if close else "give --memory, such as 80G, for another one",
+            f"--gpu {name}: unknown GPU; allowed are {', '.join(CARDS)}, by size {', '.join(SIZES)}, and this",
+            hint=f"did you mean {' or '.join(close)}?" if close else "for another GPU give --memory, such as 80G",
         )
     return known, CARDS[known]
 
@@ -153,7 +153,7 @@ def card_rates(name: str, *, packed: bool) -> Rates:
         stream=card.bandwidth * STREAM,
         host=card.pcie * HOST,
         link=card.link * LINK,
-        source=f"{name}: of its peak, {card.peak / TERA:.0f} TFLOP/s, matrices at 71%, attention at {of}: arithmetic",
+        source=f"{name}: arithmetic, matrices at 71% of its peak of {card.peak / TERA:.0f} TFLOP/s, attention at {of}",
         measured=False,
     )
 

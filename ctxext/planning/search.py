@@ -40,7 +40,7 @@ from ctxext.train.plan import RunPlan, divided, plan_run
 from ctxext.train.spec import FinetuneSpec
 from ctxext.units import format_bytes
 
-AS_IT_IS = "none"  # value of --hybrid: the model's own layout
+OWN_LAYOUT = "none"  # value of --hybrid: the model's own layout
 KNOBS: dict[str, tuple[Any, ...]] = {
     "attention.train": ("s2", "dense"),
     "memory.quantize": ("none", "nf4"),
@@ -54,7 +54,7 @@ LEAN: dict[str, tuple[Any, ...]] = {"memory.checkpoint": (True,), "memory.keep":
                                     "memory.tiles": (1024, None), "memory.offload": (True,)}  # fmt: skip
 DEFAULTS = {"memory.quantize": "none", "optimizer.name": "adamw", "memory.checkpoint": True, "memory.keep": "nothing",
             "memory.tiles": None, "memory.offload": False}  # fmt: skip
-OF_A_GPU = ("memory.offload", "memory.quantize", "optimizer.name")
+GPU_ONLY = ("memory.offload", "memory.quantize", "optimizer.name")
 STAGES = ("1", "2", "3", "2_offload", "3_offload")
 STEP = 1024  # tokens: resolution of the longest context
 LONGEST = 2**26
@@ -165,7 +165,7 @@ def converted(source: ModelSource, hybrid: str) -> ModelSource:
     Raises the errors of `convert` for a layout.
     """
     if source.kind != "source" and source.kind != "model":
-        raise InputError(f"{source.name} is a {source.kind}; --hybrid plans the conversion of a pretrained model")
+        raise InputError(f"{source.name} is a {source.kind}; --hybrid needs a pretrained model")
     kinds = layer_kinds(find_hybrid(hybrid), source.config["num_hidden_layers"])
     facts = {"source_layout": layout_facts(source.kinds), "source_rope_parameters": rope_of(source.config)}
     manifest = manifests.new("conversion", spec={}, parents={}, facts=facts)
@@ -181,7 +181,7 @@ def choices(asked: Asked, ctx: str | int | None = None, *, lean: bool = False) -
     refused: InputError | None = None
     any_planned = False
     for hybrid in asked.hybrids:
-        source = asked.source if hybrid == AS_IT_IS else converted(asked.source, hybrid)
+        source = asked.source if hybrid == OWN_LAYOUT else converted(asked.source, hybrid)
         trainables: Trainables | None = None
         # Trainables do not depend on the options; compute them once per layout.
         for changes in _changes(asked, lean):
@@ -191,7 +191,7 @@ def choices(asked: Asked, ctx: str | int | None = None, *, lean: bool = False) -
                 refused = refused or error
                 continue
             any_planned, trainables = True, plan.trainables
-            name = None if hybrid == AS_IT_IS else hybrid
+            name = None if hybrid == OWN_LAYOUT else hybrid
             yield Choice(asked, name, changes, None, 1, plan, WHOLE)
             yield from _shared(asked, name, changes, plan, lean)
     # The first refusal explains why nothing can be planned.
@@ -223,7 +223,7 @@ def _changes(asked: Asked, lean: bool) -> Iterator[dict[str, Any]]:
         if field not in asked.fields.get(part, {}):
             values[knob] = found
     if not asked.gpu:  # bitsandbytes and offloading only save GPU memory
-        values = {knob: found for knob, found in values.items() if knob not in OF_A_GPU}
+        values = {knob: found for knob, found in values.items() if knob not in GPU_ONLY}
     for turned in itertools.product(*values.values()):
         chosen = dict(zip(values, turned, strict=True))
         if lean and chosen.get("memory.quantize") == "nf4" and chosen.get("optimizer.name") == "adamw":
@@ -339,7 +339,7 @@ def _leanest(asked: Asked, ctx: int) -> tuple[bool, Choice | None]:
 def largest(choice: Choice) -> str:
     """Returns the three largest items of a choice's memory, in words."""
     ranked = sorted(choice.plan.memory.items(), key=lambda item: -item[1])[:3]
-    return "most of it " + ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked)
+    return "mostly " + ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked)
 
 
 def dominating(fit: list[tuple[Choice, Estimate | None]], rates: Rates | None) -> dict[str, Any] | None:

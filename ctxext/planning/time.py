@@ -34,7 +34,7 @@ from ctxext.train.teacher import teacher_flops
 
 GPU_TILE, CPU_KEYS = 128, 512  # keys per block: FlashAttention on a GPU, torch on a CPU (kvSplitSize)
 BLOCK, BLOCKS_PER_WINDOW = 64, 4  # as in ops/backends/blocked.py
-OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _linear(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) ->
     parts = list[Part]()
     for name, (width, out) in matrices(shape).items():
         # Only the attention half of a layer is recomputed with the overlap of tiles.
-        factor = excess if name in OF_ATTENTION else 1.0
+        factor = excess if name in ATTENTION_MATRICES else 1.0
         flops, rate = 2.0 * tokens * shape.num_layers * out * width, rates.linear_at(math.sqrt(out * width))
         parts.append(_work("linear", "linear", flops * (factor + 1 + trains), rate))
         if again and (name != "down_proj" or tiled or name in adapted):

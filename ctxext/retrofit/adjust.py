@@ -49,7 +49,7 @@ def adjust(
     elif alpha is not None:
         dial.turn(dial.trained(live.model), dial.everywhere(alpha))
         facts["alpha_multiplier"] = {"chosen": dial.everywhere(alpha)}
-        rows = [("alpha multiplier", f"{alpha:g}, as given; nothing was measured to choose it")]
+        rows = [("alpha multiplier", f"{alpha:g}, as given, not measured")]
     # Then the scale of the layers without positions.
     c, layers = nope_scale, scale.nope_layers(live.source)
     if c == "auto":
@@ -58,7 +58,7 @@ def adjust(
         c, facts["nope_scale"], rows = found.chosen, found.as_dict(), [*rows, *found.rows()]
     elif c is not None:
         facts["nope_scale"] = {"chosen": c, "layers": layers}
-        rows.append(("NoPE scale", f"{c:g} on the queries of layers {layers}, as given; nothing was measured"))
+        rows.append(("NoPE scale", f"{c:g} on the queries of layers {layers}, as given, not measured"))
     # Hooks scale the queries of the live model; weights change only in the merged model.
     handles = [] if c is None else scale.hold(live.model, layers, c)
 

@@ -45,7 +45,7 @@ Weights = Callable[[str], Tensor | None]
 STATE_BYTES = 8 << 30  # hidden states on the host at a time, about; further layouts are measured in later groups
 BATCH_TOKENS = 4096  # tokens per forward of a layer
 FIRST_BUCKET = 64  # positions 1..63; each later bucket is as wide as all before it (evals/perplexity.py)
-RETRIEVES = 0.1  # a head with a larger share of attention on the answer counts as a retrieval head
+MIN_SHARE = 0.1  # a head with a larger share of attention on the answer counts as a retrieval head
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def measure(
     Layouts are measured together while their hidden states fit into `state_bytes`, approximately; at least two at a
     time. Layouts with the same first layers share a group where possible.
     """
-    groups = _turns(layouts, max(2, state_bytes // truth.nbytes))
+    groups = _groups(layouts, max(2, state_bytes // truth.nbytes))
     # The number of layer applications in all groups, for the progress.
     total = sum(len(kinds) for group in groups for i in range(len(group[0])) for kinds in _branches(group, i).values())
     done = 0
@@ -206,7 +206,7 @@ def measure(
     labels, found = samples.ids.roll(-1, 1)[positions], dict[Layout, Damage]()
     for group in groups:
         states = final_states(layers, samples.ids, group, one_more)
-        apart = _apart(truth[positions], [states[layout][positions] for layout in group], labels, layers)
+        apart = _distances(truth[positions], [states[layout][positions] for layout in group], labels, layers)
         for layout, values in zip(group, apart, strict=True):
             found[layout] = _damage(values, samples)
     return [found[layout] for layout in layouts]
@@ -321,13 +321,13 @@ def _branches(layouts: Sequence[Layout], index: int) -> dict[Layout, list[LayerK
     return {prefix: list(kinds) for prefix, kinds in branches.items()}
 
 
-def _turns(layouts: Sequence[Layout], most: int) -> list[list[Layout]]:
+def _groups(layouts: Sequence[Layout], most: int) -> list[list[Layout]]:
     """The distinct layouts in groups of at most `most`; layouts with the same first layers are next to each other."""
     distinct = sorted(set(layouts), key=lambda layout: [(kind.use_rope, kind.sliding_window or 0) for kind in layout])
     return [distinct[start : start + most] for start in range(0, len(distinct), most)]
 
 
-def _apart(truth: Tensor, others: Sequence[Tensor], labels: Tensor, layers: Layers) -> Tensor:
+def _distances(truth: Tensor, others: Sequence[Tensor], labels: Tensor, layers: Layers) -> Tensor:
     """The distance of predictions from final states `others` to those from `truth` [N,E], fp32 [len(others),2,N].
 
     The first is KL(truth || other), the second the loss of the label under `other` minus that under `truth`, in nats.
@@ -347,7 +347,7 @@ def _apart(truth: Tensor, others: Sequence[Tensor], labels: Tensor, layers: Laye
 
 
 def _damage(values: Tensor, samples: Samples) -> Damage:
-    """The means of the values [2,N] from `_apart`: first all positions of the text, then those of the answers."""
+    """The means of the values [2,N] from `_distances`: first all positions of the text, then those of the answers."""
     T = samples.ids.shape[1] - 1
     text, loss = values[:, : samples.texts * T].double().view(2, samples.texts, T).mean(1)  # [T] each
     answers = values[0, samples.texts * T :].double()

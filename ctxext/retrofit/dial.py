@@ -29,7 +29,7 @@ from ctxext.errors import InputError
 from ctxext.evals.compare import Difference, differences
 from ctxext.evals.engine import Outcome
 from ctxext.model.load import LoadedModel, active_module, causal_lm
-from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, told_better
+from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, significantly_better
 from ctxext.units import format_tokens
 
 GRID = (0.0, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
@@ -70,7 +70,7 @@ def trained(model: Any) -> list[Trained]:
                     parts.append(Trained(group, partial(_between, weight, base, weight.detach().clone())))
                 seen.add(id(weight))
     if not parts:
-        raise InputError("there is nothing to turn: the model has no adapter")
+        raise InputError("the multiplier needs an adapter, and this model has none")
     return parts
 
 
@@ -126,7 +126,7 @@ class Dial:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for `--json`, with the rule of the choice."""
-        return {"rule": "mean over lengths of nats a token, paired by window; 1 unless told better"} | asdict(self)
+        return {"rule": "mean over lengths of nats a token, paired by window; 1 unless one is better"} | asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns (name, value) lines for the screen."""
@@ -143,7 +143,7 @@ class Dial:
 
 def difference_row(d: Difference) -> tuple[str, str]:
     """Returns a paired difference as one line."""
-    name = f"  {d.suite}, {d.model} less {d.against}, {format_tokens(d.length)}"
+    name = f"  {d.suite}, {d.model} minus {d.against}, {format_tokens(d.length)}"
     return name, f"{d.value:+.4f} {d.unit} ({d.low:+.4f} to {d.high:+.4f}, p = {d.p:.4f}, n = {d.n}): {d.called}"
 
 
@@ -178,7 +178,7 @@ def choose(
     try:
         # Measure the whole grid first; m = 1 is the setting to beat.
         swept = {m: measure("all", everywhere(m)) for m in GRID}
-        chosen, best, why = everywhere(1.0), swept[1.0], "1 is kept: nothing on the grid was better"
+        chosen, best, why = everywhere(1.0), swept[1.0], "1 is kept: no value of the grid was better"
         for stage in ("all", *groups):
             tried = [(everywhere(m), outcomes) for m, outcomes in swept.items() if m]  # the base (0) is never chosen
             if stage != "all":
@@ -187,12 +187,12 @@ def choose(
                 tried = [(multipliers, measure(stage, multipliers)) for multipliers in varied]
             # The best of several tries needs a stricter test (Bonferroni).
             multipliers, outcomes = min(tried, key=lambda pair: criterion(pair[1]))
-            better, figures = told_better(outcomes, best, len(tried))
+            better, figures = significantly_better(outcomes, best, len(tried))
             if better:
                 chosen, best = multipliers, outcomes
-                why = f"{told_better(best, swept[1.0])[1]} against 1"
+                why = f"{significantly_better(best, swept[1.0])[1]} against 1"
             elif stage == "all" and multipliers != chosen:
-                why = f"1 is kept: {words(multipliers)} was not told from it ({figures})"
+                why = f"1 is kept: {words(multipliers)} is not significantly better ({figures})"
         # Report on the other half, which chose nothing.
         reported = _report(loaded, parts, chosen, both[1])
     finally:
@@ -237,14 +237,14 @@ def draw(dial: Dial, path: Path) -> None:
     # Left: loss at the short length against loss at the long one.
     near = [setting for setting in swept if setting.multipliers[ENDS] >= 0.5]
     path_x, path_y = ([setting.losses[n] for setting in near] for n in (short, long))
-    plane.plot(path_x, path_y, "-", color="#0072B2", marker="o", ms=5, label="all together, m at each point")
+    plane.plot(path_x, path_y, "-", color="#0072B2", marker="o", ms=5, label="all groups together, labelled with m")
     for setting, x, y in zip(near, path_x, path_y, strict=True):
         plane.annotate(f"{setting.multipliers[ENDS]:g}", (x, y), xytext=(6, 3), textcoords="offset points", fontsize=8)
     looks = (("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
     for group, (colour, marker) in zip(GROUPS, looks, strict=True):
         points = [setting.losses for setting in dial.settings if setting.stage == group]
         xs, ys = ([found[n] for found in points] for n in (short, long))
-        plane.plot(xs, ys, marker, color=colour, ms=4, label=f"{group} alone varied")
+        plane.plot(xs, ys, marker, color=colour, ms=4, label=f"only {group} varied")
     x, y = (next(s.losses[n] for s in dial.settings if s.multipliers == dial.chosen) for n in (short, long))
     plane.plot([x], [y], "*", color="black", ms=13, zorder=5, label=f"chosen: {words(dial.chosen)}")
     plane.set(
@@ -260,5 +260,5 @@ def draw(dial: Dial, path: Path) -> None:
         ax.grid(color="0.9")
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(fontsize=7.5, frameon=False)
-    figure.suptitle(f"The half to choose by: {dial.tokens[0]:,} tokens of {dial.data}", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(f"Measured on {dial.tokens[0]:,} tokens of {dial.data}", fontsize=9, x=0.01, ha="left")
     figure.savefig(path, metadata={"Software": None})

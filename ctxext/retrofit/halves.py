@@ -26,7 +26,7 @@ from ctxext.model.load import LoadedModel
 from ctxext.units import counted
 
 TOKENS = 8_192  # per length, to choose by; the half to report on has twice as many
-FEWEST = 8  # windows per length, if there is enough text: with fewer than six the paired test can show nothing
+MIN_WINDOWS = 8  # windows per length, if there is enough text: with fewer than six the paired test can show nothing
 _TOKENS_PER_BATCH = 16_384
 
 
@@ -43,7 +43,7 @@ class Half:
         return sum(window.size for window in self.windows)
 
 
-def halves(data: str, tokenizer: Any, lengths: Sequence[int], fewest: int = FEWEST) -> tuple[Half, Half]:
+def halves(data: str, tokenizer: Any, lengths: Sequence[int], fewest: int = MIN_WINDOWS) -> tuple[Half, Half]:
     """Returns (half to choose by, half to report on) of `data`, a source of data/documents.py.
 
     Of the embedded corpus only held-out text is used. `lengths` are tokens. Each length has at least `fewest` windows
@@ -87,7 +87,7 @@ def _half(texts: list[EncodedText], data: str, tokenizer: Any, lengths: Sequence
     if tokens < longest:
         raise DataError(
             f"{data}: half of the text has {tokens:,} tokens, and one window has {longest:,}",
-            hint="give longer text with --data (half of it is to choose by, half to report on) or a shorter --length",
+            hint="give longer text with --data (one half to choose by, one to report on), or a shorter --length",
         )
     cuts = [cut_windows(texts, T, tokenizer.eos_token_id, "truncate", alone_from=longest) for T in lengths]
     windows = []
@@ -124,7 +124,7 @@ def criterion(outcomes: Sequence[Outcome]) -> float:
     return sum(found.values()) / len(found)
 
 
-def told_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int = 1) -> tuple[bool, str]:
+def significantly_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int = 1) -> tuple[bool, str]:
     """Returns whether `mine` has a significantly lower criterion (evals/compare.py, paired), and the figures in words.
 
     `mine` is the best of `looks` tries, so that its p must be below 0.05 / looks (Bonferroni). Without this correction,
@@ -134,7 +134,7 @@ def told_better(mine: Sequence[Outcome], others: Sequence[Outcome], looks: int =
     # Pairs of the same window, grouped by length; each length counts equally.
     strata = [[(a, b) for a, b in zip(mine, others, strict=True) if a.length == T] for T in lengths]
     value, low, high, p = paired(strata)
-    tries = f", the best of {looks} tries" if looks > 1 else ""
+    tries = f", the best of {looks} values" if looks > 1 else ""
     words = f"{value:+.4f} nats, 95% from {low:+.4f} to {high:+.4f}, p = {p:.4f}, {counted(len(mine), 'pair')}{tries}"
     return p * looks < 0.05 and high < 0, words
 

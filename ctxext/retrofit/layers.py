@@ -79,7 +79,7 @@ def request_of(
     if not automatic:
         if asked:
             option = next(iter(asked)).replace("_", "-")
-            raise InputError(f"--{option} is for the planner", hint="add --full-layers auto")
+            raise InputError(f"--{option} needs --full-layers auto", hint="add --full-layers auto")
         return None
     length, tokens = (
         None if name not in asked else parse_tokens(asked[name]) for name in ("length", "calibration_tokens")
@@ -119,26 +119,26 @@ def plan_request(
     window = hybrid.sliding_window or 0
     at = usable_length if length is None else length
     if at < 1:
-        raise InputError(f"--length {at}: a number of tokens of 1 or more is needed")
+        raise InputError(f"--length {at}: allowed is 1 token or more")
     # A row must be longer than the window; otherwise the window hides nothing.
     row = min(usable_length, max(ROW_TOKENS, 2 * window))
     if row <= window:
         raise InputError(
             f"a window of {format_tokens(window)} tokens covers all of the {format_tokens(usable_length)} that this "
-            "model bears: no layer can be told from another",
+            "model supports: windows change nothing, so that no layer can be chosen",
             hint="give a smaller --sliding-window",
         )
     asked = CALIBRATION_TOKENS if tokens is None else tokens
     if asked < row and tokens is not None:
         raise InputError(
-            f"--calibration-tokens {format_tokens(asked)}: at least one row of {format_tokens(row)} is needed"
+            f"--calibration-tokens {format_tokens(asked)}: allowed is one row or more, here {format_tokens(row)}"
         )
     read_documents(calibration or EMBEDDED)  # raises if there is no such source; reads nothing yet
     full = full_layer_count(budget, shape, source, window, at)
     if full == 0 and not i_know:
         raise InputError(
-            "a budget of no full layer: nothing further back than the window can be retrieved, no key, name or quote",
-            hint="add --i-know if that is meant, or give --budget 1 or more",
+            "a budget of 0 full layers: the model could retrieve nothing further back than the window",
+            hint="give --budget 1 or more, or add --i-know if this is intended",
         )
     return Request(full, at, calibration or EMBEDDED, max(asked, row), row)
 
@@ -168,7 +168,7 @@ def full_layer_count(
             raise InputError(f"--budget {budget}: this model has {L} layers, so 0 to {L - 1} of them can stay full")
         return int(value)
     if not 0 < value <= 100:
-        raise InputError(f"--budget {budget}: a share is more than 0% and at most 100%")
+        raise InputError(f"--budget {budget}: allowed are shares above 0%, up to 100%")
     whole = kv_cache_bytes(shape, [kind.sliding_window for kind in source], length)
     # The KV cache with k full layers, for each k; the largest k within the budget is taken.
     sizes = [kv_cache_bytes(shape, [None] * k + [window] * (L - k), length) for k in range(L)]
@@ -176,7 +176,7 @@ def full_layer_count(
         raise InputError(
             f"--budget {budget}: sliding layers alone hold {100 * sizes[0] / whole:.3g}% of the source's KV cache at "
             f"{format_tokens(length)} tokens",
-            hint="give a larger budget, a smaller --sliding-window, or the --length it is meant for",
+            hint="give a larger budget, a smaller --sliding-window, or the intended --length",
         )
     return max(k for k, size in enumerate(sizes) if size <= value / 100 * whole)
 

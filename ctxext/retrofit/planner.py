@@ -28,14 +28,14 @@ from ctxext.model.weights import only_pickles
 from ctxext.ops.cost import forward_flops, kv_cache_bytes
 from ctxext.progress import CountProgress, Progress, ignore
 from ctxext.retrofit.calibration import joined
-from ctxext.retrofit.damage import RETRIEVES, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
+from ctxext.retrofit.damage import MIN_SHARE, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
 from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
 from ctxext.retrofit.sinks import open_conversion, sinks_of_windows
 from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
 ANSWER_SHARE = 0.05  # weight in a score, as if one token in twenty were retrieved. A convention, not a measurement
-ANSWERS_FROM = 1.0  # nats a token: with a higher loss at the answers a source cannot retrieve, and the share is 0
-LEAST_QUESTIONS = 4
+MAX_ANSWER_LOSS = 1.0  # nats a token: with a higher loss at the answers a source cannot retrieve, and the share is 0
+MIN_QUESTIONS = 4
 READ_AHEAD = 8  # so many times the calibration tokens are read, so that rows come from several documents
 
 
@@ -84,7 +84,7 @@ class LayerPlan:
     read: tuple[dict[str, Any], ...] = ()  # of the calibration text (data/files.py, Reading)
 
     HEADER = ("full layers", "k", "KV cache", "share", "forward", "text", "answers", "score", "loss", "")
-    EXPLAIN = ("layer", "window: text", "answers", "as full: text", "answers", "best head", f"heads > {RETRIEVES}")
+    EXPLAIN = ("layer", "window: text", "answers", "as full: text", "answers", "best head", f"heads > {MIN_SHARE}")
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for `--json`."""
@@ -141,7 +141,7 @@ class LayerPlan:
                 f"{facts.full.text:.4f}",
                 _shown(facts.full.answer),
                 _shown(max(facts.heads) if facts.heads else None),
-                str(sum(score > RETRIEVES for score in facts.heads)) if facts.heads else "-",
+                str(sum(score > MIN_SHARE for score in facts.heads)) if facts.heads else "-",
             )
             for facts in self.layers
         ]
@@ -150,22 +150,22 @@ class LayerPlan:
         """Returns sentences about how the measurements were made."""
         r = self.request
         where = "the embedded corpus's training part" if r.calibration == EMBEDDED else r.calibration
-        how = "all there are" if self.exhaustive else "greedy, with swaps"
+        how = "all possible ones" if self.exhaustive else "greedy, with swaps"
         lines = [
             f"{len(self.measured)} layouts measured ({how}) on {self.texts} x {r.row_tokens} tokens of {where}, and on "
             f"{counted(self.questions, 'passkey')} in it",
-            "text, answers: KL to the source's predictions; loss: of the text, above the source's; nats a token, "
-            f"before any healing; KV cache and forward are those of {format_tokens(r.length)} tokens",
+            "text, answers: KL to the source's predictions; loss: on text, above the source's; nats a token, "
+            f"before any healing; KV cache and forward are for {format_tokens(r.length)} tokens",
         ]
         if not r.full:
-            lines.append("no full layer: nothing further back than the window will be retrieved")
+            lines.append("no full layer: the model can retrieve nothing further back than the window")
         if self.source_answer_loss is None:
             return [*lines, f"no passkeys: they do not fit in {r.row_tokens} tokens, so retrieval was not measured"]
         if not self.share:
             return [
                 *lines,
                 f"the source's own loss at the answers is {self.source_answer_loss:.2f} nats a token: it does not "
-                "retrieve, so answers do not count and the score is the text's",
+                "retrieve, so that the score counts text only",
             ]
         return [*lines, f"score = text + {self.share:g} x answers"]
 
@@ -206,7 +206,7 @@ def choose_layers(
         layers = replace(layers, values=values)
     # Answers count only if the source itself can retrieve them.
     loss = answer_loss(layers, samples, truth)
-    share = ANSWER_SHARE if loss is not None and loss <= ANSWERS_FROM else 0.0
+    share = ANSWER_SHARE if loss is not None and loss <= MAX_ANSWER_LOSS else 0.0
     facts = layer_facts(layers, samples, truth, window, full, lambda *n: progress("each layer by itself", *n))
 
     L, found = len(source.kinds), dict[Full, Damage]()
@@ -240,8 +240,8 @@ def choose_layers(
 def _refuse_pickles(source: ModelSource) -> None:
     if only_pickles(source.directory):
         raise ModelError(
-            f"{source.name}: the planner reads safetensors, one layer at a time, and there are only pickles",
-            hint="convert it with named --full-layers, or store it as safetensors first",
+            f"{source.name}: the planner needs safetensors files, and this model has only pickled weights",
+            hint="give --full-layers by number, or save the model as safetensors first",
         )
 
 
@@ -265,7 +265,7 @@ def layer_facts(
 def calibration_samples(tokenizer: Any, request: Request, window: int) -> Samples:
     """Returns rows of text, evenly spread over the text that is read, and passkeys hidden in that text.
 
-    There are as many passkeys as rows, at least LEAST_QUESTIONS. They are at all depths that are further from the
+    There are as many passkeys as rows, at least MIN_QUESTIONS. They are at all depths that are further from the
     question than the window, if a row is long enough. Raises DataError for text shorter than two windows (or than one
     row, if that is less): such text would show nothing of what a window hides.
     """
@@ -274,8 +274,8 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     ids = joined(documents, tokenizer, READ_AHEAD * request.tokens)
     if len(ids) < min(2 * window, T):
         raise DataError(
-            f"--calibration {source}: {format_tokens(len(ids))} tokens; a window of {format_tokens(window)} shows its "
-            f"damage in texts of at least {format_tokens(min(2 * window, T))}",
+            f"--calibration {source}: {format_tokens(len(ids))} tokens; a window of {format_tokens(window)} can be "
+            f"measured in texts of at least {format_tokens(min(2 * window, T))}",
             hint="give longer text, or a smaller --sliding-window",
         )
     # Rows of T tokens at evenly spaced places of the text.
@@ -283,7 +283,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     places = len(ids) // T
     count = min(places, request.tokens // T)
     text = torch.stack([ids[(i * places // count) * T :][:T] for i in range(count)])
-    cases = _cases(tokenizer, ids.tolist(), T, window, max(LEAST_QUESTIONS, count))
+    cases = _cases(tokenizer, ids.tolist(), T, window, max(MIN_QUESTIONS, count))
     rows = torch.tensor([[*case.prompt_ids, *case.answer_ids] for case in cases], dtype=torch.int64).view(-1, T)
     answers, needles = torch.zeros(2, count + len(cases), T, dtype=torch.bool)
     for row, case in enumerate(cases, start=count):

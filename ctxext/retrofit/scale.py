@@ -33,7 +33,7 @@ from ctxext.evals.spec import Passkey
 from ctxext.model.load import LoadedModel, causal_lm
 from ctxext.model.source import ModelSource
 from ctxext.retrofit.dial import difference_row
-from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, told_better
+from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, significantly_better
 from ctxext.units import counted, format_tokens
 
 ANSWERS, TEXT = "passkey answers", "text"  # the measures that c can be chosen by
@@ -124,7 +124,7 @@ class NopeScale:
         """Returns (name, value) lines for the screen."""
         layers, answers = ", ".join(map(str, self.layers)), self.decided_by == ANSWERS
         keys = (
-            f"{ANSWERS}, {counted(self.cases[0], 'case')} of seed {CHOOSING}, guarded by the loss of "
+            f"{ANSWERS}, {counted(self.cases[0], 'case')} of seed {CHOOSING}, limited by the loss of "
             if answers
             else ""
         )
@@ -135,7 +135,7 @@ class NopeScale:
                 f"the loss at {format_tokens(self.target)} of {keys}{self.tokens[0]:,} tokens of {self.data}",
             ),
         ]
-        rows += [(f"  c = {c:g}, text of the guard", _nats(found)) for c, found in self.guard.items() if answers]
+        rows += [(f"  c = {c:g}, text", _nats(found)) for c, found in self.guard.items() if answers]
         rows += [(f"  {name}, other half", _nats(found)) for name, found in self.losses.items()]
         for name, shares in self.passkey.items():
             shown = ", ".join(f"{share:.0%} at {format_tokens(n)}" for n, share in shares.items())
@@ -211,7 +211,7 @@ def choose(
         target,
         tuple(layers),
         chosen,
-        f"{why}; {decided_by} decided",
+        f"{why}; chosen by {decided_by}",
         decided_by,
         (5 * CASES[CHOOSING], 5 * CASES[REPORTING]) if finds else (0, 0),
         (choosing.tokens, both[1].tokens),
@@ -239,15 +239,15 @@ def decide(
     over, harm = [], ""
     # From the best c down to the last that is better than 1.
     for c in order[: order.index(1.0)]:
-        better, figures = told_better(tried[c], tried[1.0], len(tried))
+        better, figures = significantly_better(tried[c], tried[1.0], len(tried))
         if not better:
-            return 1.0, order[0], f"1 is kept: {c:g} was not told from it ({figures}){harm}"
+            return 1.0, order[0], f"1 is kept: {c:g} is not significantly better ({figures}){harm}"
         found = _harm(text(c), text(1.0), original)
         if not found:
             return c, c, f"{figures} against 1{harm}"
         over.append(f"{c:g}")
-        harm = f"; passed over: {', '.join(over)}, the last because it {found}"
-    return 1.0, order[0], f"1 is kept: nothing on the grid was better{harm and ' that text bears'}{harm}"
+        harm = f"; rejected: {', '.join(over)}, the last because it {found}"
+    return 1.0, order[0], f"1 is kept: no value was better{harm and ' without harm to text'}{harm}"
 
 
 def _harm(mine: list[Outcome], plain: list[Outcome], original: int) -> str:
@@ -257,11 +257,11 @@ def _harm(mine: list[Outcome], plain: list[Outcome], original: int) -> str:
     cost, _, most, _ = paired([pairs])
     if most > TOLERANCE:
         figures = f"{cost:.4f} nats a token, at most {most:.4f} with 97.5% confidence"
-        return f"may cost text at {format_tokens(original)} more than {TOLERANCE:g} ({figures})"
+        return f"may cost more than {TOLERANCE:g} on text at {format_tokens(original)} ({figures})"
     target = max(outcome.length for outcome in mine)
     long, long_plain = ([o for o in outcomes if o.length == target] for outcomes in (mine, plain))
-    worse, figures = told_better(long_plain, long)
-    return f"makes text worse at {format_tokens(target)} (1 against it: {figures})" if worse else ""
+    worse, figures = significantly_better(long_plain, long)
+    return f"makes text worse at {format_tokens(target)} (1 minus it: {figures})" if worse else ""
 
 
 def _others(

@@ -41,7 +41,7 @@ from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
 from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import Layers, Samples, apply_layer, measure, open_layers, weights_of_layer
-from ctxext.train.sinks import EVERY, HANGS
+from ctxext.train.sinks import QUERY_STRIDE, SINK_SHARE
 
 TOKENS, ROW_TOKENS = 4096, 1024  # calibration text in total and per row; rows are longer for a large window
 Say = Callable[[str], None]
@@ -93,18 +93,18 @@ def fit_sinks(
     least = min(2 * window, _row_tokens(plan, window))
     if calibration != EMBEDDED and ids.shape[1] < least:
         raise InputError(
-            f"--calibration {calibration}: {ids.shape[1]:,} tokens; to fit sinks for windows of {window:,} it has to "
-            f"have {least:,}",
+            f"--calibration {calibration}: {ids.shape[1]:,} tokens; fitting sinks for windows of {window:,} needs at "
+            f"least {least:,}",
             hint="give more text, leave --calibration out, or add --sinks none",
         )
     if ids.shape[1] <= window:
-        say(f"sinks: the calibration text has {ids.shape[1]:,} tokens, a window {window:,}: nothing is hidden in it")
+        say(f"sinks: the calibration text has {ids.shape[1]:,} tokens and fits in a window of {window:,}: none needed")
         return None
     check_ids([int(ids.max())], source.config["vocab_size"], source.name)
     # All that follows needs the weights; they are streamed layer by layer.
     layers = open_conversion(plan, plan.kinds, where)
     first = first_token(layers, ids, window)
-    if not first.share >= HANGS:  # NaN included
+    if not first.share >= SINK_SHARE:  # NaN included
         say(f"{first.share:.1%} of the attention is on the first token: no sinks are needed")
         return None
     values = sink_values(layers, plan.kinds, first)
@@ -137,7 +137,7 @@ def _warn(plan: ConversionPlan, window: int, say: Say, device: torch.device) -> 
         return
     layers = open_conversion(plan, plan.kinds, device)
     first = first_token(layers, ids, min(window, ids.shape[1] // 2))
-    if not first.share >= HANGS:  # NaN included
+    if not first.share >= SINK_SHARE:  # NaN included
         return
     line = f"warning: {first.share:.0%} of the attention is on the first token, which windows of {window:,} hide"
     if 2 * window <= ids.shape[1]:
@@ -173,7 +173,7 @@ def sinks_of_windows(
     if ids.shape[1] <= window.sliding_window:
         return {}
     first = first_token(layers, ids, window.sliding_window)
-    return sink_values(layers, [window] * len(layers.source), first) if first.share >= HANGS else {}
+    return sink_values(layers, [window] * len(layers.source), first) if first.share >= SINK_SHARE else {}
 
 
 def _rows(plan: ConversionPlan, window: int, calibration: str) -> Tensor:
@@ -239,7 +239,7 @@ def _watch(
     to_first = key[:, :, :1].repeat_interleave(H // K, dim=1)  # [n,H,1,D]
     # Logits of the queries from which the window would hide the first token.
     row = (query[:, :, min(window, seen - 1) : seen] * to_first).sum(-1).mean(-1) * scale
-    at = torch.arange(seen // 2, seen, EVERY, device=query.device).expand(len(query), -1)
+    at = torch.arange(seen // 2, seen, QUERY_STRIDE, device=query.device).expand(len(query), -1)
     weights = attention_rows(query[:, :, at[0]], key, at, sliding_window=pattern.sliding_window, scale=scale)
     found.append((weights[..., 0].mean().item(), row.cpu()))
 

@@ -120,12 +120,12 @@ def _save_whole(run: Path, plan: RunPlan, masters: Mapping[str, Tensor]) -> int:
     # The names must be exactly those of the model: none missing, none extra.
     missing = expected_tensors(plan.config).keys() ^ tensors.keys()
     if missing:
-        raise CheckFailed(f"{run}: {len(missing)} weights would be lost or were never asked for, first {min(missing)}")
+        raise CheckFailed(f"{run}: {len(missing)} weights are missing or not expected, first {min(missing)}")
     save_file(tensors, run / SINGLE, metadata={"format": "pt"})
     reopened = load_file(run / SINGLE)
     for name, tensor in tensors.items():
         if not torch.equal(reopened[name], tensor):
-            raise CheckFailed(f"{run}: {name} was not found again after saving")
+            raise CheckFailed(f"{run}: the saved file does not hold {name} as it was trained")
     return len(tensors)
 
 
@@ -144,10 +144,10 @@ def _card(plan: RunPlan, facts: dict[str, Any]) -> str:
     else:
         text = [
             f"LoRA, embeddings and norms on {plan.source.name}, trained at {format_tokens(plan.spec.ctx)} tokens.",
-            "Open it with ctxext, or `ctxext merge` it into an ordinary model: config.json here holds the positions "
-            "and the layer map it was trained with, which PEFT alone would take from the base instead.",
+            "Open it with ctxext, or merge it into an ordinary model (`ctxext merge`). config.json holds the positions "
+            "and the layers that it was trained with. PEFT alone would use those of the base.",
         ]
     licence = stated_licence(plan.source.directory)
-    unit = "nats a token" if plan.teacher is None else "of what is learned from the teacher"
+    unit = "nats a token" if plan.teacher is None else "of the distillation objective"
     rows = [*plan.rows(), ("final training loss", f"{facts['final_loss']:.4f} {unit}")]
     return model_card(f"{plan.source.name} at {format_tokens(plan.spec.ctx)}", text, rows, licence)

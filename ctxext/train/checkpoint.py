@@ -125,7 +125,7 @@ def _write(
         if fault is None and not isinstance(error, OSError):
             raise
         why = str(error) if fault is None else fault.message
-        say(f"warning: the checkpoint after step {progress.done} was not written ({why}); the one before it stays")
+        say(f"warning: the checkpoint after step {progress.done} was not written ({why}); the earlier ones are kept")
         return why
     for old in _checkpoints(run)[:-keep]:
         if _step(old) != progress.best_step:
@@ -147,7 +147,7 @@ def load_newest(
         try:
             state, tensors = _read(checkpoint)
         except DAMAGE as error:
-            say(f"warning: {checkpoint} is damaged ({error}); trying the one before")
+            say(f"warning: {checkpoint} is damaged ({error}); trying the checkpoint before it")
             continue
         # Nothing is changed before the whole checkpoint is read and its hash is checked.
         torch.set_rng_state(tensors.pop(RNG))
@@ -168,7 +168,7 @@ def kept(run: Path, say: Callable[[str], None]) -> list[tuple[int, Callable[[str
         try:
             _state(checkpoint)
         except DAMAGE as error:
-            say(f"{checkpoint} is damaged ({error}): it is left out")
+            say(f"{checkpoint} is damaged ({error}); it is skipped")
             continue
         found.append((_step(checkpoint), partial(_master, checkpoint / TENSORS)))
     return found
@@ -194,7 +194,7 @@ def _state(checkpoint: Path) -> dict[str, Any]:
     """The JSON of a checkpoint, after its tensors are checked against the sha256. Raises an error of DAMAGE."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text("utf-8"))
     if _sha256(checkpoint / TENSORS) != state.pop("sha256"):
-        raise EnvironmentFault(f"{TENSORS} is not what was written: its sha256 differs")
+        raise EnvironmentFault(f"{TENSORS} is damaged: its sha256 differs from the recorded one")
     return state
 
 

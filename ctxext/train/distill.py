@@ -25,7 +25,7 @@ from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.model.relayout import rotations
 from ctxext.ops.logits import distillation_chunk
-from ctxext.train.loss import IGNORED, handed_down
+from ctxext.train.loss import IGNORED, stored_gradients
 from ctxext.train.spec import Objective
 
 
@@ -75,7 +75,7 @@ def distilled_loss(
     if objective.hidden:
         assert lesson is not None
         if len(outputs) != len(lesson.layers):
-            raise ModelError(f"{len(outputs)} of {len(lesson.layers)} layers showed their output")
+            raise ModelError(f"{len(outputs)} of {len(lesson.layers)} layers recorded their output")
         errors = [_relative(out, true, taught) for out, true in zip(outputs, lesson.layers, strict=True)]
         loss = loss + objective.hidden * torch.stack(errors).mean()
     # The weight of each token's cross entropy and KL.
@@ -176,7 +176,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (*handed_down(ctx, grad), *[None] * 7)
+        return (*stored_gradients(ctx, grad), *[None] * 7)
 
 
 def _divergence(y: Tensor, z: Tensor, top_k: int | None) -> tuple[Tensor, Tensor]:

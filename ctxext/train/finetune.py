@@ -36,20 +36,20 @@ from ctxext.train.checkpoint import TrainingState, discard_after, load_newest, n
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
-from ctxext.train.memory import naming_what_is_largest
+from ctxext.train.memory import explaining_out_of_memory
 from ctxext.train.passkey import grid_cases
 from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data, readings, training_device
-from ctxext.train.run import way_out
+from ctxext.train.run import resume_hint
 from ctxext.train.same_data import changes_of_data
 from ctxext.train.sinks import sinks_of
 from ctxext.train.teacher import teacher_weights
-from ctxext.train.telemetry import telling
+from ctxext.train.telemetry import with_writers
 from ctxext.train.validation import HeldOut, check_short
 from ctxext.train.zero import ZeroEngine, join
 from ctxext.units import counted
 
-NO_CHECKPOINT = "no checkpoint was written before the run ended: it starts from its first step"
+NO_CHECKPOINT = "the run has no checkpoint; it starts at its first step"
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def run_finetune(
     began = time.monotonic()
     # Only rank 0 logs and writes telemetry.
     talks = zero is None or os.environ["RANK"] == "0"
-    told = telling(events or Events(), plan, run) if talks else nullcontext(Events())
-    with disk_faults(run, hint=way_out(run)), told as events:
+    told = with_writers(events or Events(), plan, run) if talks else nullcontext(Events())
+    with disk_faults(run, hint=resume_hint(run)), told as events:
         engine, sequences, progress, sink_tokens = _train_stages(plan, run, resume, events, zero)
         count = None
         # An interrupted run has no bundle yet: it is resumed.
@@ -127,7 +127,7 @@ def _train_stages(
         engine: Any = None
         # Free the memory of the stage before this one.
         gc.collect()
-        with naming_what_is_largest(stage):
+        with explaining_out_of_memory(stage):
             engine, sequences, held_out, sink_tokens = set_up(stage, events, zero)
             progress = load_newest(run, engine, events.say) if resume or done else None
         if resume:
@@ -150,7 +150,7 @@ def _train_stages(
         if 0 < progress.done == stage.first or (progress.validation or {}).get("ctx", stage.spec.ctx) != stage.spec.ctx:
             progress = progress.at_next_ctx()
         stage = replace(stage, sink_tokens=sink_tokens)
-        with naming_what_is_largest(stage):
+        with explaining_out_of_memory(stage):
             progress, stopped = train(engine, sequences, held_out, stage, run, progress, events)
         done, before, resume = progress.done, progress, False
         if stopped or done >= plan.steps:
@@ -179,8 +179,8 @@ def set_up(
         sequences, held = prepare_data(plan, events)
     wanted = {"passkey": cases, "max_short_ppl_increase": plan.spec.validation.max_short_ppl_increase}
     if held is None and (given := [name for name, value in wanted.items() if value]):
-        message = f"validation.{given[0]}: there is nothing to validate"
-        raise InputError(message, hint="give longer text, or leave it out")
+        message = f"validation.{given[0]}: there is no held-out text"
+        raise InputError(message, hint="give longer text, or leave this field out")
     model = _model(plan, device, dtype)
     for note in recompute.enable(model, plan.spec.memory, plan.patterns):
         events.say(f"warning: {note}")
@@ -211,11 +211,11 @@ def finish(
     if spec.result == "best" and progress.validation and progress.best_step != step:
         if progress.best_step is not None and load_newest(run, engine, events.say, step=progress.best_step):
             step = progress.best_step
-            events.say(f"the result is that of step {step}, the best by held-out loss ({progress.best_loss:.4f})")
+            events.say(f"the result is step {step}, which has the lowest held-out loss ({progress.best_loss:.4f})")
         else:
             why = "no step had a lower held-out loss than the start"
             if progress.best_step is not None:
-                why = f"the checkpoint of step {progress.best_step}, the best by held-out loss, is gone or damaged"
+                why = f"the checkpoint of step {progress.best_step}, the best by held-out loss, is missing or damaged"
             events.say(f"warning: {why}; the last weights are the result")
     # A collective call: every rank takes part before the others return.
     masters = engine.masters()
@@ -224,7 +224,7 @@ def finish(
     # A full disk may have kept the last lines out of the file. Without them the facts of the result are wrong.
     lines = metrics.read(run / metrics.STEPS)
     if not lines or lines[-1]["step"] != progress.done:
-        raise _no_result(run, progress, f"{run / metrics.STEPS} lacks the last steps, which found no room")
+        raise _no_result(run, progress, f"{run / metrics.STEPS} lacks the last steps, because the disk was full")
     facts = {
         "first_loss": _comparable(plan, lines)[0]["loss"],
         "final_loss": lines[-1]["loss"],
@@ -259,7 +259,7 @@ def _no_result(run: Path, progress: TrainingState, why: str) -> EnvironmentFault
     saved = newest_step(run)
     kept = f"the newest checkpoint is of step {saved}" if saved else "there is no checkpoint"
     return EnvironmentFault(
-        f"the result of {counted(progress.done, 'step')} was not written: {why}; {kept}", hint=way_out(run)
+        f"the result of {counted(progress.done, 'step')} was not written: {why}; {kept}", hint=resume_hint(run)
     )
 
 

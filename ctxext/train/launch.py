@@ -66,8 +66,8 @@ PASSED_ON = (
     "XDG_CACHE_HOME",
 )
 # Process names of a compilation in progress.
-BUILDERS = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
-FRESH = 60.0  # seconds: a younger lock may belong to a build that is starting
+BUILD_PROCESSES = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
+STALE_LOCK_SECONDS = 60.0  # a younger lock may belong to a build that is starting
 KINDS = {kind.__name__: kind for kind in (InputError, ModelError, DataError, EnvironmentFault, CheckFailed)}
 
 
@@ -81,7 +81,7 @@ class Death:
     def words(self) -> str:
         """Returns what happened, for an error message."""
         how = f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
-        return f"{self.name} died ({how})"
+        return f"{self.name} failed ({how})"
 
 
 def launched(
@@ -170,8 +170,8 @@ def check_environment(launch: Launch) -> None:
 def port_in_use(host: str, port: int | str) -> EnvironmentFault:
     """Returns the error for a port that another process uses."""
     return EnvironmentFault(
-        f"port {port} of {host}, where the processes meet, is in use",
-        hint="another run may be on: end it, or choose a port with MASTER_PORT=29501",
+        f"port {port} of {host}, which the processes need to connect, is in use",
+        hint="another run may be using it: end that run, or choose another port with MASTER_PORT=29501",
     )
 
 
@@ -179,11 +179,11 @@ def _check_locks() -> None:
     """Raises for a stale lock: a killed build leaves one, and every later run waits for it without a message."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache)
-    old = [lock for lock in sorted(root.glob("**/lock")) if time.time() - lock.stat().st_mtime > FRESH]
-    if old and not any(process.info["name"] in BUILDERS for process in psutil.process_iter(["name"])):
+    old = [lock for lock in sorted(root.glob("**/lock")) if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS]
+    if old and not any(process.info["name"] in BUILD_PROCESSES for process in psutil.process_iter(["name"])):
         raise EnvironmentFault(
-            f"{old[0]} was left by a build that was killed; DeepSpeed would wait for it for ever",
-            hint=f"rm {shlex.quote(str(old[0]))}",
+            f"{old[0]} was left by a build that was killed; DeepSpeed would wait for this lock without end",
+            hint=f"remove it: rm {shlex.quote(str(old[0]))}",
         )
 
 
@@ -307,9 +307,9 @@ def _fault(logs: Path, death: Death) -> CtxextError:
     last = next((line for line in reversed(lines) if line.strip() and death.code > 0), None)
     return EnvironmentFault(
         f"{death.words()}; the others were stopped" + (f": {last.strip()[:200]}" if last else ""),
-        hint="killed from outside, often for want of memory (dmesg says so)"
+        hint="it was killed from outside, often because the machine ran out of memory (see dmesg)"
         if death.code == -signal.SIGKILL
-        else f"its traceback is in {log}",
+        else f"the traceback is in {log}",
     )
 
 

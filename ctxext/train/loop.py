@@ -26,7 +26,7 @@ from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, mem
 from ctxext.train.optimizer import RelativeClip, rate_factor
 from ctxext.train.passkey import in_words
 from ctxext.train.plan import RunPlan
-from ctxext.train.run import way_out
+from ctxext.train.run import resume_hint
 from ctxext.train.sinks import untrained_cost
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
@@ -99,7 +99,7 @@ def train(
             mine = range(start + engine.rank, start + plan.global_batch_size, engine.world)
             loss = forward_backward(engine, [sequences.sequence(i) for i in mine], plan, step)
             if step == 0 and not math.isfinite(loss):
-                raise ModelError("the loss is not finite before anything was trained: the model's weights are damaged")
+                raise ModelError("the loss is not finite before the first update: the model's weights are damaged")
             # Check the loss before the update: the gradient of a bad loss must not reach the weights.
             why, factor = _spike(loss, progress, plan), progress.rate * rate_factor(step, steps, spec.optimizer)
             if why is None:
@@ -144,9 +144,10 @@ def train(
 def _not_saved(why: str, progress: TrainingState, run: Path, *, stopped: bool) -> EnvironmentFault:
     """The error for a checkpoint that a later process or the next context needs and that was not written."""
     needed, newest = "the run was stopped" if stopped else "the next context starts from it", newest_step(run)
-    before = f"the newest one is of step {newest}" if newest else "there is none before it"
+    before = f"the newest checkpoint is of step {newest}" if newest else "there is no earlier checkpoint"
     return EnvironmentFault(
-        f"the checkpoint after step {progress.done} was not written, and {needed}: {why}; {before}", hint=way_out(run)
+        f"the checkpoint after step {progress.done} was not written, and {needed}: {why}; {before}",
+        hint=resume_hint(run),
     )
 
 
@@ -219,13 +220,13 @@ def _roll_back(
 
     Raises CheckFailed where the spec says stop, at the second divergence of a run, or where there is no checkpoint.
     """
-    hint = "lower optimizer.learning_rate or lora.multiplier; the checkpoints before it are kept"
+    hint = "lower optimizer.learning_rate or lora.multiplier; the earlier checkpoints are kept"
     if plan.spec.faults.on_divergence == "stop" or progress.rollbacks:
-        raise CheckFailed(f"{why}; stopped" + (", having rolled back once" if progress.rollbacks else ""), hint=hint)
+        raise CheckFailed(f"{why}; stopped" + (" after one rollback" if progress.rollbacks else ""), hint=hint)
     restored = load_newest(run, engine, events.say)
     if restored is None:
-        raise CheckFailed(f"{why}; there is no checkpoint to go back to", hint=hint)
-    events.say(f"{why}: back to step {restored.done}, with the learning rates halved from here on")
+        raise CheckFailed(f"{why}; there is no checkpoint to return to", hint=hint)
+    events.say(f"{why}: training continues from the checkpoint of step {restored.done}, at half the learning rates")
     engine.total()  # a barrier: rank 0 deletes checkpoints only after every rank has read its own
     if engine.rank == 0:
         discard_after(run, restored.done)

@@ -105,10 +105,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        return *handed_down(ctx, grad), None, None
+        return *stored_gradients(ctx, grad), None, None
 
 
-def handed_down(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def stored_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Returns the gradients that the forward pass stored in `ctx`, times `grad`, in place, without a second copy.
 
     The product is computed in fp32 and rounded once. `grad` is about 1 / labels; rounded to bf16, it would be off by

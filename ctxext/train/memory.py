@@ -14,7 +14,7 @@ TILE = 4096  # tokens; the suggested value of memory.tiles
 
 
 @contextmanager
-def naming_what_is_largest(plan: RunPlan) -> Iterator[None]:
+def explaining_out_of_memory(plan: RunPlan) -> Iterator[None]:
     """Raises `out_of_memory` in place of an out-of-memory error inside the block."""
     try:
         yield
@@ -30,8 +30,8 @@ def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked[:3])
     return EnvironmentFault(
         f"out of memory at ctx {format_tokens(plan.spec.ctx)}: {' '.join(str(error).split())[:200]}. Estimated: "
-        f"{format_bytes(sum(plan.memory.values()))}, most of it {largest}",
-        hint=f"try {next_knob(plan)}, with --resume --force --set to go on from the last checkpoint",
+        f"{format_bytes(sum(plan.memory.values()))}, the largest parts are {largest}",
+        hint=f"try {next_knob(plan)}; --resume --force --set OPTION continues from the last checkpoint with it",
     )
 
 

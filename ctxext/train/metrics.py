@@ -119,7 +119,7 @@ class JsonLines:
             self._warned = False
         except EnvironmentFault as fault:
             if not self._warned:
-                self.say(f"warning: {self.path.name} is not written for now: {fault.message}")
+                self.say(f"warning: {self.path.name} cannot be written at present: {fault.message}")
             self._warned = True
 
 

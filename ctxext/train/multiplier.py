@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.errors import CheckFailed, EnvironmentFault, InputError
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.run import start_run, way_out
+from ctxext.train.run import resume_hint, start_run
 
 if TYPE_CHECKING:
     from ctxext.train.loop import Events
@@ -81,9 +81,9 @@ class Search:
         if best is not given and given.final is not None and given.final - best.final < SMALL:
             said.append(f"the difference to {self.given:g} is small ({given.final - best.final:.4f} nats a token)")
         if best in (self.trials[0], self.trials[-1]):
-            said.append(f"{best.multiplier:g} is at the edge of what was tried: search again with {self.option}")
+            said.append(f"{best.multiplier:g} is at one end of the tried range: search again with {self.option}")
         if best.final >= best.held_out[0][1]:
-            said.append("no multiplier lowered the held-out loss: more steps, or another learning rate")
+            said.append("no multiplier lowered the held-out loss: use more steps or another learning rate")
         return tuple(said)
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,12 +101,12 @@ def plan_trials(plan: RunPlan) -> list[RunPlan]:
     """
     spec = plan.spec
     if spec.tuning != "lora":
-        raise InputError(f"tuning: {spec.tuning} has no lora.multiplier", hint="search with tuning=lora")
+        raise InputError(f"tuning: {spec.tuning} has no lora.multiplier", hint="use tuning=lora")
     if spec.stages:
-        raise InputError("a search for the multiplier trains at one context", hint="give the last of them as --ctx")
+        raise InputError("a search for the multiplier trains at one context", hint="give the last context as --ctx")
     if spec.validation.every_steps is None:
         raise InputError(
-            "validation.every_steps: null holds nothing out, and multipliers are judged on held-out text",
+            "validation.every_steps: null holds out no text, which comparing multipliers needs",
             hint="use another preset, or add --set validation.every_steps=50",
         )
     # Validate about VALIDATIONS times, and judge the last weights without passkeys or limits.
@@ -142,7 +142,7 @@ def find_multiplier(
     # Check the data once and silently, before any trial trains.
     if prepare_data(trials[0], replace(events, say=lambda line: None))[1] is None:
         raise InputError(
-            f"{trials[0].spec.data.described}: too short to hold some out, and multipliers are judged on held-out text",
+            f"{trials[0].spec.data.described}: too short to hold out a part, which comparing multipliers needs",
             hint="give more text, or a shorter ctx",
         )
     done = list[Trial]()
@@ -174,7 +174,7 @@ def run_trial(plan: RunPlan, run: Path, events: Events | None = None) -> Trial:
             stopped = error.message
         except EnvironmentFault as error:
             # The usual hint is to resume the run, but a trial is removed and cannot be resumed.
-            error.hint = "make room, then search again" if error.hint == way_out(run) else error.hint
+            error.hint = "free disk space, then search again" if error.hint == resume_hint(run) else error.hint
             raise
         # A stopped trial also has curves; read them before the directory is removed.
         training, held_out = (

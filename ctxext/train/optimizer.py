@@ -99,14 +99,14 @@ def by_parameter(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> di
     strange = sorted(found.keys() ^ own.keys())
     if strange:
         raise ModelError(
-            f"the checkpoint holds {len(found)} trained tensors, this run has {len(own)}, first difference {strange[0]}"
+            f"the checkpoint holds {len(found)} trained tensors, this run {len(own)}; first difference: {strange[0]}"
         )
     for name, parameter in own.items():
         stored, wanted = tuple(found[name][MASTER].shape), tuple(full_shape(parameter))
         if stored != wanted:
             raise ModelError(
                 f"the checkpoint holds {name} as {list(stored)}, this run trains {list(wanted)}",
-                hint="such a change needs a run of its own: start one, or leave the change out",
+                hint="this change needs a new run: start one, or leave the change out",
             )
     return found
 

@@ -25,7 +25,7 @@ from ctxext.units import counted
 
 FOLDER, DEFAULT = "deepspeed_configs", "2"
 ALLOWED = ("zero_optimization", "communication_data_type", "comms_logger", "wall_clock_breakdown")
-BELONGS = {  # DeepSpeed's keys -> the fields of the training spec that replace them
+SPEC_FIELDS = {  # DeepSpeed's keys -> the fields of the training spec that replace them
     "optimizer": "optimizer",
     "scheduler": "optimizer.schedule",
     "train_batch_size": "global_batch_size",
@@ -138,7 +138,7 @@ def plan_launch(
     Raises InputError for options that contradict each other or that this plan cannot run with.
     """
     if hostfile is not None and nproc is not None:
-        raise InputError("--nproc and --hostfile both say how many processes", hint="write slots=N in the hostfile")
+        raise InputError("--nproc and --hostfile both give the number of processes", hint="leave --nproc out")
     if hostfile is None and zero is None and nproc is None and repeats is not None:
         # The machine or the spec may differ from that of the earlier run, so that everything is checked again.
         launch = replace(repeats, resume=False)
@@ -159,7 +159,7 @@ def _check(plan: RunPlan, launch: Launch) -> None:
     here = launch.hosts[0].slots
     gpus = visible_gpus()
     if launch.hosts[0].local and 0 < gpus < here:
-        raise InputError(f"{here} processes on a machine of {counted(gpus, 'GPU')}: one GPU serves one process")
+        raise InputError(f"{here} processes on a machine with {counted(gpus, 'GPU')}: each process needs its own GPU")
     if len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
         # The first host is the rendezvous address, which every host has to be able to resolve.
         far = [host.name for host in launch.hosts if not host.local]
@@ -169,20 +169,20 @@ def _check(plan: RunPlan, launch: Launch) -> None:
     for stage in (*plan.earlier, plan):
         _check_batch(stage.global_batch_size, world)
     if spec.optimizer.name != "adamw":
-        raise InputError(f"optimizer.name {spec.optimizer.name} under ZeRO: allowed is adamw, which ZeRO partitions")
+        raise InputError(f"optimizer.name {spec.optimizer.name} is not supported under ZeRO: allowed is adamw")
     if spec.memory.quantize != "none":
         raise InputError(f"memory.quantize {spec.memory.quantize} under ZeRO is not supported", hint="use one process")
     # The rest needs whole weights on a rank: under ZeRO 3, DeepSpeed gathers them only in its own forward.
     if launch.stage == 3 and plan.teacher is not None and plan.teacher.source is not None:
         raise InputError(
-            f"distill.teacher {plan.teacher.source.name} under ZeRO 3: a second model would be divided with the first",
+            f"distill.teacher {plan.teacher.source.name} under ZeRO 3: stage 3 would partition this model too",
             hint="use --zero 2, or teacher: self",
         )
     if launch.stage == 3 and any(part.source == SELF for part in spec.data.parts):
-        raise InputError("data self under ZeRO 3: a divided model cannot sample", hint="use --zero 2")
+        raise InputError("data self under ZeRO 3: a partitioned model cannot sample", hint="use --zero 2")
     if spec.memory.tiles is not None and launch.stage == 3:
         raise InputError(
-            "memory.tiles under ZeRO 3: tiles use weights that stage 3 has not gathered", hint="use --zero 2"
+            "memory.tiles under ZeRO 3: stage 3 does not gather the weights that tiles use", hint="use --zero 2"
         )
 
 
@@ -192,8 +192,8 @@ def _check_batch(batch: int, world: int) -> None:
         below, above = batch // world * world, -(-batch // world) * world
         nearest = f"{below} or {above}" if below else f"{above}"
         raise InputError(
-            f"a step has {counted(batch, 'sequence')}, which {world} processes cannot share equally",
-            hint=f"--set global_batch_size={above}; the nearest that would do: {nearest}",
+            f"a step has {counted(batch, 'sequence')}, which does not divide evenly over {world} processes",
+            hint=f"--set global_batch_size={above}; the nearest allowed: {nearest}",
         )
 
 
@@ -213,7 +213,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         elif text:
             faults.append(f"line {number}: {text!r}; allowed: a host's name and slots=N")
     if faults or not hosts:
-        raise SpecError(str(path), faults or ["no host in it; allowed: lines such as node1 slots=8"])
+        raise SpecError(str(path), faults or ["no host in the file; allowed: lines such as node1 slots=8"])
     return tuple(hosts)
 
 
@@ -230,21 +230,21 @@ def read_zero(name: str) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise SpecError(str(path), ["allowed: an object of DeepSpeed's keys"])
     faults = [
-        f"{key}: belongs to the training spec: {BELONGS[key]}"
-        if key in BELONGS
+        f"{key}: not allowed here; set it in the training spec: {SPEC_FIELDS[key]}"
+        if key in SPEC_FIELDS
         else f"{key}: unknown key; allowed: {', '.join(ALLOWED)}"
         for key in data
         if key not in ALLOWED
     ]
     # "auto" values are for Hugging Face's Trainer, which is not used here.
-    faults += [f'{key}: "auto" is filled in by nobody here; leave the key out' for key in _autos(data, "")]
+    faults += [f'{key}: "auto" is not supported; leave the key out' for key in _autos(data, "")]
     zero = data.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         faults.append("zero_optimization.stage: missing; allowed: 1, 2, 3")
     else:
         for key in ("offload_optimizer", "offload_param"):
             if key in zero and (not isinstance(zero[key], dict) or zero[key].get("device") != "cpu"):
-                faults.append(f'zero_optimization.{key}.device: allowed: "cpu"; leave {key} out for none')
+                faults.append(f'zero_optimization.{key}.device: allowed: "cpu"; or leave {key} out to disable it')
     if faults:
         raise SpecError(str(path), faults)
     return data

@@ -189,12 +189,12 @@ class RunPlan:
             # NoPE layers have no positions to stretch, so that only a measurement can show their usable length.
             longest = self.measured_length
             known = "never measured" if longest is None else f"measured to {format_tokens(longest)}"
-            rows.append(("NoPE layers", f"no positions to stretch, but their attention dilutes with length ({known})"))
+            rows.append(("NoPE layers", f"no positions to stretch, but attention spreads out with length ({known})"))
         return rows
 
     def _attention_row(self) -> str:
         if not any(kind.sliding_window is None for kind in self.kinds):
-            return "none: every layer is sliding"
+            return "sliding windows only: no layer is full"
         if self.group_size is None:
             # The alternative to the chosen attention: S²-Attn for a dense run, dense for an S²-Attn run.
             other, name = max(2, self.spec.ctx // GROUPS_PER_CTX), "S²-Attn"
@@ -203,19 +203,19 @@ class RunPlan:
         flops = self.global_batch_size * _flops(self.source, self.spec, other)[0]
         costs = f"{name}: {format_flops(flops)} a step, {flops / self.step_flops:.2f}x"
         if self.group_size is None:
-            return f"dense, as they run ({costs})"
+            return f"dense, as at inference ({costs})"
         spec, text = self.spec.attention, f"with S²-Attn, groups of {format_tokens(self.group_size)} tokens"
         text += {None: " (first token visible where the model needs it)", 0: ""}.get(
             self.sink_tokens, f" and {first_of(self.sink_tokens or 0, 'token')} of a document"
         )
-        text += " that grow" * spec.grow + ", shifted by a draw each step" * (spec.shift == "random")
+        text += " that grow" * spec.grow + ", shifted at random in each step" * (spec.shift == "random")
         if spec.dense_last:
             dense = self.steps - first_dense(spec, self.steps)
             text += f", the last {dense} of {counted(self.steps, 'step')} dense" if dense else (
                 f", no step dense (attention.dense_last {spec.dense_last:g} of {counted(self.steps, 'step')} is less "
                 "than one)"
             )  # fmt: skip
-        return f"{text}; they run dense ({costs})"
+        return f"{text}; at inference dense ({costs})"
 
     def _trainables_row(self) -> str:
         parts = self.trainables
@@ -242,7 +242,7 @@ def plan_run(
     # Refusals without arithmetic come first: they are quick and read no teacher.
     refuse(source, spec, on_gpu(gpu))
     source = source.with_original_length(spec.original_length)
-    spec = _rooted(spec)
+    spec = _with_absolute_paths(spec)
     # The teacher uses the layout from before the conversion, so that it is planned apart from the new positions.
     teacher = plan_teacher(source, spec)
     positions = plan_positions(
@@ -254,7 +254,7 @@ def plan_run(
     )
     trainables = trainables or plan_trainables(source.config, spec.tuning, spec.lora, source.fitted_layers)
     if trainables.parameters == 0:
-        raise InputError("nothing would train", hint="let lora, embeddings or norms train")
+        raise InputError("no parameter would train", hint="train lora, embeddings or norms")
     group_size = _group_size(source, spec)
     sink_tokens = _sink_tokens(spec, group_size)
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
@@ -330,7 +330,7 @@ def on_gpu(given: bool | None) -> bool:
     return visible_gpus() > 0 if given is None else given
 
 
-def _rooted(spec: FinetuneSpec) -> FinetuneSpec:
+def _with_absolute_paths(spec: FinetuneSpec) -> FinetuneSpec:
     """Makes the paths of data and teacher absolute, because a run may be resumed from another directory."""
     mixture = tuple(replace(part, source=_absolute(part.source)) for part in spec.data.mixture)
     spec = replace(spec, data=replace(spec.data, source=_absolute(spec.data.source), mixture=mixture))
@@ -403,13 +403,13 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
         if given:
             raise InputError(
                 f"{', '.join(f'attention.{name}' for name in given)}: given, but full layers train dense",
-                hint="add --set attention.train=s2, or leave it out",
+                hint="add --set attention.train=s2, or leave these fields out",
             )
         return None
     if not any(full):
         raise InputError(f"{source.name}: attention.train: s2, but no layer is full", hint="use attention.train=dense")
     if heads < 2:
-        raise InputError(f"{source.name}: s2 shifts half of the heads: there is one head", hint="attention.train=dense")
+        raise InputError(f"{source.name}: s2 needs two heads, there is one", hint="use attention.train=dense")
     group = spec.attention.group_size or max(2, spec.ctx // GROUPS_PER_CTX)
     if not 2 <= group <= spec.ctx:
         raise InputError(f"attention.group_size {group}: allowed are 2 to ctx ({format_tokens(spec.ctx)})")
@@ -425,7 +425,7 @@ def _sink_tokens(spec: FinetuneSpec, group_size: int | None) -> int | None:
         # A tile of a row holds its own tokens and their groups, not the first token of a document far before it.
         if asked not in ("auto", 0):
             raise InputError(
-                f"attention.sinks: {asked} with memory.tiles: tiles do not hold the first tokens of a document",
+                f"attention.sinks: {asked} with memory.tiles: a tile does not hold the first tokens of a document",
                 hint="leave memory.tiles out, or set attention.sinks=0",
             )
         return 0

@@ -61,12 +61,12 @@ def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
     planned, found = on_gpu(plan.gpu), torch.cuda.is_available()
     if planned and not found:
         raise EnvironmentFault(
-            f"the plan counts on a GPU, which this machine shows, and torch {torch.__version__} sees none",
-            hint="ctxext doctor looks at the driver; to train on the CPU, set CUDA_VISIBLE_DEVICES to nothing",
+            f"the plan uses the GPU that this machine reports, but torch {torch.__version__} does not find one",
+            hint="run ctxext doctor to check the driver; to train on the CPU, set CUDA_VISIBLE_DEVICES to nothing",
         )
     if found and not planned:
         raise EnvironmentFault(
-            f"torch {torch.__version__} sees a GPU, and the plan was made without: neither the driver's files nor "
+            f"torch {torch.__version__} finds a GPU, but the plan uses none: neither the driver's files nor "
             "nvidia-smi show one",
             hint="put nvidia-smi on the PATH; to train on the CPU, set CUDA_VISIBLE_DEVICES to nothing",
         )
@@ -83,7 +83,7 @@ def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | 
     spec = plan.spec
     tokenizer = load_tokenizer(plan.source.directory)
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{plan.source.name}: its tokenizer has no EOS token, which ends every document")
+        raise InputError(f"{plan.source.name}: its tokenizer has no EOS token; every document needs one at its end")
     slots = slots_of([part.weight for part in spec.data.parts])
     wanted = spec.validation.sequences if spec.validation.every_steps else 0
     counts = apportion(wanted, slots, least=1)
@@ -108,7 +108,7 @@ def _split(
     options: dict[str, Any] = {"seed": spec.seed, "document_mask": spec.data.document_mask}
     store = _store(plan, source.documents, source.print_, tokenizer, events)
     # Log what was read first: it explains the error that PackedSequences raises for too little text.
-    _say_what_was_read(plan, source, store, events)
+    _log_reading(plan, source, store, events)
     whole = PackedSequences(store, spec.ctx, **options)
     _describe(plan, source, whole, events)
     # Documents of their own for validation: all other sequences train.
@@ -119,7 +119,7 @@ def _split(
     count = min(source.wanted, int(len(whole) * MOST_HELD_OUT))
     if source.wanted and not count:
         of = f" on {source.name}" if spec.data.mixture else ""
-        events.say(f"no validation{of}: {counted(len(whole), 'sequence')} of text: too few to hold some out")
+        events.say(f"no validation{of}: {counted(len(whole), 'sequence')} of text, too few to hold out a part")
     if not count:
         return whole, None
     return whole.part(0, len(whole) - count), whole.part(len(whole) - count, count)
@@ -140,7 +140,7 @@ def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer:
         source_fingerprint=print_,
         min_tokens=data.min_tokens,
         max_tokens=data.max_tokens,
-        waiting=lambda: events.say("waiting for another process that is tokenising the same text"),
+        waiting=lambda: events.say("waiting for another process that tokenises the same text"),
     )
     check_ids([store.meta.max_id], plan.config["vocab_size"], plan.source.name)
     return store
@@ -159,7 +159,7 @@ def _name(plan: RunPlan, source: _Source) -> str:
     return f"data, {source.name} ({source.share:.1%} of the sequences)"
 
 
-def _say_what_was_read(plan: RunPlan, source: _Source, store: TokenStore, events: Events) -> None:
+def _log_reading(plan: RunPlan, source: _Source, store: TokenStore, events: Events) -> None:
     reading = Reading.of(store.meta.reading)
     if store.reused and isinstance(source.documents, Documents):
         # The tokens come from the cache. The other files of the directory may be new: use the list made now.
@@ -192,8 +192,8 @@ def _describe(plan: RunPlan, source: _Source, sequences: PackedSequences, events
     events.say(f"{name}: {share:.1%} of the tokens see at least half of ctx in their own document")
     if spec.data.document_mask and share < LITTLE_HISTORY:
         events.say(
-            f"warning: only {share:.1%} of the tokens see half of ctx: the documents are short, little of "
-            f"{spec.ctx:,} tokens will be learned; longer documents, or data.document_mask=false"
+            f"warning: only {share:.1%} of the tokens see half of ctx: the documents are short, and a context of "
+            f"{spec.ctx:,} tokens is hardly trained; use longer documents, or data.document_mask=false"
         )
 
 
@@ -230,7 +230,7 @@ def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Do
 
     # A generator: the model is only loaded where the tokens are not in the cache.
     def documents() -> Iterator[Document]:
-        events.say(f"sampling {asked.tokens:,} tokens from {plan.source.name}, as it was before any conversion")
+        events.say(f"sampling {asked.tokens:,} tokens from {plan.source.name} as it was before any conversion")
         model: Any = build_model(plan.source.directory, config, dtype).to(device).eval()
         shown = [0]
 

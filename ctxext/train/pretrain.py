@@ -23,13 +23,13 @@ from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.card import model_card
 from ctxext.model.source import from_directory
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.run import start_run, way_out
+from ctxext.train.run import resume_hint, start_run
 from ctxext.train.spec import FinetuneSpec, Positive
 
 EOS = "<|end|>"
 # Files that belong to the run and not to the model.
-OF_THE_RUN = ("spec.yaml", "data.json", "metrics.jsonl", "validation.jsonl", manifests.FILE_NAME, "README.md")
-START_ANEW = "make room, then give the command again with --force: a pretraining starts anew"
+RUN_FILES = ("spec.yaml", "data.json", "metrics.jsonl", "validation.jsonl", manifests.FILE_NAME, "README.md")
+RESTART_HINT = "free disk space, then give the command again with --force: pretraining starts from the beginning"
 TOKENIZER_CHARACTERS = 6_000_000  # of the embedded corpus; the merges are learned from them
 
 
@@ -59,7 +59,7 @@ class PretrainSpec:
 
     def __post_init__(self) -> None:
         if not self.stages or any(stage.tuning != "full" for stage in self.stages):
-            raise ValueError("stages: at least one, and each with tuning: full")
+            raise ValueError("stages: at least one is needed, and each needs tuning: full")
 
 
 def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[RunPlan, Path], Any]) -> Path:
@@ -77,12 +77,12 @@ def pretrain(recipe: PretrainSpec, out: Path, *, force: bool, train: Callable[[R
         with locked(stages, "pretraining"):
             shutil.rmtree(stages)
     claim(stages)
-    with locked(stages, "pretraining"), disk_faults(out, hint=START_ANEW):
+    with locked(stages, "pretraining"), disk_faults(out, hint=RESTART_HINT):
         current = _train_stages(recipe, stages, out.name, train)
     # Copy only the model's files; those of the last run do not belong to the result.
     with staged_output(out, force) as staging:
         for path in current.iterdir():
-            if path.is_file() and path.name not in OF_THE_RUN:
+            if path.is_file() and path.name not in RUN_FILES:
                 shutil.copyfile(path, staging / path.name)
         describe(recipe, stages, staging, out.name)
     return out
@@ -106,11 +106,11 @@ def _train_stages(recipe: PretrainSpec, stages: Path, name: str, train: Callable
             finished = train(plan, run).finished
         except EnvironmentFault as error:
             # The usual hint is to resume the run, but a stage alone cannot be resumed.
-            error.hint = START_ANEW if error.hint == way_out(run) else error.hint
+            error.hint = RESTART_HINT if error.hint == resume_hint(run) else error.hint
             raise
         if not finished:
             raise InputError(
-                f"interrupted in stage {number}: a pretraining starts anew", hint=f"{run} has what was done"
+                f"interrupted in stage {number}: pretraining cannot resume", hint=f"start again; {run} is unfinished"
             )
         current = run
     return current

@@ -60,23 +60,23 @@ def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
     useless = [name for name, given in asked.items() if given]
     if useless and not memory.checkpoint:
         raise InputError(
-            f"memory.checkpoint: false keeps everything on the device, and {', '.join(useless)} says what to recompute",
-            hint="set memory.checkpoint: true, or leave the others out",
+            f"memory.checkpoint: false keeps everything on the device, but {', '.join(useless)} needs recomputation",
+            hint="set memory.checkpoint: true, or leave the other options out",
         )
     # k layers share one checkpoint: this excludes what works on a single layer.
     k = int(memory.checkpoint)
     if k > len(windows):
-        raise InputError(f"memory.checkpoint: {k} layers a checkpoint, but there are {len(windows)} in all")
+        raise InputError(f"memory.checkpoint: {k} layers per checkpoint, but the model has {len(windows)} layers")
     if k > 1 and memory.tiles is not None:
         raise InputError(
-            f"memory.checkpoint: {k} beside tiles: {memory.tiles}, which are tiles of one layer",
+            f"memory.checkpoint: {k} with tiles: {memory.tiles}, but tiles need one layer per checkpoint",
             hint="set memory.checkpoint: true, or leave memory.tiles out",
         )
     if k > 1 and memory.keep != "nothing" and any(window is not None for window in windows):
         raise InputError(
-            f"memory.checkpoint: {k} beside keep: {memory.keep}, which is for full layers alone: a checkpoint would "
+            f"memory.checkpoint: {k} with keep: {memory.keep}, which is for full layers only: a checkpoint would "
             "hold sliding ones as well",
-            hint="set memory.checkpoint: true or memory.keep: nothing; together they need a model without windows",
+            hint="set memory.checkpoint: true or memory.keep: nothing; both together need a model without windows",
         )
 
 
@@ -119,9 +119,7 @@ def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[
         layer._gradient_checkpointing_func = run
     if not whole:
         return []
-    return [
-        f"memory.tiles: {counted(len(whole), 'layer')} not of the shape that can be tiled, first {whole[0]}: left whole"
-    ]
+    return [f"memory.tiles: {counted(len(whole), 'layer')} run without tiles (unsupported shape), first {whole[0]}"]
 
 
 def _check_patterns(layers: Any, patterns: Sequence[Pattern]) -> None:

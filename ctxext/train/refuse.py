@@ -14,7 +14,7 @@ NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels accept o
 def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
     """Raises InputError or ModelError for what cannot be trained, as far as that needs no arithmetic."""
     if source.base is not None:
-        raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="ctxext merge it first, then go on")
+        raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="merge it first: ctxext merge")
     if source.config.get("attention_dropout"):
         raise ModelError(
             f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
@@ -24,24 +24,24 @@ def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
     passkey = spec.validation.passkey
     if passkey is not None and max(passkey.lengths) > spec.ctx:
         raise InputError(
-            f"validation.passkey.lengths: {format_tokens(max(passkey.lengths))} tokens are beyond ctx",
+            f"validation.passkey.lengths: {format_tokens(max(passkey.lengths))} tokens are more than ctx",
             hint=f"allowed are lengths up to {format_tokens(spec.ctx)}",
         )
     if spec.validation.max_short_ppl_increase and (spec.original_length or source.original_length) is None:
         raise InputError(
-            "validation.max_short_ppl_increase: nothing says which length this model was first trained at",
-            hint="add --original-length",
+            "validation.max_short_ppl_increase: this model's original training length is not known",
+            hint="give it with --original-length",
         )
     # Memory options that this model does not support.
     recompute.check(spec.memory, [kind.sliding_window for kind in source.kinds])
     if spec.memory.quantize != "none" and spec.tuning == "full":
         raise InputError(
-            f"memory.quantize: {spec.memory.quantize} freezes the weights that tuning: full would train",
+            f"memory.quantize: {spec.memory.quantize} freezes the weights that tuning: full trains",
             hint="train with tuning=lora, or memory.quantize=none",
         )
     odd = [width for width in (source.shape.hidden_size, source.shape.intermediate_size) if width % NF4_BLOCK]
     if spec.memory.quantize == "nf4" and odd and not gpu:
         raise InputError(
-            f"memory.quantize: nf4 on a CPU needs widths that {NF4_BLOCK} divides, {source.name} has {odd[0]}",
+            f"memory.quantize: nf4 on a CPU needs widths divisible by {NF4_BLOCK}, but {source.name} has {odd[0]}",
             hint="use memory.quantize=int8",
         )

@@ -24,7 +24,7 @@ from ctxext.config.output import check_free, claim, disk_faults, write_whole
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
 from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.same_data import DATA_FILE, changes_of_data, data_hash, moved_data, some_of, write_record
+from ctxext.train.same_data import DATA_FILE, changes_of_data, data_hash, first_few, moved_data, write_record
 from ctxext.train.spec import FinetuneSpec
 from ctxext.train.teacher import teacher_weights
 from ctxext.units import counted, parse_tokens
@@ -63,14 +63,14 @@ def plan_asked(
         raise InputError("--ctx is missing", hint="give the context to train at, such as --ctx 32k")
     if model is None:
         model = str(manifests.newest(manifests.RUNS, ("conversion", "model")))
-        say(f"no MODEL given: taking the newest, {model}")
+        say(f"no MODEL given: using the newest, {model}")
     source = resolve(model, weights=needs_weights)
     # Distillation without a ctx trains at the original length.
     given_length = fields.get("original_length")
     length = source.original_length if given_length is None else parse_tokens(given_length)
     if "ctx" not in fields and length is not None:
         fields["ctx"] = length
-        say(f"no --ctx given: healing at {length:,} tokens, the length it was first trained at")
+        say(f"no --ctx given: healing at {length:,} tokens, the model's original training length")
     return plan_run(source, build(FinetuneSpec, fields, source=f"finetune spec (preset {preset}, options)"))
 
 
@@ -180,57 +180,57 @@ def plan_resumed(
 ) -> RunPlan:
     """Returns the plan of an existing run; `changes` are fields of its spec by dotted path (optimizer.learning_rate).
 
-    Nothing is written: `going_on` does that. `say` gets a warning where the data changed and the change is accepted.
+    Nothing is written: `applied_changes` does that. `say` gets a warning where changed data is accepted.
     Raises InputError when the directory is not a run, when the run is finished or has done more than `steps`, or when
     the spec or the data changed without `accept`; ModelError when the model or the teacher has changed.
     """
     if not (run / SPEC_FILE).is_file():
-        raise InputError(f"{run}: no run to resume: it has no {SPEC_FILE}")
+        raise InputError(f"{run}: not a run: it has no {SPEC_FILE}")
     if (run / manifests.FILE_NAME).exists():
-        raise InputError(f"{run} is finished", hint="ctxext eval or ctxext merge it")
+        raise InputError(f"{run} is finished", hint="evaluate it with ctxext eval, or merge it with ctxext merge")
     start = _read(run)
     new = _changed(start.spec, changes or {})
     differ = differences(asdict(start.spec), asdict(new))
     # Another path with the same contents is not a change. Every other difference needs --force.
     if differ and all(one.startswith("data.source was ") for one in differ) and data_hash(new.data) == start.data:
-        say(f"the data moved to {new.data.described}; its contents are the same")
+        say(f"the data is now at {new.data.described}; its contents are the same")
     elif differ and not accept:
         raise InputError(
             f"{run} was started with another spec: {', '.join(differ)}",
-            hint="leave them out to go on as before, or add --force to go on with what is given",
+            hint="leave these options out to keep the run's spec, or add --force to continue with what is given",
         )
     done = _steps_done(run)
     if new.steps < done:
         raise InputError(
-            f"{run} is {counted(done, 'step')} far, more than steps: {new.steps}", hint=f"give {done} or more"
+            f"{run} has done {counted(done, 'step')}, more than steps: {new.steps}", hint=f"give {done} or more"
         )
     plan = plan_run(start.source(), new)
     # Compare the files with those of the start. Changed weights are never accepted.
     now = Start.of(plan)
     if now.weights != start.weights:
-        raise ModelError(f"{start.model}: its weights are not those this run started from (their sha256 differ)")
+        raise ModelError(f"{start.model}: its weights are not those that this run started from (other sha256)")
     if now.teacher != start.teacher and new.distill == start.spec.distill:
-        raise ModelError(f"{run}: the teacher's weights are not those this run started with (their sha256 differ)")
+        raise ModelError(f"{run}: the teacher's weights are not those that this run started with (other sha256)")
     moved = moved_data(run, start.data, new.data, now.data) if new.data == start.spec.data else []
     if moved and not accept:
         raise InputError(
-            f"{start.spec.data.described}: the data changed since this run started: {some_of(moved)}",
-            hint="put the files back, start a new run, or add --force to go on with the data as it is",
+            f"{start.spec.data.described}: the data changed since this run started: {first_few(moved)}",
+            hint="put the files back, start a new run, or add --force to continue with the changed data",
         )
     if moved:
-        say(f"warning: going on with data that changed since this run started: {some_of(moved)}")
+        say(f"warning: continuing with data that changed since this run started: {first_few(moved)}")
     return plan
 
 
 @contextmanager
-def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
+def applied_changes(plan: RunPlan, run: Path) -> Iterator[None]:
     """Runs the block that trains a resumed run: the changes of `plan_resumed` become the run's spec.
 
     If the block fails before a step was trained with them, the old files are restored.
     """
     kept = {name: (run / name).read_bytes() for name in (SPEC_FILE, DATA_FILE) if (run / name).is_file()}
     trained = _metrics_size(run)
-    with disk_faults(run, hint=way_out(run)):
+    with disk_faults(run, hint=resume_hint(run)):
         _record_changes(plan, run)
         try:
             yield
@@ -242,9 +242,9 @@ def going_on(plan: RunPlan, run: Path) -> Iterator[None]:
             raise
 
 
-def way_out(run: Path) -> str:
+def resume_hint(run: Path) -> str:
     """Returns the hint for a full disk."""
-    return f"make room, then: ctxext finetune --resume --out {run}"
+    return f"free disk space, then give: ctxext finetune --resume --out {run}"
 
 
 def _record_changes(plan: RunPlan, run: Path) -> None:
@@ -254,7 +254,7 @@ def _record_changes(plan: RunPlan, run: Path) -> None:
         return
     changed = changes_of_data(run)
     if now.spec.data == start.spec.data and (moved := moved_data(run, start.data, now.spec.data, now.data)):
-        changed.append(f"after step {_steps_done(run)}: {some_of(moved)}")
+        changed.append(f"after step {_steps_done(run)}: {first_few(moved)}")
     write_spec(run, now)
     write_record(run, now.spec.data, changed)
 
@@ -292,7 +292,7 @@ def plan_repeated(
     InputError when the directory is not a run, or when weights or data changed without `accept`.
     """
     if not (run / SPEC_FILE).is_file():
-        raise InputError(f"{run}: no run to repeat: it has no {SPEC_FILE}")
+        raise InputError(f"{run}: not a run: it has no {SPEC_FILE}")
     start = _read(run)
     plan = plan_run(start.source(), _changed(start.spec, changes or {}))
     # Compare the model's files one by one, then the data and the teacher, unless `changes` replace these.
@@ -304,13 +304,13 @@ def plan_repeated(
         if start.weights.get(file) != now.weights.get(file)
     ]
     if plan.spec.data == start.spec.data and (data := moved_data(run, start.data, plan.spec.data, now.data)):
-        moved.append(f"the data, {start.spec.data.described} (changed): {some_of(data)}")
+        moved.append(f"the data, {start.spec.data.described} (changed): {first_few(data)}")
     if now.teacher != start.teacher and plan.spec.distill == start.spec.distill:
         moved.append("the teacher's weights (changed)")
     if moved and not accept:
         raise InputError(
-            f"{run} cannot be repeated, these moved since: {', '.join(moved)}",
-            hint="put them back, or add --force to run the same spec on what there is now",
+            f"{run} cannot be repeated; missing or changed since then: {', '.join(moved)}",
+            hint="restore them, or add --force to run the same spec on the current files",
         )
     return plan, moved
 
@@ -326,7 +326,7 @@ def _read(run: Path, *, as_today: bool = False) -> Start:
         fields["spec"].setdefault("lora", {}).setdefault("sinks", "frozen")
     start = build(Start, fields, source=str(run / SPEC_FILE))
     if not Path(start.model).is_dir():
-        raise ModelError(f"{run}: the model it started from, {start.model}, is not there any more")
+        raise ModelError(f"{run}: the model that it started from, {start.model}, no longer exists")
     return start
 
 

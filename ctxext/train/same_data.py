@@ -52,18 +52,18 @@ def moved_data(run: Path, then: str | None, data: DataSpec, now: str | None) -> 
         return []
     if then is not None and then == _by_time(data):
         # The old hash matches: no file has changed. But this version may read more files, so that the data differs.
-        return [f"{path} (the version that began this run did not read it)" for path in _read_since(data)]
+        return [f"{path} (the ctxext version that started this run did not read it)" for path in _read_since(data)]
     # Compare file by file: missing, new and changed ones.
     before, after = _record(run).get("files"), _files(data)
     if not isinstance(before, dict):
-        return ["its files (an older version began this run and did not record which)"]
+        return ["its files (an older version started this run and did not record which ones)"]
     found = [f"{path} (missing)" for path in before if path not in after]
     found += [f"{path} (new)" for path in after if path not in before]
     found += [f"{path} (changed)" for path in after if before.get(path, after[path]) != after[path]]
     return found or ["the order or the formats of its files"]
 
 
-def some_of(moved: Sequence[str]) -> str:
+def first_few(moved: Sequence[str]) -> str:
     """Returns the first few differences in one line, and the number of the others."""
     rest = len(moved) - NAMED
     return ", ".join(moved[:NAMED]) + (f" and {rest:,} more" if rest > 0 else "")

@@ -24,18 +24,18 @@ from ctxext.train.engine import Engine
 from ctxext.train.loss import IGNORED
 from ctxext.train.plan import RunPlan
 
-HANGS = 0.05  # mean share of attention on the first token; ours. Measured: SmolLM2-135M 0.30, `tiny` 0.0007
-MEASURED = 512  # tokens of the measured row
-EVERY = 8  # every eighth query in the second half of the row is measured
-COSTLY = 0.3  # nats a token: a run warns if the training attention costs more before training; ours
+SINK_SHARE = 0.05  # mean share of attention on the first token; ours. Measured: SmolLM2-135M 0.30, `tiny` 0.0007
+MEASURED_TOKENS = 512  # tokens of the measured row
+QUERY_STRIDE = 8  # every eighth query in the second half of the row is measured
+COST_WARNING = 0.3  # nats a token: a run warns if the training attention costs more before training; ours
 SINK_TOKENS = 1  # used by `auto`: with four visible tokens SmolLM2-135M's loss is the same to 0.001 nats
 
 
 def measured_row(tokenizer: Any, longest: int) -> Tensor:
     """Returns embedded held-out text for `first_token_shares`: ids [1, T], T at most 512 and at most `longest`."""
-    text = "".join(document.text for document in stdlib_documents("held-out"))[: 32 * MEASURED]
+    text = "".join(document.text for document in stdlib_documents("held-out"))[: 32 * MEASURED_TOKENS]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor([ids[: min(MEASURED, longest)]])
+    return torch.tensor([ids[: min(MEASURED_TOKENS, longest)]])
 
 
 def first_token_shares(model: Any, ids: Tensor) -> list[float]:
@@ -60,7 +60,7 @@ def _watch(
     if pattern.sliding_window is None:
         T = key.shape[2]
         # A few late queries are enough, and the full T x T attention is never computed.
-        at = torch.arange(T // 2, T, EVERY, device=query.device)  # [R]
+        at = torch.arange(T // 2, T, QUERY_STRIDE, device=query.device)  # [R]
         learned = getattr(module, "sinks", None)
         weights = attention_rows(query[:, :, at], key, at[None], scale=scaling, sink_logits=learned)  # [1,H,R,T]
         shares.append(weights[..., 0].mean().item())
@@ -68,7 +68,7 @@ def _watch(
 
 def measured_sinks(shares: Sequence[float]) -> int:
     """Returns how many first tokens S²-Attn keeps visible for a model with these shares: 1, or 0 as published."""
-    return SINK_TOKENS if shares and sum(shares) / len(shares) >= HANGS else 0
+    return SINK_TOKENS if shares and sum(shares) / len(shares) >= SINK_SHARE else 0
 
 
 def sinks_of(plan: RunPlan, engine: Engine, say: Callable[[str], None]) -> int:
@@ -80,7 +80,7 @@ def sinks_of(plan: RunPlan, engine: Engine, say: Callable[[str], None]) -> int:
     """
     if plan.sink_tokens is not None:
         if plan.group_size and plan.spec.attention.sinks == "auto":
-            say("attention.sinks: 0 with memory.tiles, whose tiles do not hold the first token of a document")
+            say("attention.sinks: 0, because memory.tiles is set: tiles do not hold a document's first token")
         return plan.sink_tokens
     # One forward pass over held-out text, before the first step. It goes through the engine, which gathers the weights
     # under ZeRO 3.
@@ -121,9 +121,9 @@ def untrained_cost(engine: Engine, row: Packed, plan: RunPlan) -> str | None:
         s2, dense = (engine.loss(ids, labels, **shared, **how)[0].sum().item() / scored for how in (groups, {}))
     engine.model.train(training)
     line = f"training attention, untrained: {s2:.3f} nats a token on one row, dense {dense:.3f} ({s2 - dense:+.3f})"
-    if s2 - dense <= COSTLY:
+    if s2 - dense <= COST_WARNING:
         return line
     return (
-        f"warning: {line}: training starts from a worse model than the one that was loaded; "
+        f"warning: {line}: training starts with a higher loss than the loaded model has; "
         "try attention.sinks=1, a larger attention.group_size, or attention.train=dense"
     )

@@ -52,7 +52,7 @@ def _check_format(source: str, format: Format, text_field: str) -> None:
     if format != "text" and source in texts:
         raise ValueError(f"format: {format}, but {texts[source]} is text")
     if format != "text" and text_field != "text":
-        raise ValueError(f"text_field: given, but rows of format: {format} have fields of their own")
+        raise ValueError(f"text_field: given, but format: {format} sets its own fields")
 
 
 @spec
@@ -135,7 +135,7 @@ class DataSpec:
             if getattr(self, name) != default
         ]
         if given:
-            raise ValueError(f"{', '.join(given)}: given beside mixture, whose parts have their own")
+            raise ValueError(f"{', '.join(given)}: given together with mixture; set them in its parts")
         whole = sum(part.weight for part in self.mixture)
         seen = set[tuple[str, str, str]]()
         for part in self.mixture:
@@ -144,7 +144,7 @@ class DataSpec:
                 raise ValueError(f"mixture: {part.source} has less than a thousandth of the weight ({part.weight:g})")
             key = (part.source, part.format, part.text_field)
             if key in seen:
-                raise ValueError(f"mixture: {part.source} stands there twice")
+                raise ValueError(f"mixture: {part.source} is listed twice")
             seen.add(key)
 
     @property
@@ -188,7 +188,7 @@ class Objective:
         if not (self.kl or self.ce or self.hidden or self.attention):
             raise ValueError("give at least one of kl, ce, hidden, attention a weight above 0")
         if self.top_k is not None and not self.kl:
-            raise ValueError(f"top_k: {self.top_k}, but kl has no weight")
+            raise ValueError(f"top_k: {self.top_k} is given, but kl has no weight")
 
 
 @spec
@@ -303,9 +303,9 @@ class ValidationSpec:
 
     def __post_init__(self) -> None:
         if self.passkey is not None and self.every_steps is None:
-            raise ValueError("passkey: given, but every_steps: null means that nothing is validated")
+            raise ValueError("passkey: given, but every_steps: null turns validation off")
         if self.max_short_ppl_increase is not None and self.every_steps is None:
-            raise ValueError("max_short_ppl_increase: given, but every_steps: null means that nothing is validated")
+            raise ValueError("max_short_ppl_increase: given, but every_steps: null turns validation off")
 
 
 @spec

@@ -61,9 +61,9 @@ def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
     kind = rope_of(teacher.config).get("rope_type")
     if spec.ctx > teacher.length and kind in STRETCHING:
         raise InputError(
-            f"distill.teacher: its {kind} RoPE changes beyond {format_tokens(teacher.length)} tokens, in rows of "
-            f"{format_tokens(spec.ctx)} it would not be itself",
-            hint=f"distil at --ctx {teacher.length}, then train further",
+            f"distill.teacher: its {kind} RoPE changes beyond {format_tokens(teacher.length)} tokens, and in rows of "
+            f"{format_tokens(spec.ctx)} it would compute something else",
+            hint=f"distil at --ctx {teacher.length}, then train at the longer context without a teacher",
         )
     return teacher
 
@@ -71,21 +71,21 @@ def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
 def _self(source: ModelSource, spec: FinetuneSpec, distill: DistillSpec) -> Teacher:
     if spec.tuning == "full":
         raise InputError(
-            "distill.teacher: self with tuning: full: the weights that teach would be those that train",
-            hint="use tuning: lora, or the path of the model that teaches",
+            "distill.teacher: self with tuning: full is not possible: the teacher's weights would change in training",
+            hint="use tuning: lora, or give the path of another teacher",
         )
     config, length = original_config(source), spec.original_length or source.usable_length
     # Without a change, the KL and the layer errors are zero from the start.
     unchanged = config == source.config and isinstance(spec.rope_scaling, Auto) and spec.ctx <= length
     if unchanged and not any(objective.ce for objective in distill.objectives):
         raise InputError(
-            f"{source.name} was not converted: it would learn from itself what it does already",
-            hint="ctxext convert it first, or use another preset",
+            f"{source.name} was not converted: it would be its own teacher, and there is nothing to learn",
+            hint="convert it first with ctxext convert, or use another preset",
         )
     before = "conversion" if source.kind == "conversion" else "this training (it was not converted)"
     text = f"itself before {before}, to {format_tokens(length)} tokens; no second model in memory"
     if spec.memory.quantize != "none":
-        text += f"; in {spec.memory.quantize}: it is the quantised model that is learned from, not the stored one"
+        text += f"; in {spec.memory.quantize}: the teacher is the quantised model, not the stored one"
     return Teacher(None, config, length, text)
 
 
@@ -94,14 +94,14 @@ def _other(source: ModelSource, distill: DistillSpec) -> Teacher:
     mine, theirs = source.config["vocab_size"], found.config["vocab_size"]
     if mine != theirs:
         raise InputError(
-            f"distill.teacher: {found.name} predicts {theirs:,} tokens, {source.name} {mine:,}: another vocabulary",
-            hint="a teacher needs the same tokenizer",
+            f"distill.teacher: {found.name} has {theirs:,} tokens, {source.name} {mine:,}: their vocabularies differ",
+            hint="give a teacher with the same tokenizer",
         )
     # Layer-by-layer errors need the same number of layers and the same width.
     sizes = [(s.shape.num_layers, s.shape.hidden_size) for s in (source, found)]
     if any(objective.hidden or objective.attention for objective in distill.objectives) and sizes[0] != sizes[1]:
         raise InputError(
-            f"distill.objectives: hidden and attention compare layer by layer: {source.name} has {sizes[0][0]} layers "
+            f"distill.objectives: hidden and attention need layers of one size: {source.name} has {sizes[0][0]} layers "
             f"of {sizes[0][1]}, {found.name} {sizes[1][0]} of {sizes[1][1]}",
             hint="use kl and ce",
         )
@@ -118,7 +118,7 @@ def _check_layers(spec: FinetuneSpec) -> None:
     if tiles is not None or int(k) > 1:
         given = f"tiles: {tiles}" if tiles is not None else f"checkpoint: {k}"
         raise InputError(
-            f"distill.objectives: hidden and attention need every layer's output, memory.{given} has none to show",
+            f"distill.objectives: hidden and attention need every layer's output, which memory.{given} does not keep",
             hint="use kl and ce, or memory.checkpoint: true without tiles",
         )
 

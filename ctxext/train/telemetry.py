@@ -37,7 +37,7 @@ class Writer(Protocol):
 
 
 @contextmanager
-def telling(events: Events, plan: RunPlan, run: Path) -> Iterator[Events]:
+def with_writers(events: Events, plan: RunPlan, run: Path) -> Iterator[Events]:
     """Yields `events` that also write to the destinations of the spec; the writers close when the block ends or fails.
 
     Raises EnvironmentFault for a package that is not installed.
@@ -52,7 +52,7 @@ def telling(events: Events, plan: RunPlan, run: Path) -> Iterator[Events]:
             except Exception as error:  # from the network, the disk, or another library
                 writers.remove(writer)
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-                events.say(f"warning: {writer.name} is written no longer ({reason}); metrics.jsonl has all numbers")
+                events.say(f"warning: {writer.name} failed and stops here ({reason}); metrics.jsonl has all numbers")
 
     def on_step(metrics: StepMetrics) -> None:
         numbers = {f"train/{name}": float(value) for name, value in metrics.as_dict().items() if name != "step"}
@@ -140,5 +140,5 @@ def _wandb_id(run: Path) -> str:
 def _missing(field: str, package: str, error: ImportError) -> EnvironmentFault:
     return EnvironmentFault(
         f"{field} needs {package}, which is not installed ({error})",
-        hint=f"install {package}, or leave {field} out: metrics.jsonl is written in any case",
+        hint=f"install {package}, or leave {field} out: metrics.jsonl is always written",
     )

@@ -73,7 +73,7 @@ def run(
     """
     keywords = call.keywords
     if keywords.get("attention_mask") is not None:
-        raise ModelError("padding cannot be cut into tiles", hint="leave memory.tiles out, or pack whole sequences")
+        raise ModelError("padding cannot be cut into tiles", hint="leave memory.tiles out, or use unpadded rows")
     if keywords.get("sink_tokens"):
         raise ModelError("tiles do not hold the first tokens of a document", hint="set attention.sinks=0")
     # model/attention.py groups the layers without a window, by the arguments of this call.

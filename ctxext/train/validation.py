@@ -26,7 +26,7 @@ from ctxext.train.passkey import measure
 from ctxext.train.plan import RunPlan
 
 FIRST_BUCKET = 64  # positions 0..63; each bucket after it is as wide as all before
-WORSE = 0.02  # nats a token above the start that count as worse: well above rounding, and still a small rise
+WORSE_NATS = 0.02  # nats a token above the start that count as worse: well above rounding, and still a small rise
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ def validate(engine: Engine, held_out: HeldOut, plan: RunPlan, step: int) -> Val
 def complaint(first: Validation, now: Validation, progress: TrainingState) -> str | None:
     """Returns a warning where the held-out loss rose while the training loss fell; else None."""
     first_loss, loss = progress.first_loss, progress.loss_mean
-    if now.loss <= first.loss + WORSE or loss >= first_loss:
+    if now.loss <= first.loss + WORSE_NATS or loss >= first_loss:
         return None
     return (
-        f"warning: step {now.step}: with the attention it will run with, the held-out loss is {now.loss:.3f} and was "
-        f"{first.loss:.3f} at the start, while the training loss fell from {first_loss:.3f} to {loss:.3f}: what is "
-        "being learned does not carry over; try attention.train=dense, attention.dense_last, or a lower rate"
+        f"warning: step {now.step}: with the attention of inference, the held-out loss is {now.loss:.3f} and was "
+        f"{first.loss:.3f} at the start, while the training loss fell from {first_loss:.3f} to {loss:.3f}: this "
+        "training does not help at inference; try attention.train=dense, attention.dense_last, or a lower rate"
     )
 
 
@@ -118,8 +118,8 @@ def check_short(first: float | None, last: float | None, most: float | None) -> 
     if rise > most:
         raise CheckFailed(
             f"perplexity at the original length rose by {rise:.1%}, from {math.exp(first):.2f} to "
-            f"{math.exp(last):.2f}; validation.max_short_ppl_increase allows {most:.1%}. Nothing was exported",
-            hint="the run's checkpoints are kept; resume with a higher limit (--set, --force) to export it anyway",
+            f"{math.exp(last):.2f}; validation.max_short_ppl_increase allows {most:.1%}. No result was written",
+            hint="the checkpoints are kept; to write the result anyway, resume with a higher limit: --set, --force",
         )
 
 

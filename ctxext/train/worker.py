@@ -47,9 +47,9 @@ def run_rank(run: Path) -> None:
     # Only rank 0 reports events and watches for a stop; the loop passes its decision to the other ranks.
     events = Events()
     if os.environ["RANK"] == "0":
-        tell = _teller(logs / EVENTS)
+        tell = _event_writer(logs / EVENTS)
         events = Events(lambda line: tell(say=line), lambda metrics: tell(step=metrics.as_dict()))
-        threading.Thread(target=_heed, args=(logs / STOP, os.getppid()), daemon=True).start()
+        threading.Thread(target=_poll_stop, args=(logs / STOP, os.getppid()), daemon=True).start()
     # The plan comes from run/spec.yaml, with the memory of one rank.
     plan = divided(plan_resumed(run), launch.partition)
     report = run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)
@@ -92,7 +92,7 @@ def run_host(run: Path, node: int) -> int:
     return 0 if death is None else 1
 
 
-def _teller(path: Path) -> Callable[..., None]:
+def _event_writer(path: Path) -> Callable[..., None]:
     def tell(**event: Any) -> None:
         # These lines are only progress output: if the disk is full they are lost, and the run continues. The file has
         # to end in a whole line, since the launcher parses each line as JSON.
@@ -108,7 +108,7 @@ def _teller(path: Path) -> Callable[..., None]:
     return tell
 
 
-def _heed(flag: Path, parent: int) -> None:
+def _poll_stop(flag: Path, parent: int) -> None:
     """Sends SIGTERM to this process when the run has to stop, or when the launching process is gone.
 
     The training loop then saves, and all ranks end.

@@ -34,7 +34,9 @@ from ctxext.train.plan import RunPlan
 from ctxext.train.spec import Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PATIENCE = timedelta(hours=12)  # timeout of a collective: rank 0 may be tokenising; a dead rank ends the run at once
+COLLECTIVE_TIMEOUT = timedelta(
+    hours=12
+)  # timeout of a collective: rank 0 may be tokenising; a dead rank ends the run at once
 
 
 def join(zero: Mapping[str, Any], plan: RunPlan, dtype: torch.dtype) -> Ranks:
@@ -47,7 +49,7 @@ def join(zero: Mapping[str, Any], plan: RunPlan, dtype: torch.dtype) -> Ranks:
     else:
         # DeepSpeed's shared-memory communication takes a minute to compile, and only inference uses it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=PATIENCE, verbose=False)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT, verbose=False)
     return Ranks(zero, plan, dtype)
 
 

@@ -100,7 +100,7 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["merge", str(model)], "has no adapter to merge"),
         (["merge"], "no output"),
         (["convert", "missing/", "--hybrid", "full"], "no such directory"),
-        (["convert", str(model), "--hybrid", "full", "--out", str(model), "--force"], "even --force"),
+        (["convert", str(model), "--hybrid", "full", "--out", str(model), "--force"], "which --force does not replace"),
         (["convert", str(model), "--hybrid", "full", "--sliding-window", "8"], "no sliding layers"),
         (["finetune", str(model), "--ctx", "1k", "--set", "data.synthetic_kinds=[]"], "synthetic_kinds"),
         (["eval", str(model), "--lengths", ""], "tokens"),
@@ -166,7 +166,7 @@ def test_plan_needs_no_weights_and_prints_every_derived_number(tmp_path):
     long = ctxext("finetune", "llama3.1-8b", "--ctx", "100k", "--plan", "--json", cwd=tmp_path)
     plan = json.loads(long.stdout)
     assert plan["positions"]["rope_parameters"]["rope_type"] == "llama3"
-    assert "untouched" in plan["positions"]["summary"] and plan["group_size"] == 25_600
+    assert "unchanged" in plan["positions"]["summary"] and plan["group_size"] == 25_600
 
 
 def test_the_four_commands_as_typed_in_a_directory_of_ones_own(model_dir, tmp_path):

@@ -59,23 +59,23 @@ def test_it_measures_chooses_converts_and_keeps_what_it_found(convert, tmp_path)
 def test_no_full_layer_is_for_those_who_know(convert, tmp_path):
     auto = ["--full-layers", "auto", "--budget", "0", "--calibration", tmp_path / "prose.txt"]
     auto += ["--calibration-tokens", 512, "--no-gate"]
-    with pytest.raises(InputError, match="nothing further back than the window can be retrieved"):
+    with pytest.raises(InputError, match="the model could retrieve nothing further back than the window"):
         convert(*auto)
     assert not (tmp_path / "o").exists()
     done = convert(*auto, "--i-know")
-    assert "nothing further back than the window will be retrieved" in done.stderr
+    assert "the model can retrieve nothing further back than the window" in done.stderr
     assert {kind.letter for kind in resolve(str(tmp_path / "o")).kinds} == {"S"}
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "2"], "--budget is for the planner"),
-        (["--full-layers", "1,3", "--calibration-tokens", "8k"], "--calibration-tokens is for the planner"),
-        (["--explain"], "--explain is for the planner"),
-        (["--i-know"], "--i-know is for the planner"),
+        (["--budget", "2"], "--budget needs --full-layers auto"),
+        (["--full-layers", "1,3", "--calibration-tokens", "8k"], "--calibration-tokens needs --full-layers auto"),
+        (["--explain"], "--explain needs --full-layers auto"),
+        (["--i-know"], "--i-know needs --full-layers auto"),
         (["--full-layers", "auto", "--hybrid", "SNF"], "--full-layers needs a layout with S"),
-        (["--full-layers", "auto", "--sliding-window", "256"], "covers all of the 256 that this model bears"),
+        (["--full-layers", "auto", "--sliding-window", "256"], "covers all of the 256 that this model supports"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_nothing_written(convert, tmp_path, options, message):

@@ -68,7 +68,7 @@ def test_the_doctor_finds_no_failure(name, old):
 
 def test_a_run_that_stopped_is_resumed_to_the_same_loss(old):
     # The hash of its data is of paths and times, which unpacking has changed.
-    with pytest.raises(InputError, match="an older version began this run"):
+    with pytest.raises(InputError, match="an older version started this run"):
         api.finetune(out=old / "unfinished", resume=True)
     report = api.finetune(out=old / "unfinished", resume=True, force=True)
     assert report.finished and report.steps_done == 3

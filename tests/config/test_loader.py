@@ -91,24 +91,24 @@ def test_a_scalar_means_what_it_says(text, value):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("010", "no finite decimal number"),
-        ("-007", "no finite decimal number"),
-        ("00.5", "no finite decimal number"),
-        ("0x1f", "no finite decimal number"),
-        ("0o17", "no finite decimal number"),
-        (".inf", "no finite decimal number"),
-        (".nan", "no finite decimal number"),
-        ("1e999", "no finite decimal number"),
+        ("010", "not a finite decimal number"),
+        ("-007", "not a finite decimal number"),
+        ("00.5", "not a finite decimal number"),
+        ("0x1f", "not a finite decimal number"),
+        ("0o17", "not a finite decimal number"),
+        (".inf", "not a finite decimal number"),
+        (".nan", "not a finite decimal number"),
+        ("1e999", "not a finite decimal number"),
         ("9" * 5000, "more than 40 digits"),
-        ("{a: 1, a: 2}", "'a' stands here twice"),
+        ("{a: 1, a: 2}", "'a' is here twice"),
         ("{a: &x 1, b: *x}", "anchors and aliases"),
         ("*x", "anchors and aliases"),
         ("!!str 1", "tags"),
         ("!!python/object/apply:os.system [ls]", "tags"),
         ("! 1", "tags"),
-        ("{1: 2}", "the key 1 is no text"),
-        ("{true: 2}", "the key True is no text"),
-        ("{[a]: 2}", "is no text"),
+        ("{1: 2}", "the key 1 is not text"),
+        ("{true: 2}", "the key True is not text"),
+        ("{[a]: 2}", "is not text"),
         ("a:\n\t- 1", "a tab; allowed: spaces"),
         ("a: [1", "line 1, column 6"),
         ("a\n---\nb", "another document"),
@@ -136,7 +136,7 @@ def test_a_file_is_read(tmp_path):
         (b"a: \xff\n", "byte 3 is not UTF-8"),
         (b"[1, 2]\n", "holds a list; allowed: a mapping"),
         (b"8k\n", "holds only '8k'"),
-        (b"a: 1\na: 2\n", "line 2, column 1: the key 'a' stands here twice"),
+        (b"a: 1\na: 2\n", "line 2, column 1: the key 'a' is here twice"),
         (b"#" * (64 * 1024 + 1), "65,537 bytes; allowed: at most 65,536"),
     ],
 )
@@ -248,7 +248,7 @@ def test_set_reaches_into_mappings():
         "a": {"b": {"c": 1}},
     }
     for path in ("", "a.", ".a", "a..b"):
-        with pytest.raises(InputError, match="is no key"):
+        with pytest.raises(InputError, match="is not a key"):
             set_value({}, path, 1)
 
 

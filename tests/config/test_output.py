@@ -116,7 +116,7 @@ def test_force_replaces_only_what_was_written_here(tmp_path):
     (tmp_path / "runs" / "a" / "ctxext.json").touch()
     before = listing(tmp_path)
     for place in ("books", "runs"):
-        with pytest.raises(InputError, match="nothing that ctxext wrote"), staged_output(tmp_path / place, force=True):
+        with pytest.raises(InputError, match="not an output of ctxext"), staged_output(tmp_path / place, force=True):
             pytest.fail("entered")
     assert listing(tmp_path) == before
     check_free(tmp_path / "runs" / "a", force=True)
@@ -126,7 +126,7 @@ def test_force_never_replaces_the_ground_it_stands_on(tmp_path, monkeypatch):
     (tmp_path / "work" / "inner").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work" / "inner")
     for place in (tmp_path / "work", tmp_path / "work" / "inner", os.path.expanduser("~")):
-        with pytest.raises(InputError, match="even --force"):
+        with pytest.raises(InputError, match="which --force does not replace"):
             check_free(place, force=True)
     for place in (".", "..", "/"):
         with pytest.raises(InputError):
@@ -167,7 +167,7 @@ def test_a_full_disk_is_a_fault_of_the_environment(small_disk, name):
     with pytest.raises(EnvironmentFault, match=told) as caught, staged_output(out) as partial:
         WRITERS[name](partial)
     assert caught.value.exit_code == 3 and f"the disk of {disk.path}" in caught.value.message
-    assert ".partial" not in caught.value.message and caught.value.hint.startswith("make room")
+    assert ".partial" not in caught.value.message and caught.value.hint.startswith("free disk space")
     assert listing(disk.path) == []
 
 
@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_read_is_not_called_one_that_cannot_be_written(tmp
 
 def test_a_parent_that_is_a_file_is_no_traceback(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is no directory"), staged_output(tmp_path / "file" / "a"):
+    with pytest.raises(InputError, match="is not a directory"), staged_output(tmp_path / "file" / "a"):
         pytest.fail("entered")
 
 

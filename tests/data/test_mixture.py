@@ -140,15 +140,18 @@ def test_a_mixture_in_a_spec() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"source": "x", "mixture": [A]}, "source: given beside mixture, whose parts have their own"),
-        ({"format": "prompt", "text_field": "b", "mixture": [A]}, "format, text_field: given beside mixture"),
-        ({"mixture": [A, A]}, "a.jsonl stands there twice"),
+        ({"source": "x", "mixture": [A]}, "source: given together with mixture; set them in its parts"),
+        ({"format": "prompt", "text_field": "b", "mixture": [A]}, "format, text_field: given together with mixture"),
+        ({"mixture": [A, A]}, "a.jsonl is listed twice"),
         ({"mixture": [A, {"source": "b", "weight": 0.001}]}, "b has less than a thousandth of the weight (0.001)"),
         ({"mixture": [{"source": "b", "weight": 0}]}, "mixture.0.weight: got 0; allowed: more than 0"),
         ({"mixture": [{"source": "b", "wieght": 1}]}, "did you mean weight?"),
         ({"mixture": [{"source": "embedded", "format": "prompt"}]}, "the embedded corpus is text"),
         ({"format": "messages"}, "format: messages, but the embedded corpus is text"),
-        ({"source": "x", "format": "messages", "text_field": "b"}, "text_field: given, but rows of format: messages"),
+        (
+            {"source": "x", "format": "messages", "text_field": "b"},
+            "text_field: given, but format: messages sets its own fields",
+        ),
         ({"source": "x", "format": "chat"}, "allowed: 'text', 'messages', 'prompt' or 'prompt_chat'"),
         ({"min_tokens": 10, "max_tokens": 9}, "min_tokens 10 is more than max_tokens 9"),
     ],

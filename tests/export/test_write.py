@@ -121,7 +121,7 @@ def test_measured_figures_of_the_chain_are_in_the_card(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("teacher", "unit"), [(None, "nats a token"), ("itself before conversion", "of what is learned from the teacher")]
+    ("teacher", "unit"), [(None, "nats a token"), ("itself before conversion", "of the distillation objective")]
 )
 def test_training_losses_have_a_unit(teacher, unit, tmp_path):
     run_conversion(plan_conversion("tiny", "swa128-nope", out=tmp_path / "hybrid"))
@@ -145,11 +145,11 @@ def test_no_place_of_this_machine_is_told(hybrid, tmp_path, monkeypatch):
                 assert str(tmp_path) not in path.read_text(), path
                 assert str(Path.home()) not in path.read_text(), path
     (hybrid / "generation_config.json").write_text(json.dumps({"note": f"made in {hybrid}"}))
-    with pytest.raises(CheckFailed, match="generation_config.json would name"):
+    with pytest.raises(CheckFailed, match="generation_config.json would contain"):
         exported(hybrid, "hf", tmp_path / "again")
     (hybrid / "generation_config.json").unlink()
     (hybrid / "config.json").write_text(json.dumps(config | {"note": f"made in {hybrid}"}))
-    with pytest.raises(CheckFailed, match="a place of this machine"):
+    with pytest.raises(CheckFailed, match="a path of this machine"):
         exported(hybrid, "hf", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ctxext.errors import CtxextError
 
-HANGS = 60.0  # seconds: a call that takes milliseconds is not done by then, however busy the machine
+SINK_SHARE = 60.0  # seconds: a call that takes milliseconds is not done by then, however busy the machine
 MEMORY = 4 * 1024**3  # bytes that a call may take on top of what the process has
 
 
@@ -21,10 +21,10 @@ def survives(call: Callable[[], Any]) -> Any:
     """What `call` gives, or the CtxextError it ends with. Any other exception is a failure, and so is not ending."""
 
     def hangs(*_: Any) -> None:
-        raise AssertionError(f"not done after {HANGS:g} seconds")
+        raise AssertionError(f"not done after {SINK_SHARE:g} seconds")
 
     old = signal.signal(signal.SIGALRM, hangs)
-    signal.setitimer(signal.ITIMER_REAL, HANGS)
+    signal.setitimer(signal.ITIMER_REAL, SINK_SHARE)
     try:
         outcome = call()
     except CtxextError as error:

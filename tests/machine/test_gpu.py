@@ -95,7 +95,7 @@ def test_the_build_is_read_from_torchs_files():
 
 
 @pytest.mark.parametrize(
-    ("planned", "told"), [(True, "counts on a GPU.*sees none"), (False, "sees a GPU.*made without")]
+    ("planned", "told"), [(True, "plan uses the GPU.*does not find one"), (False, "finds a GPU.*plan uses none")]
 )
 def test_a_plan_that_torch_contradicts_is_refused_before_training(plan_of, planned, told, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: not planned)

@@ -84,7 +84,7 @@ def test_the_gate_catches_a_config_that_says_something_else(wrong, model_dir, tm
         ),
     )
     source = model_dir("llama")
-    with pytest.raises(CheckFailed, match="does not compute what it should"):
+    with pytest.raises(CheckFailed, match="computes other logits"):
         convert(source, "SN", tmp_path / "out", sliding_window=16)
     assert list(tmp_path.iterdir()) == []
 
@@ -97,7 +97,7 @@ def test_a_window_too_large_to_walk_is_proved_at_a_smaller_one(family, model_dir
     assert report.gate["passed"] and (report.gate["window_stand_in"], report.gate["tokens"]) == (16, 128)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["sliding_window"] == 100_000
     rows = dict(report.rows())
-    assert "larger windows proved at 16 keys" in rows["gate: source layout = source"]
+    assert "larger windows compared at 16 keys" in rows["gate: source layout = source"]
     assert rows["warning"].startswith("windows of 100,000 keys cover all")
     small = convert(source, "SN", tmp_path / "small", sliding_window=16)
     assert small.warning is None and (small.gate["window_stand_in"] is None) == (family != "mistral")
@@ -106,8 +106,8 @@ def test_a_window_too_large_to_walk_is_proved_at_a_smaller_one(family, model_dir
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"sliding_window": 64}, "a window of 64, the layout has another"),
-        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "does not compute what it should"),
+        ({"sliding_window": 64}, "a window of 64, not the layout's"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 2}, "computes other logits"),
     ],
 )
 def test_a_large_window_that_is_another_or_elsewhere_is_caught(wrong, said, model_dir, tmp_path, monkeypatch):
@@ -241,11 +241,11 @@ def _broken(write, tmp_path: Path, damage: str) -> Path:
     [
         ("nan", "model.layers.1.mlp.up_proj.weight holds NaN"),
         ("truncated", "truncated"),
-        ("header", "no whole safetensors file"),
+        ("header", "not a valid safetensors file"),
         ("missing", "no model.safetensors"),
         ("pickle", "--allow-pickle"),
         ("config", "[48, 32] in the file, [64, 32] by config.json"),
-        ("leftover", "q_norm.weight: in the file, unknown to config.json"),
+        ("leftover", "q_norm.weight: in the file, but not in config.json's architecture"),
         ("family", "supported are llama, mistral, qwen2, qwen3"),
         ("tokenizer", "no tokenizer"),
         ("no model", "no config.json"),

@@ -76,9 +76,9 @@ def test_a_deep_model_passes_and_one_wrong_layer_is_seen(write_model: Any, tmp_p
 
 
 def test_a_model_that_fp32_cannot_prove_is_refused(write_model: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(gates, "BLIND", 1e-9)
+    monkeypatch.setattr(gates, "MAX_TOLERANCE", 1e-9)
     plan = plan_conversion(str(write_model(tmp_path / "model")), "SN", sliding_window=16, out=tmp_path / "out")
-    with pytest.raises(gates.CheckFailed, match="cannot be proved in fp32"):
+    with pytest.raises(gates.CheckFailed, match="cannot be compared in fp32"):
         run_conversion(plan)
     assert not (tmp_path / "out").exists()
 

@@ -277,7 +277,7 @@ def test_what_is_no_model_here_is_refused_by_name(made: Any, tmp_path: Path) -> 
         "gemma2": ({"architecture": "gemma2"}, "architecture 'gemma2', which is not supported; supported are llama"),
         "extra": (
             {"extra": {"blk.0.attn_sinks.weight": np.ones(4, np.float32)}},
-            "attn_sinks.weight: not of this class",
+            "attn_sinks.weight: does not belong to this class",
         ),
         "pre": ({"tokenizer": tokenizer_fields(source, "poro-chat")}, "tokenizer.ggml.pre 'poro-chat'"),
         "none": ({"tokenizer": {}}, "no vocabulary"),

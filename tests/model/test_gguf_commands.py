@@ -66,7 +66,7 @@ def test_every_command_takes_a_file(write_model: Any, tmp_path: Path) -> None:
     environment = ENVIRONMENT | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "ctxext", "merge", "tuned", "--out", "later"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "`ctxext doctor FILE.gguf` writes it into the cache again" in done.stderr
+    assert done.returncode == 2 and "`ctxext doctor FILE.gguf` writes it to the cache again" in done.stderr
     ctxext(tmp_path, "doctor", model)
     ctxext(tmp_path, "merge", "tuned", "--out", "later")
 

@@ -79,9 +79,9 @@ def said(endpoint: str, home: Path, **environment: str) -> str:
 @pytest.mark.parametrize(
     ("status", "expected"),
     [
-        (500, "EnvironmentFault someone/model: the hub answers with an error (HTTP 500)"),
-        (429, "EnvironmentFault someone/model: the hub answers that too much was asked of it (HTTP 429)"),
-        (403, "InputError someone/model: the hub refuses access (HTTP 403)"),
+        (500, "EnvironmentFault someone/model: the hub returns a server error (HTTP 500)"),
+        (429, "EnvironmentFault someone/model: the hub received too many requests (HTTP 429)"),
+        (403, "InputError someone/model: the hub denies access (HTTP 403)"),
     ],
 )
 def test_a_hub_that_answers_is_not_out_of_reach(status: int, expected: str, tmp_path: Path) -> None:

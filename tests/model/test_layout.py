@@ -33,9 +33,13 @@ def test_kinds_say_what_the_letters_mean():
     [
         (lambda: find_hybrid("swa128-nop"), InputError, "swa128-nope"),
         (lambda: find_hybrid("SSN"), InputError, "window"),
-        (lambda: find_hybrid("SSXN"), InputError, "whose letters are S, N and F, capital: it has 'X' S is RoPE"),
-        (lambda: find_hybrid("sssn"), InputError, "it has 's' did you mean SSSN?"),
-        (lambda: find_hybrid("ful"), InputError, "it has 'f' did you mean full"),
+        (
+            lambda: find_hybrid("SSXN"),
+            InputError,
+            "a pattern has the capital letters S, N and F only, not 'X' S is RoPE",
+        ),
+        (lambda: find_hybrid("sssn"), InputError, "not 's' did you mean SSSN?"),
+        (lambda: find_hybrid("ful"), InputError, "not 'f' did you mean full"),
         (lambda: find_hybrid("swa128-nope", 0), SpecError, "1 or more"),
         (lambda: letters("swa128-nope", 4, "5"), InputError, "no layer 5"),
         (lambda: letters("swa128-nope", 4, "all"), InputError, "odd, even, last"),

@@ -224,8 +224,8 @@ def test_dynamic_keeps_the_original_max_position_embeddings_or_it_would_never_st
 @pytest.mark.parametrize(
     ("scaling", "ctx", "original", "words"),
     [
-        (Linear(), 512, 512, "nothing needs scaling"),
-        (Yarn(), 100, 512, "nothing needs scaling"),
+        (Linear(), 512, 512, "no scaling is needed"),
+        (Yarn(), 100, 512, "no scaling is needed"),
         (Auto(), 2048, None, "--original-length"),
         (LongRope(short_factor=[1.0], long_factor=[1.0]), 2048, 512, "8 are needed"),
     ],

@@ -24,7 +24,7 @@ from ctxext.export.write import export, plan_export
 from ctxext.generation import Conversation, plan_generation
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
-from ctxext.model.tokenizer import PROBES, TALK, difference, load_tokenizer, probe_texts, settle
+from ctxext.model.tokenizer import CHAT_PROBE, PROBES, difference, load_tokenizer, probe_texts, settle
 
 PIECES = ("▁", *"abcdefghijklmnopqrstuvwxyzOTHAI.,'[]/0123456789")
 CHAT = (
@@ -172,7 +172,7 @@ def test_a_class_that_transformers_does_not_know_or_has_no_code_of_leaves_the_fi
 def test_files_that_are_none(tmp_path: Path) -> None:
     place = directory(tmp_path / "model", "llama", sentencepiece(), SETTINGS)
     (place / "tokenizer.json").write_text('{"version": "1.0"}')
-    with pytest.raises(ModelError, match="the tokenizer does not open"):
+    with pytest.raises(ModelError, match="the tokenizer cannot be opened"):
         load_tokenizer(place)
     (place / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ModelError, match=r"tokenizer_config\.json: not a JSON object"):
@@ -248,7 +248,7 @@ def test_a_conversion_has_the_ids_of_its_source_or_is_refused(foreign: Path, tmp
     run_conversion(plan, gate=False)
     stock = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert_ids_of(sentencepiece(), stock, "converted")
-    shown = stock.apply_chat_template(list(TALK), tokenize=False)
+    shown = stock.apply_chat_template(list(CHAT_PROBE), tokenize=False)
     assert stock(shown)["input_ids"] == sentencepiece().encode(shown).ids
     kept = dataclasses.replace(plan, config=plan.source.config, out=tmp_path / "kept")
     with pytest.raises(ModelError, match="would read other ids than the source's tokenizer: Qwen2Tokenizer reads"):
@@ -258,7 +258,7 @@ def test_a_conversion_has_the_ids_of_its_source_or_is_refused(foreign: Path, tmp
 
 def test_an_export_that_others_would_read_otherwise(foreign: Path, tmp_path: Path) -> None:
     """Refused for programs that open it by AutoTokenizer; for Python the card says what to use."""
-    with pytest.raises(CheckFailed, match="vllm opens the tokenizer by AutoTokenizer"):
+    with pytest.raises(CheckFailed, match="vllm opens the tokenizer with AutoTokenizer"):
         export(plan_export(str(foreign), "vllm", out=tmp_path / "vllm"))
     assert not (tmp_path / "vllm").exists()
     export(plan_export(str(foreign), "hf", out=tmp_path / "hf"))
@@ -303,8 +303,8 @@ def test_the_case_of_a_conversion_that_changes_tokens(shared_cases: Path, storie
         (model / "tokenizer_config.json").write_text(json.dumps(changed))
         run_conversion(plan_conversion(str(model), "full", out=tmp_path / f"out{number}"), gate=False)
         before, after = (AutoTokenizer.from_pretrained(place) for place in (model, tmp_path / f"out{number}"))
-        shown = before.apply_chat_template(list(TALK), tokenize=False)
-        assert after.apply_chat_template(list(TALK), tokenize=False) == shown
+        shown = before.apply_chat_template(list(CHAT_PROBE), tokenize=False)
+        assert after.apply_chat_template(list(CHAT_PROBE), tokenize=False) == shown
         for text in ("  def f(x):\n    return x", "\nHello", shown):
             assert after(text)["input_ids"] == before(text)["input_ids"]
         assert_ids_of(Tokenizer.from_file(str(model / "tokenizer.json")), after, legacy)

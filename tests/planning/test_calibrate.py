@@ -84,6 +84,6 @@ def test_a_run_says_what_it_expects_and_then_what_it_took(model_dir, tmp_path, m
     calibrate.calibrate()
     result = CliRunner().invoke(app, [*known, str(tmp_path / "b")])
     assert result.exit_code == 0, result.output
-    assert "more on a CPU" in result.stderr and "a step (this machine" in result.stderr
+    assert "on a CPU the process itself keeps more" in result.stderr and "a step (this machine" in result.stderr
     assert re.search(r"peak memory +\d.* [MG]iB resident, .*; \d.* [MG]iB predicted to be held", result.stdout)
     assert re.search(r"a step +\d.* m?s, the median; predicted \d", result.stdout)

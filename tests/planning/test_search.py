@@ -149,7 +149,7 @@ def test_the_rate_that_dominates_is_the_one_with_the_most_seconds():
 def test_where_nothing_fits_it_is_said():
     found = answer(*asked("llama2-70b", "100k", fixed={"memory.tiles": None}))
     assert found.listed == [] and found.as_dict()["fastest"] is None
-    with pytest.raises(CheckFailed, match="nothing that was tried fits: at least .* most of it layer"):
+    with pytest.raises(CheckFailed, match="no configuration fits: at least .* mostly layer"):
         found.refuse()
 
 
@@ -167,7 +167,7 @@ def test_a_model_with_one_head_is_planned_without_s2(model_dir):
     question, _ = asked(one, "1k")
     found = list(search.choices(question))
     assert found and all(choice.plan.group_size is None for choice in found)
-    with pytest.raises(InputError, match="there is one head"):
+    with pytest.raises(InputError, match="there is one"):
         list(search.choices(asked(one, "1k", fixed={"attention.train": "s2"})[0]))
-    with pytest.raises(InputError, match="there is one head"):
+    with pytest.raises(InputError, match="there is one"):
         search.plan_with(question, question.source, {"attention.train": "s2"})

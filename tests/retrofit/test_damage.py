@@ -62,7 +62,7 @@ def test_a_chain_is_the_stock_model_of_its_layout(model_dir, name):
 def test_a_layout_that_no_stock_class_has_is_measured_all_the_same(model_dir):
     """One NoPE layer among RoPE ones in a qwen3: Mellum cannot say it, a chain can."""
     layers, layout = opened(model_dir("qwen3")), (F, N, F, F)
-    with pytest.raises(ModelError, match="all have RoPE or none"):
+    with pytest.raises(ModelError, match="in all or in none"):
         hybrid_config(layers.config, layout)
     samples = asked(token_rows(), texts=3)
     truth = source_states(layers, samples.ids)

@@ -143,9 +143,9 @@ REFUSED = {
     "x": "allowed are",
     "2.5": "allowed are",
     "%": "allowed are",
-    "0%": "more than 0%",
-    "101%": "at most 100%",
-    "nan%": "more than 0%",
+    "0%": "shares above 0%",
+    "101%": "up to 100%",
+    "nan%": "shares above 0%",
     "6%": "sliding layers alone hold 6.25%",
     "0": "nothing further back",
 }
@@ -170,7 +170,7 @@ def test_a_request_is_checked_before_anything_is_read(tmp_path):
     assert asked_for(budget="0", i_know=True).full == 0
     with pytest.raises(InputError, match="covers all of the 256"):
         asked_for(window=256)
-    with pytest.raises(InputError, match="at least one row of 256"):
+    with pytest.raises(InputError, match="one row or more, here 256"):
         asked_for(tokens=255)
     with pytest.raises(InputError, match="--length 0"):
         asked_for(length=0)
@@ -204,7 +204,7 @@ def test_samples_are_text_and_questions_with_their_answers_marked(model_dir, pro
 def test_text_shorter_than_two_windows_is_refused_and_rows_shrink_to_what_there_is(model_dir, tmp_path):
     tokenizer, path = load_tokenizer(model_dir("llama")), tmp_path / "short.txt"
     path.write_text("x" * 63)
-    with pytest.raises(DataError, match="63 tokens; a window of 32 shows its damage in texts of at least 64"):
+    with pytest.raises(DataError, match="63 tokens; a window of 32 can be measured in texts of at least 64"):
         calibration_samples(tokenizer, Request(2, 256, str(path), 1500, 256), 32)
     path.write_text("x" * 64)
     samples = calibration_samples(tokenizer, Request(2, 256, str(path), 1500, 256), 32)
@@ -263,7 +263,7 @@ def test_pickles_are_refused(model_dir, prose, tmp_path):
             (directory / file.name).write_bytes(file.read_bytes())
     torch.save({"a": torch.zeros(1)}, directory / "pytorch_model.bin")
     plan = plan_conversion(str(directory), "SN", sliding_window=16, out=tmp_path / "out", allow_pickle=True)
-    with pytest.raises(ModelError, match="only pickles"):
+    with pytest.raises(ModelError, match="only pickled weights"):
         choose_layers(plan, Request(2, 256, prose, 512, 256))
 
 

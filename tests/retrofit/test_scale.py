@@ -169,7 +169,7 @@ def test_the_best_by_answers_is_taken_where_it_is_told_from_1_and_nothing_else()
     assert decided({1.1: better, 1.2: best, 1.3: better})[:2] == (1.2, 1.2)
     noisy = [-0.2 + x for x in NOISE]
     chosen, best, why = decided({1.1: better, 1.2: noisy})  # the best by its mean; luck could have made it so
-    assert (chosen, best) == (1.0, 1.2) and "1.2 was not told from it" in why
+    assert (chosen, best) == (1.0, 1.2) and "1.2 is not significantly better" in why
     assert decided({1.1: [0.1] * 12})[:2] == (1.0, 1.0)
     seven = [-0.1] * 7 + [0.01] + [0.0] * 4  # p is about 0.016: told from 1 alone, not as the best of nine tries
     assert decided({1.1: seven})[0] == 1.1
@@ -181,12 +181,12 @@ def test_text_rules_out_what_harms_it():
     answers = {1.1: better, 1.2: best}
     for harm in ({"short": {1.2: [0.03] * 12}}, {"long": {1.2: [0.001] * 12}}):
         chosen, reported, why = decided(answers, **harm)
-        assert (chosen, reported) == (1.1, 1.1) and "passed over: 1.2, the last because" in why
+        assert (chosen, reported) == (1.1, 1.1) and "rejected: 1.2, the last because" in why
     unsure = [0.015 + 0.03 * x for x in NOISE]  # within the tolerance by its mean, which may be 0.03 as well
     assert decided(answers, short={1.2: unsure})[0] == 1.1
     assert decided(answers, short={1.2: [0.015] * 12}, long={1.2: NOISE})[0] == 1.2
     chosen, reported, why = decided({1.2: best}, short={1.2: [0.03] * 12})
-    assert (chosen, reported) == (1.0, 1.2) and "0.0300 nats a token" in why and "that text bears" in why
+    assert (chosen, reported) == (1.0, 1.2) and "0.0300 nats a token" in why and "without harm to text" in why
 
 
 @pytest.mark.slow

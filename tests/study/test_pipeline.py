@@ -167,7 +167,7 @@ def test_from_python_paths_and_lists_are_taken_as_they_come(model_dir, tmp_path)
     (tmp_path / "own.yaml").write_text("layer_pattern: SN\nsliding_window: 8\n")
     made = api.convert(model_dir(), tmp_path / "own.yaml", full_layers=[1, 2], out=tmp_path / "a", gate=False)
     assert made.layout == "SNNS, window 8"
-    with pytest.raises(InputError, match="calibration is for the planner"):
+    with pytest.raises(InputError, match="calibration needs --full-layers auto"):
         api.convert(model_dir(), "SN", sliding_window=8, calibration=tmp_path, out=tmp_path / "b")
 
 
@@ -189,7 +189,7 @@ def test_a_preset_with_a_fault_is_told(tmp_path, monkeypatch):
         validated("mine")
     assert len(validated("finetune/heal")) == len(validated("heal")) == 1
     (tmp_path / "own.yaml").write_text("stepss: 3")
-    with pytest.raises(InputError, match="own.yaml: which kind of preset is it") as refused:
+    with pytest.raises(InputError, match="own.yaml: its kind of preset is not known") as refused:
         validated("own.yaml")
     assert refused.value.hint.startswith("KIND/own.yaml; kinds are models, ")
     assert "stepss" in validated("finetune/own.yaml")[0][1][0] and validated(f"finetune/{tmp_path / 'own.yaml'}")[0][1]

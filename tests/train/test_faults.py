@@ -24,7 +24,7 @@ from ctxext.train.finetune import run_finetune
 from ctxext.train.loop import Events
 from ctxext.train.metrics import read
 from ctxext.train.plan import plan_run
-from ctxext.train.run import alone, going_on, newest_unfinished, plan_resumed, start_run
+from ctxext.train.run import alone, applied_changes, newest_unfinished, plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec
 
 RESULT = "adapter_model.safetensors"
@@ -107,7 +107,7 @@ def test_a_jump_rolls_back_once_halves_the_rate_and_goes_on(by, plan, whole, tmp
     assert losses(tmp_path / "run")[:7] == losses(whole)[:7]
     rates = [json.loads(line)["learning_rate_factor"] for line in (tmp_path / "run/metrics.jsonl").open()]
     assert rates == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5]
-    assert any("back to step 6, with the learning rates halved" in line for line in said)
+    assert any("from the checkpoint of step 6, at half the learning rates" in line for line in said)
     manifest = json.loads((tmp_path / "run/ctxext.json").read_text())
     assert len(manifest["facts"]["rollbacks"]) == 1 and "step 8" in manifest["facts"]["rollbacks"][0]
 
@@ -115,7 +115,7 @@ def test_a_jump_rolls_back_once_halves_the_rate_and_goes_on(by, plan, whole, tmp
 def test_a_second_jump_stops_for_good(plan, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "forward_backward", jumping({7, 9}, 100.0))
     start_run(plan, tmp_path / "run")
-    with pytest.raises(CheckFailed, match="having rolled back once"):
+    with pytest.raises(CheckFailed, match="after one rollback"):
         run_finetune(plan, tmp_path / "run")
     assert not (tmp_path / "run/ctxext.json").exists()
 
@@ -135,7 +135,7 @@ def test_a_gradient_that_is_not_finite_is_no_step(model_dir, text, tmp_path):
     fields["optimizer"] = {"learning_rate": 1e30, "warmup_steps": 0}
     plan = plan_run(resolve(str(model_dir("llama"))), build(FinetuneSpec, fields, source="test"))
     start_run(plan, tmp_path / "run")
-    with pytest.raises(CheckFailed, match="stopped, having rolled back once"):
+    with pytest.raises(CheckFailed, match="stopped after one rollback"):
         run_finetune(plan, tmp_path / "run")
     assert not (tmp_path / "run" / "ctxext.json").exists()
 
@@ -226,10 +226,13 @@ def test_a_stop_whose_checkpoint_cannot_be_saved_says_so_and_the_one_before_is_r
     disk = small_disk(8 * 1024**2)
     run = disk.path / "run"
     start_run(plan, run)
-    told = r"checkpoint after step 5 was not written, and the run was stopped: the disk .* newest one is of step 4"
+    told = r"checkpoint after step 5 was not written, and the run was stopped: the disk .* checkpoint is of step 4"
     with pytest.raises(EnvironmentFault, match=told) as fault:
         run_finetune(plan, run, events=at_steps(s5=lambda: (disk.fill(LITTLE), stop())))
-    assert fault.value.exit_code == 3 and fault.value.hint == f"make room, then: ctxext finetune --resume --out {run}"
+    assert (
+        fault.value.exit_code == 3
+        and fault.value.hint == f"free disk space, then give: ctxext finetune --resume --out {run}"
+    )
     disk.make_room()
     assert "resuming after step 4 of 8" in resumed(run)
     assert_equal(run, whole)
@@ -302,7 +305,7 @@ def test_a_changed_spec_is_refused_by_name_and_taken_when_told(plan, tmp_path):
     assert plan_resumed(run, {"steps": 8}).spec == plan.spec
     accepted = plan_resumed(run, changes, accept=True)
     assert accepted.steps == 3 and plan_resumed(run).steps == 8  # until it goes on
-    with going_on(accepted, run):
+    with applied_changes(accepted, run):
         assert run_finetune(plan_resumed(run), run, resume=True).steps_done == 3
 
 
@@ -368,7 +371,7 @@ def test_fewer_steps_than_are_done_are_refused_at_once(plan, tmp_path):
     run = tmp_path / "run"
     start_run(plan, run)
     run_finetune(plan, run, events=stop_after(4))
-    with pytest.raises(InputError, match="4 steps far, more than steps: 2"):
+    with pytest.raises(InputError, match="has done 4 steps, more than steps: 2"):
         plan_resumed(run, {"steps": 2}, accept=True)
     assert run_finetune(plan_resumed(run, {"steps": 4}, accept=True), run, resume=True).finished
 
@@ -381,7 +384,7 @@ def test_a_change_that_the_checkpoint_cannot_take_is_told_and_the_spec_is_as_it_
     accepted = plan_resumed(run, {"lora.rank": 4, "lora.alpha": 16.0}, accept=True)
     with (
         pytest.raises(ModelError, match=r"the checkpoint holds .*lora_A.* as \[8, .*trains \[4, "),
-        going_on(accepted, run),
+        applied_changes(accepted, run),
     ):
         run_finetune(accepted, run, resume=True)
     assert (run / "spec.yaml").read_bytes() == before and not resumed(run)[0].startswith("warning")
@@ -408,7 +411,7 @@ def test_a_resumed_run_at_another_ctx_starts_its_losses_anew(plan, tmp_path):
     start_run(plan, run)
     run_finetune(plan, run, events=stop_after(4))
     longer = plan_resumed(run, {"ctx": 96}, accept=True)
-    with going_on(longer, run):
+    with applied_changes(longer, run):
         report = run_finetune(longer, run, resume=True)
     lines = read(run / "validation.jsonl")
     assert [(line["step"], line["ctx"]) for line in lines] == [(0, 64), (2, 64), (4, 64), (4, 96), (6, 96), (8, 96)]

@@ -228,7 +228,7 @@ def test_the_named_backend_trains_is_said_and_a_missing_one_is_refused_at_once(h
     lines = [line for line in said if line.startswith("attention:")]
     assert lines == [f"attention: sliding 16 by {x}, S² 32 by {x} (cpu, float32)" for x in ("blocked", "naive")]
     plan = make_plan(hybrid, text, attention={"backend": "varlen"})
-    with pytest.raises(EnvironmentFault, match="varlen cannot serve: it needs a GPU"):
+    with pytest.raises(EnvironmentFault, match="varlen cannot be used: it needs a GPU"):
         run(plan, tmp_path / "refused")
     assert not (tmp_path / "refused" / "metrics.jsonl").exists()
 
@@ -241,7 +241,7 @@ def test_a_bundle_whose_base_moved_is_refused(write_model, text, tmp_path):
     base = write_model(tmp_path / "base", "llama")
     run(make_plan(base, text, steps=1), tmp_path / "run")
     write_model(base, "llama", seed=1)
-    with pytest.raises(CtxextError, match="not the one this was trained on"):
+    with pytest.raises(CtxextError, match="not the one this adapter was trained on"):
         resolve(str(tmp_path / "run"))
     base.rename(tmp_path / "elsewhere")
     with pytest.raises(CtxextError, match="not there any more"):
@@ -254,10 +254,10 @@ def test_a_bundle_whose_base_moved_is_refused(write_model, text, tmp_path):
         ({"attention": {"train": "s2", "group_size": 1}}, "allowed are 2 to ctx"),
         ({"attention": {"train": "s2", "group_size": 500}}, "allowed are 2 to ctx"),
         ({"attention": {"train": "dense", "group_size": 8}}, "full layers train dense"),
-        ({"ctx": 32, "rope_scaling": "linear"}, "nothing needs scaling"),
+        ({"ctx": 32, "rope_scaling": "linear"}, "no scaling is needed"),
         ({"ctx": "3.5q"}, "is no number of tokens"),
         ({"ctx": 0}, "ctx"),
-        ({"memory": {"quantize": "nf4"}}, "widths that 64 divides"),
+        ({"memory": {"quantize": "nf4"}}, "widths divisible by 64"),
         ({"tuning": "full", "memory": {"quantize": "nf4"}}, "freezes the weights"),
         ({"lora": {"rnk": 8}}, "lora.rnk"),
         ({"lora": {"target_modules": ["wq"]}}, "q_proj"),
@@ -290,7 +290,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(write_model, tmp_path):
     save_file(tensors | {"lm_head.weight": embeddings.clone()}, path / "model.safetensors", metadata={"format": "pt"})
     assert load_model(str(path)).model is not None  # stored twice, and the same
     save_file(tensors | {"lm_head.weight": embeddings + 1}, path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match="tied embeddings, but"):
+    with pytest.raises(ModelError, match="ties the embeddings, but"):
         load_model(str(path))
 
 

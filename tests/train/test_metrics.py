@@ -84,7 +84,7 @@ def test_lines_that_a_full_disk_refuses_wait_in_memory(small_disk):
         log.append(line(step))
     # The file ends within a line, and no reader takes that for a line.
     assert [found["step"] for found in read(log.path)] == [1]
-    assert len(said) == 1 and "metrics.jsonl is not written for now: the disk of" in said[0]
+    assert len(said) == 1 and "metrics.jsonl cannot be written at present: the disk of" in said[0]
     disk.make_room()
     log.append(line(5))
     assert read(log.path) == [line(step) for step in range(1, 6)]

@@ -50,7 +50,7 @@ def test_held_out_loss_decides_and_the_training_loss_does_not():
 
 def test_what_is_to_be_known_of_the_best_is_said():
     edge = Search((trial(0.05, 2.5), trial(0.2, 2.0)), given=0.05, steps=4)
-    assert edge.option == "--set lora.multiplier=0.2" and "0.2 is at the edge" in edge.remarks[0]
+    assert edge.option == "--set lora.multiplier=0.2" and "0.2 is at one end" in edge.remarks[0]
     near = Search((trial(0.5, 2.5), trial(1, 2.0 + SMALL / 2), trial(2, 2.0), trial(4, 2.2)), given=1, steps=4)
     assert near.remarks == (f"the difference to 1 is small ({SMALL / 2:.4f} nats a token)",)
     far = Search((trial(0.5, 2.5), trial(1, 2.0 + 2 * SMALL), trial(2, 2.0), trial(4, 2.2)), given=1, steps=4)
@@ -79,14 +79,14 @@ def test_what_has_no_multiplier_or_nothing_to_judge_by_is_refused(make_plan, tmp
     for fields, told in (
         ({"tuning": "full"}, "no lora.multiplier"),
         ({"ctx": 128, "stages": [64]}, "one context"),
-        ({"validation": {"every_steps": None}}, "nothing out"),
+        ({"validation": {"every_steps": None}}, "holds out no text"),
     ):
         with pytest.raises(InputError, match=told):
             plan_trials(make_plan(**fields))
     short = tmp_path / "short.txt"
     short.write_text("too short to hold a tenth of it out " * 10)
     trials = plan_trials(make_plan(data={"source": str(short)}))
-    with pytest.raises(InputError, match="too short to hold some out"):
+    with pytest.raises(InputError, match="too short to hold out a part"):
         find_multiplier(trials, tmp_path / "scratch", 1.0, QUIET, lambda t: pytest.fail("trained all the same"))
 
 

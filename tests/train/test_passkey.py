@@ -111,8 +111,8 @@ def test_a_shorter_context_measures_the_lengths_that_fit(make_plan):
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"ctx": 128}, "200 tokens are beyond ctx"),
-        ({"validation": {"every_steps": None}}, "nothing is validated"),
+        ({"ctx": 128}, "200 tokens are more than ctx"),
+        ({"validation": {"every_steps": None}}, "turns validation off"),
         ({"validation": {"passkey": {"lengths": []}}}, "validation.passkey.lengths"),
         ({"validation": {"passkey": {"lengths": [128], "depths": [1.5]}}}, "validation.passkey.depths"),
     ],
@@ -127,7 +127,7 @@ def test_what_cannot_be_measured_is_refused_before_training(make_plan, tmp_path)
     short.write_text("A few words, and no more than these. " * 20)
     for name, fields, told in (
         ("room", {"validation": {"passkey": {"lengths": [32]}}}, "needs at least"),
-        ("text", {"data": {"source": str(short)}}, "nothing to validate"),
+        ("text", {"data": {"source": str(short)}}, "there is no held-out text"),
     ):
         plan = make_plan(**fields)
         start_run(plan, tmp_path / name)

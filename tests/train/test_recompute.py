@@ -412,8 +412,8 @@ def test_what_would_do_nothing_is_refused(given):
 @pytest.mark.parametrize(
     ("given", "windows", "told"),
     [
-        ({"tiles": 64}, [None] * 4, "tiles of one layer"),
-        ({"keep": "attention"}, [None, 16] * 2, "full layers alone"),
+        ({"tiles": 64}, [None] * 4, "tiles need one layer"),
+        ({"keep": "attention"}, [None, 16] * 2, "full layers only"),
         ({}, [None], "there are 1 in all"),
     ],
     ids=str,

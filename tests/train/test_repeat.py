@@ -84,10 +84,10 @@ def test_what_moved_is_named_and_accepted_when_told(first, write_model, tmp_path
 
 def test_what_makes_no_sense_is_refused(first, tmp_path):
     for arguments, told in (
-        (["--repeat", tmp_path], "no run to repeat"),
+        (["--repeat", tmp_path], "not a run"),
         (["--repeat", first, "--resume"], "give one of them"),
         ([tmp_path / "model", "--repeat", first], "without MODEL"),
-        (["--repeat", first, "--out", first, "--force"], "even --force does not replace it"),
+        (["--repeat", first, "--out", first, "--force"], "which --force does not replace"),
     ):
         error = finetune(*arguments).exception
         assert isinstance(error, InputError) and told in f"{error.message} {error.hint}", arguments

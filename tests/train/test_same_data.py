@@ -20,7 +20,7 @@ from ctxext.model.source import resolve
 from ctxext.train.finetune import run_finetune
 from ctxext.train.loop import Events
 from ctxext.train.plan import plan_run
-from ctxext.train.run import going_on, plan_repeated, plan_resumed, start_run
+from ctxext.train.run import applied_changes, plan_repeated, plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec
 
 LINES = "".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(200))
@@ -89,7 +89,7 @@ def test_changed_files_are_named_and_force_goes_on_and_keeps_what_changed(begun:
     before = (begun / "spec.yaml").read_text()
     done = finetune("--resume", "--out", begun, "--force", "--json")
     assert done.exit_code == 0, done.output
-    assert "warning: going on with data that changed since this run started" in done.stderr
+    assert "warning: continuing with data that changed since this run started" in done.stderr
     assert (begun / "spec.yaml").read_text() != before
     changed = json.loads((begun / "ctxext.json").read_text())["facts"]["data"]["changed"]
     assert len(changed) == 1 and changed[0].startswith("after step 1: ") and "a.txt (changed)" in changed[0]
@@ -98,7 +98,7 @@ def test_changed_files_are_named_and_force_goes_on_and_keeps_what_changed(begun:
 def test_what_was_accepted_is_not_kept_where_nothing_was_trained(begun: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "a.txt").write_text(LINES * 2)
     kept = {name: (begun / name).read_bytes() for name in ("spec.yaml", "data.json")}
-    with pytest.raises(RuntimeError), going_on(plan_resumed(begun, accept=True), begun):
+    with pytest.raises(RuntimeError), applied_changes(plan_resumed(begun, accept=True), begun):
         assert (begun / "spec.yaml").read_bytes() != kept["spec.yaml"]
         raise RuntimeError
     assert {name: (begun / name).read_bytes() for name in kept} == kept
@@ -114,10 +114,10 @@ def test_a_run_of_an_older_version_resumes(begun: Path, tmp_path: Path) -> None:
     assert plan_repeated(begun)[1] == []
     # This version reads more files of the directory: other data, which is said.
     (data / "c.text").write_text(LINES)
-    with pytest.raises(InputError, match=r"c.text \(the version that began this run did not read it\)"):
+    with pytest.raises(InputError, match=r"c.text \(the ctxext version that started this run did not read it\)"):
         plan_resumed(begun)
     (data / "c.text").unlink()
-    with going_on(plan, begun):
+    with applied_changes(plan, begun):
         assert run_finetune(plan_resumed(begun), begun, resume=True).finished
     assert read_yaml(begun / "spec.yaml")["data"] != spec["data"], "contents are compared from here on"
 
@@ -129,7 +129,7 @@ def test_a_changed_file_of_an_older_run_is_refused_without_its_name(begun: Path,
     spec["data"] = old_hash(data, [data / "a.txt", data / "b.md"])
     (begun / "spec.yaml").write_text(dump_yaml(spec))
     os.utime(data / "a.txt", (1, 1))
-    with pytest.raises(InputError, match="an older version began this run and did not record which"):
+    with pytest.raises(InputError, match="an older version started this run and did not record which"):
         plan_resumed(begun)
     assert plan_resumed(begun, accept=True)
 
@@ -140,10 +140,10 @@ def test_a_directory_that_moved_is_the_same_data_and_needs_no_force(begun: Path,
         plan_resumed(begun)
     said: list[str] = []
     plan = plan_resumed(begun, {"data.source": str(tmp_path / "elsewhere")}, say=said.append)
-    assert said == [f"the data moved to {tmp_path / 'elsewhere'}; its contents are the same"]
+    assert said == [f"the data is now at {tmp_path / 'elsewhere'}; its contents are the same"]
     with pytest.raises(InputError, match="was started with another spec: .*seed was 5, is 6"):
         plan_resumed(begun, {"data.source": str(tmp_path / "elsewhere"), "seed": 6})
-    with going_on(plan, begun):
+    with applied_changes(plan, begun):
         report = run_finetune(plan_resumed(begun), begun, resume=True, events=Events(said.append))
     assert report.finished
     assert any("found in the cache: 2 files" in line for line in said), said

@@ -154,7 +154,7 @@ def test_a_run_says_what_its_attention_costs_untrained_and_warns_where_that_is_m
         run_finetune(plan, tmp_path / str(asked), events=Events(lines.append))
         (line,) = (line for line in lines if "training attention, untrained" in line)
         costs[asked] = float(line.partition("(")[2].partition(")")[0])
-        assert line.startswith("warning") == (costs[asked] > sinks.COSTLY)
+        assert line.startswith("warning") == (costs[asked] > sinks.COST_WARNING)
     assert abs(costs[1]) < abs(costs[0])
 
 
@@ -184,4 +184,4 @@ def test_what_cannot_be_is_refused(fields, words, model_dir, text):
 def test_auto_with_tiles_is_none_and_is_said(model_dir, text):
     plan, said = make_plan(model_dir("llama"), text, memory={"tiles": 64}), list[str]()
     assert plan.sink_tokens == 0 and sinks.sinks_of(plan, None, said.append) == 0
-    assert said == ["attention.sinks: 0 with memory.tiles, whose tiles do not hold the first token of a document"]
+    assert said == ["attention.sinks: 0, because memory.tiles is set: tiles do not hold a document's first token"]

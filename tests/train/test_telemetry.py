@@ -104,7 +104,7 @@ def test_a_writer_that_fails_costs_a_warning_and_no_run(model_dir, fields, tmp_p
     plan = planned(model_dir, fields, tensorboard=True)
     start_run(plan, tmp_path / "run")
     assert run_finetune(plan, tmp_path / "run", events=Events(said.append)).finished
-    assert sum("kept is written no longer (OSError: [Errno 101]" in line for line in said) == 1
+    assert sum("kept failed and stops here (OSError: [Errno 101]" in line for line in said) == 1
     assert [step for step, numbers in Kept.made[0].lines if "train/loss" in numbers] == [1, 2]
 
 

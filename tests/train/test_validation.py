@@ -104,7 +104,7 @@ def test_the_best_step_is_the_result_when_asked(make_plan, tmp_path, monkeypatch
     saved = load_file(tmp_path / "run/adapter_model.safetensors")
     for name, tensor in trained[2].items():
         assert torch.equal(saved[name.replace(".modules_to_save.default", "").replace(".default", "")], tensor)
-    assert "the result is that of step 2, the best by held-out loss (1.0000)" in said
+    assert "the result is step 2, which has the lowest held-out loss (1.0000)" in said
     facts = json.loads((tmp_path / "run/ctxext.json").read_text())["facts"]
     assert facts["result_step"] == 2 and facts["validation"][0]["loss"] == 5.0
 
@@ -262,7 +262,7 @@ def test_a_guard_that_could_not_look_is_refused(make_plan, tmp_path):
     (tmp_path / "short.txt").write_text("Too short to hold anything out of it. " * 6)
     plan = make_plan(ctx=64, data={"source": str(tmp_path / "short.txt")}, validation={"max_short_ppl_increase": 0.1})
     start_run(plan, tmp_path / "run")
-    with pytest.raises(InputError, match="max_short_ppl_increase: there is nothing to validate"):
+    with pytest.raises(InputError, match="max_short_ppl_increase: there is no held-out text"):
         run_finetune(plan, tmp_path / "run")
 
 
@@ -278,4 +278,4 @@ def test_a_best_checkpoint_that_was_lost_is_said_to_be(make_plan, tmp_path, monk
     said: list[str] = []
     start_run(plan, tmp_path / "run")
     run_finetune(plan, tmp_path / "run", events=Events(said.append, on_step))
-    assert "warning: the checkpoint of step 2, the best by held-out loss, is gone or damaged" in "\n".join(said)
+    assert "warning: the checkpoint of step 2, the best by held-out loss, is missing or damaged" in "\n".join(said)

@@ -301,7 +301,10 @@ def test_what_is_shipped_can_be_read_and_says_how_to_partition_only():
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ({"gradient_clipping": 1.0}, ["gradient_clipping: belongs to the training spec: optimizer.clip"]),
+        (
+            {"gradient_clipping": 1.0},
+            ["gradient_clipping: not allowed here; set it in the training spec: optimizer.clip"],
+        ),
         ({"train_batch_size": 8, "bf16": {"enabled": True}}, ["global_batch_size", "bf16: belongs", "dtype"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, ["optimizer.params.lr", '"auto"']),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
@@ -334,7 +337,7 @@ def test_what_no_launch_can_do_is_refused(make_plan, tmp_path, monkeypatch):
     for arguments, words in [
         ((plan, "2", 3, None), "4 sequences, which 3 processes"),
         ((plan, "2", 3, None), "3 or 6"),
-        ((plan, "2", 8, None), "would do: 8"),
+        ((plan, "2", 8, None), "allowed: 8"),
         ((plan, "4", 2, None), "1, 2, 2_offload, 3, 3_offload"),
         ((plan, "none.json", 2, None), "no file none.json"),
         ((plan, "2", 2, tmp_path / "hosts"), "slots=N"),
@@ -358,7 +361,7 @@ def test_a_machine_that_cannot_run_it_is_told_before_anything_starts(tmp_path, m
     check_environment(plain)
     check_environment(offload)  # the lock is fresh: somebody may be building
     os.utime(lock, (time.time() - 600, time.time() - 600))
-    monkeypatch.setattr(launching, "BUILDERS", set())
+    monkeypatch.setattr(launching, "BUILD_PROCESSES", set())
     check_environment(plain)
     with pytest.raises(EnvironmentFault, match="left by a build that was killed") as caught:
         check_environment(offload)

@@ -37,7 +37,7 @@ TOKENS = 48  # of the row that logits are compared on: three windows of the smal
 # Sums of some hundred products in fp32 in another order, through at most six layers: observed are up to 2e-6 of the
 # largest logit. A wrong mask, position or weight moves logits by more than a tenth of it.
 ROUNDING = 2e-5
-TALK = [
+CHAT_PROBE = [
     {"role": "user", "content": "How many boats came home?"},
     {"role": "assistant", "content": "<think>\n12 and 7\n</think>\n\nNineteen boats."},
     {"role": "user", "content": "  And on the day of the fog?\n"},
@@ -95,8 +95,8 @@ def same_ids(path: Path, file: Path) -> None:
     found, meant = tokenizer(TEXT)["input_ids"], stock.encode(TEXT).ids
     assert found == meant, f"text: {stock.decode(found)!r:.80} for {stock.decode(meant)!r:.80}"
     if tokenizer.chat_template:
-        shown = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
-        found = tokenizer.apply_chat_template(TALK, add_generation_prompt=True, return_dict=True)["input_ids"]
+        shown = tokenizer.apply_chat_template(CHAT_PROBE, tokenize=False, add_generation_prompt=True)
+        found = tokenizer.apply_chat_template(CHAT_PROBE, add_generation_prompt=True, return_dict=True)["input_ids"]
         meant = stock.encode(shown, add_special_tokens=False).ids
         assert found == meant, "a conversation becomes other ids than tokenizer.json gives"
 

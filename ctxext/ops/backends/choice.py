@@ -95,31 +95,33 @@ def choose(call: Call, backend: str = "auto") -> str:
     if backend not in get_args(Backend):
         raise InputError(f"attention backend {backend!r}: allowed are {', '.join(get_args(Backend))}")
     if backend != "auto":
-        if why := _unserved(backend, call):
-            raise EnvironmentFault(f"attention.backend: {backend} cannot serve: {why}", hint="auto picks one that can")
+        if why := _unsupported(backend, call):
+            raise EnvironmentFault(
+                f"attention.backend: {backend} cannot be used: {why}", hint="use auto, which chooses a backend that can"
+            )
         return backend
     wants_varlen = call.packed or call.pattern.sliding_window is not None
-    return "varlen" if wants_varlen and not _unserved("varlen", call) else "blocked"
+    return "varlen" if wants_varlen and not _unsupported("varlen", call) else "blocked"
 
 
-def _unserved(backend: str, call: Call) -> str | None:
+def _unsupported(backend: str, call: Call) -> str | None:
     """Returns why a backend cannot serve a call, None when it can."""
     if backend in ("naive", "blocked"):
         return None
     if call.device.type != "cuda":
-        return f"it needs a GPU, and the tensors are on the {call.device.type}"
+        return f"it needs a GPU, but the tensors are on the {call.device.type}"
     if call.cached:
-        return "it has no attention over cached keys"
+        return "it does not support cached keys"
     if call.sink_logits:
-        return "it has no learned sinks"
+        return "it does not support learned sinks"
     if backend == "flex":
         return None
     if call.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
+        return f"it supports bfloat16 and float16, not {str(call.dtype).removeprefix('torch.')}"
     if call.head_dim % 8 or call.head_dim > 256:
-        return f"it takes head dims up to 256 that 8 divides, not {call.head_dim}"
+        return f"it supports head dims up to 256 that are multiples of 8, not {call.head_dim}"
     if torch.cuda.get_device_capability(call.device) < (8, 0):
-        return f"it needs compute capability 8.0, {torch.cuda.get_device_name(call.device)} is older"
+        return f"it needs compute capability 8.0, but {torch.cuda.get_device_name(call.device)} is older"
     if varlen.installed_kernel() is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen with windows, and flash-attn is missing"
     return None

@@ -73,7 +73,7 @@ def block_mask(lo: Tensor, sink_tokens: int = 0, document_starts: Tensor | None 
     """
     if sink_tokens >= BLOCK:
         raise InputError(
-            f"{sink_tokens} sink tokens: the flex backend takes fewer than {BLOCK}", hint="use another backend"
+            f"{sink_tokens} sink tokens: the flex backend supports fewer than {BLOCK}", hint="use another backend"
         )
     T, n = lo.shape[1], -(-lo.shape[1] // BLOCK)
     row = torch.arange(n, device=lo.device)

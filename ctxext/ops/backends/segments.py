@@ -30,7 +30,7 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None
             "K dividing H and 1 <= T <= S"
         )
     if document_starts is not None and document_starts.shape != (B, T):
-        raise InputError(f"document_starts has shape {list(document_starts.shape)}, the queries have [{B}, {T}]")
+        raise InputError(f"document_starts has shape {list(document_starts.shape)}, but the queries have [{B}, {T}]")
 
 
 def head_halves(pattern: Pattern, H: int, K: int) -> list[tuple[Heads, Heads]]:
