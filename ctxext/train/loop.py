@@ -234,7 +234,8 @@ def _roll_back(
     # was measured with the weights of this checkpoint.
     if 0 < restored.done == plan.first:
         baseline = progress.validation
-        restored = replace(restored.at_next_ctx(), validation=baseline, best_loss=baseline and baseline["loss"])
+        best = None if baseline is None else baseline["loss"]
+        restored = replace(restored.at_next_ctx(), validation=baseline, best_loss=best)
     return replace(restored, rate=restored.rate / 2, rollbacks=(*restored.rollbacks, why))
 
 
