@@ -31,6 +31,7 @@ class Certificate:
 
     @property
     def failed(self) -> tuple[Check, ...]:
+        """The checks that failed."""
         return tuple(check for check in self.checks if not check.passed)
 
     def rows(self) -> list[list[str]]:

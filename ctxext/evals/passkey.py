@@ -33,6 +33,7 @@ class Question:
 
     @property
     def size(self) -> int:
+        """The length in tokens."""
         return self.case.length
 
 

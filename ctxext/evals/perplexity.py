@@ -108,14 +108,17 @@ class Window:
 
     @property
     def id(self) -> str:
+        """The id of the window: length, text and first token."""
         return f"{self.length}/{self.text}/{self.begin}"
 
     @property
     def size(self) -> int:
+        """The number of tokens."""
         return self.end - self.begin
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The number of tokens, and of those before the first scored one."""
         return self.size, self.first - self.begin
 
 

@@ -81,6 +81,7 @@ class Launch:
 
     @property
     def notes(self) -> tuple[str, ...]:
+        """What is checked and how it differs from the request, one line each."""
         T, plan = format_tokens(self.T), f"{self.attention} at ctx {format_tokens(self.ctx)} in {self.dtype}"
         plan += "" if self.document_mask or self.attention == "inference" else ", no document mask"
         found = [f"{pattern_text(self.source.kinds)}; {plan}, measured on {T} tokens"]

@@ -50,6 +50,7 @@ class History:
 
     @property
     def start(self) -> State:
+        """The state before training."""
         return self.states[0]
 
 

@@ -63,6 +63,7 @@ class Question:
 
     @property
     def size(self) -> int:
+        """The number of tokens of the prompt."""
         return len(self.case.prompt_ids)
 
 

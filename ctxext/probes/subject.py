@@ -32,10 +32,12 @@ class Subject:
 
     @cached_property
     def loaded(self) -> LoadedModel:
+        """The loaded model; it is loaded at the first access."""
         return load_model(self.source, dtype=self.dtype, device=self.device)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
         return self.source.kinds
 
     @property
@@ -45,6 +47,7 @@ class Subject:
 
     @property
     def heads(self) -> int:
+        """The number of query heads of a layer."""
         return self.source.shape.num_heads
 
     @property
