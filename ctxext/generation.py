@@ -152,6 +152,7 @@ class Answer:
     cache: tuple[Held, ...]
 
     def as_dict(self) -> dict[str, Any]:
+        """Returns the answer as a dict, for JSON."""
         return asdict(self)
 
     def rows(self) -> list[tuple[str, str]]:

@@ -29,6 +29,7 @@ def suites(incomplete: str) -> list[str]:
 
 
 def probes(incomplete: str) -> list[str]:
+    """Completes the name of a probe."""
     from ctxext.probes.spec import PROBES
 
     return [name for name in ("all", *PROBES) if name.startswith(incomplete)]

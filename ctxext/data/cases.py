@@ -103,9 +103,9 @@ def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        number = data.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{path}:{line}: invalid UTF-8 at byte {error.start:,} of the file (0x{data[error.start]:02x})",
+            f"{path}:{number}: invalid UTF-8 at byte {error.start:,} of the file (0x{data[error.start]:02x})",
             hint="re-encode the file as UTF-8",
         ) from error
     cases, seen = [], set[str]()

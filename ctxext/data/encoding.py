@@ -61,14 +61,14 @@ class PlainText:
 
     def notes(self) -> list[str]:
         """Returns lines about control tokens for the screen; empty if the text had none."""
-        said = []
+        notes = []
         if self.read_as_text:
             what = counted(self.read_as_text, "control token")
-            said.append(f"{what} in the text read as the characters they are, such as <s> in a web page")
+            notes.append(f"{what} in the text read as the characters they are, such as <s> in a web page")
         if self.kept:
             what = counted(self.kept, "control token")
-            said.append(f"warning: {what} in the text kept: the tokenizer has no other token for these characters")
-        return said
+            notes.append(f"warning: {what} in the text kept: the tokenizer has no other token for these characters")
+        return notes
 
     def _encoded(
         self, texts: Sequence[str], spans: bool, **options: bool

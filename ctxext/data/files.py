@@ -101,11 +101,11 @@ class Reading:
     def passed_over_in_words(self) -> str:
         """Returns some skipped names with the reasons, then counts; empty if nothing was skipped."""
         both = self.beside + self.passed_over
-        said = [f"{name} ({why})" for name, why in both[:NAMED]]
+        names = [f"{name} ({why})" for name, why in both[:NAMED]]
         rest = len(both[NAMED:]) + self.more + self.more_passed_over
         counts = [(rest, f"{rest:,} more"), (self.hidden, f"{self.hidden:,} hidden")]
         counts.append((self.empty_rows, counted(self.empty_rows, "empty row")))
-        return ", ".join(said + [words for count, words in counts if count])
+        return ", ".join(names + [words for count, words in counts if count])
 
 
 _recorder: ContextVar[list[Reading] | None] = ContextVar("recorder", default=None)

@@ -43,6 +43,7 @@ class Question:
     classes: tuple[str, ...] = ()
 
     def prompt(self, templates: Mapping[str, str]) -> str:
+        """Returns the prompt, made with the template of the question's task."""
         return templates[self.task].format(context=self.context, input=self.input)
 
 

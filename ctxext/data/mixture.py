@@ -64,7 +64,7 @@ class Mixture:
 
     @property
     def store(self) -> Stores:
-        # Combines the metadata of all parts into one; `scored` None counts as all tokens.
+        """The metadata of all parts combined. `scored` None counts as all tokens."""
         metas = [part.store.meta for part in self.parts]
         # Other proportions are other data, so the hash includes the slots.
         named = " ".join(f"{count}:{meta.source}" for count, meta in zip(self.slots, metas, strict=True))

@@ -32,10 +32,12 @@ class Question:
 
     @property
     def id(self) -> str:
+        """The id of the case."""
         return self.case.id
 
     @property
     def size(self) -> int:
+        """The length in tokens."""
         return self.case.length
 
 

@@ -48,7 +48,7 @@ class Rows:
     texts: bool = False
 
     def of(self, row: dict[str, Any], place: str) -> Document:
-        # Makes the document of a row after checking that all needed fields are present.
+        """Returns the document of a row. Raises DataError if a needed field is missing."""
         require_fields(self.needs, row, place)
         return self.document(row, place)
 

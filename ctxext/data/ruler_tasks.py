@@ -83,9 +83,11 @@ class Ask:
 
     @property
     def id(self) -> str:
+        """The id of the case: task, length and number."""
         return f"{self.task}/{self.length}/{self.number}"
 
     def rng(self) -> random.Random:
+        """Returns the random generator of this case."""
         return private_random("ruler", self.seed, self.task, self.length, self.number)
 
 
@@ -282,10 +284,10 @@ def _qa(ask: Ask, size: int, material: Material) -> Drawn:
     chosen = list(islice(cycle(chosen), count))
     rng.shuffle(chosen)
     documents = "\n\n".join(f"Document {n}:\n{source.documents[i]}" for n, i in enumerate(chosen, start=1))
-    told = (
+    intro = (
         "Answer the question based on the given documents. Only give me the answer and do not output any other words."
     )
-    prompt = f"{told}\n\nThe following are given documents.\n\n{documents}\n\n{told}\n\nQuestion: {question} Answer:"
+    prompt = f"{intro}\n\nThe following are given documents.\n\n{documents}\n\n{intro}\n\nQuestion: {question} Answer:"
     return prompt, answers, {}
 
 

@@ -192,11 +192,11 @@ def _hub(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     thread = Thread(target=_ask, args=(endpoint, answer), daemon=True)
     thread.start()
     thread.join(PATIENCE + 1)
-    said = answer[0] if answer else f"no answer in {PATIENCE + 1:g} s"
-    if said == "":
+    problem = answer[0] if answer else f"no answer in {PATIENCE + 1:g} s"
+    if problem == "":
         return [Finding("hub", "ok", f"{endpoint} answers; {token}")]
     remedy = "give local directories instead of hub ids; set HF_HUB_OFFLINE=1 if this is intended"
-    return [Finding("hub", "warning", f"{endpoint} cannot be reached ({said}); {token}", remedy)]
+    return [Finding("hub", "warning", f"{endpoint} cannot be reached ({problem}); {token}", remedy)]
 
 
 def _ask(endpoint: str, answer: list[str]) -> None:

@@ -21,6 +21,7 @@ class Finding:
     remedy: str = ""
 
     def as_dict(self) -> dict[str, str]:
+        """Returns the finding as a dict, for JSON."""
         return asdict(self)
 
 
@@ -50,8 +51,8 @@ def guarded(name: str, part: Callable[[], list[Finding]], remedy: str = "") -> l
 
 def require_health(findings: Iterable[Finding]) -> None:
     """Raises CheckFailed with the names of the failures, where there are any."""
-    ill = [finding for finding in findings if finding.status == "failure"]
-    if ill:
+    failed = [finding for finding in findings if finding.status == "failure"]
+    if failed:
         raise CheckFailed(
-            f"{len(ill)} failed: {', '.join(finding.name for finding in ill)}", hint=ill[0].remedy or None
+            f"{len(failed)} failed: {', '.join(finding.name for finding in failed)}", hint=failed[0].remedy or None
         )

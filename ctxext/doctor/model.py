@@ -229,9 +229,9 @@ def _hashes(path: Path, manifest: Manifest, adapter: bool) -> list[Finding]:
 
 def _as_written(path: Path, own: dict[str, str]) -> str:
     here = manifests.weight_hashes(path)
-    ill = sorted(name for name, value in own.items() if here.get(name) != value)
-    if ill:
-        raise ModelError(f"{', '.join(ill)}: the content differs from what was written")
+    changed = sorted(name for name, value in own.items() if here.get(name) != value)
+    if changed:
+        raise ModelError(f"{', '.join(changed)}: the content differs from what was written")
     return f"{counted(len(own), 'file')} as written"
 
 

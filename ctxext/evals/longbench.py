@@ -62,9 +62,9 @@ def check(spec: LongBench) -> list[Question]:
         )
     questions = read_questions(spec.data, spec.tasks)
     names, templates = dict.fromkeys(question.task for question in questions), read_templates(spec.prompts)
-    lacking = [name for name in names if name not in templates]
-    if lacking:
-        raise InputError(f"{spec.prompts} has no prompt for {', '.join(lacking)}", hint="name other tasks in `tasks`")
+    missing = [name for name in names if name not in templates]
+    if missing:
+        raise InputError(f"{spec.prompts} has no prompt for {', '.join(missing)}", hint="name other tasks in `tasks`")
     tasks = [TASKS[task] for task in names]
     require_jieba([task.metric for task in tasks])
     # At least half of each length must remain for the prompt.

@@ -33,10 +33,10 @@ def best(metric: str, answer: str, truths: Sequence[str], classes: Sequence[str]
 
 def require_jieba(metrics: Sequence[str]) -> None:
     """Raises EnvironmentFault where one of `metrics` cuts Chinese words and jieba is not installed."""
-    wanting = [metric for metric in metrics if metric in CHINESE]
-    if wanting and find_spec("jieba") is None:
+    chinese = [metric for metric in metrics if metric in CHINESE]
+    if chinese and find_spec("jieba") is None:
         raise EnvironmentFault(
-            f"{' and '.join(dict.fromkeys(wanting))} need jieba for Chinese text, which is not installed",
+            f"{' and '.join(dict.fromkeys(chinese))} need jieba for Chinese text, which is not installed",
             hint="pip install jieba, or give `tasks` without the Chinese ones",
         )
 

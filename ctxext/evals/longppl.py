@@ -203,7 +203,7 @@ def documents(spec: LongPpl, length: int, tokenizer: Any) -> Iterator[tuple[Docu
                 continue
             names = [d.name for d in waiting[:3]] + ([f"{len(waiting) - 3} more"] if len(waiting) > 3 else [])
             candidate = Document(_JOINT.join(d.text for d in waiting), " + ".join(names))
-            # Tokenise the joined text anew: its tokens differ from those of its parts, by the separators and at the
+            # Tokenise the joined text again: its tokens differ from those of its parts, by the separators and at the
             # joints. Pass no `plain`: their control tokens are counted already.
             ids, offsets = encode(tokenizer, candidate.text)
             if len(ids) < length:  # too few, because tokens merged where the texts meet

@@ -79,11 +79,11 @@ def job(loaded: LoadedModel, spec: Ruler, place: Path) -> Job:
 
 def suite_name(tasks: Sequence[str]) -> str:
     """Returns the name for the mean over `tasks`."""
-    lacking = [task for task in TASKS if task not in tasks]
-    if not lacking:
+    missing = [task for task in TASKS if task not in tasks]
+    if not missing:
         return "RULER-13"
-    if set(lacking) <= set(QA):
-        return f"RULER-{len(tasks)} (no {'QA' if len(lacking) == len(QA) else lacking[0]})"
+    if set(missing) <= set(QA):
+        return f"RULER-{len(tasks)} (no {'QA' if len(missing) == len(QA) else missing[0]})"
     return f"RULER, {len(tasks)} of 13 tasks ({', '.join(tasks)})"
 
 
@@ -124,11 +124,11 @@ def _made(loaded: LoadedModel, spec: Ruler, place: Path) -> tuple[list[Case], di
 
 def _given(loaded: LoadedModel, spec: Ruler) -> tuple[list[Case], dict[str, Any], list[str]]:
     cases, facts = read_cases(Path(str(spec.from_cases)))
-    strange = next((case for case in cases if case.task not in TASKS or not case.references), None)
-    if strange is not None:
+    invalid = next((case for case in cases if case.task not in TASKS or not case.references), None)
+    if invalid is not None:
         raise DataError(
-            f"{spec.from_cases}: {strange.id!r} is not a case of RULER (task {strange.task!r}, "
-            f"{len(strange.references)} references)",
+            f"{spec.from_cases}: {invalid.id!r} is not a case of RULER (task {invalid.task!r}, "
+            f"{len(invalid.references)} references)",
             hint=f"tasks are {', '.join(TASKS)}, and each case has at least one reference",
         )
     mine = [c for c in cases if c.length in (spec.lengths or ()) and c.task in (spec.tasks or TASKS)]

@@ -144,8 +144,8 @@ def evaluate(
                 job, read = _job(suite, loaded, place)
                 for note in job.notes:
                     notice(f"{names[number]}: {note}")
-                told = partial(progress, f"{names[number]} {suite.suite}")
-                rows = run_job(job, ledger, spec.tokens_per_batch, told)
+                count_items = partial(progress, f"{names[number]} {suite.suite}")
+                rows = run_job(job, ledger, spec.tokens_per_batch, count_items)
             results[-1].suites.append(SuiteResult(suite.suite, job.notes, tuple(rows), read))
             outcomes[-1].append([ledger.outcomes[item.id] for item in job.items])
         # Free this model before the next one is loaded.

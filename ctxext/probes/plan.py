@@ -58,8 +58,8 @@ def plan_probe(
         names, left_out = _all(sources)
     # A named probe must fit every model; `all` has left out those that do not.
     for name, source in product(names, sources):
-        if wanting := _wanting(name, source):
-            raise InputError(f"{name} needs a training run, and {source.name} {wanting[0]}", hint=wanting[1])
+        if lack := _lack(name, source):
+            raise InputError(f"{name} needs a training run, and {source.name} {lack[0]}", hint=lack[1])
     spec = asked(names, given or {}, preset=preset)
     spec = replace(spec, probes=tuple(_filled(probe, sources, spec.extrapolate) for probe in spec.probes))
     if any(probe.probe == "layer-niah" for probe in spec.probes):
@@ -71,14 +71,14 @@ def plan_probe(
 
 def _all(sources: tuple[ModelSource, ...]) -> tuple[list[str], str]:
     """Returns the probes that every model supports, and a line that lists the others and why."""
-    lacking: dict[str, list[str]] = {}
+    left_out_by_reason: dict[str, list[str]] = {}
     for name in PROBES:
-        found = next(((source, why) for source in sources if (why := _wanting(name, source))), None)
+        found = next(((source, why) for source in sources if (why := _lack(name, source))), None)
         if found is not None:
-            lacking.setdefault(f"{found[0].name} {found[1][0]}", []).append(name)
+            left_out_by_reason.setdefault(f"{found[0].name} {found[1][0]}", []).append(name)
     # Probes with the same reason share one entry of the line.
-    without = [name for names in lacking.values() for name in names]
-    why = "; ".join(f"{' and '.join(names)} ({why})" for why, names in lacking.items())
+    without = [name for names in left_out_by_reason.values() for name in names]
+    why = "; ".join(f"{' and '.join(names)} ({why})" for why, names in left_out_by_reason.items())
     return [name for name in PROBES if name not in without], f"all leaves out {why}" if why else ""
 
 
@@ -94,7 +94,7 @@ def result_step(source: ModelSource) -> int:
     return int(facts.get("result_step") or facts.get("steps") or 0)
 
 
-def _wanting(name: str, source: ModelSource) -> tuple[str, str] | None:
+def _lack(name: str, source: ModelSource) -> tuple[str, str] | None:
     """Returns what a model lacks for the probe, and a hint; None where it lacks nothing."""
     if name not in RUN_PROBES:
         return None

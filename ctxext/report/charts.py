@@ -38,7 +38,7 @@ def _against_length(
         return []
     # Perplexity and LongPPL, where lower is better, can span orders of magnitude: logarithmic axis.
     metric, log = words.metric(block), block.suite in LOWER_IS_BETTER
-    spoken = "; ".join(f"{s.label}: {', '.join(map(_said, _measured(s))) or 'none'}" for s in block.series)
+    spoken = "; ".join(f"{s.label}: {', '.join(map(_value_text, _measured(s))) or 'none'}" for s in block.series)
     caption = f"{words.title(block.suite)}: {metric}, {words.better(block)}, against length; {words.protocol(block)}."
     sketch = partial(
         figures.curves, lines=lines, x_label=LENGTH_AXIS, y_label=metric, tokens=True, log=log, limits=limits
@@ -60,7 +60,7 @@ def _point(row: Row) -> Point:
     return Point(row.length, row.value, row.low, row.high, row.extrapolated)
 
 
-def _said(row: Row) -> str:
+def _value_text(row: Row) -> str:
     beyond = " (beyond the usable length)" if row.extrapolated else ""
     return f"{row.value:.{words.digits(row.suite)}f} at {format_tokens(row.length)}{beyond}"
 

@@ -202,6 +202,7 @@ def drawing() -> Iterator[None]:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Writes a figure to `path`. Equal figures give equal bytes."""
     # Remove metadata such as the date, so that the same numbers give the same bytes.
     names = ("Date", "Creator", "Format", "Type") if path.suffix == ".svg" else ("Software",)
     figure.savefig(path, metadata=dict.fromkeys(names))

@@ -73,6 +73,7 @@ def _cell(value: str) -> str:
 
 
 def details(summary: str, *children: str) -> Html:
+    """Returns children that a click on `summary` shows or hides."""
     return tag("details", tag("summary", summary), *children)
 
 

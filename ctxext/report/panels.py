@@ -80,11 +80,12 @@ def _figure(width: float, height: float) -> Figure:
 def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
     """All lines in one panel, those of the reference model dashed; below it the differences of lines with one label."""
     # The panel of differences exists only where there is a difference. Each row of the legend adds 0.19 inches.
-    picture, apart = models[-1][1], _differences(models)
+    picture, differences = models[-1][1], _differences(models)
     labels = list(dict.fromkeys(line.label for _, each in models for line in each.lines))
     count = len(labels) * len(models) + sum(each.level is not None for _, each in models)
-    figure = _figure(1.3 * WIDTH, 3.0 + 0.19 * count + (1.7 if apart else 0))
-    axes = figure.subplots(1 + bool(apart), 1, squeeze=False, height_ratios=[1.7, 1][: 1 + bool(apart)])[:, 0]
+    figure = _figure(1.3 * WIDTH, 3.0 + 0.19 * count + (1.7 if differences else 0))
+    count_axes = 1 + bool(differences)
+    axes = figure.subplots(count_axes, 1, squeeze=False, height_ratios=[1.7, 1][:count_axes])[:, 0]
     keys: list[Any] = []
     for number, (model, each) in enumerate(models):
         before = len(models) > 1 and number == 0
@@ -96,9 +97,9 @@ def _curves(models: Sequence[tuple[str, Curves]]) -> Figure:
             name = f"{line.label}, {_brief(model)}" if len(models) > 1 else line.label
             keys.append((short(name), Line2D([], [], **look)))
     keys += _levels(axes[0], models)
-    for label, x, y in apart:
+    for label, x, y in differences:
         axes[1].plot(x, y, **_look(labels.index(label)))
-    if apart:
+    if differences:
         axes[1].axhline(0, color="0.4", linewidth=0.8)
         axes[1].set_ylabel(f"{_brief(models[-1][0])}\nless {_brief(models[0][0])}", fontsize=8)
     if picture.log:
@@ -160,8 +161,8 @@ def _bars(models: Sequence[tuple[str, Bars]]) -> Figure:
     keys += [handle for _, handle in _levels(axes[0], models)]
     if pairs:
         values = zip(models[0][1].values, picture.values, strict=True)
-        apart = [b - a if a is not None and b is not None else math.nan for a, b in values]
-        axes[1].bar(places, apart, 0.8, color=[KINDS[letter] for letter in picture.letters] or COLOURS[0])
+        differences = [b - a if a is not None and b is not None else math.nan for a, b in values]
+        axes[1].bar(places, differences, 0.8, color=[KINDS[letter] for letter in picture.letters] or COLOURS[0])
         axes[1].axhline(0, color="0.4", linewidth=0.8)
         axes[1].set_ylabel(f"{_brief(models[-1][0])}\nless {_brief(models[0][0])}", fontsize=8)
     # At most about 40 tick labels, so that they do not overlap.
@@ -197,9 +198,11 @@ def _grid(models: Sequence[tuple[str, Grid]]) -> Figure:
     figure.colorbar(mesh, ax=list(axes[: len(models)]), fraction=0.04, pad=0.02).outline.set_visible(False)
     if same:
         # The scale of the difference is symmetric, so that white means no difference.
-        apart = [[b - a for a, b in zip(*rows, strict=True)] for rows in zip(panels[0][2], panels[1][2], strict=True)]
-        most = max((abs(x) for row in apart for x in row if math.isfinite(x)), default=0.0) or 1.0
-        mesh = _cells_drawn(axes[-1], picture, apart, Normalize(-most, most), "RdBu_r", "difference")
+        differences = [
+            [b - a for a, b in zip(*rows, strict=True)] for rows in zip(panels[0][2], panels[1][2], strict=True)
+        ]
+        most = max((abs(x) for row in differences for x in row if math.isfinite(x)), default=0.0) or 1.0
+        mesh = _cells_drawn(axes[-1], picture, differences, Normalize(-most, most), "RdBu_r", "difference")
         figure.colorbar(mesh, ax=axes[-1], fraction=0.08, pad=0.02).outline.set_visible(False)
     figure.suptitle(_title(picture.title, figure.get_figwidth()), x=0.01, ha="left", fontsize=9.5)
     return figure
@@ -219,7 +222,7 @@ def _cells_drawn(ax: Axes, grid: Grid, cells: list[list[float]], scale: Normaliz
                 # Black or white text by the luminance of the cell (Rec. 601 weights).
                 red, green, blue, _ = palette(scale(cell)) if math.isfinite(cell) else (1, 1, 1, 1)
                 ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
-                shown = _told(cell)
+                shown = _cell_text(cell)
                 ax.text(c + 0.5, r + 0.5, shown, ha="center", va="center", fontsize=6.5, color=ink)
     # At most 32 tick labels on an axis. A row's label is coloured by the kind of the layer.
     rows, columns = (math.ceil(len(names) / 32) for names in (grid.rows, grid.columns))
@@ -239,7 +242,7 @@ def _cells_drawn(ax: Axes, grid: Grid, cells: list[list[float]], scale: Normaliz
     return mesh
 
 
-def _told(cell: float) -> str:
+def _cell_text(cell: float) -> str:
     if not math.isfinite(cell):
         return "none"
     return "0" if abs(cell) < 5e-4 else f"{cell:.0f}" if abs(cell) >= 10 else f"{cell:.2g}"
@@ -267,7 +270,7 @@ def _look(number: int) -> dict[str, Any]:
 
 def _spoken(models: Sequence[tuple[str, Picture]]) -> str:
     """Alternative text: the least and the greatest number of each model. All numbers are in probes.json."""
-    said = []
+    parts = []
     for model, picture in models:
         if isinstance(picture, Curves):
             values = [y for line in picture.lines for y in line.y]
@@ -277,8 +280,8 @@ def _spoken(models: Sequence[tuple[str, Picture]]) -> str:
             values = [cell for row in picture.cells for cell in row]
         known = [value for value in values if value is not None]
         span = f"{min(known):.3g} to {max(known):.3g}" if known else "no number"
-        said.append(f"{model}: {picture.y_label}, {span}" if picture.kind != "grid" else f"{model}: {span}")
-    return f"{models[-1][1].title}. {'; '.join(said)}."
+        parts.append(f"{model}: {picture.y_label}, {span}" if picture.kind != "grid" else f"{model}: {span}")
+    return f"{models[-1][1].title}. {'; '.join(parts)}."
 
 
 _DRAW: dict[str, Any] = {"curves": _curves, "bars": _bars, "grid": _grid}

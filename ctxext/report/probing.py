@@ -22,7 +22,7 @@ def section(place: Path, runs: Sequence[Run]) -> Html:
         # All pictures of the run are drawn here, so `picture` below only embeds the files.
         drawn = panels.draw(run.probes, place, prefix=f"run-{run.number}-")
         for result in run.probes.results:
-            told = [(m, f) for m, f in zip(run.probes.models, result.findings, strict=True)]
+            findings = [(m, f) for m, f in zip(run.probes.models, result.findings, strict=True)]
             shown = [
                 picture(one.path, lambda _: None, one.alt, one.caption) for one in drawn if one.probe == result.probe
             ]
@@ -34,12 +34,16 @@ def section(place: Path, runs: Sequence[Run]) -> Html:
                     f"Request: {asked or 'default settings'}. From run {run.number}; {run.versions}.",
                     class_="quiet",
                 ),
-                *[tag("p", f"{model}: {note}.", class_="quiet") for model, finding in told for note in finding.notes],
+                *[
+                    tag("p", f"{model}: {note}.", class_="quiet")
+                    for model, finding in findings
+                    for note in finding.notes
+                ],
                 pictures(shown),
             ]
             tables = [
                 table(f"{model}: {one.caption}.", one.header, one.rows)
-                for model, finding in told
+                for model, finding in findings
                 for one in finding.tables
             ]
             parts += [details("In numbers", *tables)] if tables else []

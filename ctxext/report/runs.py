@@ -97,7 +97,8 @@ class Row:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class SuiteResult:
-    # The rows of one suite on one model.
+    """The rows of one suite on one model."""
+
     suite: str
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
@@ -105,7 +106,8 @@ class SuiteResult:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class ModelResult:
-    # One evaluated model. Lengths in tokens; `layout` and `positions` are descriptions in words.
+    """One evaluated model. Lengths in tokens; `layout` and `positions` are descriptions in words."""
+
     model: str
     path: str
     usable_length: int
@@ -212,6 +214,7 @@ class Block:
 
     @property
     def lengths(self) -> list[int]:
+        """All measured lengths, ascending."""
         return sorted({row.length for series in self.series for row in series.rows})
 
     @property
@@ -295,8 +298,8 @@ def _validated(path: Path, adapter: TypeAdapter[Any], what: str) -> Any:
 def _faults(error: ValidationError) -> list[str]:
     """The first _MOST_FAULTS faults, each with its dotted path and message, and the number of the others."""
     first = error.errors(include_url=False)[:_MOST_FAULTS]
-    told = [f"{'.'.join(map(str, one['loc'])) or 'the whole file'}: {one['msg']}" for one in first]
-    return [*told, *[f"and {error.error_count() - len(first)} more"] * (error.error_count() > len(first))]
+    lines = [f"{'.'.join(map(str, one['loc'])) or 'the whole file'}: {one['msg']}" for one in first]
+    return [*lines, *[f"and {error.error_count() - len(first)} more"] * (error.error_count() > len(first))]
 
 
 def _lines(path: Path) -> tuple[dict[str, Any], ...]:
@@ -336,7 +339,7 @@ def blocks(runs: list[Run]) -> list[Block]:
                 block = found.setdefault(key, Block(suite.suite, fields, []))
                 label = labels[_identity(run, index)]
                 block.series.append(Series(label, model, run, suite.rows, suite.notes))
-    return [replace(block, series=_told_apart(block.series)) for block in found.values()]
+    return [replace(block, series=_with_labels(block.series)) for block in found.values()]
 
 
 def models(runs: list[Run]) -> list[tuple[str, ModelResult, dict[str, str]]]:
@@ -372,7 +375,7 @@ def _labels(runs: list[Run]) -> dict[str, str]:
     return labels
 
 
-def _told_apart(series: list[Series]) -> list[Series]:
+def _with_labels(series: list[Series]) -> list[Series]:
     """Adds the run's number to the label of a model that is in a block more than once."""
     times = Counter(s.label for s in series)
     return [replace(s, label=f"{s.label}, run {s.run.number}") if times[s.label] > 1 else s for s in series]

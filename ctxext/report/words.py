@@ -23,6 +23,7 @@ COUNTED = {"perplexity": "tokens scored", "longppl": "key tokens"}
 
 
 def title(suite: str) -> str:
+    """Returns the title of a suite."""
     return TITLES.get(suite, suite)
 
 
@@ -39,6 +40,7 @@ def metric(block: Block) -> str:
 
 
 def better(block: Block) -> str:
+    """Returns whether higher or lower values are better, in words."""
     return "lower is better" if block.suite in LOWER_IS_BETTER else "higher is better"
 
 
@@ -91,6 +93,7 @@ def value(row: Row | None) -> Html:
 
 
 def interval(low: float | None, high: float | None, n: int) -> Html:
+    """Returns [low, high] with n digits; none where a bound is unknown."""
     if low is None or high is None:
         return number(None, n)
     return tag("span", "[", number(low, n), ", ", number(high, n), "]", class_="bounds")

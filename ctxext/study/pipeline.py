@@ -70,7 +70,7 @@ class Pipeline:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        # The names of the steps, in order.
+        """The names of the steps, in order."""
         return tuple(dict.fromkeys(job.step for job in self.jobs))
 
 

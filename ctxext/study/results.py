@@ -34,6 +34,7 @@ class Results:
 
     @property
     def seconds(self) -> float:
+        """The total time of the jobs."""
         return sum(job.seconds for job in self.jobs)
 
     @property
@@ -44,9 +45,11 @@ class Results:
     JOBS = ("step", "command", "outcome", "took", "output")
 
     def job_rows(self) -> list[tuple[str, ...]]:
+        """Returns the rows of the table of jobs, with the columns JOBS."""
         return [(job.id, job.command, job.outcome, format_duration(job.seconds), job.out) for job in self.jobs]
 
     def markdown(self) -> str:
+        """Returns the tables of jobs and numbers as Markdown."""
         parts = [f"# {self.name}", *_markdown(self.JOBS, self.job_rows())]
         parts += ["", *_markdown(self.header, self.rows)] if self.rows else []
         parts += ["", self.note.replace("*", "\\*")] if self.note else []

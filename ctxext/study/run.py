@@ -189,9 +189,9 @@ def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
         return "interrupted"
     # Reports differ by command: some convert themselves, the others are plain dataclasses.
     as_dict = getattr(report, "to_dict", None) or getattr(report, "as_dict", None)
-    told_of = state.plain(as_dict() if as_dict else asdict(report)) | {"out": str(out)}
+    stored = state.plain(as_dict() if as_dict else asdict(report)) | {"out": str(out)}
     seconds = round(time.monotonic() - began, 1)
-    _done(plan.out, job, {"request": asked, "done": False, "report": told_of, "seconds": seconds, "output": None})
+    _done(plan.out, job, {"request": asked, "done": False, "report": stored, "seconds": seconds, "output": None})
     return "resumed" if keep and record is not None else "ran"
 
 

@@ -26,6 +26,8 @@ Length = str | int  # tokens, as a number or as text such as "32k"
 
 @spec
 class Plan:
+    """The arguments of a `plan` step."""
+
     model: str
     ctx: Length
     hybrid: str | None = None
@@ -38,6 +40,8 @@ class Plan:
 
 @spec
 class Convert:
+    """The arguments of a `convert` step."""
+
     model: str
     hybrid: str
     full_layers: str | None = None
@@ -55,6 +59,8 @@ class Convert:
 
 @spec
 class Finetune:
+    """The arguments of a `finetune` step."""
+
     model: str
     ctx: Length | None = None
     preset: str = "lora-alpha"
@@ -69,6 +75,8 @@ class Finetune:
 
 @spec
 class Evaluate:
+    """The arguments of a `eval` step."""
+
     models: tuple[str, ...] | str
     suite: str = "perplexity"
     lengths: tuple[Length, ...] | Length | None = None
@@ -87,6 +95,8 @@ class Evaluate:
 
 @spec
 class Probe:
+    """The arguments of a `probe` step."""
+
     model: str
     names: tuple[str, ...] | str = "all"
     compare: str | None = None
@@ -103,6 +113,8 @@ class Probe:
 
 @spec
 class Merge:
+    """The arguments of a `merge` step."""
+
     run: str
     dtype: str | None = None
     alpha_multiplier: str | float | None = None
@@ -113,12 +125,16 @@ class Merge:
 
 @spec
 class Export:
+    """The arguments of a `export` step."""
+
     model: str
     target: str = "hf"
 
 
 @spec
 class Report:
+    """The arguments of a `report` step."""
+
     runs: tuple[str, ...] | str
     title: str | None = None
 
