@@ -186,7 +186,7 @@ def ask(
     # Without --hybrid the model keeps its layout.
     hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.OWN_LAYOUT,)
     if not hybrids:
-        raise InputError(f"--hybrid {hybrid!r} names nothing", hint="give one or more, such as none,swa128-nope")
+        raise InputError(f"--hybrid {hybrid!r} gives no layout", hint="give one or more, such as none,swa128-nope")
     return Asked(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
 
 

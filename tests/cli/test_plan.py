@@ -82,7 +82,7 @@ def test_hybrids_side_by_side():
         (["--ctx", "0", "--gpu", "h100"], "at least one token"),
         (["--gpu", "h100"], "--ctx is missing"),
         (["--ctx", "8k", "--gpu", "h100", "--hybrid", "swa1"], "no hybrid preset"),
-        (["--ctx", "8k", "--gpu", "h100", "--hybrid", ","], "names nothing"),
+        (["--ctx", "8k", "--gpu", "h100", "--hybrid", ","], "gives no layout"),
         (["--ctx", "8k", "--gpu", "h100", "--memory", "400G"], "h100 has only 79.6 GiB"),
         (["--ctx", "8k", "--gpu", "h100", "--set", "dtype=float32"], "only the bf16 rate"),
         (["--ctx", "8k", "--gpu", "h100", "--set", "lora.rankk=3"], "rankk"),

@@ -136,7 +136,7 @@ def test_a_wrong_vocabulary(copy):
     found = ill(path)["tokenizer"]
     assert "largest id is 400, the embedding has 260 rows" in found.found and "tokenizer" in found.remedy
     (path / "tokenizer.json").write_text("{}")
-    assert "does not open" in ill(path)["tokenizer"].found
+    assert "cannot be opened" in ill(path)["tokenizer"].found
     (path / "tokenizer.json").unlink()
     assert "no tokenizer" in ill(path)["tokenizer"].found
 

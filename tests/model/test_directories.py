@@ -232,7 +232,7 @@ def test_a_token_without_a_row_is_named(cases: Path, stories: Path, tmp_path: Pa
     )
     ids = torch.tensor([loaded.tokenizer(text, add_special_tokens=False)["input_ids"]])
     assert ids.max() == 512
-    said = "its tokenizer gives token 512, the model has 512"
+    said = "its tokenizer gives token 512, but the model has 512"
     with pytest.raises(ModelError, match=said):
         loaded.model(ids)
     spec = Perplexity(data=str(case / "text.jsonl"), lengths=(256,), limit=2048)

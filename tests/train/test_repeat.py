@@ -78,7 +78,7 @@ def test_what_moved_is_named_and_accepted_when_told(first, write_model, tmp_path
     said = finetune("--repeat", first, "--plan", "--force")
     assert said.exit_code == 0 and said.stderr.count("warning: changed since") == 2
     (tmp_path / "model").rename(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="not there any more"):
+    with pytest.raises(ModelError, match="no longer exists"):
         plan_repeated(first, accept=True)
 
 

@@ -171,5 +171,5 @@ def test_a_token_without_a_row_is_refused_before_the_first_step(begun: Path, tmp
     started = finetune(tmp_path / "model", "--ctx", 64, "--preset", "smoke", "--data", tmp_path / "data", "--out",
                        tmp_path / "new")  # fmt: skip
     assert isinstance(started.exception, ModelError)
-    assert f"its tokenizer gives token {largest}, the model has 260" in started.exception.message
+    assert f"its tokenizer gives token {largest}, but the model has 260" in started.exception.message
     assert not (tmp_path / "new").exists()
