@@ -28,8 +28,9 @@ def out_of_memory(plan: RunPlan, error: BaseException) -> EnvironmentFault:
     """Returns the error to raise: the largest items as estimated, and the option that lowers them."""
     ranked = sorted(plan.memory.items(), key=lambda item: -item[1])
     largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in ranked[:3])
+    reason = " ".join(str(error).split())[:200].rstrip(".")
     return EnvironmentFault(
-        f"out of memory at ctx {format_tokens(plan.spec.ctx)}: {' '.join(str(error).split())[:200]}. Estimated: "
+        f"out of memory at ctx {format_tokens(plan.spec.ctx)}{f': {reason}' if reason else ''}. Estimated: "
         f"{format_bytes(sum(plan.memory.values()))}, the largest parts are {largest}",
         hint=f"try {next_knob(plan)}; --resume --force --set OPTION continues from the last checkpoint with it",
     )

@@ -66,7 +66,9 @@ def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
     # k layers share one checkpoint: this excludes what works on a single layer.
     k = int(memory.checkpoint)
     if k > len(windows):
-        raise InputError(f"memory.checkpoint: {k} layers per checkpoint, but the model has {len(windows)} layers")
+        raise InputError(
+            f"memory.checkpoint: {k} layers per checkpoint, but the model has {counted(len(windows), 'layer')}"
+        )
     if k > 1 and memory.tiles is not None:
         raise InputError(
             f"memory.checkpoint: {k} with tiles: {memory.tiles}, but tiles need one layer per checkpoint",
@@ -119,7 +121,7 @@ def enable(model: Any, memory: MemorySpec, patterns: Sequence[Pattern]) -> list[
         layer._gradient_checkpointing_func = run
     if not whole:
         return []
-    return [f"memory.tiles: {counted(len(whole), 'layer')} run without tiles (unsupported shape), first {whole[0]}"]
+    return [f"memory.tiles: without tiles (unsupported shape): {counted(len(whole), 'layer')}, first {whole[0]}"]
 
 
 def _check_patterns(layers: Any, patterns: Sequence[Pattern]) -> None:

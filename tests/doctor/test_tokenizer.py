@@ -108,4 +108,4 @@ def test_a_bos_that_is_asked_for_and_not_added(place: Path) -> None:
 
 def test_a_file_that_does_not_open(place: Path) -> None:
     (place / "tokenizer.json").write_text("{}")
-    assert "does not open" in found(place)["tokenizer"].found
+    assert "cannot be opened" in found(place)["tokenizer"].found

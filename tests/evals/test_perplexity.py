@@ -128,7 +128,7 @@ def test_refusals(loaded: Any) -> None:
         ({"stride": 40}, "allows 1 to 39"),
         ({"stride": 0}, "stride is 0"),
         ({"stride": 0, "protocol": "longlora"}, "longlora at length 40 allows 1 or more"),
-        ({"protocol": "truncate", "stride": 3}, "side by side"),
+        ({"protocol": "truncate", "stride": 3}, "are adjacent"),
     ]:
         with pytest.raises(InputError, match=said):
             perplexity(loaded, texts, 40, **options)

@@ -68,7 +68,7 @@ def test_a_token_without_a_row_is_refused_before_any_window(data: Path, model: P
     tokenizer.add_tokens([f"<extra{number}>" for number in range(10)])
     tokenizer.save(str(model / "tokenizer.json"))
     (data / "a.txt").write_text(LINE * 10 + "<extra9>")
-    said = f"its tokenizer gives token {tokenizer.get_vocab_size() - 1}, the model has 260"
+    said = f"its tokenizer gives token {tokenizer.get_vocab_size() - 1}, but the model has 260 tokens"
     with pytest.raises(ModelError, match=said):
         evaluate([str(model)], asked("perplexity", {"data": str(data), "lengths": [64]}))
     given = {"data": str(data), "lengths": [120], "evaluator": str(model), "short": 16, "step": 16}

@@ -244,7 +244,7 @@ def _broken(write, tmp_path: Path, damage: str) -> Path:
         ("header", "not a valid safetensors file"),
         ("missing", "no model.safetensors"),
         ("pickle", "--allow-pickle"),
-        ("config", "[48, 32] in the file, [64, 32] by config.json"),
+        ("config", "[48, 32] in the file, but [64, 32] by config.json"),
         ("leftover", "q_norm.weight: in the file, but not in config.json's architecture"),
         ("family", "supported are llama, mistral, qwen2, qwen3"),
         ("tokenizer", "no tokenizer"),

@@ -258,7 +258,7 @@ def test_scalings_are_read_or_refused(made: Any, tmp_path: Path) -> None:
         "both": ({"more": scaled, "extra": factors(LLAMA3)}, "together"),
         "window": (
             {"more": {"llama.attention.sliding_window": 16}},
-            "llama.attention.sliding_window 16: not read here",
+            "llama.attention.sliding_window 16: not supported",
         ),
         "scale": ({"more": {"llama.attention.scale": 0.5}}, "llama.attention.scale 0.5: not read here"),
         "experts": ({"more": {"llama.expert_count": 8}}, "llama.expert_count 8"),

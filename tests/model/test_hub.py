@@ -107,6 +107,6 @@ def test_a_full_disk_is_a_full_disk(tmp_path: Path) -> None:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     try:
         with hub(lambda path: 200, size=4 << 20) as endpoint:
-            assert "EnvironmentFault someone/model: the disk is full" in said(endpoint, small)
+            assert "EnvironmentFault someone/model: the disk of the hub's cache is full" in said(endpoint, small)
     finally:
         subprocess.run(["umount", str(small)], check=True)

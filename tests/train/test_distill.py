@@ -506,7 +506,7 @@ def test_another_vocabulary_or_shape_does_not_teach(convert, model_dir):
 def test_objectives_without_weight_are_no_objectives():
     with pytest.raises(SpecError, match="at least one of kl, ce, hidden, attention"):
         build(FinetuneSpec, {"ctx": 64, "distill": {"objectives": [{"share": 1.0}]}}, source="test")
-    with pytest.raises(SpecError, match="top_k: 5, but kl has no weight"):
+    with pytest.raises(SpecError, match="top_k: 5 is given, but kl has no weight"):
         build(FinetuneSpec, {"ctx": 64, "distill": {"objectives": [{"ce": 1.0, "top_k": 5}]}}, source="test")
 
 

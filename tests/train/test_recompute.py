@@ -397,7 +397,7 @@ def test_a_layer_of_another_shape_is_left_whole_and_told():
     model, group = model_of("hybrid")
     model.model.layers[1].extra = torch.nn.Identity()
     notes = recompute.enable(model, MemorySpec(tiles=48), patterns_of(model, group))
-    assert len(notes) == 1 and "1 layer not of" in notes[0] and "first 1" in notes[0]
+    assert len(notes) == 1 and "without tiles (unsupported shape): 1 layer" in notes[0] and "first 1" in notes[0]
     assert_same(step(model, group, 61, False), truth("hybrid", 61, False))
 
 
@@ -414,7 +414,7 @@ def test_what_would_do_nothing_is_refused(given):
     [
         ({"tiles": 64}, [None] * 4, "tiles need one layer"),
         ({"keep": "attention"}, [None, 16] * 2, "full layers only"),
-        ({}, [None], "there are 1 in all"),
+        ({}, [None], "the model has 1 layer"),
     ],
     ids=str,
 )

@@ -217,7 +217,7 @@ def test_a_rollback_to_a_damaged_start_of_a_context_trains_the_context_before_ag
     rates = [line["learning_rate_factor"] / whole["learning_rate_factor"] for line, whole in zip(
         lines(run), lines(whole), strict=True)]  # fmt: skip
     assert rates == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
-    assert any("back to step 3, with the learning rates halved" in line for line in said)
+    assert any("continues from the checkpoint of step 3, at half the learning rates" in line for line in said)
     validated = [(line["step"], line["ctx"]) for line in lines(run, "validation.jsonl")]
     assert validated == [(0, 64), (2, 64), (2, 128), (4, 128), (4, 256), (6, 256)]
 

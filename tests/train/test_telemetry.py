@@ -145,7 +145,7 @@ def test_a_run_has_its_own_id_at_wandb_and_keeps_it(model_dir, fields, tmp_path,
         run.mkdir(parents=True, exist_ok=True)
         if parent == "old":
             (run / "wandb").mkdir(exist_ok=True)
-        with telemetry.telling(Events(), plan, run):
+        with telemetry.with_writers(Events(), plan, run):
             pass
     first, resumed, other, old, again = (started["id"] for started in client.started)
     assert first == resumed != other and len({first, other, "run"}) == 3

@@ -305,7 +305,7 @@ def test_what_is_shipped_can_be_read_and_says_how_to_partition_only():
             {"gradient_clipping": 1.0},
             ["gradient_clipping: not allowed here; set it in the training spec: optimizer.clip"],
         ),
-        ({"train_batch_size": 8, "bf16": {"enabled": True}}, ["global_batch_size", "bf16: belongs", "dtype"]),
+        ({"train_batch_size": 8, "bf16": {"enabled": True}}, ["global_batch_size", "bf16: not allowed here", "dtype"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, ["optimizer.params.lr", '"auto"']),
         ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
         ({"zero_optimisation": {}}, ["zero_optimisation: unknown key", "communication_data_type"]),
@@ -335,7 +335,7 @@ def test_what_no_launch_can_do_is_refused(make_plan, tmp_path, monkeypatch):
     eight = make_plan("lora-untied", optimizer={"name": "adamw8bit"})
     tiles = make_plan("lora-untied", memory={"tiles": 16})
     for arguments, words in [
-        ((plan, "2", 3, None), "4 sequences, which 3 processes"),
+        ((plan, "2", 3, None), "4 sequences, which does not divide evenly over 3 processes"),
         ((plan, "2", 3, None), "3 or 6"),
         ((plan, "2", 8, None), "allowed: 8"),
         ((plan, "4", 2, None), "1, 2, 2_offload, 3, 3_offload"),
@@ -381,7 +381,7 @@ def test_a_machine_that_cannot_run_it_is_told_before_anything_starts(tmp_path, m
 
 
 def test_who_died_is_named_with_its_signal_or_exit_code():
-    assert Death("rank 1", -signal.SIGKILL).words() == "rank 1 died (SIGKILL)"
+    assert Death("rank 1", -signal.SIGKILL).words() == "rank 1 failed (SIGKILL)"
     assert Death("rank 0", 3).words() == "rank 0 died (exit code 3)"
 
 
@@ -416,7 +416,7 @@ def test_a_rank_that_dies_ends_the_run_in_one_line(model_dir, text, tmp_path):
     os.kill(ranks["1"], signal.SIGKILL)
     out, said = process.communicate(timeout=300)
     assert process.returncode == 3 and out == "", said
-    assert "error: rank 1 died (SIGKILL); the others were stopped\n" in said and "Traceback" not in said, said
+    assert "error: rank 1 failed (SIGKILL); the others were stopped\n" in said and "Traceback" not in said, said
     assert not psutil.pid_exists(ranks["0"])
     assert (run / "logs" / "rank-0.log").exists() and any(run.glob("checkpoints/step-*"))
 
