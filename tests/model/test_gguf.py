@@ -260,7 +260,7 @@ def test_scalings_are_read_or_refused(made: Any, tmp_path: Path) -> None:
             {"more": {"llama.attention.sliding_window": 16}},
             "llama.attention.sliding_window 16: not supported",
         ),
-        "scale": ({"more": {"llama.attention.scale": 0.5}}, "llama.attention.scale 0.5: not read here"),
+        "scale": ({"more": {"llama.attention.scale": 0.5}}, "llama.attention.scale 0.5: not supported"),
         "experts": ({"more": {"llama.expert_count": 8}}, "llama.expert_count 8"),
         "yarn's own": ({"more": {"llama.rope.scaling.attn_factor": 0.5}}, "attn_factor"),
         "partial": ({"more": {"llama.attention.value_length": 4}}, "value_length 4 in heads of 8"),

@@ -340,7 +340,7 @@ def test_what_no_launch_can_do_is_refused(make_plan, tmp_path, monkeypatch):
         ((plan, "2", 8, None), "allowed: 8"),
         ((plan, "4", 2, None), "1, 2, 2_offload, 3, 3_offload"),
         ((plan, "none.json", 2, None), "no file none.json"),
-        ((plan, "2", 2, tmp_path / "hosts"), "slots=N"),
+        ((plan, "2", 2, tmp_path / "hosts"), "both give the number of processes"),
         ((plan, "2", None, tmp_path / "bad"), "line 2: 'node2'"),
         ((plan, "2", None, tmp_path / "none"), "cannot read"),
         ((plan, "2", None, tmp_path / "near"), "node2 cannot reach"),
@@ -382,7 +382,7 @@ def test_a_machine_that_cannot_run_it_is_told_before_anything_starts(tmp_path, m
 
 def test_who_died_is_named_with_its_signal_or_exit_code():
     assert Death("rank 1", -signal.SIGKILL).words() == "rank 1 failed (SIGKILL)"
-    assert Death("rank 0", 3).words() == "rank 0 died (exit code 3)"
+    assert Death("rank 0", 3).words() == "rank 0 failed (exit code 3)"
 
 
 # As a user starts it
