@@ -66,7 +66,9 @@ def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
     # k layers share one checkpoint: this excludes what works on a single layer.
     k = int(memory.checkpoint)
     if k > len(windows):
-        raise InputError(f"memory.checkpoint: {k} layers per checkpoint, but the model has {len(windows)} layers")
+        raise InputError(
+            f"memory.checkpoint: {k} layers per checkpoint, but the model has {counted(len(windows), 'layer')}"
+        )
     if k > 1 and memory.tiles is not None:
         raise InputError(
             f"memory.checkpoint: {k} with tiles: {memory.tiles}, but tiles need one layer per checkpoint",

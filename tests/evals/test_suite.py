@@ -113,7 +113,7 @@ def test_refusals_at_planning(model_dir: Callable[..., Path], suite: str, given:
     [
         ("mmlu", {}, InputError, "perplexity, longppl, passkey, niah, ruler, longbench, short, retrieval, smoke"),
         ("perplexity", {"cases": 3}, InputError, "cases is not a field of perplexity"),
-        ("perplexity,passkey", {"niah.cases": 3}, InputError, "niah.cases is no field"),
+        ("perplexity,passkey", {"niah.cases": 3}, InputError, "niah.cases is not a field"),
         ("perplexity", {"lengths": []}, SpecError, "lengths"),
         ("perplexity", {"limit": 0}, SpecError, "limit"),
         ("perplexity", {"protocol": "mean"}, SpecError, "longlora"),

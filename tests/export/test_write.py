@@ -169,12 +169,12 @@ def test_an_adapter_is_refused_before_its_base_is_looked_for(tmp_path):
     (run / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError) as refused:
         write.plan_export(str(run), "hf")
-    assert refused.value.hint == f"ctxext merge {run}"
+    assert refused.value.hint == f"merge it first: ctxext merge {run}"
 
 
 @pytest.mark.parametrize("target", ["gguf", "ollama"])
 def test_what_is_not_honoured_is_not_written(hybrid, target, model_dir, tmp_path):
-    with pytest.raises(CheckFailed, match=f"{target} does not honour smollm3 SNSN") as refused:
+    with pytest.raises(CheckFailed, match=f"{target} does not support smollm3 SNSN") as refused:
         exported(hybrid, target, tmp_path / "out")
     assert f"`ctxext convert {model_dir()} --hybrid FFFN` (full" in refused.value.hint
     assert not (tmp_path / "out").exists()

@@ -29,7 +29,7 @@ def test_options_go_to_every_probe_that_has_them_and_before_a_preset():
         (["positions", "positions"], {}, InputError, "named twice"),
         (["positions"], {"samples": 4}, InputError, "samples is not a field of positions"),
         (["layer-niah"], {"samples": 3}, SpecError, "samples"),
-        (["layer-niah"], {"retrieval-heads.draws": 3}, InputError, "no field"),
+        (["layer-niah"], {"retrieval-heads.draws": 3}, InputError, "not a field"),
         (["retrieval-heads"], {"ablate": 0}, SpecError, "ablate"),
     ],
 )

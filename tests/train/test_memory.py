@@ -143,7 +143,7 @@ def test_out_of_memory_is_told_kindly(kind, model_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "forward_backward", planted)
     start_run(plan, tmp_path / "run")
-    with pytest.raises(EnvironmentFault, match=r"out of memory at ctx 64: .*most of it runtime") as caught:
+    with pytest.raises(EnvironmentFault, match=r"out of memory at ctx 64: .*largest parts are runtime") as caught:
         run_finetune(plan, tmp_path / "run")
     assert "--set" in caught.value.hint and "=" in caught.value.hint
 

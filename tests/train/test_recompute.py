@@ -414,7 +414,7 @@ def test_what_would_do_nothing_is_refused(given):
     [
         ({"tiles": 64}, [None] * 4, "tiles need one layer"),
         ({"keep": "attention"}, [None, 16] * 2, "full layers only"),
-        ({}, [None], "there are 1 in all"),
+        ({}, [None], "the model has 1 layer"),
     ],
     ids=str,
 )

@@ -171,7 +171,7 @@ def test_a_run_from_before_sinks_goes_on_without(model_dir, text, tmp_path):
     ("fields", "words"),
     [
         ({"attention": {"train": "dense", "group_size": None, "sinks": 1}}, "attention.sinks: given"),
-        ({"attention": {"sinks": 1}, "memory": {"tiles": 64}}, "tiles do not hold the first tokens"),
+        ({"attention": {"sinks": 1}, "memory": {"tiles": 64}}, "a tile does not hold the first tokens"),
         ({"attention": {"sinks": -1}}, "sinks"),
         ({"attention": {"sinks": 100}}, "sinks"),
     ],
