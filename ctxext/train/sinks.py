@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from ctxext.data.packing import Packed
 from ctxext.model.load import hidden_states, load_tokenizer
 from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
-from ctxext.train.engine import Engine
 from ctxext.train.loss import IGNORED
 from ctxext.train.plan import RunPlan
+
+if TYPE_CHECKING:  # the engine brings PEFT, which convert does not need
+    from ctxext.train.engine import Engine
 
 SINK_SHARE = 0.05  # mean share of attention on the first token; ours. Measured: SmolLM2-135M 0.30, `tiny` 0.0007
 MEASURED_TOKENS = 512  # tokens of the measured row
