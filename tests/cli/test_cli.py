@@ -86,7 +86,7 @@ def refusals(model: Path, weights: Path) -> list[tuple[list[str], str]]:
         (["finetune", str(model), "--ctx", "0"], "ctx"),
         (["finetune", str(model), "--ctx", "3.5q"], "3.5q"),
         (["finetune", str(model)], "--ctx"),
-        (["finetune", "--ctx", "1k"], "name a directory"),
+        (["finetune", "--ctx", "1k"], "give a directory"),
         (["finetune", str(model), "--ctx", "1k", "--preset", "lora-alfa"], "lora-alpha"),
         (["finetune", str(model), "--ctx", "1k", "--set", "lora.rnk=8", "--set", "stepps=3"], "stepps"),
         (["finetune", str(model), "--ctx", "1k", "--set", "lora.rank"], "key=value"),
