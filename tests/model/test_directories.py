@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -323,6 +325,9 @@ BOTH = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 def test_fields_are_read_as_transformers_reads_them(
     fields: Any, said: str | None, write_model: Any, tmp_path: Path
 ) -> None:
+    rope = fields.get("rope_parameters") or {}
+    if None in rope.values() and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("what stock transformers makes of a null RoPE parameter was measured with 5.23")
     kv = {"num_key_value_heads": 4} if "num_key_value_heads" in fields else {}
     model = write_model(tmp_path / "model", **kv)
     config = json.loads((model / "config.json").read_text())
