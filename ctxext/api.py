@@ -184,10 +184,11 @@ def write_conversion(
             attachments["pareto.png"] = pareto_png(chosen)
     sinks = None
     if plan.sinks:
+        from ctxext.data.documents import EMBEDDED
         from ctxext.retrofit.sinks import fit_sinks
 
         progress("measuring the first token", 0, 1)
-        sinks = fit_sinks(plan, say=say, **({} if calibration is None else {"calibration": str(calibration)}))
+        sinks = fit_sinks(plan, say=say, calibration=str(calibration or EMBEDDED))
     say(f"converting {plan.source.name} to {plan.out}")
     return run_conversion(
         plan,

@@ -194,8 +194,9 @@ def plan_conversion(
 
 
 def may_fit_sinks(plan: ConversionPlan) -> bool:
-    """Returns whether sinks are requested and the output's class has them."""
-    return plan.sinks and FAMILIES[plan.config["model_type"]].sinks
+    """Returns whether sinks are requested, the output's class has them, and a layer has a window."""
+    slides = any(kind.sliding_window is not None for kind in plan.kinds)
+    return plan.sinks and slides and FAMILIES[plan.config["model_type"]].sinks
 
 
 def with_kinds(plan: ConversionPlan, kinds: Sequence[LayerKind]) -> ConversionPlan:

@@ -137,7 +137,7 @@ def _in_memory(subject: Subject, spec: Any, progress: CountProgress) -> Finding:
 
 
 def _names(plan: ProbePlan) -> list[str]:
-    """Returns one name for each model; equal names are told apart by their directories, then by a number."""
+    """Returns one name for each model; equal names get their directory in front, then a number."""
     names = [source.name for source in plan.sources]
     if len(set(names)) < len(names):
         names = ["/".join(source.directory.absolute().parts[-2:]) for source in plan.sources]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from ctxext.data.files import distinct, recorded
+from ctxext.extras import can_draw
 from ctxext.model.load import LoadedModel
 from ctxext.model.merge import Adjustment
 from ctxext.retrofit import dial, scale
@@ -69,7 +69,7 @@ def adjust(
             scale.fold(merged, layers, c)
 
     def draw(directory: Path) -> None:
-        if turned is not None and find_spec("matplotlib") is not None:
+        if turned is not None and can_draw(notice, PICTURE):
             dial.draw(turned, directory / PICTURE)
 
     return Adjustment(facts, tuple(rows), fold, draw)

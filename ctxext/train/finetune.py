@@ -100,8 +100,8 @@ def run_finetune(
     began = time.monotonic()
     # Only rank 0 logs and writes telemetry.
     talks = zero is None or os.environ["RANK"] == "0"
-    told = with_writers(events or Events(), plan, run) if talks else nullcontext(Events())
-    with disk_faults(run, hint=resume_hint(run)), told as events:
+    writers = with_writers(events or Events(), plan, run) if talks else nullcontext(Events())
+    with disk_faults(run, hint=resume_hint(run)), writers as events:
         engine, sequences, progress, sink_tokens = _train_stages(plan, run, resume, events, zero)
         count = None
         # An interrupted run has no bundle yet: it is resumed.

@@ -285,6 +285,7 @@ def test_they_are_fitted_on_text_that_is_given(model_dir, tmp_path, hangs):
         ({}, "needs at least 16"),
         ({"model_class": "smollm3"}, "needs --full-layers auto"),
         ({"sinks": "none"}, "needs --full-layers auto"),
+        ({"layout": "F", "sliding_window": None}, "needs --full-layers auto"),
     ],
     ids=str,
 )
