@@ -46,17 +46,20 @@ def _versions() -> list[Finding]:
     good = []
     for text in importlib.metadata.requires("ctxext") or []:
         wanted = Requirement(text)
-        # Skip requirements of other platforms and of optional extras.
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        optional = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
+        # Of the extras only `all` is read: the others repeat its packages or are for developers.
+        if optional and not wanted.marker.evaluate({"extra": "all"}):
             continue
         remedy = f"pip install '{wanted.name}{wanted.specifier}'"
         try:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(wanted.name, "failure", "not installed", remedy))
+            if not optional:
+                found.append(Finding(wanted.name, "failure", "not installed", remedy))
             continue
         if not wanted.specifier.contains(version, prereleases=True):
-            found.append(Finding(wanted.name, "failure", f"{version}, outside {wanted.specifier}", remedy))
+            status = "warning" if optional else "failure"
+            found.append(Finding(wanted.name, status, f"{version}, outside {wanted.specifier}", remedy))
         good.append(f"{wanted.name} {version}" if wanted.specifier else wanted.name)
     return [*found, Finding("packages", "ok", f"installed: {', '.join(good)}")]
 

@@ -66,7 +66,7 @@ def test_packages_that_are_missing_or_out_of_range_are_named(monkeypatch):
     real = importlib.metadata.version
 
     def version(name):
-        if name == "wonderwords":
+        if name == "psutil":
             raise importlib.metadata.PackageNotFoundError(name)
         return "4.57.0" if name == "transformers" else real(name)
 
@@ -74,7 +74,21 @@ def test_packages_that_are_missing_or_out_of_range_are_named(monkeypatch):
     found = by_name(env._versions())
     assert found["transformers"].status == "failure" and "<6,>=5.17" in found["transformers"].found
     assert found["transformers"].remedy == "pip install 'transformers<6,>=5.17'"
-    assert found["wonderwords"].found == "not installed" and found["wonderwords"].status == "failure"
+    assert found["psutil"].found == "not installed" and found["psutil"].status == "failure"
+
+
+def test_an_optional_package_is_a_warning_where_it_is_too_old_and_nothing_where_it_is_missing(monkeypatch):
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "gguf":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "0.1.0" if name == "scikit-learn" else real(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = by_name(env._versions())
+    assert found["scikit-learn"].status == "warning" and "0.1.0, outside >=" in found["scikit-learn"].found
+    assert "gguf" not in found and "gguf" not in found["packages"].found
 
 
 def test_a_missing_compiler_little_memory_and_little_disk_are_warnings(monkeypatch):
