@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
-from ctxext.errors import InputError
+from ctxext.errors import EnvironmentFault, InputError
 from ctxext.extras import can_draw, require
 from ctxext.progress import Progress, ignore
 from ctxext.units import parse_tokens
@@ -225,32 +225,53 @@ def finetune(
     unfinished run at `out`. If a model is given, model and settings must be those that the run started with. Without a
     model, changed settings need `force`, and so does changed data. The report's `finished` is False for a run that was
     stopped.
+
+    Under torchrun, srun and the like, every process makes the same call. The ranks other than 0 take the run from rank
+    0 (train/ranks.py).
     """
     from ctxext.train.launch import launched
-    from ctxext.train.run import asked_fields, plan_asked, plan_resumed, started_as
+    from ctxext.train.ranks import follow, leading, started_rank
+    from ctxext.train.run import asked_fields
 
+    started = started_rank()
+    if started is not None and started.rank > 0:
+        report = follow(started)
+        if isinstance(report, int):
+            raise EnvironmentFault("rank 0 has no run for the other ranks", hint="the error of rank 0 says why")
+        return report
     given = asked_fields(ctx, data, steps, original_length) | dict(settings or {})
-    if resume:
-        if out is None:
-            raise InputError("resume needs a run", hint="give its directory as out")
-        if model is None and preset != "lora-alpha":
+    with leading(started):
+        plan, run = _planned_run(model, preset, given, _path(out), resume, force, say)
+        plan, launch = launched(plan, zero, nproc, _path(hostfile), resume=resume)
+        return carry_out(plan, run, resume=resume, force=force, launch=launch, say=say, on_step=on_step)
+
+
+def _planned_run(
+    model: Where | None, preset: str, given: dict[str, Any], out: Path | None, resume: bool, force: bool, say: Say
+) -> tuple[RunPlan, Path]:
+    """The plan of a run, new or resumed, and its directory."""
+    from ctxext.train.run import plan_asked, plan_resumed, started_as
+
+    if not resume:
+        plan = plan_asked(None if model is None else str(model), preset, given, needs_weights=True, say=say)
+        return plan, out or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}")
+    if out is None:
+        raise InputError("resume needs a run", hint="give its directory as out")
+    if model is None:
+        if preset != "lora-alpha":
             raise InputError(
                 f"resume: preset {preset!r} needs a model", hint="leave preset out: the run has its own spec"
             )
-        run = Path(out)
-        # With a model, compare its plan with the spec of the run. Without one, the given settings are changes.
-        asked = None if model is None else plan_asked(str(model), preset, given, needs_weights=True)
-        if asked is not None and not started_as(run, asked, any_data=force):
-            raise InputError(
-                f"{run} was started with another model, data or settings",
-                hint="give the same model, data and settings, or another out; force without resume starts it again",
-            )
-        plan = plan_resumed(run, {} if model is not None else given, accept=force, say=say)
-    else:
-        plan = plan_asked(None if model is None else str(model), preset, given, needs_weights=True, say=say)
-        run = _path(out) or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}")
-    plan, launch = launched(plan, zero, nproc, _path(hostfile), resume=resume)
-    return carry_out(plan, run, resume=resume, force=force, launch=launch, say=say, on_step=on_step)
+        # The given settings are changes of the run's spec.
+        return plan_resumed(out, given, accept=force, say=say), out
+    # Compare the plan of this model with the spec of the run.
+    asked = plan_asked(str(model), preset, given, needs_weights=True)
+    if not started_as(out, asked, any_data=force):
+        raise InputError(
+            f"{out} was started with another model, data or settings",
+            hint="give the same model, data and settings, or another out; force without resume starts it again",
+        )
+    return plan_resumed(out, {}, accept=force, say=say), out
 
 
 def carry_out(
@@ -287,17 +308,22 @@ def carry_out(
 
 def _train(plan: RunPlan, run: Path, resume: bool, launch: Launch | None, say: Say, on_step: OnStep) -> FinetuneReport:
     from ctxext.train.launch import launch_run
+    from ctxext.train.ranks import share_run, started_rank
 
+    started = started_rank() if launch else None
     # The launch comes before the imports below, so that this process holds no torch while the launched processes train.
-    fields = launch_run(run, launch, say, on_step) if launch else None
+    fields = launch_run(run, launch, say, on_step) if launch and started is None else None
     from ctxext.train.finetune import FinetuneReport, run_finetune
     from ctxext.train.loop import Events
 
-    return (
-        FinetuneReport(**fields)
-        if fields is not None
-        else run_finetune(plan, run, resume=resume, events=Events(say, on_step))
-    )
+    if fields is not None:
+        return FinetuneReport(**fields)
+    events = Events(say, on_step)
+    if launch is None or started is None:
+        return run_finetune(plan, run, resume=resume, events=events)
+    # This process is rank 0 of ranks that another program started.
+    share_run(started, run, launch)
+    return run_finetune(plan, run, resume=resume, events=events, zero=launch.zero)
 
 
 def evaluate(

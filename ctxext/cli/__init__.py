@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -24,7 +25,7 @@ def main() -> None:
     except CtxextError as error:
         if console.debug:
             traceback.print_exc()
-        console.fail(error)
+        console.fail(error, rank=os.environ.get("RANK"))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.say("interrupted")

@@ -25,6 +25,10 @@ from ctxext.cli import (
     run,
     verify,
 )
+from ctxext.errors import InputError
+from ctxext.train.ranks import started_rank
+
+RUNS_ON_RANKS = ("finetune", "doctor")  # doctor looks at the host of each process
 
 app = typer.Typer(
     help="Extend the context of a pretrained causal LM: convert its layers, train it on longer text, check the result.",
@@ -43,6 +47,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with an error")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only errors on stderr")] = False,
     version: Annotated[
@@ -50,6 +55,18 @@ def options(
     ] = False,
 ) -> None:
     console.debug, console.quiet = debug, quiet
+    _check_ranks(context.invoked_subcommand)
+
+
+def _check_ranks(command: str | None) -> None:
+    """Refuses a command that torchrun or the like started several times: all but finetune would do the same work."""
+    started = started_rank()
+    if started is None or command in RUNS_ON_RANKS:
+        return
+    raise InputError(
+        f"{started.starter} has started {started.world} processes, and ctxext {command} uses one",
+        hint=f"start ctxext {command} without {started.starter}",
+    )
 
 
 for name, command, examples in (

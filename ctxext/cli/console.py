@@ -28,9 +28,10 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def fail(error: CtxextError) -> None:
-    """Prints an error and its hint to stderr, also under --quiet."""
-    print(f"error: {error.message}", file=sys.stderr)
+def fail(error: CtxextError, *, rank: str | None = None) -> None:
+    """Prints an error and its hint to stderr, also under --quiet. `rank`: of a process that is one of several."""
+    where = f"rank {rank}: " if rank not in (None, "0") else ""
+    print(f"{where}error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"\nhint: {error.hint}", file=sys.stderr)
 
@@ -124,7 +125,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

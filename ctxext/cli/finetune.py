@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ctxext.train.metrics import StepMetrics
     from ctxext.train.parallel import Launch
     from ctxext.train.plan import RunPlan
+    from ctxext.train.ranks import StartedRank
 
 DEFAULT_PRESET = "lora-alpha"
 ModelArgument = Annotated[
@@ -99,8 +100,13 @@ def finetune(
     """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, RoPE scaled where needed."""
     from ctxext.config.loader import assignments
     from ctxext.train.launch import launched
+    from ctxext.train.ranks import leading, started_rank
     from ctxext.train.run import asked_fields, plan_asked
 
+    started = started_rank()
+    if started is not None and started.rank > 0:
+        _follow(started, has_run=not plan)
+        return
     given = asked_fields(ctx, data, steps, original_length) | assignments(set_ or [], example="lora.rank=16")
     # A resumed or repeated run has its model and spec in its directory. `given` may change fields of that spec.
     if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
@@ -114,14 +120,31 @@ def finetune(
         refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
         search(plan_asked(model, preset, _briefly(given), needs_weights=True, say=console.say), out, force, as_json)
         return
-    # A plan alone needs no weights. The launch is decided next, since it changes the memory and the time per process.
-    run, decided = _decided(model, preset, given, out, resume, repeat, force, needs_weights=not plan)
-    decided, launch = launched(decided, zero, nproc, hostfile, resume=resume, repeats=repeat)
-    if plan:
-        _show_plan(decided, launch, as_json)
+    # Ranks that another program started wait for rank 0 to have a run.
+    with leading(None if plan else started):
+        # A plan alone needs no weights. The launch is decided next: it changes the memory and the time per process.
+        run, decided = _decided(model, preset, given, out, resume, repeat, force, needs_weights=not plan)
+        decided, launch = launched(decided, zero, nproc, hostfile, resume=resume, repeats=repeat)
+        if plan:
+            _show_plan(decided, launch, as_json)
+            return
+        console.pairs([*_rows(decided, launch), ("predicted", _predicted(decided, launch)[0])], to_stderr=True)
+        _run(decided, run, resume, force, as_json, launch, repeat)
+
+
+def _follow(started: StartedRank, *, has_run: bool) -> None:
+    """Trains as a rank other than 0, which prints nothing. Exits as rank 0, if that rank has no run."""
+    from ctxext.train.ranks import follow, leave
+
+    if not has_run:
         return
-    console.pairs([*_rows(decided, launch), ("predicted", _predicted(decided, launch)[0])], to_stderr=True)
-    _run(decided, run, resume, force, as_json, launch, repeat)
+    console.quiet_libraries()
+    report = follow(started)
+    if isinstance(report, int):
+        raise typer.Exit(report)
+    leave()
+    if not report.finished:
+        raise typer.Exit(130)
 
 
 def _decided(
@@ -188,14 +211,18 @@ def _run(
     plan: RunPlan, run: Path, resume: bool, force: bool, as_json: bool, launch: Launch | None, repeat: Path | None
 ) -> None:
     from ctxext import api
+    from ctxext.train.ranks import leave, started_rank
 
     # With a launch, the started processes load the model and train; this one only reports.
-    if launch is None:
+    started = started_rank() if launch else None
+    if launch is None or started is not None:
         console.quiet_libraries()
     with training_progress(plan) as on_step:
         report = api.carry_out(
             plan, run, resume=resume, force=force, launch=launch, repeats=repeat, say=console.say, on_step=on_step
         )
+    if started is not None:
+        leave()
     if as_json:
         console.emit(report.as_dict())
     elif report.finished:

@@ -1,5 +1,7 @@
 """Starts, watches and stops one run on many processes, and reports its result. No torch in the launching process.
 
+Not used where another program has started the processes: see train/ranks.py.
+
 Each process gets its rank from torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and
 everything else from the run's directory, which all hosts see under the same path. torchrun's own agent is not used: it
 kills 30 seconds after a signal, before a long step can finish and be saved, and it does not report to its parent which
@@ -41,10 +43,10 @@ from ctxext.errors import CheckFailed, CtxextError, DataError, EnvironmentFault,
 from ctxext.machine.cgroups import cores
 from ctxext.train.parallel import Launch, plan_launch
 from ctxext.train.plan import RunPlan, divided
+from ctxext.train.ranks import PORT, started_rank
 
 LAUNCH, LOGS = "launch.json", "logs"
 EVENTS, REPORT, DIED, STOP = "events.jsonl", "report.json", "died.json", "stop"  # file names in LOGS
-PORT = 29500  # of the first host of several; MASTER_PORT overrides it
 GRACE, KILL_AFTER, TICK = 5.0, 3.0, 0.1  # seconds: other processes may end by themselves; wait after SIGTERM; polling
 # Prefixes of the variables that go to hosts reached by ssh. Tokens do not, since `ps` would show them, and neither does
 # the choice of GPUs.
@@ -96,9 +98,10 @@ def launched(
     """Decides how many processes run a plan, and returns the plan with the memory of one process.
 
     `repeats`: an earlier run whose processes are used again. The Launch is None for one process without DeepSpeed.
+    Where another program has started the processes (train/ranks.py), these are the processes of the run.
     """
     before = Launch.read(repeats / LAUNCH) if repeats and (repeats / LAUNCH).is_file() else None
-    launch = plan_launch(plan, zero, nproc, hostfile, resume=resume, repeats=before)
+    launch = plan_launch(plan, zero, nproc, hostfile, resume=resume, repeats=before, started=started_rank())
     return (divided(plan, launch.partition) if launch else plan), launch
 
 

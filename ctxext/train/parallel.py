@@ -21,6 +21,7 @@ from ctxext.errors import InputError, SpecError
 from ctxext.machine.gpu import visible_gpus
 from ctxext.ops.cost import Partition
 from ctxext.train.plan import RunPlan
+from ctxext.train.ranks import StartedRank
 from ctxext.units import counted
 
 FOLDER, DEFAULT = "deepspeed_configs", "2"
@@ -131,12 +132,18 @@ def plan_launch(
     *,
     resume: bool = False,
     repeats: Launch | None = None,
+    started: StartedRank | None = None,
 ) -> Launch | None:
     """Returns the Launch that the three options request; None for the default, one process without DeepSpeed.
 
     Without any of the options, `repeats` (the Launch of the run that is repeated) is used again, if there is one.
-    Raises InputError for options that contradict each other or that this plan cannot run with.
+    `started`: the processes exist already, and the options must fit them. Raises InputError for options that contradict
+    each other or that this plan cannot run with.
     """
+    if started is not None:
+        launch = _launch_of(started, zero, nproc, hostfile, resume, repeats)
+        _check(plan, launch, own_gpu=started.has_own_gpu(visible_gpus()))
+        return launch
     if hostfile is not None and nproc is not None:
         raise InputError("--nproc and --hostfile both give the number of processes", hint="leave --nproc out")
     if hostfile is None and zero is None and nproc is None and repeats is not None:
@@ -153,12 +160,38 @@ def plan_launch(
     return launch
 
 
-def _check(plan: RunPlan, launch: Launch) -> None:
-    """Raises InputError for everything that this plan cannot do on several processes."""
+def _launch_of(
+    started: StartedRank,
+    zero: str | None,
+    nproc: int | None,
+    hostfile: Path | None,
+    resume: bool,
+    repeats: Launch | None,
+) -> Launch:
+    """The Launch of processes that another program has started."""
+    if hostfile is not None or nproc not in (None, started.world):
+        option = "--hostfile" if hostfile is not None else f"--nproc {nproc}"
+        raise InputError(
+            f"{option}: {started.starter} has started {started.world} processes already",
+            hint=f"leave {option} out, or start ctxext without {started.starter}",
+        )
+    nodes = -(-started.world // started.local_world)
+    here = Host(socket.gethostname(), started.local_world)
+    # The names of the other hosts are not known and not needed.
+    hosts = (here, *(Host(f"node{node}", started.local_world) for node in range(1, nodes)))
+    known = repeats.zero if repeats is not None and zero is None else read_zero(zero or DEFAULT)
+    return Launch(known, hosts, resume)
+
+
+def _check(plan: RunPlan, launch: Launch, *, own_gpu: bool = False) -> None:
+    """Raises InputError for everything that this plan cannot do on several processes.
+
+    `own_gpu`: each process sees its own GPU alone.
+    """
     world, spec = launch.world, plan.spec
     here = launch.hosts[0].slots
     gpus = visible_gpus()
-    if launch.hosts[0].local and 0 < gpus < here:
+    if launch.hosts[0].local and 0 < gpus < here and not own_gpu:
         raise InputError(f"{here} processes on a machine with {counted(gpus, 'GPU')}: each process needs its own GPU")
     if len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
         # The first host is the rendezvous address, which every host has to be able to resolve.

@@ -11,63 +11,50 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ctxext.config.output import environment_fault, write_whole
 from ctxext.errors import CtxextError, EnvironmentFault, InputError, SpecError
-from ctxext.train.launch import (
-    DIED,
-    EVENTS,
-    LAUNCH,
-    LOGS,
-    PORT,
-    REPORT,
-    STOP,
-    TICK,
-    kill,
-    port_in_use,
-    start_ranks,
-    watch,
-)
+from ctxext.train.launch import DIED, EVENTS, LAUNCH, LOGS, REPORT, STOP, TICK, kill, port_in_use, start_ranks, watch
 from ctxext.train.parallel import Launch
+from ctxext.train.ranks import PORT, leave
+
+if TYPE_CHECKING:
+    from ctxext.train.finetune import FinetuneReport
+    from ctxext.train.loop import Events
 
 
 def run_rank(run: Path) -> None:
     """Trains as the rank that the environment names. Rank 0 writes its events and its report to the run's directory."""
-    import torch
-
-    if not torch.cuda.is_available():  # before the import of DeepSpeed, which would choose by itself
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from ctxext.train.finetune import run_finetune
     from ctxext.train.loop import Events
-    from ctxext.train.plan import divided
-    from ctxext.train.run import plan_resumed
 
-    launch, logs = Launch.read(run / LAUNCH), run / LOGS
+    logs = run / LOGS
     # Only rank 0 reports events and watches for a stop; the loop passes its decision to the other ranks.
     events = Events()
     if os.environ["RANK"] == "0":
         tell = _event_writer(logs / EVENTS)
         events = Events(lambda line: tell(say=line), lambda metrics: tell(step=metrics.as_dict()))
         threading.Thread(target=_poll_stop, args=(logs / STOP, os.getppid()), daemon=True).start()
-    # The plan comes from run/spec.yaml, with the memory of one rank.
-    plan = divided(plan_resumed(run), launch.partition)
-    report = run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)
+    report = train_rank(run, events)
     if os.environ["RANK"] == "0":
         write_whole(logs / REPORT, json.dumps(report.as_dict()))
     leave()
 
 
-def leave() -> None:
-    """Ends the communication of all ranks together.
+def train_rank(run: Path, events: Events | None = None) -> FinetuneReport:
+    """Trains the run of a directory, which holds spec.yaml and launch.json, as one rank of it."""
+    import torch
 
-    Threads of gloo that still run when a process ends sometimes abort it.
-    """
-    from torch import distributed
+    if not torch.cuda.is_available():  # before the import of DeepSpeed, which would choose by itself
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from ctxext.train.finetune import run_finetune
+    from ctxext.train.plan import divided
+    from ctxext.train.run import plan_resumed
 
-    if distributed.is_initialized():
-        distributed.barrier()
-        distributed.destroy_process_group()
+    launch = Launch.read(run / LAUNCH)
+    # The plan comes from run/spec.yaml, with the memory of one rank.
+    plan = divided(plan_resumed(run), launch.partition)
+    return run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)
 
 
 def run_host(run: Path, node: int) -> int:

@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -31,12 +30,10 @@ from ctxext.train.engine import LossModel
 from ctxext.train.optimizer import MASTER, RelativeClip, by_parameter, parameter_groups
 from ctxext.train.parallel import BUCKET
 from ctxext.train.plan import RunPlan
+from ctxext.train.ranks import COLLECTIVE_TIMEOUT
 from ctxext.train.spec import Objective
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-COLLECTIVE_TIMEOUT = timedelta(
-    hours=12
-)  # timeout of a collective: rank 0 may be tokenising; a dead rank ends the run at once
 
 
 def join(zero: Mapping[str, Any], plan: RunPlan, dtype: torch.dtype) -> Ranks:

@@ -34,9 +34,9 @@ from ctxext.train.launch import Death, check_environment
 from ctxext.train.loop import Events
 from ctxext.train.parallel import Host, Launch, plan_launch, read_hostfile, read_zero, zero_names
 from ctxext.train.plan import plan_run
+from ctxext.train.ranks import leave
 from ctxext.train.run import plan_resumed, start_run
 from ctxext.train.spec import FinetuneSpec
-from ctxext.train.worker import leave
 
 RATE = 1e-3
 PARTITION_ALL = {"stage3_param_persistence_threshold": 0}  # weights this small would be kept whole otherwise
