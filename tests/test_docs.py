@@ -98,8 +98,9 @@ def shell(page: Path) -> list[Line]:
 
 
 def commands(page: Path) -> list[Line]:
-    """The calls of `ctxext` and `make` among them."""
-    parts = [Line(line.where, part.strip()) for line in shell(page) for part in line.text.split(" | ")]
+    """The calls of `ctxext` and `make` among them. What starts ctxext several times is left out."""
+    starter = re.compile(r"(torchrun|accelerate launch|deepspeed|srun) .*?(?=ctxext )")
+    parts = [Line(line.where, starter.sub("", part.strip())) for line in shell(page) for part in line.text.split(" | ")]
     return [line for line in parts if re.match(r"(ctxext|make) ", line.text)]
 
 
