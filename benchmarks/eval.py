@@ -108,7 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         source, hybrid = Path(scratch) / "source", Path(scratch) / "swa128-nope"
         torch.manual_seed(0)
-        vocabulary = resolve("tiny").config["vocab_size"]
+        vocabulary = resolve("tiny").config.shape.vocab_size
         config = LlamaConfig(**SHAPE, vocab_size=vocabulary, max_position_embeddings=max(lengths) + 64)
         LlamaForCausalLM(config).save_pretrained(source)
         copy_companions(resolve("tiny").directory, source)

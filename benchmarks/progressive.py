@@ -82,7 +82,7 @@ def register(stage: Stage) -> None:
 def student_of(plan: RunPlan, layout: dict[str, Any] | None = None) -> Any:
     """The model that a run would train, in the layout of another config if that is given."""
     torch.manual_seed(plan.spec.seed)
-    model = build_model(plan.source.directory, plan.config | (layout or {}), torch.float32)
+    model = build_model(plan.source.directory, plan.config.with_fields(**(layout or {})), torch.float32)
     return attach(model, plan.trainables, plan.spec.lora.rank, plan.source.name)
 
 

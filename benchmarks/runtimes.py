@@ -35,7 +35,6 @@ from ctxext import convert
 from ctxext.cli import console
 from ctxext.export.matrix import verdict
 from ctxext.model.companions import copy_companions
-from ctxext.model.families import Config, family_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import resolve
 
@@ -54,7 +53,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 FROM = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 BANDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 STRETCH = {"short_factor": [1.0] * 16, "long_factor": [1 + i / 4 for i in range(16)]}
-SCALINGS: dict[str, Config] = {
+SCALINGS: dict[str, dict[str, Any]] = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     "yarn": {"rope_type": "yarn", **FROM},
     "yarn with an attention_factor": {"rope_type": "yarn", **FROM, "attention_factor": 1.4},
@@ -182,7 +181,7 @@ def measure(target: str, worker: str, python: Path, more: dict[str, Any]) -> tup
             model, plain = make(Path(place), case)
             source = resolve(str(model))
             config, judged = source.config, verdict(target, source.config)
-            backend = {"impl": "transformers"} if config["model_type"] == "mellum" and target == "vllm" else {}
+            backend = {"impl": "transformers"} if config.family.name == "mellum" and target == "vllm" else {}
             answer = ask(worker, python, model, more | backend)
             if isinstance(answer, str):
                 agrees, shown = False, [answer, ""]
@@ -192,8 +191,8 @@ def measure(target: str, worker: str, python: Path, more: dict[str, Any]) -> tup
                 agrees, shown = off <= AGREES, [f"{off:.1e}", f"{lost:.1f}" if lost else ""]
         known = "yes" if judged.honoured else "no"
         outcome = "agrees" if agrees else "differs" if not shown[0].startswith("stops") else "stops"
-        layout = pattern_text(family_of(config).kinds(config))
-        row = [case.name, config["model_type"], layout, case.scaling or "", known, outcome, *shown]
+        layout = pattern_text(config.kinds)
+        row = [case.name, config.family.name, layout, case.scaling or "", known, outcome, *shown]
         console.say(" | ".join(row))
         rows.append(row)
     return rows, version

@@ -26,7 +26,6 @@ from ctxext.data.prompts import TAIL, continued_ids, prompt_ids
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
 from ctxext.machine.memory import is_out_of_memory
 from ctxext.model.convert import DTYPES
-from ctxext.model.families import rope_of
 from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.progress import Progress, ignore
@@ -391,9 +390,9 @@ class Conversation:
         slow.
         """
         source, end = self.plan.source, kept + len(unread)
-        check_ids(unread, source.config["vocab_size"], source.name)
-        longest, limit = end + self.plan.max_new_tokens, source.config["max_position_embeddings"]
-        if rope_of(source.config).get("rope_type") == "dynamic" and longest > limit and not self.slow:
+        check_ids(unread, source.config.shape.vocab_size, source.name)
+        longest, limit = end + self.plan.max_new_tokens, source.config.max_position_embeddings
+        if source.config.rope.get("rope_type") == "dynamic" and longest > limit and not self.slow:
             self.slow = True
             warn(
                 f"warning: RoPE is dynamic: beyond {format_tokens(limit)} tokens each new token reads the "

@@ -48,6 +48,7 @@ LIGHT_FILES = {
     "model/gguf_header.py",
     "model/layout.py",
     "model/families.py",
+    "model/model_config.py",
     "model/hybrids.py",
     "model/frequencies.py",
     "model/positions.py",

@@ -17,7 +17,7 @@ def tiny():
 def test_it_is_a_small_ordinary_llama_that_says_where_it_came_from(tiny):
     directory = tiny.directory
     assert sum(path.stat().st_size for path in directory.iterdir()) < 12 * 1024**2
-    assert (tiny.config["model_type"], tiny.original_length, tiny.usable_length) == ("llama", 512, 512)
+    assert (tiny.config.family.name, tiny.original_length, tiny.usable_length) == ("llama", 512, 512)
     corpus = manifests.read(directory).facts["corpus"]
     assert corpus["sha256"] and len(corpus["files"]) == corpus["file_count"] > 100
     assert not [path for path in directory.iterdir() if path.suffix not in (".json", ".safetensors", ".md")]

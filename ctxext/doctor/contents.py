@@ -13,7 +13,8 @@ from typing import Any
 
 from ctxext.doctor.finding import Finding
 from ctxext.errors import ModelError
-from ctxext.model.families import Config, rope_of
+from ctxext.model.config_fields import Fields
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.source import original_length, read_config, read_object
 from ctxext.model.weights import model_name, read_tensors
 from ctxext.units import counted, format_bytes, format_tokens
@@ -23,7 +24,7 @@ FLOAT16_MAX = 65504.0
 WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes of the dtypes of model/weights.py; no other one is read
 
 
-def finite_values(path: Path, config: Config) -> str:
+def finite_values(path: Path, config: ModelConfig) -> str:
     """Returns what was read of the weights, as text.
 
     Raises ModelError for NaN and infinity in them, and for a value that becomes infinity when loaded as float16.
@@ -50,7 +51,7 @@ def finite_values(path: Path, config: Config) -> str:
         if value > largest:
             largest, where = value, name
     # The stored values are finite. Loading in the dtype of config.json may still overflow.
-    dtype = config.get("dtype") or config.get("torch_dtype")
+    dtype = config.dtype
     if dtype == "float16" and largest > FLOAT16_MAX:
         raise ModelError(
             f"{where} has {largest:.3g}, which is infinity in float16, the dtype in config.json",
@@ -62,19 +63,19 @@ def finite_values(path: Path, config: Config) -> str:
     return f"{counted(len(chosen), 'tensor')} read, all finite, largest {largest:.3g}{rest}"
 
 
-def opens_as_config(path: Path, config: Config) -> str:
+def opens_as_config(path: Path, config: ModelConfig) -> str:
     """Returns the class that transformers builds from config.json. Raises ModelError where it cannot build one."""
     from transformers import CONFIG_MAPPING
 
     try:
-        made = CONFIG_MAPPING[config["model_type"]].from_dict(read_config(path))
+        made = CONFIG_MAPPING[config.family.name].from_dict(read_config(path))
     except Exception as error:  # transformers raises errors of any kind for foreign configs
         text = str(error).strip().splitlines()[-1][:200].strip() if str(error).strip() else ""
         raise ModelError(f"transformers cannot read config.json: {type(error).__name__}: {text}") from error
     return f"reads config.json as {type(made).__name__}"
 
 
-def two_thetas(raw: Config) -> list[Finding]:
+def two_thetas(raw: Fields) -> list[Finding]:
     """Returns a warning where rope_theta is given twice with different values, or not at all.
 
     Only `rope_parameters`, the format of transformers 5, with one RoPE for all layers is checked.
@@ -94,10 +95,10 @@ def two_thetas(raw: Config) -> list[Finding]:
     return []
 
 
-def short_claim(config: Config) -> list[Finding]:
+def short_claim(config: ModelConfig) -> list[Finding]:
     """Returns a warning where max_position_embeddings is less than the length that RoPE is scaled from."""
-    original, claimed = original_length(config), config["max_position_embeddings"]
-    if original is None or claimed >= original or rope_of(config).get("rope_type", "default") == "default":
+    original, claimed = original_length(config), config.max_position_embeddings
+    if original is None or claimed >= original or config.rope.get("rope_type", "default") == "default":
         return []
     text = f"max_position_embeddings is {format_tokens(claimed)}, and RoPE is scaled from {format_tokens(original)}"
     return [Finding("length", "warning", text, "correct max_position_embeddings or original_max_position_embeddings")]
@@ -123,14 +124,14 @@ def chat_template(path: Path) -> list[Finding]:
     return [Finding("chat template", "ok", f"compiles; one message becomes {len(text):,} characters")]
 
 
-def stop_tokens(path: Path, config: Config) -> list[Finding]:
+def stop_tokens(path: Path, config: ModelConfig) -> list[Finding]:
     """Returns a warning where generation does not stop at the tokenizer's end-of-text token."""
     from ctxext.model.load import load_tokenizer
 
     # eos_token_id of generation_config.json takes precedence over that of config.json. It is one id or a list.
     defaults = path / "generation_config.json"
     stated = read_object(defaults).get("eos_token_id") if defaults.is_file() else None
-    stops = config.get("eos_token_id") if stated is None else stated
+    stops = config.fields.get("eos_token_id") if stated is None else stated
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
     end = load_tokenizer(path).eos_token_id
     if end is None or not stops or end in stops:

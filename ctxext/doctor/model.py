@@ -22,8 +22,9 @@ from ctxext.errors import InputError, ModelError
 from ctxext.export.card import first_model
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, in_adapted, plan_trainables
-from ctxext.model.families import Config, expected_tensors, normalise, rope_of
+from ctxext.model.config_fields import Fields
 from ctxext.model.gguf import dequantised, stored_as
+from ctxext.model.model_config import ModelConfig, parse_config
 from ctxext.model.source import manifest_of, original_length, read_config, read_object, usable_length
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
 from ctxext.units import counted, format_tokens
@@ -42,7 +43,7 @@ def model(name: str) -> list[Finding]:
     manifest = None if found[0].status == "failure" else manifest_of(path)
     if found[1].status == "failure":
         return [*found, Finding("weights", "warning", "not checked: the expected weights are unknown", COPY_HINT)]
-    config = normalise(read_config(path))
+    config = parse_config(read_config(path))
     adapter = (path / "adapter_config.json").is_file()
     # The weight files. An adapter must hold the trained tensors, any other model the tensors that config.json implies.
     found += guarded("adapter" if adapter else "weights", lambda: (
@@ -68,7 +69,7 @@ def model(name: str) -> list[Finding]:
     return [*found, *guarded("exports", lambda: _exports(path, config))]
 
 
-def _exports(path: Path, config: Config) -> list[Finding]:
+def _exports(path: Path, config: ModelConfig) -> list[Finding]:
     try:
         oldest = first_model(path)
     except ModelError:
@@ -102,11 +103,11 @@ def _manifest(path: Path) -> str:
 def _config(path: Path) -> str:
     if (path / "spec.yaml").is_file() and not (path / "config.json").is_file():
         raise ModelError("an unfinished run: there is no model yet", hint=f"ctxext finetune --resume --out {path}")
-    config = normalise(read_config(path))
-    return f"{config['model_type']}, {config['num_hidden_layers']} layers, {len(expected_tensors(config))} tensors"
+    config = parse_config(read_config(path))
+    return f"{config.family.name}, {config.shape.num_layers} layers, {len(config.tensors)} tensors"
 
 
-def _weights(path: Path, config: Config) -> list[Finding]:
+def _weights(path: Path, config: ModelConfig) -> list[Finding]:
     """Compares the files with the index, the tensors with the config, and the head with the embeddings."""
     found = [judged("files", lambda: f"{len({info.file for info in read_tensors(path).values()})} whole", COPY_HINT)]
     if found[0].status == "failure":
@@ -121,8 +122,8 @@ def _weights(path: Path, config: Config) -> list[Finding]:
             )
         )
     # A tied model needs no stored head. An untied model without one gets only this failure, not also a missing tensor.
-    expected = expected_tensors(config)
-    tied, stored = bool(config["tie_word_embeddings"]), HEAD in tensors
+    expected = config.tensors
+    tied, stored = config.shape.tied, HEAD in tensors
     if not tied and not stored:
         text = f"config.json says that the head is not tied, and {HEAD} is missing"
         found.append(Finding("tied embeddings", "failure", text, "set tie_word_embeddings to true in config.json"))
@@ -160,7 +161,7 @@ def _head(path: Path, tied: bool) -> Finding:
     )
 
 
-def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Finding]:
+def _adapter(path: Path, manifest: Manifest | None, config: ModelConfig) -> list[Finding]:
     """Checks that the adapter file holds all tensors that were trained, and that its base is unchanged.
 
     The run's spec and adapter_config.json say which tensors were trained.
@@ -179,7 +180,7 @@ def _adapter(path: Path, manifest: Manifest | None, config: Config) -> list[Find
             direct = plan.direct
         # The names under which PEFT stores them.
         wanted = {f"base_model.model.{name}.weight" for name in whole} | {in_adapted(name, targets) for name in direct}
-        for name in (name.removesuffix(".weight") for name in expected_tensors(config)):
+        for name in (name.removesuffix(".weight") for name in config.tensors):
             if name.rpartition(".")[2] in targets and not name.endswith(".bias"):
                 kind = "lora_embedding_{}" if name.endswith("embed_tokens") else "lora_{}.weight"
                 wanted |= {f"base_model.model.{name}.{kind.format(part)}" for part in "AB"}
@@ -235,7 +236,7 @@ def _as_written(path: Path, own: dict[str, str]) -> str:
     return f"{counted(len(own), 'file')} as written"
 
 
-def _positions(path: Path, config: Config) -> str:
+def _positions(path: Path, config: ModelConfig) -> str:
     """Compares the RoPE that transformers builds from config.json with the one this package computes from it."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -245,25 +246,25 @@ def _positions(path: Path, config: Config) -> str:
     # One head of the real width: the frequencies depend on the width of a head, not on the number of heads.
     small = {"hidden_size": 8, "intermediate_size": 8, "vocab_size": 8, "moe_intermediate_size": 8}
     small |= {"num_attention_heads": 1, "num_key_value_heads": 1}
-    raw = read_config(path) | {"head_dim": config["head_dim"]} | dict.fromkeys(SPECIAL)
+    raw = read_config(path) | {"head_dim": config.shape.head_dim} | dict.fromkeys(SPECIAL)
     raw |= {name: value for name, value in small.items() if name in raw or name == "num_key_value_heads"}
     # Building the model draws random weights; the caller's random state stays as it is.
     try:
         with torch.random.fork_rng():
-            shadow: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config["model_type"]].from_dict(raw))
+            shadow: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[config.family.name].from_dict(raw))
     except Exception as error:  # transformers raises errors of any kind for foreign configs
         raise ModelError(f"transformers cannot build the model: {type(error).__name__}: {str(error)[:200]}") from error
     worst = check_realised(shadow, config)
-    rope = rope_of(config)
+    rope = config.rope
     if not rope:
         return "no layer has RoPE"
     return f"{rope['rope_type']}, theta {rope['rope_theta']:g}; realised to {worst:.0e} (relative)"
 
 
-def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
+def _promises(manifest: Manifest | None, config: ModelConfig) -> list[Finding]:
     """Compares the positions and lengths recorded in the manifest with those of config.json."""
     facts = manifest.facts if manifest else {}
-    meant, found, rope = facts.get("rope_parameters") or facts.get("source_rope_parameters"), [], rope_of(config)
+    meant, found, rope = facts.get("rope_parameters") or facts.get("source_rope_parameters"), [], dict(config.rope)
     # Manifests without this field left it to transformers: do not compare it.
     if meant and "original_max_position_embeddings" not in meant:
         rope.pop("original_max_position_embeddings", None)
@@ -281,7 +282,7 @@ def _promises(manifest: Manifest | None, config: Config) -> list[Finding]:
     return found
 
 
-def _export(target: str, config: Config, source: str, raw: Config) -> Finding:
+def _export(target: str, config: ModelConfig, source: str, raw: Fields) -> Finding:
     found = verdict(target, config, source, raw)
     name = f"export {target}"
     if found.honoured:

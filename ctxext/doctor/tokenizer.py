@@ -10,16 +10,16 @@ from typing import Any
 
 from ctxext.doctor.finding import Finding, judged
 from ctxext.errors import ModelError
-from ctxext.model.families import Config
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.source import read_config, read_object, require_tokenizer
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 REMEDY = "copy the tokenizer's files of the model these weights came from"
 
 
-def tokenizer(path: Path, config: Config) -> list[Finding]:
-    """Returns the findings about the tokenizer of a directory. `config`: its normalised config."""
-    size = config["vocab_size"]
+def tokenizer(path: Path, config: ModelConfig) -> list[Finding]:
+    """Returns the findings about the tokenizer of a directory. `config`: its config."""
+    size = config.shape.vocab_size
     found: list[Any] = []
 
     def opens() -> str:

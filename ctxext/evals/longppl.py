@@ -144,7 +144,7 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     evaluator: Any = load_model(source, dtype=dtype, device=device)
     # Check all token ids against the vocabulary before the first forward.
     largest = max(max(ids) for found, _ in texts.values() for _, ids, _ in found)
-    check_ids([largest], source.config["vocab_size"], source.name)
+    check_ids([largest], source.config.shape.vocab_size, source.name)
     for length, (found, facts) in texts.items():
         count_keys = partial(progress, f"keys by {source.name} at {length:,}")
         write_rows(
@@ -175,7 +175,7 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
             )
         parts += [_part(loaded.tokenizer, length, number, key) for number, key in enumerate(keys)]
     largest = max((max(part.ids) for part in parts if part.ids), default=-1)
-    check_ids([largest], loaded.source.config["vocab_size"], loaded.name)
+    check_ids([largest], loaded.source.config.shape.vocab_size, loaded.name)
 
     def rows(outcomes: Sequence[Outcome]) -> list[Row]:
         return [_row([o for o in outcomes if o.length == length], length, facts[length]) for length in facts]

@@ -229,7 +229,7 @@ def _names(sources: Sequence[Any]) -> list[str]:
 
 def _described(name: str, loaded: LoadedModel, spec: EvalSpec) -> ModelResult:
     source = loaded.source
-    rope = source.config["rope_parameters"]
+    rope = source.config.fields["rope_parameters"]
     a = spec.nope_log_scale
     log = "" if a is None or not _has_nope(source) else f"; N layers' queries at t times log(t + {a:g}) / log({a:g})"
     return ModelResult(

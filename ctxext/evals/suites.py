@@ -106,7 +106,7 @@ def inputs(suite: Any) -> dict[str, Any]:
 def model_stamp(source: ModelSource) -> dict[str, Any]:
     """Identifies a model by its weights, its config as read, its tokenizer's files and, for a bundle, its base."""
     small = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in _tokenizer_files(source.directory)}
-    config = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode()).hexdigest()
+    config = hashlib.sha256(json.dumps(source.config.fields, sort_keys=True, default=str).encode()).hexdigest()
     base = {} if source.base is None else {"base": model_stamp(source.base)}
     return {**manifests.parent(source.directory), "config": config, "tokenizer": small, **base}
 

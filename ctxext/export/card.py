@@ -19,9 +19,9 @@ from ctxext.errors import CtxextError
 from ctxext.export.matrix import Verdict
 from ctxext.model.card import front_matter, runtime_note
 from ctxext.model.companions import stated_licence
-from ctxext.model.families import Config, rope_of
 from ctxext.model.gguf import stored_as
 from ctxext.model.layout import LayerKind
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.source import ModelSource, manifest_of
 from ctxext.units import format_tokens
 
@@ -127,7 +127,7 @@ def _layers(source: ModelSource) -> str:
     for kind, layers in of.items():
         seen = "full" if kind.sliding_window is None else f"the last {format_tokens(kind.sliding_window)} tokens"
         lines.append(f"| {', '.join(layers)} | {seen} | {'RoPE' if kind.use_rope else 'none (NoPE)'} |")
-    rope = {name: value for name, value in rope_of(source.config).items() if not isinstance(value, list)}
+    rope = {name: value for name, value in source.config.rope.items() if not isinstance(value, list)}
     stated = ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in rope.items()
     )
@@ -177,7 +177,7 @@ def _measured(steps: Sequence[Step]) -> list[str]:
     return ["## Measured", "\n".join(["| model | what | value |", "|---|---|---|", *rows])] if rows else []
 
 
-def _use(config: Config, commands: Sequence[str], tokenizer_problem: str | None) -> str:
+def _use(config: ModelConfig, commands: Sequence[str], tokenizer_problem: str | None) -> str:
     tokenizer = "AutoTokenizer" if tokenizer_problem is None else "PreTrainedTokenizerFast"
     code = (
         f"from transformers import AutoModelForCausalLM, {tokenizer}\n\n"
@@ -185,7 +185,7 @@ def _use(config: Config, commands: Sequence[str], tokenizer_problem: str | None)
         f"tokenizer = {tokenizer}.from_pretrained(where)\n"
         "model = AutoModelForCausalLM.from_pretrained(where)"
     )
-    needs = runtime_note(config)
+    needs = runtime_note(config.fields)
     if tokenizer_problem is not None:
         needs += f" Do not use AutoTokenizer: it gives other ids than tokenizer.json ({tokenizer_problem})."
     more = "\n".join(commands)

@@ -14,8 +14,9 @@ from typing import Any
 
 from ctxext.errors import InputError
 from ctxext.export import spellings
-from ctxext.model.families import Config, expected_tensors, family_of, rope_of
+from ctxext.model.config_fields import Fields
 from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.model_config import ModelConfig
 
 READ_DATE = "2026-11"
 NOT_RUN = "this model itself was not run there: ctxext does not install or download the target"
@@ -29,7 +30,7 @@ CHECKED = {
 TARGETS = ("hf", "vllm", "gguf", "ollama")
 Kinds = tuple[LayerKind, ...]
 Objection = tuple[str, str]  # what is not honoured; the nearest model that would be honoured
-Rule = Callable[[Config, Kinds], list[Objection]]
+Rule = Callable[[ModelConfig, Kinds], list[Objection]]
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,16 @@ class Verdict:
         return [*rows, *(("source", text) for text in self.sources), (f"checked {self.checked}", self.not_checked)]
 
 
-def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | None = None) -> Verdict:
-    """Checks whether `target` honours a (normalised) config exactly.
+def verdict(target: str, config: ModelConfig, source: str = "SOURCE", raw: Fields | None = None) -> Verdict:
+    """Checks whether `target` honours a config exactly.
 
     `source` is the command-line argument for the model that a conversion would start from. `raw` is the unchanged
     config.json, which the target reads. Raises InputError for an unknown target.
     """
     if target not in TARGETS:
         raise InputError(f"--target {target!r}: allowed are {', '.join(TARGETS)}")
-    kinds = family_of(config).kinds(config)
-    fact = FACTS[target][config["model_type"]]
+    kinds = config.kinds
+    fact = FACTS[target][config.family.name]
     found = [objection for rule in fact.rules for objection in rule(config, kinds)]
     found += [] if raw is None else spellings.objections(raw, target)
     # Several rules can give the same text: keep each text once, in order.
@@ -101,7 +102,7 @@ def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | N
     layout = pattern_text(kinds)
     return Verdict(
         target,
-        config["model_type"],
+        config.family.name,
         layout,
         objections,
         nearest,
@@ -112,23 +113,23 @@ def verdict(target: str, config: Config, source: str = "SOURCE", raw: Config | N
     )
 
 
-def limits(kind: LayerKind, config: Config) -> bool:
+def limits(kind: LayerKind, config: ModelConfig) -> bool:
     """Returns whether a layer's window hides any key at lengths that the model supports."""
-    return kind.sliding_window is not None and kind.sliding_window < config["max_position_embeddings"]
+    return kind.sliding_window is not None and kind.sliding_window < config.max_position_embeddings
 
 
 def _layers(numbers: Sequence[int]) -> str:
     return f"layer{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
-def _windows(config: Config, kinds: Kinds, *, why: str, instead: str) -> list[Objection]:
+def _windows(config: ModelConfig, kinds: Kinds, *, why: str, instead: str) -> list[Objection]:
     windowed = [i for i, kind in enumerate(kinds) if limits(kind, config)]
     letters, window = "".join(kind.letter for kind in kinds), max(kind.sliding_window or 0 for kind in kinds)
     here = instead.format(letters=letters, window=window)
     return [(f"the window of {_layers(windowed)}: {why}", here)] if windowed else []
 
 
-def _every_fourth(config: Config, kinds: Kinds) -> list[Objection]:
+def _every_fourth(config: ModelConfig, kinds: Kinds) -> list[Objection]:
     """llama.cpp's SmolLM3 always leaves out RoPE in layers 3, 7, 11, ..., and only there."""
     wrong = []
     for word, rope in (("would get RoPE", False), ("would lose it", True)):
@@ -139,14 +140,14 @@ def _every_fourth(config: Config, kinds: Kinds) -> list[Objection]:
     return [(f"{text}: {'; '.join(wrong)}", UNCONVERTED if plain else FFFN)] if wrong else []
 
 
-def _biases(config: Config, kinds: Kinds) -> list[Objection]:
-    if not any(name.endswith("proj.bias") for name in expected_tensors(config)):
+def _biases(config: ModelConfig, kinds: Kinds) -> list[Objection]:
+    if not any(name.endswith("proj.bias") for name in config.tensors):
         return []
     return [("the projections have biases, which llama.cpp does not load (llama-cpp-python 0.3.36)", UNCONVERTED)]
 
 
-def _scaling(config: Config, kinds: Kinds, *, refused: dict[str, str], instead: str) -> list[Objection]:
-    rope = rope_of(config)
+def _scaling(config: ModelConfig, kinds: Kinds, *, refused: dict[str, str], instead: str) -> list[Objection]:
+    rope = config.rope
     kind = rope.get("rope_type", "default")
     found = [(f"RoPE scaling {kind}: {refused[kind]}", instead)] if kind in refused else []
     if kind == "yarn" and "attention_factor" in refused and rope.get("attention_factor") is not None:
@@ -154,24 +155,24 @@ def _scaling(config: Config, kinds: Kinds, *, refused: dict[str, str], instead: 
     return found
 
 
-def _llama3(config: Config, kinds: Kinds) -> list[Objection]:
-    rope = rope_of(config)
-    taken = config.get("original_max_position_embeddings") or 8192
-    meant = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+def _llama3(config: ModelConfig, kinds: Kinds) -> list[Objection]:
+    rope = config.rope
+    taken = config.fields.get("original_max_position_embeddings") or 8192
+    meant = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     if rope.get("rope_type") != "llama3" or taken == meant:
         return []
     text = f"RoPE scaling llama3 from {meant} tokens: the converter uses {taken} instead"
     return [(text, f"write original_max_position_embeddings {meant} at the top of config.json")]
 
 
-def _nope(config: Config, kinds: Kinds) -> list[Objection]:
+def _nope(config: ModelConfig, kinds: Kinds) -> list[Objection]:
     """vLLM's GraniteSWA, as of 0.29.0, uses one RoPE for all layers."""
     without = [i for i, kind in enumerate(kinds) if not kind.use_rope]
     instead = "`ctxext convert SOURCE --class smollm3` with the same layout, or F in place of N"
     return [(f"{_layers(without)} would get RoPE: vLLM 0.29.0 reads no layer_rope_theta", instead)] if without else []
 
 
-def _never(config: Config, kinds: Kinds, *, why: str) -> list[Objection]:
+def _never(config: ModelConfig, kinds: Kinds, *, why: str) -> list[Objection]:
     return [(why, UNCONVERTED)]
 
 

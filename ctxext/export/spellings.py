@@ -1,6 +1,6 @@
 """Fields of a config.json that programs read differently, mainly those of RoPE. No torch.
 
-A (normalised) config describes what transformers computes. An exported directory has the unchanged config.json, and
+A `ModelConfig` describes what transformers computes. An exported directory has the unchanged config.json, and
 other programs read that file. Where it states one value in two places, or has a field that transformers ignores, these
 programs may compute something else. The list of fields that transformers reads comes from modeling_rope_utils.py of
 5.23; a test compares it. Stored copies of llama.cpp's converter (2026-11) also read extrapolation_factor, attn_factor
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ctxext.model.families import Config
+from ctxext.model.config_fields import Fields
 
 Objection = tuple[str, str]  # what is not honoured; how to fix it
 ANY = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -33,7 +33,7 @@ BETAS = {"beta_fast": 32, "beta_slow": 1}
 LAYERS = ("full_attention", "sliding_attention")
 
 
-def objections(raw: Config, target: str) -> list[Objection]:
+def objections(raw: Fields, target: str) -> list[Objection]:
     """Returns what `target` reads differently from transformers in an unchanged config.json; [] for no difference."""
     # RoPE parameters are one set, or one set for each type of layer.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -52,7 +52,7 @@ def objections(raw: Config, target: str) -> list[Objection]:
     return found
 
 
-def _everywhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
+def _everywhere(raw: Fields, rope: dict[str, Any]) -> Iterator[Objection]:
     """Yields fields that stock transformers itself misreads, although ctxext reads them as intended."""
     name = "original_max_position_embeddings"
     if _kind(rope) in ("yarn", "longrope", "llama3") and name in raw and raw[name] is None:
@@ -62,7 +62,7 @@ def _everywhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
         )
 
 
-def _elsewhere(raw: Config, rope: dict[str, Any]) -> Iterator[Objection]:
+def _elsewhere(raw: Fields, rope: dict[str, Any]) -> Iterator[Objection]:
     kind = _kind(rope)
     for name in sorted(rope.keys() - READ.get(kind, ANY)):
         if rope[name] is not None:

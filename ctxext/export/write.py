@@ -21,7 +21,8 @@ from ctxext.errors import CheckFailed, InputError
 from ctxext.export.card import first_model, history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
 from ctxext.model.companions import companions
-from ctxext.model.families import Config
+from ctxext.model.config_fields import Fields
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.rope_fields import ORIGINAL, written_for_both
 from ctxext.model.source import ModelSource, read_config, read_object, require_tokenizer, resolve, tensors_of
 from ctxext.model.weights import INDEX
@@ -159,9 +160,9 @@ def _place(source: Path, out: Path) -> bool:
         return False
 
 
-def _rope(config: Config) -> Config:
+def _rope(config: ModelConfig) -> Fields:
     """Returns the RoPE fields for both transformers 4 and 5; the model's own file may have those of one version."""
-    both = written_for_both(config)
+    both = written_for_both(config.fields)
     return {name: both[name] for name in ("rope_parameters", "rope_theta", "rope_scaling", ORIGINAL) if name in both}
 
 
@@ -205,7 +206,7 @@ def _commands(plan: ExportPlan, here: str) -> tuple[str, ...]:
     if judged.target == "vllm":
         backend = " --model-impl transformers" if judged.model_type == "mellum" else ""
         return (f"vllm serve {here} --max-model-len {source.usable_length}{backend}",)
-    stored = str(source.config.get("dtype") or source.config.get("torch_dtype"))
+    stored = str(source.config.dtype)
     kind = {"float16": "f16", "bfloat16": "bf16"}.get(stored, "f32")
     gguf = f"python llama.cpp/convert_hf_to_gguf.py {here} --outfile {here}/{name}.gguf --outtype {kind}"
     if judged.target == "gguf":

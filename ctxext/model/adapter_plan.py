@@ -16,7 +16,7 @@ from pydantic import Field
 
 from ctxext.config.loader import spec
 from ctxext.errors import InputError
-from ctxext.model.families import Config, expected_tensors
+from ctxext.model.model_config import ModelConfig
 from ctxext.ops.low_rank import alpha
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -92,20 +92,20 @@ class Trainables:
         return adapter + self.sink_parameters + self.other_parameters
 
 
-def plan_trainables(config: Config, tuning: str, lora: LoraSpec, fitted_layers: Sequence[int] = ()) -> Trainables:
-    """Plans the trainable set for a normalised config. Raises InputError for a combination that PEFT handles wrongly.
+def plan_trainables(config: ModelConfig, tuning: str, lora: LoraSpec, fitted_layers: Sequence[int] = ()) -> Trainables:
+    """Plans the trainable set for a config. Raises InputError for a combination that PEFT handles wrongly.
 
     `fitted_layers` are the layers in which a conversion fitted sinks and biases.
     """
     # The names that end in norm.weight are those of all norms, also of qk-norm.
-    tensors = expected_tensors(config)
+    tensors = config.tensors
     sizes = {name: math.prod(shape) for name, shape in tensors.items()}
     norms = {name: size for name, size in sizes.items() if name.endswith("norm.weight")}
     embedding = sizes[f"{EMBEDDINGS}.weight"]
     if tuning == "full":
         rest = sum(sizes.values()) - sum(norms.values()) - embedding
         return Trainables("full", (), (), 0, embedding, sum(norms.values()), rest)
-    if lora.embeddings == "lora" and config["tie_word_embeddings"]:
+    if lora.embeddings == "lora" and config.shape.tied:
         raise InputError(
             "embeddings: lora is not supported for tied embeddings, because the head would not train",
             hint="use embeddings: full or frozen",
@@ -145,19 +145,19 @@ def is_fitted(name: str) -> bool:
     return name.replace(".base_layer", "").endswith(FITTED)
 
 
-def _lora_modules(config: Config, name: str, lora: LoraSpec) -> LoraModules:
+def _lora_modules(config: ModelConfig, name: str, lora: LoraSpec) -> LoraModules:
     block = "self_attn" if name in ATTENTION else "mlp"
-    rows, columns = expected_tensors(config)[f"model.layers.0.{block}.{name}.weight"]
-    return _group(name, config["num_hidden_layers"], columns, rows, lora)
+    rows, columns = config.tensors[f"model.layers.0.{block}.{name}.weight"]
+    return _group(name, config.shape.num_layers, columns, rows, lora)
 
 
-def _embedding_lora(config: Config, lora: LoraSpec) -> LoraModules:
+def _embedding_lora(config: ModelConfig, lora: LoraSpec) -> LoraModules:
     if lora.alpha == "curvature":
         raise InputError(
             "lora.alpha: curvature does not support LoRA on embeddings, which PEFT initialises differently",
             hint="use embeddings: full or frozen, or another alpha",
         )
-    return _group("embed_tokens", 1, config["vocab_size"], config["hidden_size"], lora)
+    return _group("embed_tokens", 1, config.shape.vocab_size, config.shape.hidden_size, lora)
 
 
 def _group(name: str, count: int, fan_in: int, fan_out: int, lora: LoraSpec) -> LoraModules:

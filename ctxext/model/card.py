@@ -39,7 +39,7 @@ def minimum_transformers() -> str:
 
 
 def runtime_note(config: Mapping[str, Any]) -> str:
-    """Returns which releases of transformers open an output with this (normalised) config, and what was not checked."""
+    """Returns which releases of transformers open an output with this config, and what was not checked."""
     written = importlib.metadata.version("transformers")
     note = f"It needs transformers {minimum_transformers()} or newer (written with {written}); no remote code. "
     if reason := unlike_transformers_4(dict(config)):

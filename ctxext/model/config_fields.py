@@ -11,6 +11,7 @@ from typing import Any
 
 from ctxext.errors import ModelError
 
+Fields = dict[str, Any]  # the object of a config.json, as read or as written
 Check = tuple[Callable[[Any], bool], str]
 
 LAYERS, HEAD_DIM = 10_000, 65_536
@@ -171,14 +172,14 @@ def check_fields(values: dict[str, Any], table: dict[str, Check], file: object =
         raise ModelError(f"{file}: {'; '.join(wrong)}")
 
 
-def check_effects(config: dict[str, Any]) -> None:
+def check_effects(config: Fields) -> None:
     """Raises ModelError for fields that no class declares but transformers reads, unless their value has no effect."""
     for name, (idle, hint) in EFFECTS.items():
         if name in config and config[name] not in idle:
             raise ModelError(f"config.json: {name} {_shown(config[name])} is not supported", hint=hint)
 
 
-def check_padding(config: dict[str, Any]) -> None:
+def check_padding(config: Fields) -> None:
     """Raises ModelError for a pad_token_id without a row in the embedding: no transformers class accepts it."""
     pad, rows = config.get("pad_token_id"), config["vocab_size"]
     if pad is not None and pad >= rows:
@@ -188,7 +189,7 @@ def check_padding(config: dict[str, Any]) -> None:
         )
 
 
-def check_lengths(config: dict[str, Any]) -> None:
+def check_lengths(config: Fields) -> None:
     """Raises ModelError for a per-layer list whose length is not the number of layers."""
     layers = config["num_hidden_layers"]
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta"):
@@ -196,7 +197,7 @@ def check_lengths(config: dict[str, Any]) -> None:
             raise ModelError(f"config.json: {name} has {len(config[name])} entries, the model has {layers} layers")
 
 
-def check_layers(config: dict[str, Any]) -> None:
+def check_layers(config: Fields) -> None:
     """Raises ModelError for layer lists that transformers' masks, kernels, caches and classes read differently."""
     family, types = config["model_type"], set(config.get("layer_types") or ())
     if family == "smollm3" and config.get("no_rope_layers") is None and config.get("no_rope_layer_interval") == 0:

@@ -23,19 +23,11 @@ from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import source as sources
 from ctxext.model.card import model_card, runtime_note
 from ctxext.model.companions import companions, copy_companions, stated_licence
-from ctxext.model.families import (
-    FAMILIES,
-    SOURCES,
-    Config,
-    expected_tensors,
-    initial_value,
-    new_tensors,
-    normalise,
-    rope_of,
-)
+from ctxext.model.families import SOURCES
 from ctxext.model.gguf import stored_as
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
+from ctxext.model.model_config import ModelConfig, initial_value, new_tensors
 from ctxext.model.rope_fields import written_for_both
 from ctxext.model.source import ModelSource, require_tokenizer
 from ctxext.model.weights import weight_files
@@ -62,7 +54,7 @@ class ConversionPlan:
     hybrid: HybridSpec
     hybrid_name: str
     kinds: tuple[LayerKind, ...]
-    config: Config
+    config: ModelConfig
     out: Path
     dtype: str | None
     allow_pickle: bool
@@ -72,7 +64,7 @@ class ConversionPlan:
     @property
     def value_bytes(self) -> int:
         """Returns the bytes of one value in the output's dtype. Without a stated dtype it counts as a 16-bit one."""
-        return {"float32": 4, "float64": 8}.get(str(self.config.get("dtype")), 2)
+        return {"float32": 4, "float64": 8}.get(str(self.config.dtype), 2)
 
 
 @dataclass(frozen=True)
@@ -178,17 +170,16 @@ def plan_conversion(
         check_free(out, force, keep=[source.path])
     if source.base is not None:
         raise InputError(f"{model} is an adapter on {source.base.name}", hint="merge it first: ctxext merge")
-    if source.config["model_type"] not in SOURCES:
+    if source.config.family.name not in SOURCES:
         raise ModelError(
-            f"{model}: model_type {source.config['model_type']!r} cannot be converted; "
-            f"supported are {', '.join(SOURCES)}"
+            f"{model}: model_type {source.config.family.name!r} cannot be converted; supported are {', '.join(SOURCES)}"
         )
     require_tokenizer(source.directory)
     # `hybrid_config` raises where the target class cannot express the layout.
-    kinds = layer_kinds(layout, source.config["num_hidden_layers"], full_layers)
+    kinds = layer_kinds(layout, source.config.shape.num_layers, full_layers)
     config = hybrid_config(source.config, kinds, target)
     if dtype is not None:
-        config["dtype"] = dtype
+        config = config.with_fields(dtype=dtype)
     out = out or manifests.default_out("convert", f"{source.name}-{hybrid}")
     return ConversionPlan(source, layout, hybrid, kinds, config, out, dtype, allow_pickle, target, sinks == "auto")
 
@@ -196,13 +187,14 @@ def plan_conversion(
 def may_fit_sinks(plan: ConversionPlan) -> bool:
     """Returns whether sinks are requested, the output's class has them, and a layer has a window."""
     slides = any(kind.sliding_window is not None for kind in plan.kinds)
-    return plan.sinks and slides and FAMILIES[plan.config["model_type"]].sinks
+    return plan.sinks and slides and plan.config.family.sinks
 
 
 def with_kinds(plan: ConversionPlan, kinds: Sequence[LayerKind]) -> ConversionPlan:
     """Returns the same conversion with another layout. Raises ModelError when the target class cannot express it."""
-    dtype = {} if plan.dtype is None else {"dtype": plan.dtype}
-    return replace(plan, kinds=tuple(kinds), config=hybrid_config(plan.source.config, kinds, plan.target) | dtype)
+    config = hybrid_config(plan.source.config, kinds, plan.target)
+    config = config if plan.dtype is None else config.with_fields(dtype=plan.dtype)
+    return replace(plan, kinds=tuple(kinds), config=config)
 
 
 def run_conversion(
@@ -236,14 +228,14 @@ def run_conversion(
     tokenizer = _tokenizer_files(plan)
     # Fitted sinks also need biases on all attention projections (retrofit/sinks.py), so the config gets them.
     plan = plan if sinks is None else _with_biases(plan)
-    added = new_tensors(source.config, normalise(plan.config))
+    added = new_tensors(source.config, plan.config)
     with staged_output(plan.out, force) as staging:
         _check_room(staging, plan)
         # Tensors that only the target class has get values that change no output: zero biases, sinks without weight.
         copy_weights(
             directory,
             staging,
-            expected=expected_tensors(source.config),
+            expected=source.config.tensors,
             dtype=dtype,
             added={name: torch.full(shape, initial_value(name)) for name, shape in added.items()},
             allow_pickle=plan.allow_pickle,
@@ -265,7 +257,7 @@ def run_conversion(
 def _with_biases(plan: ConversionPlan) -> ConversionPlan:
     # q, k, v and o all get a bias, also where the source has none.
     config = hybrid_config(plan.source.config, plan.kinds, plan.target, biases=True)
-    return replace(plan, config=config | ({} if plan.dtype is None else {"dtype": plan.dtype}))
+    return replace(plan, config=config if plan.dtype is None else config.with_fields(dtype=plan.dtype))
 
 
 def _prove(
@@ -296,12 +288,12 @@ def _prove(
     ).as_dict()
 
 
-def write_config(directory: Path, config: Config) -> None:
+def write_config(directory: Path, config: ModelConfig) -> None:
     """Writes config.json. Call it last: without this file a directory is not a model.
 
     The file has the RoPE fields of transformers 4 and of transformers 5, and the transformers version in use.
     """
-    written = written_for_both(config) | {"transformers_version": importlib.metadata.version("transformers")}
+    written = written_for_both(config.fields) | {"transformers_version": importlib.metadata.version("transformers")}
     (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -309,10 +301,10 @@ def _tokenizer_files(plan: ConversionPlan) -> dict[str, bytes]:
     """Returns the files that replace the source's tokenizer files, so that the output's class gives the same ids."""
     from ctxext.model.tokenizer import settle, version
 
-    settled = settle(plan.source.directory, plan.config)
+    settled = settle(plan.source.directory, plan.config.fields)
     if settled.problem is not None:
         raise ModelError(
-            f"{plan.source.name}: as a {plan.config['model_type']}, AutoTokenizer of {version()} would read other ids "
+            f"{plan.source.name}: as a {plan.config.family.name}, AutoTokenizer of {version()} would read other ids "
             f"than the source's tokenizer: {settled.problem}",
             hint="give the model a tokenizer.json: save_pretrained of a fast tokenizer writes one",
         )
@@ -328,7 +320,7 @@ def _check_room(staging: Path, plan: ConversionPlan) -> None:
     directory, item = plan.source.directory, plan.value_bytes
     stored = sum(path.stat().st_size for path in weight_files(directory, plan.allow_pickle) if path.is_file())
     kept = stored if plan.dtype is None else item * parameter_count(plan.source.shape) + 8192
-    added = item * sum(map(math.prod, new_tensors(plan.source.config, normalise(plan.config)).values()))
+    added = item * sum(map(math.prod, new_tensors(plan.source.config, plan.config).values()))
     needed = kept + added + sum((directory / name).stat().st_size for name in companions(directory))
     free = shutil.disk_usage(staging).free
     if needed > free:
@@ -349,8 +341,8 @@ def _report(plan: ConversionPlan, gate: dict[str, Any] | None, seconds: float, d
     return ConversionReport(
         source=plan.source.name,
         out=str(plan.out),
-        family=plan.source.config["model_type"],
-        architecture=plan.config["architectures"][0],
+        family=plan.source.config.family.name,
+        architecture=plan.config.fields["architectures"][0],
         layout=pattern_text(plan.kinds),
         parameters=parameter_count(shape),
         kv_cache_length=length,
@@ -383,7 +375,7 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         f"{source.name} with another layer layout: {weights} (S: RoPE and a sliding window, "
         "N: full attention without positional encoding, F: RoPE and full attention). Layers that lost their window or "
         "their RoPE compute something the weights were not trained for, so expect damage until it is finetuned.",
-        runtime_note(plan.config),
+        runtime_note(plan.config.fields),
     ]
     quantised = [("weights of a GGUF file", stored)] if (stored := stored_as(source.manifest)) is not None else []
     rows = [*report.rows(), *quantised]
@@ -398,14 +390,14 @@ def _write_descriptions(staging: Path, plan: ConversionPlan, report: ConversionR
         "sliding_window": plan.hybrid.sliding_window,
         "layout": pattern_text(plan.kinds),
         "dtype": plan.dtype,
-        "class": plan.config["model_type"],
+        "class": plan.config.family.name,
     }
     facts = {
         "name": f"{source.name}-{Path(plan.hybrid_name).stem}",
         "original_length": source.original_length,
         "usable_length": source.usable_length,
         "source_layout": layout_facts(source.kinds),
-        "source_rope_parameters": rope_of(source.config),
+        "source_rope_parameters": source.config.rope,
         "gate": report.gate,
         **({} if report.sinks is None else {"sinks": report.sinks}),
         **more,

@@ -14,10 +14,11 @@ from itertools import product
 from typing import Any
 
 from ctxext.errors import CheckFailed, ModelError
-from ctxext.model.families import Config, family_of, rope_of
+from ctxext.model.config_fields import Fields
+from ctxext.model.model_config import ModelConfig
 
 
-def inverse_frequencies(rope: Config, head_dim: int, max_positions: int, length: int = 0) -> tuple[list[float], float]:
+def inverse_frequencies(rope: Fields, head_dim: int, max_positions: int, length: int = 0) -> tuple[list[float], float]:
     """Returns (the head_dim / 2 angles per position in radians, the factor on cos and sin), by the papers' formulas.
 
     `length` is the running length in tokens, which dynamic and longrope depend on; 0 is that of a newly built model.
@@ -55,7 +56,7 @@ def inverse_frequencies(rope: Config, head_dim: int, max_positions: int, length:
     )
 
 
-def _llama3_frequency(frequency: float, rope: Config, original: int) -> float:
+def _llama3_frequency(frequency: float, rope: Fields, original: int) -> float:
     # Many turns within the original length keep the frequency, few turns divide it by the factor, with a ramp between.
     turns = original * frequency / (2 * math.pi)  # rotations within the original length
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -64,7 +65,7 @@ def _llama3_frequency(frequency: float, rope: Config, original: int) -> float:
 
 
 def _yarn_frequencies(
-    plain: list[float], rope: Config, theta: float, dim: int, factor: float, original: int
+    plain: list[float], rope: Fields, theta: float, dim: int, factor: float, original: int
 ) -> list[float]:
     # Indices below `low` keep their frequency, those above `high` are divided by the factor, with a ramp between.
     def index(rotations: float) -> float:  # the index of the frequency with so many turns within the original length
@@ -77,15 +78,15 @@ def _yarn_frequencies(
     return [f * (1 - r) + f / factor * r for f, r in zip(plain, ramp, strict=True)]
 
 
-def check_realised(model: Any, config: Config) -> float:
+def check_realised(model: Any, config: ModelConfig) -> float:
     """Compares the frequencies of a built model with the intended ones. Returns the largest relative difference.
 
     Raises CheckFailed when they differ by more than 1e-5: then a change of the config had no effect, or another effect.
     """
-    rope = rope_of(config)
+    rope = config.rope
     if not rope:
         return 0.0
-    intended, scale = inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"])
+    intended, scale = inverse_frequencies(rope, config.shape.head_dim, config.max_position_embeddings)
     worst = 0.0
     # A class with RoPE per layer type has one set of buffers per type, told apart by a prefix of the name.
     for prefix, rotary in product(_rope_prefixes(config), rotaries(model.get_decoder())):
@@ -102,13 +103,13 @@ def check_realised(model: Any, config: Config) -> float:
     return worst
 
 
-def forget_lengths(model: Any, config: Config) -> None:
+def forget_lengths(model: Any, config: ModelConfig) -> None:
     """Makes dynamic frequencies depend on the running length alone. A text that starts at position 0 resets them.
 
     transformers keeps the frequencies of the longest text so far, until a text is shorter than the original length. The
     output of a model would therefore depend on its earlier inputs. Other scalings do not change.
     """
-    if rope_of(config).get("rope_type") != "dynamic":
+    if config.rope.get("rope_type") != "dynamic":
         return
     prefixes = _rope_prefixes(config)
 
@@ -159,14 +160,14 @@ def same_frequencies_from(config: Any, length: int) -> int:
     return length if dynamic else switch + 1
 
 
-def _rope_sets(config: Any) -> list[Config]:
+def _rope_sets(config: Any) -> list[Fields]:
     """Returns the RoPE parameters of a built model's config: one set, or one for each layer type that has RoPE."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope] if "rope_type" in rope else [one for one in rope.values() if isinstance(one, dict)]
 
 
-def _rope_prefixes(config: Config) -> list[str]:
-    if "rope_type" in config["rope_parameters"]:
+def _rope_prefixes(config: ModelConfig) -> list[str]:
+    if "rope_type" in config.fields["rope_parameters"]:
         return [""]
-    kinds = family_of(config).kinds(config)
-    return sorted({f"{name}_" for kind, name in zip(kinds, config["layer_types"], strict=True) if kind.use_rope})
+    types = config.fields["layer_types"]
+    return sorted({f"{name}_" for kind, name in zip(config.kinds, types, strict=True) if kind.use_rope})

@@ -30,9 +30,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from ctxext.errors import CheckFailed
 from ctxext.machine.memory import memory
-from ctxext.model.families import FAMILIES, Config, first_layers, model_shape
+from ctxext.model.families import FAMILIES
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.shards import tensor_reader
 from ctxext.model.stock import built_config, stock_config
 from ctxext.model.walk import walk
@@ -78,7 +79,7 @@ class GateReport:
 
 def run_gate(
     source: Path,
-    source_config: Config,
+    source_config: ModelConfig,
     out: Path,
     kinds: Sequence[LayerKind],
     source_kinds: Sequence[LayerKind],
@@ -104,7 +105,7 @@ def run_gate(
     windows = [kind.sliding_window for kind in [*tested, *tested_source] if kind.sliding_window is not None]
     tokens = max(128, max(windows, default=0) + 67)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(source_config["vocab_size"], (1, tokens), generator=generator)
+    ids = torch.randint(source_config.shape.vocab_size, (1, tokens), generator=generator)
 
     # First comparison, identity. The truth is the source as transformers reads it, with the same cuts (window, number
     # of layers) as our config.
@@ -118,20 +119,20 @@ def run_gate(
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     truth = _logits(source, config, ids, dtype, target)
-    identity = first_layers(hybrid_config(source_config, tested_source, target, biases=biases), layers)
+    identity = hybrid_config(source_config, tested_source, target, biases=biases).first_layers(layers)
     identity_diff = _difference(_logits(out, built_config(identity), ids, None, target), truth)
     between()
 
     # Second comparison, hybrid. A window that is compared at LARGEST_WINDOW gets its real number checked in the config.
     if tested != tuple(kinds):
         _check_number(hybrid_config(source_config, kinds, target, biases=biases), kinds)
-    hybrid = first_layers(hybrid_config(source_config, tested, target, biases=biases), layers)
+    hybrid = hybrid_config(source_config, tested, target, biases=biases).first_layers(layers)
     by_hand, tolerance = _truth_by_hand(out, hybrid, tested[:layers], ids)
     hybrid_diff = _difference(_logits(out, built_config(hybrid), ids, None, target), by_hand)
 
     # `stand_in` records whether any window of either layout was reduced.
     stand_in = LARGEST_WINDOW if (tested, tested_source) != (tuple(kinds), tuple(source_kinds)) else None
-    every = source_config["num_hidden_layers"]
+    every = source_config.shape.num_layers
     report = GateReport(identity_diff, hybrid_diff, tolerance, tokens, layers, every, stand_in)
     if not report.passed:
         raise CheckFailed(
@@ -142,7 +143,7 @@ def run_gate(
     return report
 
 
-def _truth_by_hand(out: Path, config: Config, kinds: Sequence[LayerKind], ids: Tensor) -> tuple[Tensor, float]:
+def _truth_by_hand(out: Path, config: ModelConfig, kinds: Sequence[LayerKind], ids: Tensor) -> tuple[Tensor, float]:
     """Returns logits [1, T, V] of the walk in fp64, and the difference that a correct fp32 model may have from them.
 
     Raises CheckFailed where rounding alone is so large that the comparison would detect nothing.
@@ -180,7 +181,7 @@ def _window_of(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if used else None
 
 
-def _check_number(config: Config, kinds: Sequence[LayerKind]) -> None:
+def _check_number(config: ModelConfig, kinds: Sequence[LayerKind]) -> None:
     """Checks that the stock class reads the layout's window, where the window is too large to compare by logits."""
     read = _window_of(built_config(config))
     if read not in {kind.sliding_window for kind in kinds} - {None}:
@@ -221,11 +222,11 @@ def _difference(a: Tensor, b: Tensor) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _affordable_layers(config: Config) -> int:
+def _affordable_layers(config: ModelConfig) -> int:
     """Returns how many layers fit in fp32 into half of the free memory; at least one."""
     # `outside` is what every cut keeps: the embeddings, and the head where it is not tied. All in bytes.
-    layers, shape = config["num_hidden_layers"], model_shape(config)
+    layers, shape = config.shape.num_layers, config.shape
     whole = 4 * parameter_count(shape)
-    outside = 4 * config["vocab_size"] * config["hidden_size"] * (1 if shape.tied else 2)
+    outside = 4 * config.shape.vocab_size * config.shape.hidden_size * (1 if shape.tied else 2)
     free = memory().available / 2
     return max(1, min(layers, int((free - outside) / max(1, (whole - outside) / layers))))

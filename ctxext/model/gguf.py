@@ -34,9 +34,9 @@ from ctxext.config import manifest as manifests
 from ctxext.config.output import environment_fault
 from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.model.card import model_card
-from ctxext.model.families import Config, normalise
 from ctxext.model.gguf_config import FACTORS, PERMUTED, config_of, quantisation, special_ids, tensor_names
 from ctxext.model.gguf_header import FLOATS, TYPES, Header, Stored, read_header
+from ctxext.model.model_config import ModelConfig, parse_config
 from ctxext.model.weights import INDEX, SINGLE
 from ctxext.units import format_bytes
 
@@ -66,7 +66,7 @@ def dequantised(file: Path) -> Path:
     """
     # Check everything that the header can decide before hashing the file, which reads all of it.
     header = read_header(file)
-    config = normalise(config_of(header))
+    config = parse_config(config_of(header))
     tensor_names(header, config)
     if importlib.util.find_spec("gguf") is None:
         raise EnvironmentFault(
@@ -130,7 +130,7 @@ def _write(header: Header, out: Path, digest: str) -> None:
     partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir()
-        _write_into(partial, header, config | {"dtype": dtype}, digest)
+        _write_into(partial, header, config.with_fields(dtype=dtype), digest)
         if out.exists():  # an incomplete older copy
             shutil.rmtree(out)
         partial.rename(out)
@@ -144,7 +144,7 @@ def _write(header: Header, out: Path, digest: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_into(directory: Path, header: Header, config: Config, digest: str) -> None:
+def _write_into(directory: Path, header: Header, config: ModelConfig, digest: str) -> None:
     from ctxext.model.gguf_tokenizer import write_tokenizer
 
     _write_weights(directory, header, config)
@@ -161,20 +161,18 @@ def _write_into(directory: Path, header: Header, config: Config, digest: str) ->
             "file": header.path.name,
             "sha256": digest,
             "quantisation": quantisation(header),
-            "dequantised_to": config["dtype"],
+            "dequantised_to": config.dtype,
             "stated_name": header.metadata.get("general.name"),
         },
     }
     # The model card states that the weights come from a quantised file. The licence is the file's own.
     rows = [("quantisation", quantisation(header)), ("file", header.path.name), ("sha256 of the file", digest)]
-    said = (
-        f"The weights of a GGUF file, dequantised to {config['dtype']}. They are as precise as the quantised file, not "
-    )
+    said = f"The weights of a GGUF file, dequantised to {config.dtype}. They are as precise as the quantised file, not "
     said += "as the model that it was made from."
     licence = {"license": str(value)} if (value := header.metadata.get("general.license")) else {}
     (directory / "README.md").write_text(model_card(header.path.stem, [said], rows, licence), "utf-8")
     manifests.write(directory, manifests.new("source", spec={}, parents={}, facts=facts, command=[]))
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    (directory / "config.json").write_text(json.dumps(config.fields, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _entries(stored: Stored) -> int:
@@ -202,13 +200,13 @@ def _dtype(header: Header) -> str:
     return name
 
 
-def _write_weights(directory: Path, header: Header, config: Config) -> None:
+def _write_weights(directory: Path, header: Header, config: ModelConfig) -> None:
     """Writes the tensors in shards of at most SHARD_BYTES. Only one shard is in memory at a time."""
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    names, dtype = tensor_names(header, normalise(config)), getattr(torch, config["dtype"])
+    names, dtype = tensor_names(header, config), getattr(torch, str(config.dtype))
     # Plan the shards from the header, before any tensor is read. A tensor larger than SHARD_BYTES gets its own shard.
     shards: list[list[str]] = [[]]
     room = SHARD_BYTES
@@ -235,7 +233,7 @@ def _write_weights(directory: Path, header: Header, config: Config) -> None:
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
-def _tensor(header: Header, name: str, config: Config) -> Any:
+def _tensor(header: Header, name: str, config: ModelConfig) -> Any:
     """Returns one tensor in float32 with its rows in transformers' order. Raises ModelError for NaN and infinity."""
     import gguf
     import numpy as np
@@ -260,9 +258,9 @@ def _tensor(header: Header, name: str, config: Config) -> Any:
     found = torch.from_numpy(out).reshape(stored.shape)
     # Only q and k of llama files need another row order.
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-    if heads is None or config["model_type"] not in PERMUTED:
+    if heads is None or config.family.name not in PERMUTED:
         return found
     # In the file the two rows of a rotated pair are adjacent. transformers stores all first rows of a head, then all
     # second rows.
-    paired = found.reshape(config[heads], -1, 2, *stored.shape[1:])
+    paired = found.reshape(config.fields[heads], -1, 2, *stored.shape[1:])
     return paired.transpose(1, 2).reshape(stored.shape).contiguous()

@@ -13,9 +13,10 @@ from collections import Counter
 from typing import Any
 
 from ctxext.errors import ModelError
-from ctxext.model.families import Config, expected_tensors
+from ctxext.model.config_fields import Fields
 from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.gguf_header import Header
+from ctxext.model.model_config import ModelConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")  # general.architecture; each is the model_type of its config.json
 PERMUTED = ("llama",)  # architectures whose q and k rows are stored in pairs, the order of Meta's own RoPE
@@ -50,7 +51,7 @@ READ = {
 NEUTRAL = {f"rope.scaling.{name}": 1.0 for name in ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")}
 
 
-def config_of(header: Header) -> Config:
+def config_of(header: Header) -> Fields:
     """Returns the config.json of a file, in the spelling of transformers 5, without its dtype.
 
     Raises ModelError for an architecture that is not supported, and for any header field that is not read here.
@@ -90,7 +91,7 @@ def config_of(header: Header) -> Config:
     return _config(header, architecture, fields)
 
 
-def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Config:
+def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Fields:
     # A list instead of an integer means head counts per layer, which one config.json of these classes cannot express.
     heads, width = fields["attention.head_count"], fields["embedding_length"]
     kv_heads = fields.get("attention.head_count_kv") or heads
@@ -102,7 +103,7 @@ def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Config
         if fields.get(name) not in (None, head_dim):
             raise ModelError(f"{header.path}: {name} {fields[name]} in heads of {head_dim}: RoPE needs whole heads")
     tensors, ids = header.tensors, special_ids(header)
-    config: Config = {
+    config: Fields = {
         "model_type": architecture,
         "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[
             architecture]],
@@ -142,14 +143,14 @@ def special_ids(header: Header) -> dict[str, int]:
     return {name: value for name, value in stated.items() if type(value) is int and 0 <= value < rows}
 
 
-def _rope(header: Header, fields: dict[str, Any], head_dim: int) -> Config:
+def _rope(header: Header, fields: dict[str, Any], head_dim: int) -> Fields:
     """Returns RoPE's parameters. Raises ModelError for a scaling that no config.json of these classes can express."""
     theta = _shortest(fields.get("rope.freq_base") or 10000.0)
     kind, factor = fields.get("rope.scaling.type") or "none", fields.get("rope.scaling.factor")
     # Older files state a linear scaling under this key.
     if fields.get("rope.scale_linear") not in (None, 0.0, 1.0):
         kind, factor = "linear", fields["rope.scale_linear"]
-    rope: Config = {"rope_type": "default", "rope_theta": theta}
+    rope: Fields = {"rope_type": "default", "rope_theta": theta}
     # Llama 3's scaling is stored as a tensor of factors instead of metadata.
     if FACTORS in header.tensors:
         if kind != "none":
@@ -170,7 +171,7 @@ def _rope(header: Header, fields: dict[str, Any], head_dim: int) -> Config:
     return rope
 
 
-def _llama3(header: Header, theta: float, head_dim: int) -> Config:
+def _llama3(header: Header, theta: float, head_dim: int) -> Fields:
     """Returns the parameters of Llama 3's RoPE that give the factors stored in the file.
 
     The factors do not determine all parameters. The function tries the published ones (bands 1 and 4, from 8,192
@@ -202,14 +203,14 @@ def _shortest(value: float) -> float:
     return value
 
 
-def tensor_names(header: Header, config: Config) -> dict[str, str]:
-    """Returns the GGUF name of each tensor of a (normalised) config.
+def tensor_names(header: Header, config: ModelConfig) -> dict[str, str]:
+    """Returns the GGUF name of each tensor of a config.
 
     Raises ModelError if the file has other tensors, or tensors of other shapes.
     """
     named = {_name(name): name for name in header.tensors if name != FACTORS}
     # Collect all faults before raising, so that one message shows up to five of them.
-    expected = expected_tensors(config)
+    expected = config.tensors
     faults = [f"{name}: missing" for name in expected if name not in named]
     faults += [f"{named[name]}: does not belong to this class" for name in named if name not in expected]
     faults += [

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from ctxext.errors import ModelError
-from ctxext.model.families import Config
 from ctxext.model.gguf_header import read_header
+from ctxext.model.model_config import ModelConfig
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 SPACE = "\u2581"
@@ -37,7 +37,7 @@ PRE = (*SPLITS, *SAME, "gpt-2", "smollm")
 SAMPLE = "Zwölf Boxkämpfer jagen Viktor, 42 × 3.14  =  131.88!\n\tdef f(x): return x  # 你好 мир 🙂 e\u0301\n"
 
 
-def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
+def write_tokenizer(file: Path, directory: Path, config: ModelConfig) -> None:
     """Writes tokenizer.json, tokenizer_config.json and the chat template of a GGUF file into a directory.
 
     Raises ModelError for a vocabulary that cannot be read, for more tokens than the embedding has rows, and if the
@@ -49,8 +49,8 @@ def write_tokenizer(file: Path, directory: Path, config: Config) -> None:
     tokens, kinds = told.get("tokens"), told.get("token_type")
     if not isinstance(tokens, list) or not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ModelError(f"{file}: it has no vocabulary (tokenizer.ggml.tokens and token_type)")
-    if len(tokens) > config["vocab_size"]:
-        raise ModelError(f"{file}: {len(tokens):,} tokens, the embedding has {config['vocab_size']:,} rows")
+    if len(tokens) > config.shape.vocab_size:
+        raise ModelError(f"{file}: {len(tokens):,} tokens, the embedding has {config.shape.vocab_size:,} rows")
     if len(set(tokens)) != len(tokens):
         raise ModelError(f"{file}: its vocabulary lists a token twice")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import attention
 from ctxext.model.adapters import open_adapter
-from ctxext.model.families import Config, normalise
 from ctxext.model.frequencies import check_realised, forget_lengths
 from ctxext.model.ids import guard_ids
 from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.model_config import ModelConfig, parse_config
 from ctxext.model.shards import cast, check_finite, tensor_reader
 from ctxext.model.source import ModelSource, read_config, resolve
 from ctxext.model.stock import built_config, check_same_reading, generation_config
@@ -78,7 +78,7 @@ def load_model(
         built = open_adapter(built, source.directory)
     if nope_log_scale is not None:
         scale_queries(built, source.kinds, nope_log_scale)
-    guard_ids(causal_lm(built), source.config["vocab_size"], source.name)
+    guard_ids(causal_lm(built), source.config.shape.vocab_size, source.name)
     return LoadedModel(built.to(where).eval(), load_tokenizer(source.directory), source, where)
 
 
@@ -88,13 +88,18 @@ def check_source(source: ModelSource) -> None:
     A length that the user stated (`with_original_length`) is not a field of the file and is not compared.
     """
     model = source.base or source
-    check_same_reading(model.directory, normalise(read_config(model.directory)))
+    check_same_reading(model.directory, parse_config(read_config(model.directory)))
 
 
 def build_model(
-    weights: Path, config: Config, dtype: torch.dtype, *, quantize: str = "none", device: torch.device | None = None
+    weights: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    quantize: str = "none",
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Builds the stock class of a normalised config, loads the checkpoint in `weights`, and checks RoPE's frequencies.
+    """Builds the stock class of a config, loads the checkpoint in `weights`, and checks RoPE's frequencies.
 
     `quantize` nf4 or int8: bitsandbytes stores the weights of the linear layers quantised, on `device`, while they are
     read; the head, embeddings and norms stay in `dtype`. Raises ModelError when a weight is missing, left over, NaN or
@@ -122,7 +127,7 @@ def build_model(
         )
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     # transformers leaves the two untied where the stored head differs from the embeddings.
-    if config["tie_word_embeddings"] and head.weight is not embeddings.weight:
+    if config.shape.tied and head.weight is not embeddings.weight:
         raise ModelError(
             f"{weights}: config.json ties the embeddings, but {HEAD} differs from them",
             hint="set tie_word_embeddings to false in config.json if the head has its own weights",

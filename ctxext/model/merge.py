@@ -19,8 +19,8 @@ from ctxext.model.adapters import merge_adapter
 from ctxext.model.card import model_card, runtime_note
 from ctxext.model.companions import copy_companions, stated_licence
 from ctxext.model.convert import write_config
-from ctxext.model.families import Config, expected_tensors
 from ctxext.model.load import LoadedModel, build_model, load_model
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.shards import cast
 from ctxext.model.source import ModelSource
 from ctxext.model.stock import drop_generation_config
@@ -113,11 +113,11 @@ def merge(
     # Load in fp32: `merge_adapter` accepts nothing else, and the tolerance below is for fp32.
     began = time.monotonic()
     assert source.base is not None
-    dtype = dtype or source.base.config.get("dtype") or source.base.config.get("torch_dtype") or "float32"
+    dtype = dtype or source.base.config.dtype or "float32"
     live = load_model(source, dtype="float32")
     adjustment = adjust(live)
     # Measure the live model before the merge: `merge_adapter` changes its weights in place.
-    ids = _probe(source.config["vocab_size"], live.device)
+    ids = _probe(source.config.shape.vocab_size, live.device)
     before, (perplexity_live, of) = _logits(live.model, ids), measure(live)
     merged = merge_adapter(live.model).eval()
     adjustment.fold(merged)
@@ -130,7 +130,7 @@ def merge(
         parameter.data = cast(parameter.data, getattr(torch, dtype), f"the merged {name}")
     expected = _logits(merged, ids)
     with staged_output(out, force) as staging:
-        config = source.config | {"dtype": dtype}
+        config = source.config.with_fields(dtype=dtype)
         _save(staging, merged.state_dict(), config)
         problem = _save_companions(source, staging, config)
         # Read the directory back before it gets its final name. Same dtype, same device: the logits must be identical.
@@ -161,18 +161,18 @@ def merge(
     return report
 
 
-def _save_companions(source: ModelSource, staging: Path, config: Config) -> str | None:
+def _save_companions(source: ModelSource, staging: Path, config: ModelConfig) -> str | None:
     """Writes tokenizer, templates and licence. Returns how AutoTokenizer would still read other ids, or None."""
-    tokenizer = settle(source.directory, config)
+    tokenizer = settle(source.directory, config.fields)
     copy_companions(source.directory, staging, tokenizer.files)
     drop_generation_config(staging)
     return tokenizer.problem
 
 
-def _tied_as_it_should_be(model: Any, config: Config) -> bool:
+def _tied_as_it_should_be(model: Any, config: ModelConfig) -> bool:
     # Returns whether the head is tied. Raises CheckFailed where that differs from the base's config.
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    if tied != bool(config["tie_word_embeddings"]):
+    if tied != config.shape.tied:
         raise CheckFailed(f"the saved model is {'tied' if tied else 'untied'}, but the base is not")
     return tied
 
@@ -190,15 +190,17 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _save(directory: Path, state: dict[str, Tensor], config: Config) -> None:
+def _save(directory: Path, state: dict[str, Tensor], config: ModelConfig) -> None:
     """Writes exactly the weights that the config implies, in shards of 5 GiB. A tied head is not a separate tensor."""
-    named = {name: state[name] for name in expected_tensors(config)}
+    named = {name: state[name] for name in config.tensors}
     save_torch_state_dict(named, directory, max_shard_size=SHARD_BYTES, metadata={"format": "pt"})
 
 
-def _describe(directory: Path, source: ModelSource, config: Config, report: MergeReport, asked: dict[str, Any]) -> None:
+def _describe(
+    directory: Path, source: ModelSource, config: ModelConfig, report: MergeReport, asked: dict[str, Any]
+) -> None:
     assert source.manifest is not None and source.base is not None
-    text = [f"{report.base} with {report.source} merged into it.", runtime_note(config)]
+    text = [f"{report.base} with {report.source} merged into it.", runtime_note(config.fields)]
     card = model_card(f"{report.source}, merged", text, report.rows(), stated_licence(source.directory))
     (directory / "README.md").write_text(card, "utf-8")
     # The merged model keeps the lengths of the bundle, and names both of its parents.

@@ -21,8 +21,9 @@ from pydantic import BeforeValidator, Field
 
 from ctxext.config.loader import spec
 from ctxext.errors import InputError
-from ctxext.model.families import Config, family_of, rope_of, with_rope
+from ctxext.model.config_fields import Fields
 from ctxext.model.layout import LayerKind
+from ctxext.model.model_config import ModelConfig
 from ctxext.units import format_tokens
 
 Factor = Annotated[float, Field(ge=1.0)]
@@ -129,7 +130,7 @@ class PositionPlan:
     summary                  one line for the screen
     """
 
-    rope_parameters: Config | None
+    rope_parameters: Fields | None
     max_position_embeddings: int
     usable_length: int
     original_length: int | None
@@ -137,21 +138,21 @@ class PositionPlan:
     factor: float
     summary: str
 
-    def apply(self, config: Config) -> Config:
-        """Returns a copy of a normalised config with these positions."""
+    def apply(self, config: ModelConfig) -> ModelConfig:
+        """Returns the config with these positions."""
         # Record the original length and theta, so that a later extension starts from them.
-        known: Config = {"max_position_embeddings": self.max_position_embeddings}
+        known: Fields = {"max_position_embeddings": self.max_position_embeddings}
         if self.original_length is not None:
             known["original_max_position_embeddings"] = self.original_length
         if self.rope_parameters is not None:
             known["original_rope_theta"] = original_theta(config)
-            config = with_rope(config, self.rope_parameters)
-        return config | known
+            config = config.with_rope(self.rope_parameters)
+        return config.with_fields(**known)
 
 
-def original_theta(config: Config) -> float:
+def original_theta(config: ModelConfig) -> float:
     """Returns theta of the first training. ntk and abf change `rope_theta`; a later extension needs the original."""
-    return float(config.get("original_rope_theta") or rope_of(config)["rope_theta"])
+    return float(config.fields.get("original_rope_theta") or config.rope["rope_theta"])
 
 
 def reach_of(kinds: Sequence[LayerKind], ctx: int) -> int:
@@ -163,7 +164,7 @@ def reach_of(kinds: Sequence[LayerKind], ctx: int) -> int:
 
 
 def plan_positions(
-    config: Config, scaling: Any, ctx: int, *, original_length: int | None, usable_length: int
+    config: ModelConfig, scaling: Any, ctx: int, *, original_length: int | None, usable_length: int
 ) -> PositionPlan:
     """Plans the positions for training and running at `ctx` tokens.
 
@@ -173,7 +174,7 @@ def plan_positions(
     `auto` would scale a longrope model further.
     """
     # The checks are in this order, so that a model that needs no scaling needs no original length.
-    rope, kinds = rope_of(config), family_of(config).kinds(config)
+    rope, kinds = config.rope, config.kinds
     reach = reach_of(kinds, ctx)
     keep = partial(_kept, config, ctx, original_length, usable_length, reach)
     automatic = scaling.type == "auto"
@@ -206,16 +207,16 @@ def plan_positions(
 
 
 def _kept(
-    config: Config, ctx: int, original_length: int | None, usable_length: int, reach: int, summary: str
+    config: ModelConfig, ctx: int, original_length: int | None, usable_length: int, reach: int, summary: str
 ) -> PositionPlan:
     """Returns a plan that keeps RoPE, for a ctx that may be longer than any length before.
 
     Raises InputError where the kept RoPE is scaled from another original length than `original_length`.
     """
-    rope, limit = rope_of(config), max(ctx, config["max_position_embeddings"])
+    rope, limit = config.rope, max(ctx, config.max_position_embeddings)
     # Dynamic scaling starts beyond max_position_embeddings: a higher value would turn it off.
     if rope.get("rope_type") == "dynamic":
-        limit = config["max_position_embeddings"]
+        limit = config.max_position_embeddings
     stated = rope.get("original_max_position_embeddings")
     if None not in (stated, original_length) and stated != original_length:
         raise InputError(
@@ -226,16 +227,18 @@ def _kept(
     return PositionPlan(None, limit, max(ctx, usable_length), original_length, reach, 1.0, summary)
 
 
-def _scaled(config: Config, scaling: Any, ctx: int, original_length: int, reach: int, automatic: bool) -> PositionPlan:
+def _scaled(
+    config: ModelConfig, scaling: Any, ctx: int, original_length: int, reach: int, automatic: bool
+) -> PositionPlan:
     """Returns a plan with a scaling. If `automatic`, the factor (ntk: theta) is at least the model's own."""
     # An automatic factor covers the reach of the RoPE layers; an explicit scaling covers the whole ctx.
-    rope = rope_of(config)
+    rope = config.rope
     default = float(math.ceil((reach if automatic else ctx) / original_length))
     if automatic and rope.get("rope_type") == scaling.type:
         default = max(default, rope.get("factor") or 1.0)
     factor = getattr(scaling, "factor", None) or default
     theta = original_theta(config)
-    parameters = _rope_parameters(scaling, theta, config["head_dim"], factor, original_length)
+    parameters = _rope_parameters(scaling, theta, config.shape.head_dim, factor, original_length)
     if automatic and scaling.type == "ntk":
         parameters["rope_theta"] = max(parameters["rope_theta"], rope["rope_theta"])
     change = f"theta {parameters['rope_theta']:g}" if scaling.type in ("ntk", "abf") else f"factor {factor:g}"
@@ -250,7 +253,7 @@ def _scaled(config: Config, scaling: Any, ctx: int, original_length: int, reach:
     return PositionPlan(parameters, longest, ctx, original_length, reach, factor, summary)
 
 
-def _same_type(rope: Config, theta: float) -> Any:
+def _same_type(rope: Fields, theta: float) -> Any:
     """Returns the scaling for `auto`: a scaled model keeps its type, every other model gets linear.
 
     Raises InputError for longrope.
@@ -272,7 +275,7 @@ def _same_type(rope: Config, theta: float) -> Any:
     return Dynamic() if old == "dynamic" else Linear()
 
 
-def _rope_parameters(scaling: Any, theta: float, head_dim: int, factor: float, original: int) -> Config:
+def _rope_parameters(scaling: Any, theta: float, head_dim: int, factor: float, original: int) -> Fields:
     # The scaling in transformers' form. `theta` and `original` are those of the first training.
     match scaling.type:
         case "linear" | "dynamic":

@@ -20,13 +20,13 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 from ctxext.errors import ModelError
 from ctxext.model import attention
-from ctxext.model.families import Config
 from ctxext.model.frequencies import check_realised, forget_lengths, rotaries
 from ctxext.model.load import causal_lm
+from ctxext.model.model_config import ModelConfig
 
 
-def relayout(model: Any, config: Config) -> PreTrainedModel:
-    """Returns the frozen weights of `model` under another normalised config of the same shapes, in eval mode.
+def relayout(model: Any, config: ModelConfig) -> PreTrainedModel:
+    """Returns the frozen weights of `model` under another config of the same shapes, in eval mode.
 
     `model` is a causal LM or PEFT's wrapper around one. The result leaves out the adapter and the fully trained
     modules, so it uses the weights of the base checkpoint. Do not move or cast the result: it shares its modules with
@@ -35,7 +35,7 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
     """
     # Build the class on the meta device: its parameters take no memory. Its buffers, the RoPE frequencies, are real.
     base = causal_lm(model)
-    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))
+    hf_config = CONFIG_MAPPING[config.family.name].from_dict(deepcopy(config.fields))
     hf_config._attn_implementation = attention.register()
     with init_empty_weights(include_buffers=False):
         other: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
@@ -46,7 +46,7 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
         try:
             own = frozen_module(base.get_submodule(name))
         except AttributeError as error:
-            raise ModelError(f"{name} of a {config['model_type']} layout is not among the model's modules") from error
+            raise ModelError(f"{name} of a {config.family.name} layout is not among the model's modules") from error
         if list(own.parameters(recurse=False)) == []:
             raise ModelError(f"{name} holds no weight of its own in the model")
         if list(module.children()):
@@ -57,7 +57,7 @@ def relayout(model: Any, config: Config) -> PreTrainedModel:
             continue
         parent, _, child = name.rpartition(".")
         setattr(other.get_submodule(parent), child, _without_bias(own, module, name))
-    if config["tie_word_embeddings"]:
+    if config.shape.tied:
         _tie(other)
     # A parameter that is still on the meta device has no weight.
     left = [name for name, parameter in other.named_parameters() if parameter.is_meta]

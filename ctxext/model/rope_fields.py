@@ -6,12 +6,9 @@ transformers 5 takes `rope_scaling`, so both must have the same values.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ctxext.errors import ModelError
-from ctxext.model.config_fields import LAYER_TYPES, check_rope
+from ctxext.model.config_fields import LAYER_TYPES, Fields, check_rope
 
-Config = dict[str, Any]
 ORIGINAL = "original_max_position_embeddings"
 THETA = 10_000.0  # transformers' default, except where families.DEFAULTS has another one
 NO_ROPE = {"rope_type": "proportional", "partial_rotary_factor": 0.0}  # every frequency is zero: no rotation
@@ -26,11 +23,11 @@ ROPE_FIELDS: dict[str, tuple[str, ...]] = {  # rope_type: its required fields
 FROM_A_LENGTH = ("yarn", "longrope", "llama3")  # their frequencies depend on the original training length
 
 
-def read_rope(config: Config) -> Config:
+def read_rope(config: Fields) -> Fields:
     """Returns `rope_parameters` in the form of transformers 5, from either form.
 
-    `config` is a config that is normalised except for RoPE. This function removes the RoPE fields from it. Raises
-    ModelError for values that transformers does not read, and where the two forms disagree.
+    `config` holds fields that `parse_config` has completed, except for RoPE. This function removes the RoPE fields from
+    it. Raises ModelError for values that transformers does not read, and where the two forms disagree.
     """
     nested = config["model_type"] == "mellum"
     if nested and "rope_scaling" in config:
@@ -55,7 +52,7 @@ def read_rope(config: Config) -> Config:
     return read[0] if read else _complete({"rope_theta": theta}, config)
 
 
-def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
+def _mellum_rope(rope: Fields, name: str, config: Fields) -> Fields:
     """Returns the RoPE parameters of one layer type of a Mellum config; NO_ROPE with a theta where it has no RoPE."""
     one = rope.get(name)
     if not isinstance(one, dict):
@@ -66,7 +63,7 @@ def _mellum_rope(rope: Config, name: str, config: Config) -> Config:
     return dict(one)
 
 
-def _complete(rope: Config, config: Config) -> Config:
+def _complete(rope: Fields, config: Fields) -> Fields:
     """Returns one set of RoPE parameters with every number stated. Raises ModelError for a missing or invalid one."""
     if by_type := [name for name in LAYER_TYPES if name in rope]:
         raise ModelError(f"config.json: RoPE parameters for {by_type[0]} inside those for all layers")
@@ -105,8 +102,8 @@ def _complete(rope: Config, config: Config) -> Config:
     return rope
 
 
-def written_for_both(config: Config) -> Config:
-    """Returns a normalised config with `rope_theta` and `rope_scaling` added, in the form that transformers 4 reads.
+def written_for_both(config: Fields) -> Fields:
+    """Returns the fields of a config with `rope_theta` and `rope_scaling` added, in the form that transformers 4 reads.
 
     A config with RoPE per layer type (Mellum) stays unchanged: transformers 4 has no form for it.
     """
@@ -121,7 +118,7 @@ def written_for_both(config: Config) -> Config:
     return both
 
 
-def unlike_transformers_4(config: Config) -> str | None:
+def unlike_transformers_4(config: Fields) -> str | None:
     """Returns why transformers 4 computes something else than transformers 5 from a config of `written_for_both`.
 
     None where both compute the same, by the formulas of 4.57.3.

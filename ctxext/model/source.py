@@ -19,10 +19,10 @@ from ctxext.config.manifest import Manifest
 from ctxext.errors import InputError, ModelError
 from ctxext.model.companions import CARD, LICENCES
 from ctxext.model.config_fields import FACTS, PARENT, check_fields
-from ctxext.model.families import Config, expected_tensors, family_of, model_shape, normalise, rope_of
 from ctxext.model.hub import download
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind, kinds_of
+from ctxext.model.model_config import ModelConfig, parse_config
 from ctxext.model.weights import (
     ADAPTER_FILE,
     PICKLE,
@@ -47,7 +47,7 @@ class ModelSource:
 
     path             the directory; None when only the shapes are known (planning needs no weights)
     kind             source, model, conversion, finetune (a bundle: adapter on a base) or merge
-    config           config.json, normalised
+    config           config.json, parsed
     original_length  length in tokens of the FIRST training; None when RoPE is scaled and the config does not state it
     usable_length    tokens that the model supports now
     manifest         ctxext.json; None for a model that ctxext did not write
@@ -57,7 +57,7 @@ class ModelSource:
     name: str
     path: Path | None
     kind: str
-    config: Config
+    config: ModelConfig
     original_length: int | None
     usable_length: int
     manifest: Manifest | None = None
@@ -66,7 +66,7 @@ class ModelSource:
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Returns the kind of each layer."""
-        return family_of(self.config).kinds(self.config)
+        return self.config.kinds
 
     @property
     def paths(self) -> list[Path | None]:
@@ -76,7 +76,7 @@ class ModelSource:
     @property
     def shape(self) -> ModelShape:
         """Returns the sizes for the formulas of ops/cost.py."""
-        return model_shape(self.config)
+        return self.config.shape
 
     @property
     def fitted_layers(self) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ class ModelSource:
         """Returns the same model with `tokens` as its original length; None changes nothing."""
         if tokens is None:
             return self
-        told = self.config | {"original_max_position_embeddings": tokens}
+        told = self.config.with_fields(original_max_position_embeddings=tokens)
         return replace(self, original_length=tokens, usable_length=max(self.usable_length, usable_length(told)))
 
 
@@ -132,14 +132,14 @@ def from_directory(
     """
     manifest = manifest_of(path)
     facts: dict[str, Any] = manifest.facts if manifest else {}
-    config = normalise(read_config(path))
+    config = parse_config(read_config(path))
     kind = manifest.kind if manifest else "source"
     base = None
     if (path / "adapter_config.json").exists():
         base = _base_of(path, manifest)
         _check_adapter(path, manifest)
     elif weights and not (allow_pickle and only_pickles(path)):
-        check_tensors(path, read_tensors(path), expected_tensors(config))
+        check_tensors(path, read_tensors(path), config.tensors)
     # Lengths that ctxext recorded have priority over those that config.json implies.
     original = facts.get("original_length") or original_length(config)
     usable = facts.get("usable_length") or usable_length(config)
@@ -182,29 +182,29 @@ def read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def original_length(config: Config) -> int | None:
+def original_length(config: ModelConfig) -> int | None:
     """Returns the length in tokens of the first training; None when RoPE is scaled and the config does not state it."""
-    rope = rope_of(config)
-    stated = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+    rope = config.rope
+    stated = config.fields.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if stated is None and rope.get("rope_type") == "linear":
         return None
-    return int(stated or config["max_position_embeddings"])
+    return int(stated or config.max_position_embeddings)
 
 
-def usable_length(config: Config) -> int:
+def usable_length(config: ModelConfig) -> int:
     """Returns the length in tokens that a config claims to support.
 
     This is max_position_embeddings, or the original length times the scaling factor where that is more: many configs of
     scaled models leave max_position_embeddings at the original length.
     """
-    rope, claimed = rope_of(config), config["max_position_embeddings"]
+    rope, claimed = config.rope, config.max_position_embeddings
     original = original_length(config)
     if original is None or rope.get("rope_type") not in ("linear", "dynamic", "yarn", "longrope"):
         return int(claimed)
     return int(max(claimed, original * (rope.get("factor") or 1)))
 
 
-def original_config(source: ModelSource) -> Config:
+def original_config(source: ModelSource) -> ModelConfig:
     """Returns the config under which a model's weights compute what they were pretrained for.
 
     For a pretrained model this is its own config. For a conversion it is a config with the layout and RoPE of the
@@ -224,7 +224,7 @@ def original_config(source: ModelSource) -> Config:
     facts = source.manifest.facts if source.manifest else {}
     try:
         rope, kinds = facts["source_rope_parameters"], kinds_of(facts["source_layout"])
-        config, sinks = source.config | {"rope_parameters": rope}, facts.get("sinks")
+        config, sinks = source.config, facts.get("sinks")
         if sinks and sinks["source_biases"]:
             raise InputError(
                 f"{source.name}: fitting sinks changed its biases, so that its weights differ from its source's",
@@ -232,8 +232,8 @@ def original_config(source: ModelSource) -> Config:
             )
         if sinks:
             # Leave out the fitted sinks and biases: use a class that has neither.
-            config |= {"model_type": "llama", "attention_bias": False}
-        return hybrid_config(config, kinds)
+            config = config.with_fields(model_type="llama", attention_bias=False)
+        return hybrid_config(config, kinds, rope=rope)
     except (KeyError, TypeError):
         message = f"{source.name}: its ctxext.json does not record the source's layout"
         raise InputError(message, hint="convert it again") from None
@@ -301,7 +301,7 @@ def _from_gguf(file: Path, weights: bool) -> ModelSource:
     if weights:
         return from_directory(gguf.dequantised(file), name=file.stem)
     header = gguf.read_header(file)
-    config = normalise(gguf.config_of(header))
+    config = parse_config(gguf.config_of(header))
     gguf.tensor_names(header, config)
     return ModelSource(file.stem, None, "source", config, original_length(config), usable_length(config))
 
@@ -319,5 +319,5 @@ def _from_preset(name: str, weights: bool, allow_pickle: bool) -> ModelSource:
         found = from_directory(path, allow_pickle=allow_pickle, name=preset.name)
         return replace(found, original_length=model.original_length, usable_length=model.usable_length)
     assert model.shape is not None  # ModelPreset refuses a hub model without one
-    config = normalise({"model_type": model.family, **asdict(model.shape)})
+    config = parse_config({"model_type": model.family, **asdict(model.shape)})
     return ModelSource(preset.name, None, "source", config, model.original_length, model.usable_length)

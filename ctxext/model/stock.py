@@ -15,7 +15,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig
 
 from ctxext.errors import ModelError
-from ctxext.model.families import Config
+from ctxext.model.model_config import ModelConfig
 
 # fields of a config class that do not reach the logits of a causal LM, in any supported model_type
 WITHOUT_EFFECT = frozenset(
@@ -65,20 +65,20 @@ def stock_config(path: Path) -> Any:
         raise ModelError(f"{path / 'config.json'}: transformers cannot read it ({_short(error)})") from error
 
 
-def built_config(config: Config) -> Any:
-    """Returns the stock class's config for a normalised config. Raises ModelError where the class rejects it."""
+def built_config(config: ModelConfig) -> Any:
+    """Returns the stock class's config for a config. Raises ModelError where the class rejects it."""
     try:
-        built = CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(config))  # it may change nested objects
+        built = CONFIG_MAPPING[config.family.name].from_dict(deepcopy(config.fields))  # it may change nested objects
         built.standardize_rope_params()
         return built
     except Exception as error:
         raise ModelError(f"config.json: transformers does not accept it ({_short(error)})") from error
 
 
-def check_same_reading(path: Path, config: Config) -> None:
+def check_same_reading(path: Path, config: ModelConfig) -> None:
     """Raises ModelError for the fields of `path`'s config.json that transformers and this package read differently.
 
-    `config` is the normalised config of the same file.
+    `config` is what this package parsed from the same file.
     """
     theirs, ours = stock_config(path), built_config(config)
     differing = [name for name in compared_fields(ours) if _plain(theirs, name) != _plain(ours, name)]
@@ -110,7 +110,7 @@ def _plain_rope(rope: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in nested.items() if name != "type" and value is not None}
 
 
-def generation_config(directory: Path, config: Config) -> GenerationConfig:
+def generation_config(directory: Path, config: ModelConfig) -> GenerationConfig:
     """Returns a generation config with the tokens that end a text.
 
     They come from generation_config.json, or from config.json where transformers cannot read that file. The other
@@ -119,7 +119,7 @@ def generation_config(directory: Path, config: Config) -> GenerationConfig:
     try:
         given = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
     except Exception:  # no such file, not JSON, or fields that transformers' own checks reject
-        given = config.get("eos_token_id")
+        given = config.fields.get("eos_token_id")
     listed = given if isinstance(given, list) else [given]
     ids = [token for token in listed if isinstance(token, int) and not isinstance(token, bool)]
     return GenerationConfig(eos_token_id=ids or None)

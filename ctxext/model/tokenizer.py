@@ -29,7 +29,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from ctxext.errors import ModelError
 from ctxext.model.companions import copy_companions
-from ctxext.model.families import Config
+from ctxext.model.config_fields import Fields
 from ctxext.model.source import read_object, require_tokenizer
 
 FILE, SETTINGS, AS_FILE = "tokenizer.json", "tokenizer_config.json", "PreTrainedTokenizerFast"
@@ -159,7 +159,7 @@ class Settled:
     problem: str | None = None
 
 
-def settle(source: Path, config: Config) -> Settled:
+def settle(source: Path, fields: Fields) -> Settled:
     """Compares `load_tokenizer(source)` with AutoTokenizer on the same tokenizer files next to another config.json.
 
     The function tries three forms in this order: the files as they are; tokenizer_class set to
@@ -175,12 +175,12 @@ def settle(source: Path, config: Config) -> Settled:
         forms += [named] if (source / FILE).is_file() else []
         forms.append(named | {FILE: backend.to_str().encode()})
     problem, alike = "", list[Settled]()
-    # Write each form with `config` into a temporary directory and open it there, since transformers selects the class
-    # by config.json as well.
+    # Write each form with `fields` as config.json into a temporary directory and open it there: transformers selects
+    # the class by config.json as well.
     for files in forms:
         with TemporaryDirectory() as place:
             copy_companions(source, Path(place), files)
-            (Path(place) / "config.json").write_text(json.dumps(config), "utf-8")
+            (Path(place) / "config.json").write_text(json.dumps(fields), "utf-8")
             try:
                 stock = stock_tokenizer(Path(place))
             except Exception as error:  # transformers raises many types for foreign files

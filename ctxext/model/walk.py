@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ctxext.model.families import Config, rope_of
 from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.layout import LayerKind
+from ctxext.model.model_config import ModelConfig
 from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, lower_bounds
 
@@ -31,9 +31,13 @@ HEAD_ROWS = 8192  # rows of the head multiplied at once: the whole head in fp64 
 
 
 def walk(
-    weights: Weights, config: Config, kinds: Sequence[LayerKind], input_ids: Tensor, dtype: torch.dtype = torch.float32
+    weights: Weights,
+    config: ModelConfig,
+    kinds: Sequence[LayerKind],
+    input_ids: Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Returns logits [B, T, V] of a normalised config's model under `kinds`, computed in `dtype`, returned in fp32.
+    """Returns logits [B, T, V] of a config's model under `kinds`, computed in `dtype`, returned in fp32.
 
     The pass covers `len(kinds)` layers. Raises KeyError for a weight that `weights` does not have.
     """
@@ -43,29 +47,29 @@ def walk(
     cos, sin = (angles.to(dtype) for angles in _rotation(config, T))
     for i, kind in enumerate(kinds):
         layer = f"model.layers.{i}."
-        h = _rms_norm(x, _need(weights, f"{layer}input_layernorm.weight", dtype), config["rms_norm_eps"])
+        h = _rms_norm(x, _need(weights, f"{layer}input_layernorm.weight", dtype), config.rms_norm_eps)
         x = x + _attention(weights, f"{layer}self_attn.", config, kind, h, cos, sin)
-        h = _rms_norm(x, _need(weights, f"{layer}post_attention_layernorm.weight", dtype), config["rms_norm_eps"])
+        h = _rms_norm(x, _need(weights, f"{layer}post_attention_layernorm.weight", dtype), config.rms_norm_eps)
         gate, up = (_linear(weights, f"{layer}mlp.{name}", h) for name in ("gate_proj", "up_proj"))
         x = x + _linear(weights, f"{layer}mlp.down_proj", F.silu(gate) * up)
-    x = _rms_norm(x, _need(weights, "model.norm.weight", dtype), config["rms_norm_eps"])
-    head = embedding if config["tie_word_embeddings"] else _need(weights, "lm_head.weight", torch.float32)
+    x = _rms_norm(x, _need(weights, "model.norm.weight", dtype), config.rms_norm_eps)
+    head = embedding if config.shape.tied else _need(weights, "lm_head.weight", torch.float32)
     return torch.cat([(x @ rows.to(dtype).T).float() for rows in head.split(HEAD_ROWS)], dim=-1)
 
 
 def _attention(
-    weights: Weights, name: str, config: Config, kind: LayerKind, h: Tensor, cos: Tensor, sin: Tensor
+    weights: Weights, name: str, config: ModelConfig, kind: LayerKind, h: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     # Self-attention of one layer: normed states h [B, T, E] -> [B, T, E], output projection included.
     B, T, _ = h.shape
-    D = config["head_dim"]
+    D = config.shape.head_dim
     q, k, v = (
         _linear(weights, f"{name}{p}_proj", h).view(B, T, -1, D).transpose(1, 2) for p in "qkv"
     )  # (B, H|K, T, D)
     # Qwen3 and Mellum normalise each head of q and k before RoPE. Other families have no such weights.
     norms = weights(f"{name}q_norm.weight"), weights(f"{name}k_norm.weight")
     if norms[0] is not None and norms[1] is not None:
-        q, k = (_rms_norm(x, w.to(h.dtype), config["rms_norm_eps"]) for x, w in zip((q, k), norms, strict=True))
+        q, k = (_rms_norm(x, w.to(h.dtype), config.rms_norm_eps) for x, w in zip((q, k), norms, strict=True))
     if kind.use_rope:
         q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     # `ratio` query heads share one kv head. A learned sink has one logit per query head.
@@ -81,12 +85,12 @@ def _attention(
     return _linear(weights, f"{name}o_proj", out.transpose(1, 2).reshape(B, T, -1))
 
 
-def _rotation(config: Config, T: int) -> tuple[Tensor, Tensor]:
+def _rotation(config: ModelConfig, T: int) -> tuple[Tensor, Tensor]:
     """Returns cos and sin [T, D / 2] of the RoPE layers, both empty when no layer uses RoPE."""
-    rope = rope_of(config)
+    rope = config.rope
     if not rope:
         return torch.empty(0), torch.empty(0)
-    frequencies, scale = inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], T)
+    frequencies, scale = inverse_frequencies(rope, config.shape.head_dim, config.max_position_embeddings, T)
     angles = torch.arange(T, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
     return angles.cos() * scale, angles.sin() * scale
 

@@ -28,7 +28,6 @@ from ctxext.config.loader import build, flow, set_value
 from ctxext.data.documents import SELF
 from ctxext.errors import InputError
 from ctxext.model.adapter_plan import Trainables
-from ctxext.model.families import normalise, rope_of
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds, layout_facts, pattern_text
 from ctxext.model.source import ModelSource
@@ -166,10 +165,10 @@ def converted(source: ModelSource, hybrid: str) -> ModelSource:
     """
     if source.kind != "source" and source.kind != "model":
         raise InputError(f"{source.name} is a {source.kind}; --hybrid needs a pretrained model")
-    kinds = layer_kinds(find_hybrid(hybrid), source.config["num_hidden_layers"])
-    facts = {"source_layout": layout_facts(source.kinds), "source_rope_parameters": rope_of(source.config)}
+    kinds = layer_kinds(find_hybrid(hybrid), source.config.shape.num_layers)
+    facts = {"source_layout": layout_facts(source.kinds), "source_rope_parameters": source.config.rope}
     manifest = manifests.new("conversion", spec={}, parents={}, facts=facts)
-    config = normalise(hybrid_config(source.config, kinds))
+    config = hybrid_config(source.config, kinds)
     return replace(source, name=f"{source.name}-{hybrid}", kind="conversion", config=config, manifest=manifest)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ctxext.config import manifest as manifests
 from ctxext.config.manifest import Manifest
 from ctxext.errors import ModelError
-from ctxext.model.families import rope_of
 from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.load import causal_lm, hidden_states
 from ctxext.model.positions import original_theta
@@ -43,13 +42,13 @@ def measure(subject: Subject, spec: Positions, progress: CountProgress) -> Findi
     The picture shows the frequencies as wavelengths.
     """
     source = subject.source
-    rope, config = rope_of(source.config), source.config
-    half = config["head_dim"] // 2
+    rope, config = source.config.rope, source.config
+    half = config.shape.head_dim // 2
     plain = [original_theta(config) ** (-i / half) for i in range(half)] if rope else []
     tokens = _tokens(source, rope)
     # dynamic and longrope frequencies depend on the length of the text, so compute them for the measured length.
     meant, scale = (
-        inverse_frequencies(rope, config["head_dim"], config["max_position_embeddings"], tokens) if rope else ([], 1.0)
+        inverse_frequencies(rope, config.shape.head_dim, config.max_position_embeddings, tokens) if rope else ([], 1.0)
     )
     realised = _realised(subject, meant or [1.0] * half, tokens)
     progress(1, 1)
@@ -77,7 +76,7 @@ def _tokens(source: ModelSource, rope: dict[str, Any]) -> int:
     """Returns the text's length: long enough that rotations which change with the length have changed."""
     if rope.get("rope_type") not in BY_LENGTH:
         return TOKENS
-    original = rope.get("original_max_position_embeddings") or source.config["max_position_embeddings"]
+    original = rope.get("original_max_position_embeddings") or source.config.max_position_embeddings
     return max(TOKENS, min(source.usable_length, 2 * original, MOST_TOKENS))
 
 
@@ -177,7 +176,7 @@ def _step(path: Path, manifest: Manifest | None) -> dict[str, Any]:
         read_config(path)
     except ModelError as error:
         return {"path": _shown(path), "made_by": manifest.kind if manifest else "unknown", "fault": str(error)}
-    rope = rope_of(source.config)
+    rope = source.config.rope
     spec = manifest.spec if manifest else {}
     return {
         "path": _shown(path),
@@ -202,7 +201,7 @@ def _shown(path: Path) -> str:
 
 def _notes(source: ModelSource, layers: list[dict[str, Any]], dtype: str) -> tuple[str, ...]:
     """Returns the doctor's findings as lines."""
-    notes, original, rope = [], source.original_length, rope_of(source.config)
+    notes, original, rope = [], source.original_length, source.config.rope
     wrong = [str(one["layer"]) for one in layers if one["apart"] > TOLERANCE[dtype]]
     if wrong:
         notes.append(f"layers {', '.join(wrong)} rotate by other angles than those of config.json: see `apart`")

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -28,10 +29,10 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ctxext.errors import ModelError
 from ctxext.model import attention
-from ctxext.model.families import Config, first_layers, initial_value, new_tensors, normalise
 from ctxext.model.frequencies import check_realised, rotaries
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
+from ctxext.model.model_config import ModelConfig, initial_value, new_tensors
 from ctxext.model.shards import EMBEDDING
 from ctxext.model.weights import HEAD
 from ctxext.ops.attention import attention_rows
@@ -95,7 +96,7 @@ class Layers:
     values    replacement weights for sliding layers, by their names in the checkpoint: sinks and their biases
     """
 
-    config: Config
+    config: ModelConfig
     source: Layout
     decoders: dict[LayerKind, Any]
     norm: nn.Module
@@ -114,11 +115,11 @@ class Layers:
     @property
     def head(self) -> Tensor:
         """The weight of the output head [V,E], fp32."""
-        return self.tensor(EMBEDDING if self.config["tie_word_embeddings"] else HEAD)
+        return self.tensor(EMBEDDING if self.config.shape.tied else HEAD)
 
 
 def open_layers(
-    config: Config,
+    config: ModelConfig,
     source: Layout,
     kinds: Sequence[LayerKind],
     read: Weights,
@@ -127,17 +128,17 @@ def open_layers(
     target: str | None = None,
     biases: bool = False,
 ) -> Layers:
-    """Returns the layers of a normalised source config, as `source` and as any of `kinds`, in stock classes.
+    """Returns the layers of a source config, as `source` and as any of `kinds`, in stock classes.
 
     `source` are the kinds of the source's own layers. `read` returns a tensor by its checkpoint name when it is called:
     `tensor_reader` of model/shards.py streams from disk, a state dict's `get` holds all in memory. `target` and
     `biases` are arguments of `hybrid_config`. Raises ModelError for a kind that the target class does not support.
     """
-    decoders, first, L = {}, first_layers(config, 1), config["num_hidden_layers"]
+    decoders, first, L = {}, config.first_layers(1), config.shape.num_layers
     for kind in dict.fromkeys([*source, *kinds]):
         # A model of one layer of this kind, with weights on meta: only the rotations are real.
-        one = normalise(first_layers(hybrid_config(config, [kind] * L, target, biases=biases), 1))
-        hf_config = CONFIG_MAPPING[one["model_type"]].from_dict(one)
+        one = hybrid_config(config, [kind] * L, target, biases=biases).first_layers(1)
+        hf_config = CONFIG_MAPPING[one.family.name].from_dict(deepcopy(one.fields))
         hf_config._attn_implementation = attention.register()
         with init_empty_weights(include_buffers=False):
             model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
@@ -159,7 +160,7 @@ def final_states(
     embedded = nn.functional.embedding(ids.to(layers.device), layers.tensor(EMBEDDING)).cpu()
     # Hidden states by prefix of layer kinds. All layouts share the empty prefix, the embeddings.
     states: dict[Layout, Tensor] = {(): embedded}
-    for index in range(layers.config["num_hidden_layers"]):
+    for index in range(layers.config.shape.num_layers):
         after: dict[Layout, Tensor] = {}
         with weights_of_layer(layers, index):
             for prefix, kinds in _branches(layouts, index).items():

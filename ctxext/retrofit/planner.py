@@ -194,7 +194,7 @@ def choose_layers(
     for line in (line for one in read for line in one.lines()):
         say(f"calibration: {line}")
     # All ids need a row in the embeddings; rows may be shorter than requested if the text is short.
-    check_ids([int(samples.ids.max())], source.config["vocab_size"], source.name)
+    check_ids([int(samples.ids.max())], source.config.shape.vocab_size, source.name)
     request = replace(request, row_tokens=samples.ids.shape[1])
     layers = open_conversion(plan, [window, full], where)
     progress("the source itself", 0, 1)

@@ -31,7 +31,6 @@ from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.prompts import framing
 from ctxext.errors import InputError
 from ctxext.model.convert import ConversionPlan, FittedSinks, may_fit_sinks
-from ctxext.model.families import FAMILIES
 from ctxext.model.ids import check_ids
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import load_tokenizer
@@ -85,7 +84,7 @@ def fit_sinks(
     # No window that hides anything, or no weights that can be streamed.
     if window is None or window >= source.usable_length or only_pickles(source.directory):
         return None
-    if not FAMILIES[plan.config["model_type"]].sinks:
+    if not plan.config.family.sinks:
         _warn(plan, window, say, where)
         return None
     # One pass over the source shows whether the model relies on its first token.
@@ -100,7 +99,7 @@ def fit_sinks(
     if ids.shape[1] <= window:
         say(f"sinks: the calibration text has {ids.shape[1]:,} tokens and fits in a window of {window:,}: none needed")
         return None
-    check_ids([int(ids.max())], source.config["vocab_size"], source.name)
+    check_ids([int(ids.max())], source.config.shape.vocab_size, source.name)
     # All that follows needs the weights; they are streamed layer by layer.
     layers = open_conversion(plan, plan.kinds, where)
     first = first_token(layers, ids, window)
@@ -133,7 +132,7 @@ def fit_sinks(
 def _warn(plan: ConversionPlan, window: int, say: Say, device: torch.device) -> None:
     """Reports the cost of windows for a model that relies on its first token but has no sinks. Reads one row."""
     source, ids = plan.source, _rows(plan, ROW_TOKENS // 2, EMBEDDED)[:1]
-    if int(ids.max()) >= source.config["vocab_size"] or ids.shape[1] < 8:
+    if int(ids.max()) >= source.config.shape.vocab_size or ids.shape[1] < 8:
         return
     layers = open_conversion(plan, plan.kinds, device)
     first = first_token(layers, ids, min(window, ids.shape[1] // 2))
@@ -142,7 +141,7 @@ def _warn(plan: ConversionPlan, window: int, say: Say, device: torch.device) -> 
     line = f"warning: {first.share:.0%} of the attention is on the first token, which windows of {window:,} hide"
     if 2 * window <= ids.shape[1]:
         line += f": {_loss(layers, ids, plan, first):+.3f} nats a token before training"
-    say(line + "; --class granite_swa avoids it" * ("granite_swa" in FAMILIES[source.config["model_type"]].targets))
+    say(line + "; --class granite_swa avoids it" * ("granite_swa" in source.config.family.targets))
 
 
 def _loss(layers: Layers, ids: Tensor, plan: ConversionPlan, first: FirstToken) -> float:
@@ -153,7 +152,7 @@ def _loss(layers: Layers, ids: Tensor, plan: ConversionPlan, first: FirstToken) 
 
 def open_conversion(plan: ConversionPlan, kinds: Sequence[LayerKind], device: torch.device) -> Layers:
     """Returns a conversion's layers as in the source and as any of `kinds`, with biases if sinks may be fitted."""
-    source, target = plan.source, str(plan.config["model_type"])
+    source, target = plan.source, str(plan.config.family.name)
     biases = may_fit_sinks(plan)
     reader = tensor_reader(source.directory)
     return open_layers(source.config, source.kinds, kinds, reader, device, target=target, biases=biases)

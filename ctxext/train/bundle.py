@@ -28,7 +28,6 @@ from ctxext.model.adapters import save_adapter
 from ctxext.model.card import model_card
 from ctxext.model.companions import copy_companions, stated_licence
 from ctxext.model.convert import write_config
-from ctxext.model.families import expected_tensors, rope_of
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import read_object
 from ctxext.model.tokenizer import settle
@@ -57,11 +56,11 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
             count = _save_whole(staging, plan, masters)
         else:
             count = save_adapter(model, staging, masters)
-        copy_companions(plan.source.directory, staging, settle(plan.source.directory, plan.config).files)
-        _set_tokenizer_length(staging, plan.config["max_position_embeddings"])
+        copy_companions(plan.source.directory, staging, settle(plan.source.directory, plan.config.fields).files)
+        _set_tokenizer_length(staging, plan.config.max_position_embeddings)
         (staging / "README.md").write_text(_card(plan, facts), "utf-8")
         # Full tuning saves fp32 weights whatever dtype it trained in.
-        write_config(staging, plan.config | {"dtype": "float32"} if plan.spec.tuning == "full" else plan.config)
+        write_config(staging, plan.config.with_fields(dtype="float32") if plan.spec.tuning == "full" else plan.config)
         manifests.write(staging, _manifest(plan, facts, count))
         _move(staging, run)
     finally:
@@ -83,7 +82,7 @@ def _manifest(plan: RunPlan, facts: dict[str, Any], count: int) -> manifests.Man
             "original_length": plan.positions.original_length,
             "usable_length": plan.positions.usable_length,
             "positions": plan.positions.summary,
-            "rope_parameters": rope_of(plan.config),
+            "rope_parameters": plan.config.rope,
             "layout": pattern_text(plan.kinds),
             "teacher": None if plan.teacher is None else plan.teacher.description,
             "trained_tensors": count,
@@ -118,7 +117,7 @@ def _save_whole(run: Path, plan: RunPlan, masters: Mapping[str, Tensor]) -> int:
     """Saves every weight in fp32 in one file, reads it back and compares it with the masters."""
     tensors: dict[str, Tensor] = {name: master.detach().cpu().contiguous() for name, master in masters.items()}
     # The names must be exactly those of the model: none missing, none extra.
-    missing = expected_tensors(plan.config).keys() ^ tensors.keys()
+    missing = plan.config.tensors.keys() ^ tensors.keys()
     if missing:
         raise CheckFailed(f"{run}: {len(missing)} weights are missing or not expected, first {min(missing)}")
     save_file(tensors, run / SINGLE, metadata={"format": "pt"})

@@ -13,8 +13,8 @@ from ctxext.data.documents import EMBEDDED, SELF
 from ctxext.errors import InputError
 from ctxext.machine.gpu import visible_gpus
 from ctxext.model.adapter_plan import Trainables, plan_trainables
-from ctxext.model.families import Config, family_of, rope_of
 from ctxext.model.layout import LayerKind, pattern_text
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.positions import Auto, PositionPlan, plan_positions
 from ctxext.model.source import ModelSource
 from ctxext.ops import cost
@@ -45,7 +45,7 @@ GROUPS_PER_CTX = 4  # LongLoRA's choice, arXiv 2309.12307, section 3.2: G = ctx 
 class RunPlan:
     """One run with all decisions made. Lengths in tokens, memory in bytes on one device, FLOPs of one optimizer step.
 
-    config             the model's normalised config with its new positions
+    config             the model's config with its new positions
     group_size         G where full layers train with S²-Attn, None where they train dense
     sink_tokens        first tokens of a document that every S²-Attn query sees; None: measured when training starts
     step_flops         FLOPs of a step, recomputation included
@@ -59,7 +59,7 @@ class RunPlan:
 
     spec: FinetuneSpec
     source: ModelSource
-    config: Config
+    config: ModelConfig
     positions: PositionPlan
     trainables: Trainables
     group_size: int | None
@@ -98,7 +98,7 @@ class RunPlan:
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer of the model."""
-        return family_of(self.config).kinds(self.config)
+        return self.config.kinds
 
     @property
     def measured_length(self) -> int | None:
@@ -129,7 +129,7 @@ class RunPlan:
             "layout": pattern_text(self.kinds),
             "ctx": self.spec.ctx,
             "positions": {name: value for name, value in asdict(self.positions).items() if name != "rope_parameters"}
-            | {"rope_parameters": rope_of(self.config)},
+            | {"rope_parameters": self.config.rope},
             "training_attention": "dense" if self.group_size is None else "s2",
             "group_size": self.group_size,
             "sink_tokens": self.sink_tokens,

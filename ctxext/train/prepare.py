@@ -142,7 +142,7 @@ def _store(plan: RunPlan, documents: Iterator[Document], print_: str, tokenizer:
         max_tokens=data.max_tokens,
         waiting=lambda: events.say("waiting for another process that tokenises the same text"),
     )
-    check_ids([store.meta.max_id], plan.config["vocab_size"], plan.source.name)
+    check_ids([store.meta.max_id], plan.config.shape.vocab_size, plan.source.name)
     return store
 
 

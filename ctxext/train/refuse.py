@@ -15,9 +15,9 @@ def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
     """Raises InputError or ModelError for what cannot be trained, as far as that needs no arithmetic."""
     if source.base is not None:
         raise InputError(f"{source.name} is an adapter on {source.base.name}", hint="merge it first: ctxext merge")
-    if source.config.get("attention_dropout"):
+    if source.config.fields.get("attention_dropout"):
         raise ModelError(
-            f"{source.name}: attention_dropout {source.config['attention_dropout']} is not supported",
+            f"{source.name}: attention_dropout {source.config.fields['attention_dropout']} is not supported",
             hint="set it to 0 in config.json",
         )
     # Options of the validation that this model or ctx does not support.

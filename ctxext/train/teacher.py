@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ctxext.data.documents import SELF
 from ctxext.errors import InputError
-from ctxext.model.families import Config, rope_of
+from ctxext.model.model_config import ModelConfig
 from ctxext.model.positions import Auto
 from ctxext.model.source import ModelSource, original_config, resolve
 from ctxext.ops import cost
@@ -31,12 +31,12 @@ class Teacher:
     """A planned teacher.
 
     source  a separate model; None: self
-    config  the normalised config that it runs with
+    config  the config that it runs with
     length  tokens of a document that it was trained for; it teaches nothing beyond them
     """
 
     source: ModelSource | None
-    config: Config
+    config: ModelConfig
     length: int
     description: str
 
@@ -58,7 +58,7 @@ def plan_teacher(source: ModelSource, spec: FinetuneSpec) -> Teacher | None:
     else:
         teacher = _other(source, spec.distill)
     # Frequencies that depend on the row length would differ from those that the teacher was trained with.
-    kind = rope_of(teacher.config).get("rope_type")
+    kind = teacher.config.rope.get("rope_type")
     if spec.ctx > teacher.length and kind in STRETCHING:
         raise InputError(
             f"distill.teacher: its {kind} RoPE changes beyond {format_tokens(teacher.length)} tokens, and in rows of "
@@ -91,7 +91,7 @@ def _self(source: ModelSource, spec: FinetuneSpec, distill: DistillSpec) -> Teac
 
 def _other(source: ModelSource, distill: DistillSpec) -> Teacher:
     found = resolve(distill.teacher, weights=False)  # a plan needs no weights
-    mine, theirs = source.config["vocab_size"], found.config["vocab_size"]
+    mine, theirs = source.config.shape.vocab_size, found.config.shape.vocab_size
     if mine != theirs:
         raise InputError(
             f"distill.teacher: {found.name} has {theirs:,} tokens, {source.name} {mine:,}: their vocabularies differ",

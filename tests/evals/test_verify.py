@@ -108,7 +108,7 @@ def test_an_unfinished_run_is_the_model_it_starts_from(model_dir, tmp_path):
     start_run(plan, tmp_path / "run")
     launch = plan_launch(str(tmp_path / "run"))
     assert (launch.attention, launch.ctx, launch.group_size) == ("training", 256, 64)
-    assert launch.source.config["rope_parameters"]["factor"] == 4.0  # the run's positions, not the model's
+    assert launch.source.config.rope["factor"] == 4.0  # the run's positions, not the model's
     certificate = verify(launch, device="cpu")
     assert certificate.failed == () and names(certificate) == TRAINING - {"documents"}
     assert "no document mask" in certificate.notes[0]

@@ -12,10 +12,11 @@ from ctxext.config.loader import assignments, build
 from ctxext.errors import InputError, ModelError
 from ctxext.export.matrix import FACTS, TARGETS, verdict
 from ctxext.export.write import plan_export
-from ctxext.model.families import FAMILIES, normalise
+from ctxext.model.families import FAMILIES
 from ctxext.model.frequencies import check_realised
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds, pattern_text
+from ctxext.model.model_config import parse_config
 from ctxext.train.spec import FinetuneSpec
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
@@ -24,12 +25,12 @@ SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def plain(family, **changes):
-    return normalise({"model_type": family, "sliding_window": None, **SIZES, **changes})
+    return parse_config({"model_type": family, "sliding_window": None, **SIZES, **changes})
 
 
 def converted(family, hybrid, window=None, **changes):
     source = plain(family, **changes)
-    return normalise(hybrid_config(source, layer_kinds(find_hybrid(hybrid, window), 8)))
+    return hybrid_config(source, layer_kinds(find_hybrid(hybrid, window), 8))
 
 
 def honoured(target, config):
@@ -38,10 +39,10 @@ def honoured(target, config):
 
 def llama_cpp(config):
     """What llama.cpp computes, layer by layer, written down again: (RoPE, window), or None where it stops."""
-    kind = config["model_type"]
+    kind = config.family.name
     if kind == "mellum":
         return None
-    return [(kind != "smollm3" or (i + 1) % 4 != 0, None) for i in range(config["num_hidden_layers"])]
+    return [(kind != "smollm3" or (i + 1) % 4 != 0, None) for i in range(config.shape.num_layers)]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -57,7 +58,7 @@ def test_every_layout_of_every_family_has_a_verdict_and_none_is_honoured_silentl
     assert found.sources and found.how and re.fullmatch(r"2026-\d\d", found.checked) and found.not_checked
     if not found.honoured:
         assert found.nearest and all("SOURCE" in text or "--set" in text for text in found.nearest)
-    kinds = FAMILIES[config["model_type"]].kinds(config)
+    kinds = config.kinds
     assert found.layout == pattern_text(kinds)
     if target in ("hf", "vllm"):
         assert found.honoured
@@ -169,7 +170,7 @@ def test_fields_that_programs_read_differently_make_export_say_no(case, write_mo
     for target, answer in zip(("hf", "vllm", "gguf"), honoured_by, strict=True):
         found = plan_export(str(directory), target, tmp_path / "out").verdict
         assert found.honoured == (answer == "y"), (target, found.objections)
-    config = normalise(raw)
+    config = parse_config(raw)
     if honoured_by[0] == "y":
         stock = AutoModelForCausalLM.from_pretrained(directory)
         assert check_realised(stock, config) < 1e-5
@@ -194,7 +195,7 @@ def test_a_share_of_the_head_that_is_rotated_is_refused_inside_too(kind, write_m
     rope = {"default": {"rope_type": "default"}, "linear": {"rope_type": "linear", "factor": 2.0}, "yarn": YARN}[kind]
     config = json.loads((write_model(tmp_path / "model") / "config.json").read_text())
     with pytest.raises(ModelError, match="partial_rotary_factor is not supported"):
-        normalise(config | {"rope_parameters": rope | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}})
+        parse_config(config | {"rope_parameters": rope | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}})
 
 
 def test_the_positions_that_ollama_is_said_to_honour_can_be_typed_and_are():

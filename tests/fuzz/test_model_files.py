@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from ctxext.config import manifest
 from ctxext.errors import CtxextError, ModelError
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.model.families import SOURCES, expected_tensors, model_shape
+from ctxext.model.families import SOURCES
 from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds
 from ctxext.model.load import load_model, load_tokenizer
-from ctxext.model.positions import Auto, Dynamic, Linear, Ntk, Yarn, plan_positions, rope_of
+from ctxext.model.positions import Auto, Dynamic, Linear, Ntk, Yarn, plan_positions
 from ctxext.model.source import HUB_ID, ModelSource, original_config, resolve
 from ctxext.model.weights import INDEX, SINGLE, TensorInfo, read_header, read_tensors
 
@@ -86,21 +86,21 @@ def configs(anything: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any
 def described(path: Path) -> ModelSource:
     """Everything that is said of a model before torch is imported."""
     source = resolve(str(path), weights=False)
-    assert source.kinds and source.shape == model_shape(source.config)
-    assert len(expected_tensors(source.config)) >= 2 + 9 * len(source.kinds)
+    assert source.kinds and source.shape == source.config.shape
+    assert len(source.config.tensors) >= 2 + 9 * len(source.kinds)
     assert isinstance(source.usable_length, int) and source.usable_length > 0
     original_config(source)
     return source
 
 
 def planned(source: ModelSource) -> None:
-    if rope := rope_of(source.config):
+    if rope := source.config.rope:
         angles, scale = inverse_frequencies(
-            rope, source.config["head_dim"], source.config["max_position_embeddings"], 99
+            rope, source.config.shape.head_dim, source.config.max_position_embeddings, 99
         )
         assert all(map(math.isfinite, angles)) and math.isfinite(scale)
-    layers = source.config["num_hidden_layers"]
-    if source.config["model_type"] in SOURCES:
+    layers = source.config.shape.num_layers
+    if source.config.family.name in SOURCES:
         hybrid_config(source.config, layer_kinds(find_hybrid("SN", 8), layers))
 
 
@@ -131,7 +131,7 @@ def everything_of(path: Path, survives: Any) -> None:
     for scaling in SCALINGS:
         plan = survives(lambda scaling=scaling: positions(source, scaling))
         if not isinstance(plan, CtxextError):
-            survives(lambda plan=plan: rope_of(plan.apply(source.config)))
+            survives(lambda plan=plan: plan.apply(source.config).rope)
     survives(lambda: plan_conversion(str(path), "SN", sliding_window=8))
 
 

@@ -11,9 +11,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from ctxext.errors import ModelError
 from ctxext.model.config_fields import EFFECTS, KEPT, UNREAD
-from ctxext.model.families import FAMILIES, normalise
+from ctxext.model.families import FAMILIES
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds
+from ctxext.model.model_config import ModelConfig, parse_config
 from ctxext.model.source import read_config
 from ctxext.model.stock import WITHOUT_EFFECT, built_config
 
@@ -64,13 +65,13 @@ FIXED = {  # with a test elsewhere, or no other value that a decoder of dense la
 }
 
 
-def normal(family: str, model_dir: Any) -> dict[str, Any]:
-    """A normalised config of a family; conversions for those that are no sources."""
-    config = normalise(read_config(model_dir(SOURCE[family])))
+def normal(family: str, model_dir: Any) -> ModelConfig:
+    """The config of a family; conversions for those that are no sources."""
+    config = parse_config(read_config(model_dir(SOURCE[family])))
     if FAMILIES[SOURCE[family]].name == family:
         return config
-    kinds = layer_kinds(find_hybrid("SN", 8), config["num_hidden_layers"])
-    return normalise(hybrid_config(config, kinds, family))
+    kinds = layer_kinds(find_hybrid("SN", 8), config.shape.num_layers)
+    return parse_config(hybrid_config(config, kinds, family).fields)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -112,7 +113,7 @@ def test_what_is_said_to_change_nothing_changes_no_logit(family: str, model_dir:
 def test_fields_that_no_class_declares_are_refused_where_they_change_something(name: str, model_dir: Any) -> None:
     config = read_config(model_dir("llama"))
     for idle in EFFECTS[name][0]:
-        normalise(config | {name: idle})
+        parse_config(config | {name: idle})
     other = {"partial_rotary_factor": 0.5, "is_causal": False, "is_encoder_decoder": True}.get(name, {"a": 1})
     with pytest.raises(ModelError, match=name):
-        normalise(config | {name: other})
+        parse_config(config | {name: other})

@@ -72,7 +72,7 @@ def test_real_weights_pass_the_gate_under_every_preset(preset, stories, tmp_path
 def test_the_gate_catches_a_config_that_says_something_else(wrong, model_dir, tmp_path, monkeypatch):
     def planted(config, kinds, *target, **options):
         built = hybrid_config(config, kinds, *target, **options)
-        return built | wrong if any(kind.sliding_window for kind in kinds) else built
+        return built.with_fields(**wrong) if any(kind.sliding_window for kind in kinds) else built
 
     monkeypatch.setattr(gates, "hybrid_config", planted)
     walk = gates.walk
@@ -117,7 +117,7 @@ def test_a_large_window_that_is_another_or_elsewhere_is_caught(wrong, said, mode
         built = hybrid_config(config, kinds, *target, **options)
         large = any((kind.sliding_window or 0) > 16 for kind in kinds)
         place = {} if "sliding_window" in wrong and not large else wrong
-        return built | place if any(kind.sliding_window for kind in kinds) else built
+        return built.with_fields(**place) if any(kind.sliding_window for kind in kinds) else built
 
     source = model_dir("llama")
     monkeypatch.setattr(gates, "LARGEST_WINDOW", 16)

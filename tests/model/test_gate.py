@@ -49,8 +49,8 @@ def wrong_layouts(kinds: Sequence[LayerKind]) -> dict[str, list[LayerKind]]:
 def check_power(model: Path, pattern: str, window: int) -> None:
     """Stock transformers in the right layout is within the tolerance, and out of it against every wrong walk."""
     config = resolve(str(model)).config
-    kinds = layer_kinds(find_hybrid(pattern, window), config["num_hidden_layers"])
-    ids = torch.randint(config["vocab_size"], (1, window + 67), generator=torch.Generator().manual_seed(0))
+    kinds = layer_kinds(find_hybrid(pattern, window), config.shape.num_layers)
+    ids = torch.randint(config.shape.vocab_size, (1, window + 67), generator=torch.Generator().manual_seed(0))
     target = hybrid_config(config, kinds)
     exact, tolerance = gates._truth_by_hand(model, target, kinds, ids)
     stock = gates._logits(model, built_config(target), ids, None)

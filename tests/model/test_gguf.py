@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ctxext.errors import CtxextError, EnvironmentFault, InputError, ModelError
 from ctxext.model import gguf as opening
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.model.families import expected_tensors
 from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.gguf_config import config_of
 from ctxext.model.gguf_header import TYPES, read_header
@@ -101,8 +100,8 @@ def test_a_file_of_floats_is_the_model_it_was_made_from(made: Any, tmp_path: Pat
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in theirs)
     ours, stated = found.config, resolve(str(source)).config
     same = ("rope_parameters", "rms_norm_eps", "head_dim", "max_position_embeddings", "tie_word_embeddings")
-    assert [ours[name] for name in same] == [stated[name] for name in same]
-    assert ours["dtype"] == "float32" and found.name == "model"
+    assert [ours.fields[name] for name in same] == [stated.fields[name] for name in same]
+    assert ours.dtype == "float32" and found.name == "model"
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q5_0"])
@@ -134,9 +133,9 @@ def test_sixteen_bits_stay_sixteen_where_that_is_exact(made: Any, tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.half().float().save_pretrained(source)
     found = resolve(str(write_gguf(source, tmp_path / "exact.gguf", matrices="F16")))
-    assert found.config["dtype"] == "float16" and torch.equal(logits(found.directory), logits(source))
+    assert found.config.dtype == "float16" and torch.equal(logits(found.directory), logits(source))
     inexact = resolve(str(write_gguf(made("llama"), tmp_path / "inexact.gguf", matrices="F16")))
-    assert inexact.config["dtype"] == "float32"
+    assert inexact.config.dtype == "float32"
 
 
 def test_a_header_is_enough_for_a_plan(made: Any, tmp_path: Path) -> None:
@@ -357,7 +356,7 @@ def test_two_processes_open_one_file_at_once(made: Any, tmp_path: Path) -> None:
     assert [process.returncode for process in running] == [0, 0] and len(places) == 1
     assert not list(opening.cache_root().glob(".*.partial-*"))
     (place,) = places
-    assert len(weights(Path(place))) == len(expected_tensors(resolve(str(file)).config))
+    assert len(weights(Path(place))) == len(resolve(str(file)).config.tensors)
 
 
 def test_without_the_package_a_plan_goes_and_the_rest_says_what_to_install(

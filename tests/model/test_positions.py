@@ -5,10 +5,10 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from ctxext.errors import CheckFailed, InputError, ModelError
-from ctxext.model.families import normalise
 from ctxext.model.frequencies import check_realised, forget_lengths, inverse_frequencies
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import LayerKind
+from ctxext.model.model_config import parse_config
 from ctxext.model.positions import Abf, Auto, Dynamic, Linear, Llama3, LongRope, NoScaling, Ntk, Yarn, plan_positions
 from ctxext.model.source import usable_length
 
@@ -31,7 +31,7 @@ SCALINGS = [
 
 
 def config(**changes):
-    return normalise(BASE | changes)
+    return parse_config(BASE | changes)
 
 
 def plan(scaling, ctx, *, source=None, original=512, usable=512):
@@ -39,7 +39,7 @@ def plan(scaling, ctx, *, source=None, original=512, usable=512):
 
 
 def build(source):
-    hf = CONFIG_MAPPING[source["model_type"]].from_dict(source)
+    hf = CONFIG_MAPPING[source.family.name].from_dict(source.fields)
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(hf)
@@ -50,7 +50,7 @@ def build(source):
 def test_the_built_model_has_the_intended_frequencies(scaling, family):
     source = config(model_type=family, head_dim=16)
     if family == "qwen3":  # its conversions keep RoPE parameters per layer type
-        source = normalise(hybrid_config(source, [LayerKind(True, 1024), LayerKind(False, None)]))
+        source = hybrid_config(source, [LayerKind(True, 1024), LayerKind(False, None)])
     planned = plan(scaling, 2048, source=source)
     assert planned.rope_parameters is not None
     model = build(planned.apply(source))
@@ -62,7 +62,7 @@ def test_frequencies_that_depend_on_the_running_length(scaling):
     source = plan(scaling, 2048).apply(config())
     rotary = build(source).get_decoder().rotary_emb
     rotary(torch.zeros(1, 1, 1), torch.arange(1500)[None])
-    intended, _ = inverse_frequencies(source["rope_parameters"], 16, source["max_position_embeddings"], 1500)
+    intended, _ = inverse_frequencies(source.rope, 16, source.max_position_embeddings, 1500)
     torch.testing.assert_close(rotary.inv_freq, torch.tensor(intended), rtol=1e-5, atol=0)
 
 
@@ -75,11 +75,11 @@ def test_a_config_edit_that_does_nothing_is_caught():
 def test_auto_is_linear_by_the_reach_of_the_layers_with_rope():
     assert plan(Auto(), 2048).rope_parameters == {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     assert plan(Auto(), 2000).factor == 4.0
-    nope = normalise(hybrid_config(config(), [LayerKind(True, 128), LayerKind(False, None)]))
+    nope = hybrid_config(config(), [LayerKind(True, 128), LayerKind(False, None)])
     kept = plan(Auto(), 102_400, source=nope)
     assert kept.rope_parameters is None and kept.reach == 128 and kept.max_position_embeddings == 102_400
     assert "no interpolation needed" in kept.summary
-    wide = normalise(hybrid_config(config(), [LayerKind(True, 2048), LayerKind(False, None)]))
+    wide = hybrid_config(config(), [LayerKind(True, 2048), LayerKind(False, None)])
     assert plan(Auto(), 102_400, source=wide).factor == 4.0
 
 
@@ -88,7 +88,7 @@ def test_auto_leaves_a_model_that_bears_ctx_untouched():
             "original_max_position_embeddings": 8192}  # fmt: skip
     source = config(max_position_embeddings=131_072, rope_parameters=rope)
     kept = plan(Auto(), 102_400, source=source, original=8192, usable=131_072)
-    assert kept.rope_parameters is None and kept.apply(source)["rope_parameters"] == rope
+    assert kept.rope_parameters is None and kept.apply(source).rope == rope
     longer = plan(Auto(), 262_144, source=source, original=8192, usable=131_072)
     assert longer.rope_parameters["rope_type"] == "llama3" and longer.rope_parameters["factor"] == 32.0
 
@@ -105,13 +105,13 @@ def test_auto_lowers_nothing_that_was_trained(first):
     once = plan(first, 2048).apply(config())
     for ctx in (2048, 4096, 65_536):
         again = plan(Auto(), ctx, source=once, original=512, usable=1024).rope_parameters
-        assert again["rope_theta"] >= once["rope_parameters"]["rope_theta"]
+        assert again["rope_theta"] >= once.rope["rope_theta"]
 
 
 def test_auto_compresses_no_less_than_before_and_keeps_yarns_temperature():
     once = plan(Yarn(factor=16.0, attention_factor=1.0), 2048).apply(config())
     again = plan(Auto(), 4096, source=once, original=512, usable=2048)
-    assert again.rope_parameters == once["rope_parameters"] and again.factor == 16.0
+    assert again.rope_parameters == once.rope and again.factor == 16.0
     further = plan(Auto(), 16_384, source=once, original=512, usable=2048).rope_parameters
     assert further["factor"] == 32.0 and further["attention_factor"] == 1.0
 
@@ -147,15 +147,15 @@ def test_another_original_length_than_that_of_the_positions_that_stay_is_refused
 
 def test_what_transformers_prefers_or_fills_in():
     both = {"type": "linear", "rope_type": "dynamic", "factor": 4.0}
-    assert config(rope_parameters=both)["rope_parameters"]["rope_type"] == "dynamic"
+    assert config(rope_parameters=both).rope["rope_type"] == "dynamic"
     bare = {k: v for k, v in BASE.items() if k != "rope_parameters"}
-    assert normalise(bare | {"model_type": "smollm3", "pad_token_id": None})["rope_parameters"]["rope_theta"] == 2e6
+    assert parse_config(bare | {"model_type": "smollm3", "pad_token_id": None}).rope["rope_theta"] == 2e6
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
-    assert config(rope_parameters=yarn)["rope_parameters"]["original_max_position_embeddings"] == 512
+    assert config(rope_parameters=yarn).rope["original_max_position_embeddings"] == 512
     stated = config(
         rope_parameters=yarn | {"original_max_position_embeddings": 256}, original_max_position_embeddings=128
     )
-    assert stated["rope_parameters"]["original_max_position_embeddings"] == 128
+    assert stated.rope["original_max_position_embeddings"] == 128
     for source in (config(rope_parameters=yarn), stated):
         assert check_realised(build(source), source) < 1e-6
 
@@ -169,7 +169,7 @@ def test_yarn_of_other_formulas_is_refused(field):
 def test_a_null_partial_rotary_factor_is_refused_where_the_formula_reads_it():
     """transformers' formulas of Mellum read it for default RoPE too; Llama's does not."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": None}
-    assert config(rope_parameters=rope)["rope_parameters"] == {"rope_type": "default", "rope_theta": 1e4}
+    assert config(rope_parameters=rope).rope == {"rope_type": "default", "rope_theta": 1e4}
     mellum = {"model_type": "mellum", "layer_types": ["full_attention"] * 2, "mlp_layer_types": ["dense"] * 2}
     with pytest.raises(ModelError, match="null, from which transformers cannot compute default RoPE"):
         config(rope_parameters={"full_attention": rope}, head_dim=16, **mellum)
@@ -179,9 +179,7 @@ def test_a_null_partial_rotary_factor_is_refused_where_the_formula_reads_it():
 def test_what_a_model_saw_before_does_not_move_its_dynamic_frequencies(family):
     source = config(head_dim=16)
     if family == "mellum":
-        source = normalise(
-            hybrid_config(config(model_type="qwen3", head_dim=16), [LayerKind(True, 64), LayerKind(False, None)])
-        )
+        source = hybrid_config(config(model_type="qwen3", head_dim=16), [LayerKind(True, 64), LayerKind(False, None)])
     source = plan(Dynamic(factor=4.0), 2048, source=source).apply(source)
     model = build(source).eval()
     forget_lengths(model, source)
@@ -207,14 +205,14 @@ def test_an_unknown_original_length_stays_unknown():
         rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, max_position_embeddings=2048
     )
     kept = plan(Auto(), 1024, source=scaled, original=None, usable=2048)
-    assert kept.original_length is None and "original_max_position_embeddings" not in kept.apply(scaled)
+    assert kept.original_length is None and "original_max_position_embeddings" not in kept.apply(scaled).fields
 
 
 def test_fields_that_config_json_leaves_out_are_transformers_defaults():
     raw = BASE | {"model_type": "mistral", "num_attention_heads": 8}
-    assert normalise({k: v for k, v in raw.items() if k != "num_key_value_heads"})["sliding_window"] == 4096
-    beside = normalise(BASE | {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5})
-    assert beside["rope_parameters"]["rope_theta"] == 5e5
+    assert parse_config({k: v for k, v in raw.items() if k != "num_key_value_heads"}).fields["sliding_window"] == 4096
+    beside = parse_config(BASE | {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5})
+    assert beside.rope["rope_theta"] == 5e5
 
 
 def test_dynamic_keeps_the_original_max_position_embeddings_or_it_would_never_start():
@@ -237,7 +235,7 @@ def test_the_senseless_is_refused(scaling, ctx, original, words):
 
 
 def test_a_scaling_that_could_do_nothing_is_refused():
-    nope = normalise(hybrid_config(config(), [LayerKind(False, None)] * 2))
+    nope = hybrid_config(config(), [LayerKind(False, None)] * 2)
     with pytest.raises(InputError, match="no layer of this model uses RoPE"):
         plan(Linear(), 2048, source=nope)
 

@@ -23,8 +23,8 @@ from ctxext.export.card import write_card
 from ctxext.export.matrix import verdict
 from ctxext.model.card import runtime_note
 from ctxext.model.convert import plan_conversion, run_conversion, write_config
-from ctxext.model.families import normalise
 from ctxext.model.frequencies import inverse_frequencies
+from ctxext.model.model_config import parse_config
 from ctxext.model.rope_fields import unlike_transformers_4
 from ctxext.model.source import read_config, resolve
 
@@ -68,7 +68,7 @@ def outputs(family: str, rope: str, write_model: Any, place: Path) -> list[Path]
     """A conversion with windows and NoPE layers, and the model with its config written as `merge` writes it."""
     source = write_model(place / "source", family, rope_parameters=dict(ROPES[rope]))
     run_conversion(plan_conversion(str(source), "SN", sliding_window=8, out=place / "converted"), gate=False)
-    write_config(source, normalise(read_config(source)))
+    write_config(source, parse_config(read_config(source)))
     return [source, place / "converted"]
 
 
@@ -76,10 +76,10 @@ def outputs(family: str, rope: str, write_model: Any, place: Path) -> list[Path]
 def test_the_fields_of_4_say_what_those_of_5_say(rope: str, write_model: Any, tmp_path: Path) -> None:
     for path in outputs("llama", rope, write_model, tmp_path):
         config, written = resolve(str(path)).config, json.loads((path / "config.json").read_text())
-        meant = inverse_frequencies(config["rope_parameters"], config["head_dim"], config["max_position_embeddings"])
+        meant = inverse_frequencies(config.rope, config.shape.head_dim, config.max_position_embeddings)
         assert by_the_fields_of_4(written) == meant
         assert (written["rope_scaling"] is None) == (rope == "default")
-        assert unlike_transformers_4(config) is None
+        assert unlike_transformers_4(config.fields) is None
         stock = AutoModelForCausalLM.from_pretrained(path)
         realised = stock.model.rotary_emb.inv_freq.tolist()
         assert realised == pytest.approx(meant[0], rel=1e-5)

@@ -242,7 +242,7 @@ def test_the_choice_is_no_worse_than_any_fixed_pattern(model_dir, prose, tmp_pat
 
 def test_the_cache_of_a_float64_model_counts_8_bytes_a_value(model_dir, tmp_path):
     plan = plan_conversion(str(model_dir("llama")), "SN", sliding_window=16, out=tmp_path / "out")
-    plan = replace(plan, config=plan.config | {"dtype": "float64"})
+    plan = replace(plan, config=plan.config.with_fields(dtype="float64"))
     damage = Damage(0.0, 0.0, None, ())
     measured = _measured(plan, Request(4, 64, "", 512, 64), (0, 1, 2, 3), damage, 0.0)
     assert measured.kv_bytes == 4 * 64 * 2 * 2 * 8 * 8 and measured.kv_share == 1  # 4 layers, K and V, 2 heads of 8

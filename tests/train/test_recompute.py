@@ -28,8 +28,8 @@ from transformers import (
 
 from ctxext.errors import InputError, ModelError
 from ctxext.model import attention
-from ctxext.model.families import family_of, normalise
 from ctxext.model.load import causal_lm, hidden_states
+from ctxext.model.model_config import parse_config
 from ctxext.ops.masks import Pattern, document_starts
 from ctxext.train import recompute, tiles
 from ctxext.train.spec import MemorySpec
@@ -110,8 +110,8 @@ def with_lora(model):
 
 def patterns_of(model, group):
     """As a plan derives them: from the config, by the family's row."""
-    config = normalise(causal_lm(model).config.to_dict())
-    windows = [kind.sliding_window for kind in family_of(config).kinds(config)]
+    config = parse_config(causal_lm(model).config.to_dict())
+    windows = [kind.sliding_window for kind in config.kinds]
     return [Pattern(window) if window else Pattern(None, group) for window in windows]
 
 

@@ -83,7 +83,7 @@ def test_a_scaling_that_was_asked_for_holds_at_every_context_beyond_the_original
     source = resolve(str(write_model(tmp_path / "yarn", rope_parameters=rope, max_position_embeddings=512)))
     fields = {"ctx": 1024, "stages": [64, 256], "steps": 3, "rope_scaling": "linear"}
     scaled = plan_run(source, build(FinetuneSpec, fields, source="test"))
-    kinds = [stage.config["rope_parameters"]["rope_type"] for stage in (*scaled.earlier, scaled)]
+    kinds = [stage.config.rope["rope_type"] for stage in (*scaled.earlier, scaled)]
     assert kinds == ["yarn", "linear", "linear"]
 
 

@@ -69,7 +69,7 @@ class Subject:
     @cached_property
     def ids(self) -> torch.Tensor:
         """A row of random tokens [1, TOKENS]."""
-        size = resolve(str(self.path), weights=False).config["vocab_size"] - self.row.spare_rows
+        size = resolve(str(self.path), weights=False).config.shape.vocab_size - self.row.spare_rows
         return torch.randint(0, size, (1, TOKENS), generator=torch.Generator().manual_seed(0))
 
     @cached_property
