@@ -47,9 +47,9 @@ from ctxext.config.loader import build
 from ctxext.data.documents import EMBEDDED
 from ctxext.model.adapter_plan import ATTENTION, MLP
 from ctxext.model.source import resolve
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.multiplier import run_trial
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 from ctxext.units import format_duration
 
 matplotlib.use("Agg")

@@ -25,15 +25,15 @@ from ctxext.config.loader import build, set_value
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.samples import sample_documents
 from ctxext.evals import passkey, perplexity
-from ctxext.evals.spec import Passkey
+from ctxext.evals.eval_spec import Passkey
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import LoadedModel, hidden_states, load_model, output_weight
 from ctxext.model.source import resolve
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loss import token_losses
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 Row = dict[str, Any]
 

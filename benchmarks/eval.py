@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ctxext.cli import console
 from ctxext.data.haystack import haystack_text
-from ctxext.data.niah import NEW_TOKENS, Question, niah_questions
+from ctxext.data.niah import NEW_TOKENS, NiahQuestion, niah_questions
 from ctxext.model.companions import copy_companions
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.decode import generate, stop_ids
@@ -50,7 +50,7 @@ def theirs(directory: Path, longest: int) -> Any:
     lm = HFLM(pretrained=model.to(DEVICE).eval(), tokenizer=loaded.tokenizer, batch_size=1, max_length=longest + 64)
     wanted = {"until": [], "max_gen_toks": NEW_TOKENS, "do_sample": False}
 
-    def answer(question: Question) -> str:
+    def answer(question: NiahQuestion) -> str:
         request = Instance(request_type="generate_until", doc={}, arguments=(question.case.prompt, wanted), idx=0)
         return str(lm.generate_until([request], disable_tqdm=True)[0])
 
@@ -62,14 +62,14 @@ def ours(directory: Path) -> Any:
     loaded = load_model(directory, device=DEVICE)
     stop = stop_ids(loaded.model, loaded.tokenizer)
 
-    def answer(question: Question) -> str:
+    def answer(question: NiahQuestion) -> str:
         (ids,) = generate(loaded.model, [question.ids], NEW_TOKENS, stop=stop)
         return str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
 
     return answer
 
 
-def timed(answer: Any, question: Question) -> tuple[float, str]:
+def timed(answer: Any, question: NiahQuestion) -> tuple[float, str]:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -77,7 +77,7 @@ def timed(answer: Any, question: Question) -> tuple[float, str]:
     return time.perf_counter() - began, text
 
 
-def compare(directory: Path, questions: list[Question], longest: int) -> dict[str, Any]:
+def compare(directory: Path, questions: list[NiahQuestion], longest: int) -> dict[str, Any]:
     """Median seconds of a case on either side, and how many answers were the same."""
     sides = {"lm-eval": theirs(directory, longest), "ctxext": ours(directory)}
     seconds: dict[str, list[float]] = {side: [] for side in sides}

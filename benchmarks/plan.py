@@ -104,10 +104,10 @@ def worker(row: int, what: str, place: Path) -> None:
     from ctxext.config.loader import build
     from ctxext.model.source import resolve
     from ctxext.train.finetune import run_finetune
+    from ctxext.train.finetune_spec import FinetuneSpec
     from ctxext.train.loop import Events
-    from ctxext.train.plan import plan_run
-    from ctxext.train.run import start_run
-    from ctxext.train.spec import FinetuneSpec
+    from ctxext.train.run_directory import start_run
+    from ctxext.train.run_plan import plan_run
 
     console.quiet_libraries()
     run, long = place / f"run-{row}-{what}", {"steps": STEPS[what], "data": {"source": str(place / "text.txt")}}
@@ -166,8 +166,8 @@ def predict(row: int, place: Path) -> dict[str, Any]:
     from ctxext.model.source import resolve
     from ctxext.planning.calibrate import stored
     from ctxext.planning.time import estimate
-    from ctxext.train.plan import plan_run
-    from ctxext.train.spec import FinetuneSpec
+    from ctxext.train.finetune_spec import FinetuneSpec
+    from ctxext.train.run_plan import plan_run
 
     shape, layout = ROWS[row][:2]
     spec = build(FinetuneSpec, spec_of(row) | {"steps": STEPS["time"]}, source="benchmark")

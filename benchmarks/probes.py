@@ -55,8 +55,8 @@ def one(model: str, name: str, length: int) -> dict[str, float]:
     """Seconds and the peak of this process, which is made for this."""
     import torch
 
-    from ctxext.probes import run
-    from ctxext.probes.plan import plan_probe
+    from ctxext.probes import run_probes
+    from ctxext.probes.plan_probes import plan_probe
 
     torch.set_num_threads(1)
     fields = {"length": length, "samples": 1, "dtype": "bfloat16", **PROBES[name]}
@@ -64,7 +64,7 @@ def one(model: str, name: str, length: int) -> dict[str, float]:
         fields["lengths"] = [length]
     plan = plan_probe(model, [name], fields, out=Path(model) / "unused")
     began = time.monotonic()
-    run.measure(plan)
+    run_probes.measure(plan)
     status = Path("/proc/self/status").read_text()  # getrusage would count what the parent held when it forked
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     return {"seconds": time.monotonic() - began, "peak": peak * 1024}

@@ -32,11 +32,11 @@ from ctxext.model.relayout import relayout
 from ctxext.model.source import resolve
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import LocalEngine
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events, forward_backward
 from ctxext.train.optimizer import rate_factor
-from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.prepare import prepare_data
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_plan import RunPlan, plan_run
 
 NAME, T, W, BATCH = "annealed", 512, 32, 16
 LAYOUT = ("layer_types", "no_rope_layers", "use_sliding_window", "sliding_window")

@@ -28,8 +28,8 @@ from ctxext.cli import console
 from ctxext.config import manifest
 from ctxext.data.documents import read_documents
 from ctxext.evals import niah, passkey, perplexity
-from ctxext.evals.engine import Ledger, run_job
-from ctxext.evals.spec import Niah, Passkey
+from ctxext.evals.eval_spec import Niah, Passkey
+from ctxext.evals.item_runner import Ledger, run_job
 from ctxext.model.load import LoadedModel, load_model
 from ctxext.units import parse_tokens
 

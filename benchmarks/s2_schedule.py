@@ -27,14 +27,14 @@ from ctxext.config import presets
 from ctxext.config.loader import build
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.evals import passkey, perplexity
-from ctxext.evals.spec import Passkey
+from ctxext.evals.eval_spec import Passkey
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
 from ctxext.train.finetune import run_finetune
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 SHORT, LONG, TEXT = 512, 2048, 16_384  # tokens
 ARMS: dict[str, dict[str, Any]] = {

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from ctxext import api
 from ctxext.cli import console
 from ctxext.evals import passkey
-from ctxext.evals.spec import Passkey
+from ctxext.evals.eval_spec import Passkey
 from ctxext.model.load import load_model, load_tokenizer
 
 LAYOUTS = ("F", "SF", "SSSF", "S", "SSSN")

@@ -48,9 +48,9 @@ from ctxext.model.source import resolve
 from ctxext.train import recompute
 from ctxext.train.engine import LocalEngine
 from ctxext.train.finetune import _model, training_device
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import forward_backward
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 from ctxext.units import format_tokens, parse_tokens
 
 SMALL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 6,

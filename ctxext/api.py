@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from ctxext.export.write import Exported
     from ctxext.model.convert import ConversionPlan, ConversionReport
     from ctxext.model.merge import MergeReport
-    from ctxext.planning.answer import Answer
-    from ctxext.probes.finding import ProbeReport
+    from ctxext.planning.answer import PlanAnswer
+    from ctxext.probes.probe_finding import ProbeReport
     from ctxext.report.page import Report
     from ctxext.retrofit.layers import Request
     from ctxext.retrofit.planner import LayerPlan
     from ctxext.train.finetune import FinetuneReport
     from ctxext.train.metrics import StepMetrics
     from ctxext.train.parallel import Launch
-    from ctxext.train.plan import RunPlan
+    from ctxext.train.run_plan import RunPlan
 
 Say = Callable[[str], None]
 OnStep = Callable[["StepMetrics"], None]
@@ -55,7 +55,7 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     out: Where | None = None,
     force: bool = False,
-) -> Answer:
+) -> PlanAnswer:
     """Returns which ways to train at `ctx` fit in memory, with their speed and their commands.
 
     It needs no torch and no weights. With `out`, it also writes plan.json. It returns an answer even where nothing
@@ -185,7 +185,7 @@ def write_conversion(
     sinks = None
     if plan.sinks:
         from ctxext.data.documents import EMBEDDED
-        from ctxext.retrofit.sinks import fit_sinks
+        from ctxext.retrofit.fitted_sinks import fit_sinks
 
         progress("measuring the first token", 0, 1)
         sinks = fit_sinks(plan, say=say, calibration=str(calibration or EMBEDDED))
@@ -231,7 +231,7 @@ def finetune(
     """
     from ctxext.train.launch import launched
     from ctxext.train.ranks import follow, leading, started_rank
-    from ctxext.train.run import asked_fields
+    from ctxext.train.run_directory import asked_fields
 
     started = started_rank()
     if started is not None and started.rank > 0:
@@ -250,7 +250,7 @@ def _planned_run(
     model: Where | None, preset: str, given: dict[str, Any], out: Path | None, resume: bool, force: bool, say: Say
 ) -> tuple[RunPlan, Path]:
     """The plan of a run, new or resumed, and its directory."""
-    from ctxext.train.run import plan_asked, plan_resumed, started_as
+    from ctxext.train.run_directory import plan_asked, plan_resumed, started_as
 
     if not resume:
         plan = plan_asked(None if model is None else str(model), preset, given, needs_weights=True, say=say)
@@ -288,7 +288,7 @@ def carry_out(
     """Runs a plan, new or resumed; removes the directory of a new run that fails before it trained anything."""
     from ctxext.config.output import replacing
     from ctxext.train.launch import LOGS
-    from ctxext.train.run import alone, applied_changes, discard_unstarted, start_run
+    from ctxext.train.run_directory import alone, applied_changes, discard_unstarted, start_run
 
     if resume:
         with alone(run), applied_changes(plan, run):
@@ -352,8 +352,8 @@ def evaluate(
     `suite` is a name, several names joined by commas, or an eval preset. `settings` are fields as for `--set`, such as
     {"passkey.cases": 4}. An unfinished evaluation of the same request is resumed.
     """
-    from ctxext.evals.spec import eval_fields
-    from ctxext.pipeline import eval_models, plan_eval
+    from ctxext.eval_and_merge import eval_models, plan_eval
+    from ctxext.evals.eval_spec import eval_fields
 
     given = {"data": data, "text_field": text_field, "protocol": protocol, "evaluator": evaluator, "limit": limit,
              "seed": seed, "dtype": dtype, "extrapolate": extrapolate, "nope_log_scale": nope_log_scale,
@@ -388,8 +388,8 @@ def probe(
     progress: Progress = ignore,
 ) -> ProbeReport:
     """Runs probes on a model, and on `compare` if given; writes probes.json, figures and a manifest."""
-    from ctxext.evals.spec import said
-    from ctxext.probes.plan import plan_probe
+    from ctxext.evals.eval_spec import said
+    from ctxext.probes.plan_probes import plan_probe
 
     given = {"length": length, "samples": samples, "ablate": ablate, "data": data, "seed": seed, "dtype": dtype,
              "extrapolate": extrapolate}  # fmt: skip
@@ -398,10 +398,10 @@ def probe(
     before = None if compare is None else str(compare)
     plan = plan_probe(str(model), asked, fields, preset=preset, compare=before, out=_path(out), force=force)
     # Imported only now: the plan is checked without torch.
-    from ctxext.probes import run
+    from ctxext.probes import run_probes
 
-    report = run.measure(plan, progress, say)
-    run.write(plan, report)
+    report = run_probes.measure(plan, progress, say)
+    run_probes.write(plan, report)
     return report
 
 
@@ -418,7 +418,7 @@ def merge(
     say: Say = ignore,
 ) -> MergeReport:
     """Merges an adapter, in fp32, into an ordinary Hugging Face directory, and checks that nothing is lost."""
-    from ctxext.pipeline import merge_run, plan_merge
+    from ctxext.eval_and_merge import merge_run, plan_merge
 
     plan = plan_merge(str(run), _path(out), dtype, force, alpha_multiplier=alpha_multiplier, nope_scale=nope_scale,
                       length=length, data=data)  # fmt: skip

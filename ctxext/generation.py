@@ -125,7 +125,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """One answer, with its tokens, times and memory.
 
     read           new tokens that the model read for this answer
@@ -276,7 +276,7 @@ class Conversation:
         write: Callable[[str], None] = lambda piece: None,
         progress: Progress = ignore,
         warn: Callable[[str], None] = lambda line: None,
-    ) -> Answer:
+    ) -> GeneratedAnswer:
         """Adds a turn and answers it.
 
         write      called with each piece of the answer
@@ -322,7 +322,7 @@ class Conversation:
             self.ids, self.asked = [*self.ids, *new, *answer], [*self.asked, text]
         # The write speed counts the tokens that a forward computed after the reading: the growth of the cache.
         reading, writing = clock[1] - clock[0], clock[2] - clock[1]
-        return Answer(
+        return GeneratedAnswer(
             text="".join(pieces),
             read=len(unread),
             kept=kept,

@@ -21,11 +21,11 @@ from ctxext.cli import console
 from ctxext.cli.finetune import training_progress
 from ctxext.config import presets
 from ctxext.config.loader import build
+from ctxext.eval_and_merge import eval_models, merge_run, plan_eval, plan_merge
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
-from ctxext.pipeline import eval_models, merge_run, plan_eval, plan_merge
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 
 RUNS = Path("runs/demo")
 LENGTHS = [512, "1k", "2k"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ctxext.probes.spec import PROBES
+from ctxext.probes.probe_spec import PROBES
 
 ROOT = Path(__file__).parent.parent
 

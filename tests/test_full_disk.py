@@ -18,7 +18,7 @@ from ctxext.cli import main
 from ctxext.config.manifest import FILE_NAME, weight_hashes
 from ctxext.data.cases import Case, read_cases, write_cases
 from ctxext.errors import EnvironmentFault
-from ctxext.evals.engine import Ledger, Outcome
+from ctxext.evals.item_runner import Ledger, Outcome
 
 SHARES = (0.5, 0.0, 0.1, 0.3, 0.7, 0.95)  # of the room that the output needs; the first one quick
 LONG = ("multiplier", "pretrain", "pipeline", "probe")

@@ -11,8 +11,8 @@ from ctxext.config.loader import build
 from ctxext.errors import InputError
 from ctxext.model import adapter_plan, layout, positions
 from ctxext.model.source import resolve
-from ctxext.train import pretrain, spec
-from ctxext.train.plan import plan_run
+from ctxext.train import finetune_spec, pretrain
+from ctxext.train.run_plan import plan_run
 
 PACKAGE = Path(__file__).parent.parent / "ctxext"
 
@@ -25,14 +25,14 @@ def test_a_finetune_preset_plans_for_every_model(preset, model):
         data.get("attention", {}).get("train") == "s2" and model == "mistral-7b"
     ):  # every layer has its 4,096 window: S²-Attn would do nothing
         with pytest.raises(InputError, match="no layer is full"):
-            plan_run(resolve(model, weights=False), build(spec.FinetuneSpec, data, source=preset))
+            plan_run(resolve(model, weights=False), build(finetune_spec.FinetuneSpec, data, source=preset))
         return
     source = resolve(model, weights=False)
     if preset in ("heal", "heal-then-extend") and data["ctx"] <= source.usable_length:
         with pytest.raises(InputError, match="was not converted"):
-            plan_run(source, build(spec.FinetuneSpec, data, source=preset))
+            plan_run(source, build(finetune_spec.FinetuneSpec, data, source=preset))
         return
-    plan = plan_run(source, build(spec.FinetuneSpec, data, source=preset))
+    plan = plan_run(source, build(finetune_spec.FinetuneSpec, data, source=preset))
     assert plan.rows() and plan.as_dict()["trainable_parameters"] > 0
 
 
@@ -50,7 +50,7 @@ def test_every_field_of_every_spec_is_read_somewhere():
                 read.add(node.attr)
     specs = [
         value
-        for module in (spec, adapter_plan, layout, positions, pretrain, presets)
+        for module in (finetune_spec, adapter_plan, layout, positions, pretrain, presets)
         for value in vars(module).values()
         if dataclasses.is_dataclass(value) and isinstance(value, type) and hasattr(value, "__pydantic_config__")
     ]

@@ -4,7 +4,7 @@ import pytest
 
 from ctxext.config import manifest as manifests
 from ctxext.config.loader import build
-from ctxext.evals.spec import EvalSpec
+from ctxext.evals.eval_spec import EvalSpec
 from ctxext.evals.suite import evaluate
 from ctxext.model.source import resolve
 

@@ -17,7 +17,7 @@ import typer
 from ctxext.cli.app import app
 from ctxext.config.loader import assignments
 from ctxext.train.launch import launched
-from ctxext.train.run import plan_asked
+from ctxext.train.run_directory import plan_asked
 
 DOCS = Path(__file__).parent.parent / "docs"
 FOLDER, TRAINING = DOCS / "commands", DOCS / "training-at-100k.md"

@@ -21,7 +21,7 @@ def of(*kinds: str) -> Callable[[str], list[str]]:
 def suites(incomplete: str) -> list[str]:
     """Completes suites of `ctxext eval` and its presets; after a comma, the next suite."""
     from ctxext.config import presets
-    from ctxext.evals.spec import SUITES
+    from ctxext.evals.eval_spec import SUITES
 
     before, comma, last = incomplete.rpartition(",")
     known = list(SUITES) if comma else [*SUITES, *presets.names("eval")]
@@ -30,6 +30,6 @@ def suites(incomplete: str) -> list[str]:
 
 def probes(incomplete: str) -> list[str]:
     """Completes the name of a probe."""
-    from ctxext.probes.spec import PROBES
+    from ctxext.probes.probe_spec import PROBES
 
     return [name for name in ("all", *PROBES) if name.startswith(incomplete)]

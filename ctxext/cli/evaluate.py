@@ -93,7 +93,7 @@ def _run(
     force: bool,
     as_json: bool,
 ) -> None:
-    from ctxext.pipeline import eval_models, plan_eval
+    from ctxext.eval_and_merge import eval_models, plan_eval
 
     plan = plan_eval(models, suite, fields, against=against, out=out, force=force)
     if plan.resumes:

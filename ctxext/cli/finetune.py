@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ctxext.train.finetune import FinetuneReport
     from ctxext.train.metrics import StepMetrics
     from ctxext.train.parallel import Launch
-    from ctxext.train.plan import RunPlan
     from ctxext.train.ranks import StartedRank
+    from ctxext.train.run_plan import RunPlan
 
 DEFAULT_PRESET = "lora-alpha"
 ModelArgument = Annotated[
@@ -101,7 +101,7 @@ def finetune(
     from ctxext.config.loader import assignments
     from ctxext.train.launch import launched
     from ctxext.train.ranks import leading, started_rank
-    from ctxext.train.run import asked_fields, plan_asked
+    from ctxext.train.run_directory import asked_fields, plan_asked
 
     started = started_rank()
     if started is not None and started.rank > 0:
@@ -160,7 +160,7 @@ def _decided(
 ) -> tuple[Path, RunPlan]:
     """The directory of the run and its plan: resumed, repeated or new."""
     from ctxext.config import manifest as manifests
-    from ctxext.train.run import newest_unfinished, plan_asked, plan_resumed
+    from ctxext.train.run_directory import newest_unfinished, plan_asked, plan_resumed
 
     # With --resume, --out names the existing run. Otherwise it is the place of a new one.
     if resume:
@@ -199,7 +199,7 @@ def _briefly(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _repeated(run: Path, given: dict[str, Any], force: bool) -> RunPlan:
-    from ctxext.train.run import plan_repeated
+    from ctxext.train.run_directory import plan_repeated
 
     plan, moved = plan_repeated(run, given, accept=force)
     for what in moved:
@@ -259,7 +259,7 @@ def _step_row(report: FinetuneReport, predicted: Estimate | None) -> str:
 
 def _peak_memory(report: FinetuneReport, plan: RunPlan) -> str:
     """Measured and predicted peak memory. On a CPU they differ in kind: train/metrics.py measures the resident set."""
-    from ctxext.train.plan import on_gpu
+    from ctxext.train.run_plan import on_gpu
     from ctxext.units import format_bytes
 
     measured, predicted = format_bytes(report.peak_memory), format_bytes(sum(plan.memory.values()))

@@ -11,7 +11,7 @@ import typer
 from ctxext.cli import console
 
 if TYPE_CHECKING:
-    from ctxext.generation import Answer, Conversation
+    from ctxext.generation import Conversation, GeneratedAnswer
 
 EXAMPLES = """Examples:\n
   ctxext generate tiny --prompt "def main():"\n
@@ -63,7 +63,7 @@ def generate(
         console.pairs(answer.rows(), to_stderr=True)
 
 
-def stream(talk: Conversation, text: str, *, silent: bool) -> Answer:
+def stream(talk: Conversation, text: str, *, silent: bool) -> GeneratedAnswer:
     """Returns the answer, and prints it while it is generated unless `silent`.
 
     A progress bar on stderr is shown while the model reads the text.

@@ -50,7 +50,7 @@ def merge(
     if run is None:
         run = str(manifests.newest(manifests.RUNS, ("finetune",)))
         console.say(f"no RUN given; using the newest, {run}")
-    from ctxext.pipeline import merge_run, plan_merge
+    from ctxext.eval_and_merge import merge_run, plan_merge
 
     given = {"alpha_multiplier": alpha_multiplier, "nope_scale": nope_scale, "length": length, "data": data}
     plan = plan_merge(run, out, dtype, force, **{name: value for name, value in given.items() if value is not None})

@@ -13,8 +13,8 @@ from ctxext.extras import can_draw
 
 if TYPE_CHECKING:
     from ctxext.train.metrics import StepMetrics
-    from ctxext.train.multiplier import Search, Trial
-    from ctxext.train.plan import RunPlan
+    from ctxext.train.multiplier import MultiplierSearch, Trial
+    from ctxext.train.run_plan import RunPlan
 
 CURVES, NUMBERS = "curves.png", "multiplier.json"
 
@@ -58,7 +58,7 @@ def search(plan: RunPlan, out: Path | None, force: bool, as_json: bool) -> None:
     console.say(f"written to {out}")
 
 
-def _train(trials: list[RunPlan], scratch: Path, given: float) -> Search:
+def _train(trials: list[RunPlan], scratch: Path, given: float) -> MultiplierSearch:
     console.quiet_libraries()
     from ctxext.train.loop import Events
     from ctxext.train.multiplier import find_multiplier
@@ -81,7 +81,7 @@ def _outcome(trial: Trial) -> str:
     return f"diverged ({trial.stopped})" if trial.final is None else f"{trial.final:.4f}"
 
 
-def _show(found: Search) -> None:
+def _show(found: MultiplierSearch) -> None:
     """Prints the held-out losses by step, the option to use, and remarks."""
     steps = sorted({step for trial in found.trials for step, _ in trial.held_out})
     rows = []
@@ -97,13 +97,13 @@ def _show(found: Search) -> None:
         console.say(f"note: {remark}")
 
 
-def _draw(found: Search, path: Path) -> None:
-    from ctxext.report.figures import Line, Point, curves
+def _draw(found: MultiplierSearch, path: Path) -> None:
+    from ctxext.report.figures import FigureLine, Point, curves
 
     # The y axis ends 0.5 nats above the loss at the start, so that a diverging trial does not squeeze the others.
     start = max(trial.held_out[0][1] for trial in found.trials if trial.held_out)
     lines = [
-        Line(
+        FigureLine(
             f"{trial.multiplier:g}{'' if trial.final is not None else ', diverged'}",
             [Point(step, loss) for step, loss in trial.held_out],
             number,

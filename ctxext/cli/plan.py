@@ -11,7 +11,7 @@ from ctxext.cli import console
 from ctxext.cli.finetune import DEFAULT_PRESET
 
 if TYPE_CHECKING:
-    from ctxext.planning.answer import Answer
+    from ctxext.planning.answer import PlanAnswer
 
 EXAMPLES = """Examples:\n
   ctxext plan llama2-7b --ctx 100k --gpu h100\n
@@ -71,7 +71,7 @@ def plan(
     found.refuse()
 
 
-def _show(found: Answer) -> None:
+def _show(found: PlanAnswer) -> None:
     from ctxext.units import format_bytes, format_duration, format_tokens
 
     console.pairs(found.rows())

@@ -51,7 +51,7 @@ def show(
     """Show a preset and its comment; of a finetune preset also the fields that differ from the defaults."""
     from ctxext.config import presets
     from ctxext.config.loader import flow
-    from ctxext.study.presets import differences
+    from ctxext.study.pipeline_presets import differences
 
     found = presets.find(*presets.parted(name))
     differs = differences(presets.parted(name)[1]) if found.kind == "finetune" else []
@@ -90,7 +90,7 @@ def validate(
 ) -> None:
     """Validate presets by reading them as the commands do; exit code 1 if one has a fault."""
     from ctxext.errors import CheckFailed
-    from ctxext.study.presets import validated
+    from ctxext.study.pipeline_presets import validated
     from ctxext.units import counted
 
     found = validated(name)

@@ -10,7 +10,7 @@ import typer
 from ctxext.cli import console
 
 if TYPE_CHECKING:
-    from ctxext.train.plan import RunPlan
+    from ctxext.train.run_plan import RunPlan
 
 EXAMPLES = """Examples:\n
   ctxext pretrain --preset tiny --out ./tiny"""

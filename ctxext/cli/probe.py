@@ -56,7 +56,7 @@ def probe(
 ) -> None:
     """Probe the layers and heads of a model: what they attend to, what they retrieve, how far they reach."""
     from ctxext.config.loader import assignments
-    from ctxext.probes.plan import plan_probe
+    from ctxext.probes.plan_probes import plan_probe
 
     given = {"length": length, "samples": samples, "ablate": ablate, "data": data, "seed": seed, "dtype": dtype,
              "extrapolate": extrapolate or None}  # fmt: skip
@@ -66,11 +66,11 @@ def probe(
     plan = plan_probe(model, names, fields, preset=preset, compare=compare, out=out, force=force)
     # After the plan, so that wrong options fail before torch is imported.
     console.quiet_libraries()
-    from ctxext.probes import run
+    from ctxext.probes import run_probes
 
     with console.progress("loading") as progress:
-        report = run.measure(plan, progress, console.say)
-    pictures = run.write(plan, report)
+        report = run_probes.measure(plan, progress, console.say)
+    pictures = run_probes.write(plan, report)
     if as_json:
         console.emit(asdict(report))
     else:

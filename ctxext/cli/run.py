@@ -11,7 +11,7 @@ import typer
 from ctxext.cli import completion, console
 
 if TYPE_CHECKING:
-    from ctxext.study.run import Plan
+    from ctxext.study.run_pipeline import PipelinePlan
 
 EXAMPLES = """Examples:\n
   ctxext run retrofit-100k --set model=llama3.1-8b --set data=books/ --dry-run\n
@@ -52,7 +52,7 @@ def run(
     """Run a pipeline of named steps, each of them a command; finished steps with unchanged inputs are skipped."""
     from ctxext.config.loader import assignments
     from ctxext.study.pipeline import read_pipeline
-    from ctxext.study.run import plan_pipeline, run_pipeline
+    from ctxext.study.run_pipeline import plan_pipeline, run_pipeline
 
     read = read_pipeline(pipeline, assignments(set_ or [], example="model=./my-model"))
     plan = plan_pipeline(read, out, begin=begin, force=force, trusted=not untrusted)
@@ -77,7 +77,7 @@ def run(
     console.say(f"written to {plan.out}: results.md, results.json")
 
 
-def _show_plan(plan: Plan, as_json: bool) -> None:
+def _show_plan(plan: PipelinePlan, as_json: bool) -> None:
     from ctxext.config.loader import flow
 
     jobs = [
@@ -87,7 +87,7 @@ def _show_plan(plan: Plan, as_json: bool) -> None:
     if as_json:
         console.emit({"name": plan.pipeline.name, "out": str(plan.out), "jobs": jobs})
         return
-    # The action for each status of a job (study/state.py and study/run.py).
+    # The action for each status of a job (study/state.py and study/run_pipeline.py).
     words = {"new": "runs", "waits": "runs", "again": "runs again", "changed": "runs again, replaces the output",
              "unfinished": "resumes", "reported": "resumes",
              "done": "done, skipped", "taken": "used as it is"}  # fmt: skip

@@ -34,7 +34,7 @@ class Preset:
 
 
 @spec
-class ModelShape:
+class PresetShape:
     """The fields of a model's config.json that planning needs, under Hugging Face's names; lengths in tokens."""
 
     hidden_size: Annotated[int, Field(gt=0)]
@@ -67,7 +67,7 @@ class ModelPreset:
     hub_id: str | None = None
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
     directory: str | None = None
-    shape: ModelShape | None = None
+    shape: PresetShape | None = None
 
     def __post_init__(self) -> None:
         if (self.hub_id is None) == (self.directory is None):

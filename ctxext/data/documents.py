@@ -100,7 +100,7 @@ def fingerprint(
     - The embedded corpus: its own hash.
     - A `datasets` id: only its name, so a data set that changed upstream is not detected.
 
-    `format` other than text is the format of `rows` (train/spec.py).
+    `format` other than text is the format of `rows` (train/finetune_spec.py).
     """
     files = source != EMBEDDED and _hub_id(source) is None
     read_as = [] if format == "text" else [format]

@@ -34,7 +34,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Case:
+class HaystackCase:
     """One question: after `prompt_ids` the model must continue with exactly `answer_ids`."""
 
     prompt_ids: tuple[int, ...]
@@ -62,7 +62,9 @@ def haystack_ids(tokenizer: Tokenizer, text: str, *, max_tokens: int = 1 << 20) 
     return ids
 
 
-def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Random, haystack: Sequence[int]) -> Case:
+def passkey_case(
+    tokenizer: Tokenizer, length: int, depth: float, rng: random.Random, haystack: Sequence[int]
+) -> HaystackCase:
     """Returns a case of exactly `length` tokens, prompt and answer together, with the needle at `depth` (0 to 1).
 
     `haystack` is token ids (`haystack_ids`). The filler is a run of it from a random position and continues at the
@@ -92,10 +94,10 @@ def passkey_case(tokenizer: Tokenizer, length: int, depth: float, rng: random.Ra
     filler = [haystack[(start + i) % len(haystack)] for i in range(room)]
     before = round(depth * room)
     prompt = bos + filler[:before] + list(needle) + filler[before:] + list(question)
-    return Case(tuple(prompt), tuple(answer), length, depth, len(bos) + before, key)
+    return HaystackCase(tuple(prompt), tuple(answer), length, depth, len(bos) + before, key)
 
 
-def key_places(tokenizer: Tokenizer, case: Case) -> tuple[int, ...]:
+def key_places(tokenizer: Tokenizer, case: HaystackCase) -> tuple[int, ...]:
     """Returns the positions of the key's tokens in a case's prompt: the needle's tokens that contain a digit."""
     needle = tokenizer.encode("\n" + NEEDLE.format(key=case.key), add_special_tokens=False)
     digits = [i for i, token in enumerate(needle) if any(c.isdigit() for c in tokenizer.decode([token]))]
@@ -110,7 +112,7 @@ def passkey_cases(
     per_depth: int,
     seed: int = 0,
     haystack: Haystack | str = "held-out",
-) -> list[Case]:
+) -> list[HaystackCase]:
     """Returns `per_depth` cases at every depth, from a generator of their own: equal arguments give equal cases.
 
     `haystack` is 'held-out', 'grass', or the user's own text.

@@ -19,7 +19,7 @@ from ctxext.errors import DataError, InputError
 
 
 @dataclass(frozen=True)
-class Task:
+class LongBenchTask:
     """One task. metric: a name in evals/longbench_metrics.py. first_line: only the answer's first line is scored."""
 
     metric: str
@@ -29,7 +29,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Question:
+class LongBenchQuestion:
     """One row of LongBench.
 
     `id` is the row's own, each of `answers` is correct by itself, `classes` are those of a classification.
@@ -92,28 +92,28 @@ _DIALOGUE = "Sum up the last dialogue in a few short sentences, as in the exampl
 _CODE = "Continue this code with its next line.\n{context}Next line:\n"
 _CODE_OF = "Continue this code with its next line.\n{context}{input}Next line:\n"
 
-TASKS: dict[str, Task] = {
-    "narrativeqa": Task("qa_f1", 128, _STORY),
-    "qasper": Task("qa_f1", 128, _PAPER),
-    "multifieldqa_en": Task("qa_f1", 64, _TEXT),
-    "multifieldqa_zh": Task("qa_f1_zh", 64, _TEXT_ZH),
-    "hotpotqa": Task("qa_f1", 32, _SEVERAL),
-    "2wikimqa": Task("qa_f1", 32, _SEVERAL),
-    "musique": Task("qa_f1", 32, _SEVERAL),
-    "dureader": Task("rouge_l_zh", 128, _ARTICLES_ZH),
-    "gov_report": Task("rouge_l", 512, _REPORT),
-    "qmsum": Task("rouge_l", 512, _MEETING),
-    "multi_news": Task("rouge_l", 512, _NEWS),
-    "vcsum": Task("rouge_l_zh", 512, _MEETING_ZH),
-    "trec": Task("classification", 64, _KIND, first_line=True),
-    "triviaqa": Task("qa_f1", 32, _TRIVIA, first_line=True),
-    "samsum": Task("rouge_l", 128, _DIALOGUE, first_line=True),
-    "lsht": Task("classification", 64, _KIND_ZH, first_line=True),
-    "passage_count": Task("count", 32, _COUNT),
-    "passage_retrieval_en": Task("retrieval", 32, _WHICH),
-    "passage_retrieval_zh": Task("retrieval_zh", 32, _WHICH_ZH),
-    "lcc": Task("code_similarity", 64, _CODE),
-    "repobench-p": Task("code_similarity", 64, _CODE_OF),
+TASKS: dict[str, LongBenchTask] = {
+    "narrativeqa": LongBenchTask("qa_f1", 128, _STORY),
+    "qasper": LongBenchTask("qa_f1", 128, _PAPER),
+    "multifieldqa_en": LongBenchTask("qa_f1", 64, _TEXT),
+    "multifieldqa_zh": LongBenchTask("qa_f1_zh", 64, _TEXT_ZH),
+    "hotpotqa": LongBenchTask("qa_f1", 32, _SEVERAL),
+    "2wikimqa": LongBenchTask("qa_f1", 32, _SEVERAL),
+    "musique": LongBenchTask("qa_f1", 32, _SEVERAL),
+    "dureader": LongBenchTask("rouge_l_zh", 128, _ARTICLES_ZH),
+    "gov_report": LongBenchTask("rouge_l", 512, _REPORT),
+    "qmsum": LongBenchTask("rouge_l", 512, _MEETING),
+    "multi_news": LongBenchTask("rouge_l", 512, _NEWS),
+    "vcsum": LongBenchTask("rouge_l_zh", 512, _MEETING_ZH),
+    "trec": LongBenchTask("classification", 64, _KIND, first_line=True),
+    "triviaqa": LongBenchTask("qa_f1", 32, _TRIVIA, first_line=True),
+    "samsum": LongBenchTask("rouge_l", 128, _DIALOGUE, first_line=True),
+    "lsht": LongBenchTask("classification", 64, _KIND_ZH, first_line=True),
+    "passage_count": LongBenchTask("count", 32, _COUNT),
+    "passage_retrieval_en": LongBenchTask("retrieval", 32, _WHICH),
+    "passage_retrieval_zh": LongBenchTask("retrieval_zh", 32, _WHICH_ZH),
+    "lcc": LongBenchTask("code_similarity", 64, _CODE),
+    "repobench-p": LongBenchTask("code_similarity", 64, _CODE_OF),
 }
 
 
@@ -147,7 +147,7 @@ def read_templates(path: str | None) -> dict[str, str]:
     return {name: template for name, template in found.items() if name in TASKS}
 
 
-def read_questions(source: str, tasks: Sequence[str] | None = None) -> list[Question]:
+def read_questions(source: str, tasks: Sequence[str] | None = None) -> list[LongBenchQuestion]:
     """Returns the questions of a JSONL file, or of a directory's `<task>.jsonl`; only those of `tasks` if given.
 
     Errors: InputError (no such path, a task that is unknown or absent), DataError (a line that does not parse, a field
@@ -184,7 +184,7 @@ def _files(source: Path, tasks: Sequence[str] | None) -> list[Path]:
     return [path for path in found if tasks is None or path.stem in tasks]
 
 
-def _read(path: Path) -> Iterator[Question]:
+def _read(path: Path) -> Iterator[LongBenchQuestion]:
     seen = set[tuple[str, str]]()
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
@@ -201,7 +201,7 @@ def _read(path: Path) -> Iterator[Question]:
         raise DataError(f"{path} has no question")
 
 
-def _question(line: str, place: str) -> Question:
+def _question(line: str, place: str) -> LongBenchQuestion:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -214,7 +214,7 @@ def _question(line: str, place: str) -> Question:
         raise DataError(f"{place}: unknown task {task!r}; {_allowed()}")
     answers = _texts(row, "answers", place)
     classes = _texts(row, "all_classes", place) if TASKS[task].metric == "classification" else ()
-    return Question(_field(row, "_id", str, place), task, **texts, answers=answers, classes=classes)
+    return LongBenchQuestion(_field(row, "_id", str, place), task, **texts, answers=answers, classes=classes)
 
 
 def _field(row: dict[str, Any], name: str, kind: type, place: str) -> Any:

@@ -24,7 +24,7 @@ FEW = 24  # tokens by which a case may be shorter than its length
 
 
 @dataclass(frozen=True)
-class Question:
+class NiahQuestion:
     """A case and its prompt's tokens."""
 
     case: Case
@@ -43,7 +43,7 @@ class Question:
 
 def niah_questions(
     tokenizer: Any, text: str, lengths: Sequence[int], depths: Sequence[float], cases: int, limit: int | None, seed: int
-) -> list[Question]:
+) -> list[NiahQuestion]:
     """Returns `cases` questions at each length (tokens) and depth (0 first, 1 last) in `text`.
 
     With `limit` it returns at most so many, taken evenly. Raises InputError for a length without space for needle and
@@ -89,16 +89,16 @@ def _room(tokenizer: Any, words: Sequence[str], length: int) -> int:
 
 def _fitted(
     tokenizer: Any, words: Sequence[str], count: int, length: int, depth: float, number: int, seed: int
-) -> Question:
+) -> NiahQuestion:
     """Returns the case, filled up to `length` tokens except for a few.
 
     Some passages have more tokens per word than others, so the count of words is corrected for each case.
     """
-    best: Question | None = None
+    best: NiahQuestion | None = None
     for _ in range(8):
         # The case's own generator makes it the same at every attempt, except for the count of words.
         case = niah_case(words, count, length, depth, number, seed)
-        question = Question(case, prompt_ids(tokenizer, case.prompt))
+        question = NiahQuestion(case, prompt_ids(tokenizer, case.prompt))
         spare = length - len(question.ids) - case.max_new_tokens
         if spare >= 0 and (best is None or len(question.ids) > len(best.ids)):
             best = question

@@ -92,7 +92,7 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Task:
+class RulerTask:
     """A task: `make(ask, size, material)` makes a case of `size`, from `least` to `most`.
 
     The size is a number of words of text, lines, words or documents.
@@ -302,20 +302,20 @@ def _shuffled(rng: random.Random, items: Sequence[T]) -> Iterator[T]:
         yield items[picked]
 
 
-TASKS: dict[str, Task] = {
-    "niah_single_1": Task(partial(_niah, hay="noise"), 128),
-    "niah_single_2": Task(partial(_niah, hay="essay"), 128),
-    "niah_single_3": Task(partial(_niah, hay="essay", value="uuids"), 128),
-    "niah_multikey_1": Task(partial(_niah, hay="essay", keys=4), 128),
-    "niah_multikey_2": Task(partial(_niah, hay="needles"), 128),
-    "niah_multikey_3": Task(partial(_niah, hay="needles", key="uuids", value="uuids"), 128),
-    "niah_multivalue": Task(partial(_niah, hay="essay", values=4), 128),
-    "niah_multiquery": Task(partial(_niah, hay="essay", keys=4, asked=4), 128),
-    "vt": Task(_vt, 30, least=HOPS + 1),
-    "cwe": Task(_cwe, 120, least=2 * COMMON, most=lambda material: len(material.words)),
-    "fwe": Task(_fwe, 50, least=FWE_LEAST),
-    "qa_1": Task(_qa, 32),
-    "qa_2": Task(_qa, 32, least=10),
+TASKS: dict[str, RulerTask] = {
+    "niah_single_1": RulerTask(partial(_niah, hay="noise"), 128),
+    "niah_single_2": RulerTask(partial(_niah, hay="essay"), 128),
+    "niah_single_3": RulerTask(partial(_niah, hay="essay", value="uuids"), 128),
+    "niah_multikey_1": RulerTask(partial(_niah, hay="essay", keys=4), 128),
+    "niah_multikey_2": RulerTask(partial(_niah, hay="needles"), 128),
+    "niah_multikey_3": RulerTask(partial(_niah, hay="needles", key="uuids", value="uuids"), 128),
+    "niah_multivalue": RulerTask(partial(_niah, hay="essay", values=4), 128),
+    "niah_multiquery": RulerTask(partial(_niah, hay="essay", keys=4, asked=4), 128),
+    "vt": RulerTask(_vt, 30, least=HOPS + 1),
+    "cwe": RulerTask(_cwe, 120, least=2 * COMMON, most=lambda material: len(material.words)),
+    "fwe": RulerTask(_fwe, 50, least=FWE_LEAST),
+    "qa_1": RulerTask(_qa, 32),
+    "qa_2": RulerTask(_qa, 32, least=10),
 }
 QA = {"qa_1": "squad", "qa_2": "hotpotqa"}  # the spec's field with the path of a task's file
 WORDY = tuple(name for name in TASKS if name.startswith("niah") or name == "cwe")  # tasks that need wonderwords

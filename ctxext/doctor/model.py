@@ -19,7 +19,7 @@ from ctxext.doctor.contents import chat_template, finite_values, opens_as_config
 from ctxext.doctor.finding import Finding, guarded, judged
 from ctxext.doctor.tokenizer import SPECIAL, tokenizer
 from ctxext.errors import InputError, ModelError
-from ctxext.export.card import first_model
+from ctxext.export.export_card import first_model
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, in_adapted, plan_trainables
 from ctxext.model.config_fields import Fields

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ctxext.evals.engine import Outcome
+from ctxext.evals.item_runner import Outcome
 
 DRAWS = 10_000
 _BLOCK = 2_000_000  # random numbers drawn at once, which bounds memory

@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.data.cases import evenly, prompt_ids
-from ctxext.data.longbench import TASKS, Question, read_questions, read_templates
+from ctxext.data.longbench import TASKS, LongBenchQuestion, read_questions, read_templates
 from ctxext.errors import InputError
-from ctxext.evals.engine import Job, Outcome, Row, mean
+from ctxext.evals.eval_spec import LongBench
+from ctxext.evals.item_runner import Outcome, ResultRow, SuiteJob, mean
 from ctxext.evals.longbench_metrics import best, require_jieba
-from ctxext.evals.spec import LongBench
 
 if TYPE_CHECKING:
     from ctxext.model.load import LoadedModel
 
 
 @dataclass(frozen=True)
-class Asked:
+class LongBenchRequest:
     """A question at a length. `size` is the length: prompt and answer together have at most that many tokens."""
 
-    question: Question
+    question: LongBenchQuestion
     length: int
 
     @property
@@ -49,7 +49,7 @@ class Asked:
         return self.length
 
 
-def check(spec: LongBench) -> list[Question]:
+def check(spec: LongBench) -> list[LongBenchQuestion]:
     """Returns the questions to ask, in the order of the files. No torch.
 
     Errors: those of `read_questions`; InputError (no data named, a length without room for a task's prompt),
@@ -78,22 +78,22 @@ def check(spec: LongBench) -> list[Question]:
     return questions
 
 
-def job(loaded: LoadedModel, spec: LongBench, place: Path) -> Job:
+def job(loaded: LoadedModel, spec: LongBench, place: Path) -> SuiteJob:
     """Returns the job of every question at every length, or of `spec.limit` in all, taken evenly.
 
     Errors: those of `check`.
     """
     assert spec.lengths is not None
     questions = check(spec)
-    asked = [Asked(question, length) for length in spec.lengths for question in questions]
+    asked = [LongBenchRequest(question, length) for length in spec.lengths for question in questions]
     items = evenly(asked, spec.limit, lambda item: (item.length, item.question.task))
     prompts = "prompts of ctxext" if spec.prompts is None else f"prompts of {spec.prompts}"
     loaded.model.eval()
     templates = read_templates(spec.prompts)
-    return Job(items, lambda batch: list(_answers(loaded, templates, batch)), partial(rows, prompts))
+    return SuiteJob(items, lambda batch: list(_answers(loaded, templates, batch)), partial(rows, prompts))
 
 
-def rows(prompts: str, outcomes: Sequence[Outcome]) -> list[Row]:
+def rows(prompts: str, outcomes: Sequence[Outcome]) -> list[ResultRow]:
     """Returns one row per length, the mean of its tasks' scores, then one per task; in percent, as in LongBench."""
     found = []
     for length in dict.fromkeys(outcome.length for outcome in outcomes):
@@ -108,7 +108,10 @@ def rows(prompts: str, outcomes: Sequence[Outcome]) -> list[Row]:
         whole = {"tasks": list(by_task), "cut": _cut(everything)}
         # Each task has the same weight, whatever its number of questions.
         average = sum(values) / len(values)
-        found += [Row("longbench", protocol, "", length, "average", average, len(everything), details=whole), *each]
+        found += [
+            ResultRow("longbench", protocol, "", length, "average", average, len(everything), details=whole),
+            *each,
+        ]
     return found
 
 
@@ -128,7 +131,7 @@ def truncated(tokenizer: Any, prompt: str, budget: int) -> tuple[list[int], bool
     return kept, kept is not ids
 
 
-def _answers(loaded: LoadedModel, templates: Mapping[str, str], batch: Sequence[Asked]) -> Iterator[Outcome]:
+def _answers(loaded: LoadedModel, templates: Mapping[str, str], batch: Sequence[LongBenchRequest]) -> Iterator[Outcome]:
     from ctxext.model.decode import generate, stop_ids
 
     stop = stop_ids(loaded.model, loaded.tokenizer)
@@ -149,10 +152,12 @@ def _answers(loaded: LoadedModel, templates: Mapping[str, str], batch: Sequence[
             yield Outcome(item.id, name, item.length, score, details=details)
 
 
-def _row(protocol: str, task: str, length: int, metric: str, outcomes: Sequence[Outcome]) -> Row:
+def _row(protocol: str, task: str, length: int, metric: str, outcomes: Sequence[Outcome]) -> ResultRow:
     value = mean(outcomes)
     percent = None if value is None else 100 * value
-    return Row("longbench", protocol, task, length, metric, percent, len(outcomes), details={"cut": _cut(outcomes)})
+    return ResultRow(
+        "longbench", protocol, task, length, metric, percent, len(outcomes), details={"cut": _cut(outcomes)}
+    )
 
 
 def _cut(outcomes: Sequence[Outcome]) -> int:

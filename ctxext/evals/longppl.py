@@ -32,8 +32,8 @@ from ctxext.data.documents import EMBEDDED, MOST_COMPARED, Document, fingerprint
 from ctxext.data.encoding import PlainText, Spans
 from ctxext.data.files import Reading, distinct, recorded
 from ctxext.errors import DataError, InputError, ModelError
-from ctxext.evals.engine import Job, Outcome, Row, mean
-from ctxext.evals.spec import LongPpl
+from ctxext.evals.eval_spec import LongPpl
+from ctxext.evals.item_runner import Outcome, ResultRow, SuiteJob, mean
 from ctxext.model.ids import check_ids
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.progress import CountProgress, Progress
@@ -59,7 +59,7 @@ class KeyText:
 
 
 @dataclass(frozen=True)
-class Part:
+class DocumentPart:
     """One text at one length in a model's own tokens; `keys` are indices of key tokens."""
 
     length: int
@@ -155,7 +155,7 @@ def prepare(spec: LongPpl, place: Path, dtype: str, device: str | None, progress
     gc.collect()
 
 
-def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
+def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> SuiteJob:
     """Returns the job with one item per length and document, from the keys that `prepare` wrote.
 
     Errors: those of `check`; InputError (no keys, or those of another request), DataError (keys that differ from their
@@ -164,7 +164,7 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
     assert spec.lengths is not None
     source = check(spec)
     require_offsets(loaded.tokenizer, loaded.name)
-    parts, facts = list[Part](), dict[int, dict[str, Any]]()
+    parts, facts = list[DocumentPart](), dict[int, dict[str, Any]]()
     for length in spec.lengths:
         keys, facts[length] = _read(_path(place, length))
         # Keys are valid only for the request that made them, so their manifest must contain all facts of this one.
@@ -177,10 +177,12 @@ def job(loaded: LoadedModel, spec: LongPpl, place: Path) -> Job:
     largest = max((max(part.ids) for part in parts if part.ids), default=-1)
     check_ids([largest], loaded.source.config.shape.vocab_size, loaded.name)
 
-    def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    def rows(outcomes: Sequence[Outcome]) -> list[ResultRow]:
         return [_row([o for o in outcomes if o.length == length], length, facts[length]) for length in facts]
 
-    return Job(parts, lambda batch: [_score(loaded, part) for part in batch], rows, tuple(_notes(loaded, parts, facts)))
+    return SuiteJob(
+        parts, lambda batch: [_score(loaded, part) for part in batch], rows, tuple(_notes(loaded, parts, facts))
+    )
 
 
 def documents(spec: LongPpl, length: int, tokenizer: Any) -> Iterator[tuple[Document, list[int], Spans]]:
@@ -325,19 +327,19 @@ def _key_texts(
     return texts
 
 
-def _part(tokenizer: Any, length: int, number: int, key: KeyText) -> Part:
+def _part(tokenizer: Any, length: int, number: int, key: KeyText) -> DocumentPart:
     ids, offsets = encode(tokenizer, key.text)
     keys = [i for i in meeting(offsets, key.spans) if i > 0]  # the first token has no context to be predicted from
-    return Part(length, number, key.name, ids, keys)
+    return DocumentPart(length, number, key.name, ids, keys)
 
 
-def _score(loaded: LoadedModel, part: Part) -> Outcome:
+def _score(loaded: LoadedModel, part: DocumentPart) -> Outcome:
     of_each = losses(loaded.model, part.ids, 1) if len(part.ids) > 1 else []
     details = {"document": part.name, "all_nats": sum(of_each), "all_tokens": len(of_each)}
     return Outcome(part.id, "", part.length, sum(of_each[i - 1] for i in part.keys), len(part.keys), details)
 
 
-def _row(outcomes: Sequence[Outcome], length: int, facts: dict[str, Any]) -> Row:
+def _row(outcomes: Sequence[Outcome], length: int, facts: dict[str, Any]) -> ResultRow:
     n = int(sum(outcome.weight for outcome in outcomes))
     nats = mean(outcomes)
     tokens = sum(outcome.details["all_tokens"] for outcome in outcomes)
@@ -351,10 +353,12 @@ def _row(outcomes: Sequence[Outcome], length: int, facts: dict[str, Any]) -> Row
     }
     protocol = f"longppl, {facts['truncation']}, keys by {facts['evaluator_name']}, on "
     protocol += "held-out embedded text" if facts["data"] == EMBEDDED else facts["data"]
-    return Row("longppl", protocol, "", length, "longppl", None if nats is None else _exp(nats), n, details=details)
+    return ResultRow(
+        "longppl", protocol, "", length, "longppl", None if nats is None else _exp(nats), n, details=details
+    )
 
 
-def _notes(loaded: LoadedModel, parts: Sequence[Part], facts: dict[int, dict[str, Any]]) -> Iterator[str]:
+def _notes(loaded: LoadedModel, parts: Sequence[DocumentPart], facts: dict[int, dict[str, Any]]) -> Iterator[str]:
     of = next(iter(facts.values()))
     read = [Reading.of(one) for every in facts.values() for one in every.get("read", [])]
     yield from dict.fromkeys(f"longppl: {line}" for one in read for line in one.lines())

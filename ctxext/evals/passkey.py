@@ -14,22 +14,22 @@ from typing import Any
 import torch
 
 from ctxext.data.cases import evenly
-from ctxext.data.haystack import Case, passkey_cases
+from ctxext.data.haystack import HaystackCase, passkey_cases
 from ctxext.errors import ModelError
-from ctxext.evals.engine import Job, Ledger, Outcome, Row, rates, run_job
+from ctxext.evals.eval_spec import Passkey
 from ctxext.evals.haystacks import haystack
-from ctxext.evals.spec import Passkey
+from ctxext.evals.item_runner import Ledger, Outcome, ResultRow, SuiteJob, rates, run_job
 from ctxext.model.decode import generate
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.progress import CountProgress, ignore
 
 
 @dataclass(frozen=True)
-class Question:
+class PasskeyQuestion:
     """A case with the id by which it pairs with another model's."""
 
     id: str
-    case: Case
+    case: HaystackCase
 
     @property
     def size(self) -> int:
@@ -37,7 +37,7 @@ class Question:
         return self.case.length
 
 
-def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
+def job(loaded: LoadedModel, spec: Passkey, place: Path) -> SuiteJob:
     """Returns the job of `spec.cases` at each length (tokens) and depth (0 first, 1 last), or of `limit` in all.
 
     Greedy decoding gives the answer if and only if, with the answer itself as input, every answer token is the argmax
@@ -58,7 +58,7 @@ def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
         # Number the cases of each depth, so that ids are the same for every model.
         count = dict.fromkeys(spec.depths, 0)
         for case in cases:
-            questions.append(Question(f"{length}/{case.depth}/{count[case.depth]}", case))
+            questions.append(PasskeyQuestion(f"{length}/{case.depth}/{count[case.depth]}", case))
             count[case.depth] += 1
     questions = evenly(questions, spec.limit, lambda q: (q.case.length, q.case.depth))
     how = "decoded greedily" if spec.decode else "teacher-forced"
@@ -66,17 +66,17 @@ def job(loaded: LoadedModel, spec: Passkey, place: Path) -> Job:
     # Chance of guessing all digits of the key.
     chance = 10.0 ** -len(questions[0].case.key)
 
-    def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    def rows(outcomes: Sequence[Outcome]) -> list[ResultRow]:
         made = rates("passkey", protocol, "accuracy", outcomes, seed=spec.seed, haystack=where, chance=chance)
         return [replace(row, details={**row.details, **_nats(outcomes, row.length)}) for row in made]
 
     loaded.model.eval()
-    return Job(questions, partial(_decoded if spec.decode else _teacher_forced, loaded.model), rows)
+    return SuiteJob(questions, partial(_decoded if spec.decode else _teacher_forced, loaded.model), rows)
 
 
 def passkey(
     loaded: LoadedModel, spec: Passkey, *, tokens_per_batch: int = 16_384, progress: CountProgress = ignore
-) -> list[Row]:
+) -> list[ResultRow]:
     """Runs one spec on one model and returns one row per length; writes nothing."""
     return run_job(job(loaded, spec, Path()), Ledger(), tokens_per_batch, progress)
 
@@ -89,7 +89,7 @@ def _nats(outcomes: Sequence[Outcome], length: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _teacher_forced(model: Any, questions: Sequence[Question]) -> list[Outcome]:
+def _teacher_forced(model: Any, questions: Sequence[PasskeyQuestion]) -> list[Outcome]:
     weight = output_weight(model)
     cases = [question.case for question in questions]
     ids = torch.tensor([case.prompt_ids + case.answer_ids for case in cases], device=weight.device)  # [B, T]
@@ -114,7 +114,7 @@ def _teacher_forced(model: Any, questions: Sequence[Question]) -> list[Outcome]:
     ]
 
 
-def _decoded(model: Any, questions: Sequence[Question]) -> list[Outcome]:
+def _decoded(model: Any, questions: Sequence[PasskeyQuestion]) -> list[Outcome]:
     most = max(len(question.case.answer_ids) for question in questions)
     answers = generate(model, [question.case.prompt_ids for question in questions], most)
     return [
@@ -123,5 +123,5 @@ def _decoded(model: Any, questions: Sequence[Question]) -> list[Outcome]:
     ]
 
 
-def _outcome(question: Question, hit: bool, **details: Any) -> Outcome:
+def _outcome(question: PasskeyQuestion, hit: bool, **details: Any) -> Outcome:
     return Outcome(question.id, "", question.case.length, float(hit), details={"depth": question.case.depth, **details})

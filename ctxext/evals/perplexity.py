@@ -30,8 +30,8 @@ from ctxext.data.documents import EMBEDDED, Document, Documents, read_documents
 from ctxext.data.encoding import PlainText
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals import PROTOCOLS
-from ctxext.evals.engine import Job, Ledger, Outcome, Row, run_job
-from ctxext.evals.spec import Perplexity
+from ctxext.evals.eval_spec import Perplexity
+from ctxext.evals.item_runner import Ledger, Outcome, ResultRow, SuiteJob, run_job
 from ctxext.model.ids import check_ids
 from ctxext.model.load import LoadedModel, hidden_states, output_weight
 from ctxext.progress import CountProgress, ignore
@@ -85,13 +85,13 @@ class PerplexityResult:
     buckets: list[Bucket] = field(repr=False)
     seed: None = None  # no randomness
 
-    def row(self, data: str) -> Row:
+    def row(self, data: str) -> ResultRow:
         """Returns the result as a row of a report; `data` names the text."""
         protocol = f"{self.protocol}, stride {self.stride:,}, on {data}"
         details = {
             name: value for name, value in asdict(self).items() if name not in ("protocol", "length", "perplexity")
         }
-        return Row(
+        return ResultRow(
             "perplexity", protocol, "", self.length, "perplexity", self.perplexity, self.tokens_scored, details=details
         )
 
@@ -185,11 +185,11 @@ def perplexity(
     cut = cut_windows(texts, length, loaded.tokenizer.eos_token_id, protocol, stride, alone_from)
     run = partial(run_windows, loaded, [ids for ids, _ in cut.segments])
     ledger = Ledger()
-    run_job(Job(cut.windows, run, lambda _: []), ledger, tokens_per_batch, progress)
+    run_job(SuiteJob(cut.windows, run, lambda _: []), ledger, tokens_per_batch, progress)
     return summed(cut, [ledger.outcomes[window.id] for window in cut.windows])
 
 
-def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
+def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> SuiteJob:
     """Returns the job of all lengths of a spec on the same text.
 
     Every length takes the same documents as separate texts.
@@ -204,7 +204,7 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
     cuts = [cut_windows(texts, length, eos, spec.protocol, spec.stride, longest) for length in spec.lengths]
     where = "held-out embedded text" if spec.data == EMBEDDED else spec.data
 
-    def rows(outcomes: Sequence[Outcome]) -> list[Row]:
+    def rows(outcomes: Sequence[Outcome]) -> list[ResultRow]:
         by_id = {outcome.id: outcome for outcome in outcomes}
         return [summed(cut, [by_id[window.id] for window in cut.windows]).row(where) for cut in cuts]
 
@@ -227,7 +227,7 @@ def job(loaded: LoadedModel, spec: Perplexity, place: Path) -> Job:
             f"longlora computes each token about length / 256 times: about {format_duration(seconds)}, estimated from "
             "the first window"
         )
-    return Job(items, run, rows, tuple(notes))
+    return SuiteJob(items, run, rows, tuple(notes))
 
 
 def summed(cut: Cut, outcomes: Sequence[Outcome]) -> PerplexityResult:

@@ -24,10 +24,10 @@ from ctxext.data.cases import Case, evenly, prompt_ids, read_cases
 from ctxext.data.ruler_tasks import QA, TASKS, Ask
 from ctxext.data.store import tokenizer_hash
 from ctxext.errors import DataError, InputError
-from ctxext.evals.engine import Job, Outcome, Row, mean
+from ctxext.evals.eval_spec import Ruler
 from ctxext.evals.haystacks import haystack
+from ctxext.evals.item_runner import Outcome, ResultRow, SuiteJob, mean
 from ctxext.evals.scores import string_match_all, string_match_part
-from ctxext.evals.spec import Ruler
 from ctxext.model.decode import generate, stop_ids
 from ctxext.model.load import LoadedModel
 from ctxext.units import counted
@@ -41,7 +41,7 @@ Answers = Callable[[Sequence[Case]], list[str]]  # takes cases that generate the
 
 
 @dataclass(frozen=True)
-class Question:
+class RulerQuestion:
     """A case as an item."""
 
     case: Case
@@ -57,7 +57,7 @@ class Question:
         return self.case.length
 
 
-def job(loaded: LoadedModel, spec: Ruler, place: Path) -> Job:
+def job(loaded: LoadedModel, spec: Ruler, place: Path) -> SuiteJob:
     """Returns the job of `spec`'s cases, which are made into `place`/cases unless they are there or given.
 
     Errors: those of data/ruler.py; InputError (no case of the requested lengths and tasks), DataError (cases that are
@@ -69,8 +69,8 @@ def job(loaded: LoadedModel, spec: Ruler, place: Path) -> Job:
     name = suite_name(tasks)
     protocol = f"{name}, string match, greedy, haystack {facts.get('haystack')}, seed {facts.get('seed')}"
     loaded.model.eval()
-    return Job(
-        [Question(case) for case in cases],
+    return SuiteJob(
+        [RulerQuestion(case) for case in cases],
         partial(scored, partial(_generated, loaded)),
         partial(rows, protocol),
         (f"ruler: {name}, {counted(len(cases), 'case')}", *notes, *_not_full(cases)),
@@ -163,7 +163,7 @@ def _generated(loaded: LoadedModel, cases: Sequence[Case]) -> list[str]:
     return [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
-def scored(answers: Answers, questions: Sequence[Question]) -> list[Outcome]:
+def scored(answers: Answers, questions: Sequence[RulerQuestion]) -> list[Outcome]:
     """Returns the outcomes of a batch; cases that generate the same number of tokens are answered together."""
     outcomes = []
     for _, group in groupby((question.case for question in questions), key=lambda case: case.max_new_tokens):
@@ -175,7 +175,7 @@ def scored(answers: Answers, questions: Sequence[Question]) -> list[Outcome]:
     return outcomes
 
 
-def rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
+def rows(protocol: str, outcomes: Sequence[Outcome]) -> list[ResultRow]:
     """Returns one row per length, the mean over tasks, then one per task and length; in percent."""
     lengths = sorted({outcome.length for outcome in outcomes})
     cells = {
@@ -195,8 +195,8 @@ def rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
         tasks = [task for of, task in scores if of == length]
         details = {"effective_length": effective, "effective_from": EFFECTIVE, "tasks": tasks}
         n = sum(len(cells[length, task]) for task in tasks)
-        made.append(Row("ruler", protocol, "", length, "score", average, n, details=details))
+        made.append(ResultRow("ruler", protocol, "", length, "score", average, n, details=details))
     return made + [
-        Row("ruler", protocol, task, length, "score", score, len(cells[length, task]))
+        ResultRow("ruler", protocol, task, length, "score", score, len(cells[length, task]))
         for (length, task), score in scores.items()
     ]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.evals.engine import Job, Outcome, Row
-from ctxext.evals.spec import Short
+from ctxext.evals.eval_spec import Short
+from ctxext.evals.item_runner import Outcome, ResultRow, SuiteJob
 from ctxext.progress import Progress
 from ctxext.units import counted
 
@@ -63,7 +63,7 @@ def prepare(spec: Short, place: Path, dtype: str, device: str | None, progress: 
         progress("tasks of lm-eval", done, len(spec.tasks))
 
 
-def job(loaded: LoadedModel, spec: Short, place: Path) -> Job:
+def job(loaded: LoadedModel, spec: Short, place: Path) -> SuiteJob:
     """Returns the job with one item per task.
 
     Errors: those of `check`; InputError (a task that lm-eval does not know), EnvironmentFault (a task's data cannot be
@@ -78,7 +78,7 @@ def job(loaded: LoadedModel, spec: Short, place: Path) -> Job:
     def run(batch: Sequence[WholeTask]) -> list[Outcome]:
         return [_outcome(loaded, manager, item.id, spec.limit) for item in batch]
 
-    return Job(items, run, lambda outcomes: _rows(protocol, outcomes))
+    return SuiteJob(items, run, lambda outcomes: _rows(protocol, outcomes))
 
 
 def main_metric(results: dict[str, Any]) -> tuple[str, float, float | None]:
@@ -160,10 +160,10 @@ def _task(manager: Any, task: str) -> Any:
     return found["groups"].get(task) or found["tasks"][task]
 
 
-def _rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
+def _rows(protocol: str, outcomes: Sequence[Outcome]) -> list[ResultRow]:
     """Returns their average, where each task counts the same, then one row per task with lm-eval's standard error."""
     each = [
-        Row(
+        ResultRow(
             "short",
             protocol,
             outcome.task,
@@ -179,7 +179,7 @@ def _rows(protocol: str, outcomes: Sequence[Outcome]) -> list[Row]:
     average = sum(row.value or 0.0 for row in each) / len(each)
     n = sum(row.n for row in each)
     whole = {"tasks": {row.task: row.metric for row in each}}
-    return [Row("short", protocol, "", NO_LENGTH, "average", average, n, details=whole), *each]
+    return [ResultRow("short", protocol, "", NO_LENGTH, "average", average, n, details=whole), *each]
 
 
 def _interval(outcome: Outcome) -> tuple[float | None, float | None]:

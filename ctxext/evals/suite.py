@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ctxext.data.files import distinct, recorded
 from ctxext.data.store import tokenizer_hash
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.evals.engine import STAR, Job, Ledger, Outcome, Row, run_job
-from ctxext.evals.spec import EvalSpec
+from ctxext.evals.eval_spec import EvalSpec
+from ctxext.evals.item_runner import STAR, Ledger, Outcome, ResultRow, SuiteJob, run_job
 from ctxext.evals.suites import PREPARED, module_of
 from ctxext.machine.memory import is_out_of_memory
 from ctxext.model.layout import pattern_text
@@ -38,7 +38,7 @@ class SuiteResult:
 
     suite: str
     notes: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     read: tuple[dict[str, Any], ...] = ()
 
 
@@ -157,10 +157,10 @@ def evaluate(
     return replace(report, differences=_compared(report, outcomes, tokenizers, against, notice))
 
 
-def _job(suite: Any, loaded: LoadedModel, place: Path) -> tuple[Job, tuple[dict[str, Any], ...]]:
+def _job(suite: Any, loaded: LoadedModel, place: Path) -> tuple[SuiteJob, tuple[dict[str, Any], ...]]:
     """Returns a suite's job and its readings as plain data; the job's notes begin with lines on what was read."""
     with recorded() as began_reading:
-        job: Job = module_of(suite.suite).job(loaded, suite, place)
+        job: SuiteJob = module_of(suite.suite).job(loaded, suite, place)
     read = distinct(began_reading)
     lines = tuple(f"{suite.suite}: {line}" for one in read for line in one.lines())
     return replace(job, notes=lines + job.notes), tuple(one.as_dict() for one in read)

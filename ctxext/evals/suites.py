@@ -12,8 +12,8 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.data import documents
 from ctxext.errors import InputError
+from ctxext.evals.eval_spec import EvalSpec
 from ctxext.evals.haystacks import GRASS
-from ctxext.evals.spec import EvalSpec
 from ctxext.model.source import ModelSource, resolve
 
 PREPARED = ("longppl", "short")  # suites with a step before the models load: the evaluator's keys, lm-eval's tasks

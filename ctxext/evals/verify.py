@@ -37,9 +37,9 @@ from ctxext.model.source import ModelSource, require_tokenizer, resolve
 from ctxext.ops.masks import Pattern, document_starts, first_shifted_head, lower_bounds
 from ctxext.progress import Progress, ignore
 from ctxext.train import recompute
-from ctxext.train.plan import plan_run
-from ctxext.train.run import SPEC_FILE, plan_resumed
-from ctxext.train.spec import FinetuneSpec, MemorySpec, ValidationSpec
+from ctxext.train.finetune_spec import FinetuneSpec, MemorySpec, ValidationSpec
+from ctxext.train.run_directory import SPEC_FILE, plan_resumed
+from ctxext.train.run_plan import plan_run
 from ctxext.units import counted, first_of, format_tokens
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ COMPARING = "ctxext_verify"  # name in AttentionInterface of the attention that 
 
 
 @dataclass(frozen=True)
-class Launch:
+class VerifyRun:
     """How the model is run. Lengths in tokens.
 
     T            measured row: a few windows and groups; at most ctx, and `LONGEST` unless a window is longer
@@ -98,7 +98,7 @@ class Launch:
         return tuple(found)
 
 
-def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = None) -> Launch:
+def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = None) -> VerifyRun:
     """Finds the model and how it is launched; for a run, group size, document mask and ctx come from its spec.
 
     `model` is anything that `resolve` takes, or the directory of an unfinished run: then the model that the run trains,
@@ -125,7 +125,7 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     G, W = plan.group_size if plan else None, max(_windows(source.kinds), default=0)
     T = min(ctx, max(min(LONGEST, max(3 * W + 5, 2 * (G or 0) + 7, 96)), W + BEYOND_WINDOW if W else 0))
     if plan is None:
-        return Launch(source, attention, ctx, T)
+        return VerifyRun(source, attention, ctx, T)
     # If the row is shorter than two groups, measure a smaller group: the same share of T that G is of ctx.
     scaled = G if G is None or ctx == T or 2 * G + 7 <= T else max(2, G * T // ctx)
     # Measure whole rows of unquantized weights.
@@ -133,7 +133,7 @@ def plan_launch(model: str, *, ctx: int | None = None, attention: str | None = N
     # The manifest of a finished run records its number of sink tokens; runs of versions without sink tokens have 0.
     facts = source.manifest.facts if source.manifest else {}
     sinks = facts.get("sink_tokens", 0) if "sink_tokens" in facts or untrained else plan.sink_tokens
-    return Launch(source, attention, ctx, T, scaled, G, sinks, masked, memory, plan.dtype, spec.attention.backend)
+    return VerifyRun(source, attention, ctx, T, scaled, G, sinks, masked, memory, plan.dtype, spec.attention.backend)
 
 
 def _find(model: str) -> tuple[ModelSource, FinetuneSpec | None, ModelSource | None]:
@@ -154,12 +154,12 @@ def _windows(kinds: Sequence[LayerKind]) -> set[int]:
     return {kind.sliding_window for kind in kinds if kind.sliding_window is not None}
 
 
-def verify(launch: Launch, *, device: str | None = None, progress: Progress = ignore) -> Certificate:
+def verify(launch: VerifyRun, *, device: str | None = None, progress: Progress = ignore) -> Certificate:
     """Loads the model and runs every check. A failed check is recorded in the certificate; it raises nothing."""
     import torch
 
     from ctxext.model.load import causal_lm, load_model
-    from ctxext.train.sinks import first_token_shares, measured_row, measured_sinks
+    from ctxext.train.sink_tokens import first_token_shares, measured_row, measured_sinks
 
     loaded = load_model(launch.source, dtype=launch.dtype, device=device)
     # `auto` is a property of the loaded weights: measure it as a training run does at its start.
@@ -188,7 +188,7 @@ def verify(launch: Launch, *, device: str | None = None, progress: Progress = ig
     return Certificate(launch.source.name, launch.attention, launch.T, tuple(checks), tuple(notes))
 
 
-def write_certificate(certificate: Certificate, launch: Launch, out: Path, *, force: bool = False) -> None:
+def write_certificate(certificate: Certificate, launch: VerifyRun, out: Path, *, force: bool = False) -> None:
     """Writes certificate.json and ctxext.json, whether the checks passed or not."""
     spec = {
         name: getattr(launch, name)
@@ -215,7 +215,7 @@ class _Row:
         return next((start, end) for start, end in pairwise(self.bounds) if j < end)
 
 
-def _rows(loaded: Any, launch: Launch) -> list[_Row]:
+def _rows(loaded: Any, launch: VerifyRun) -> list[_Row]:
     """Returns held-out text as one document; for training with a document mask, also cut into two documents."""
     from ctxext.data.corpus import stdlib_documents
     from ctxext.model.load import causal_lm, hidden_states
@@ -271,7 +271,7 @@ def _judge(name: str, layer: int | None, edges: list[int], faults: Callable[[int
     return Check(name, layer, not wrong, first or f"{good}, {counted(len(edges), 'token')} changed", wrong, 0)
 
 
-def _end_to_end(launch: Launch, row: _Row) -> Check:
+def _end_to_end(launch: VerifyRun, row: _Row) -> Check:
     """Checks that a changed embedding changes its own output, and none before it or in another document."""
     embeddings = row.model.get_input_embeddings()
 
@@ -307,7 +307,7 @@ def _layer_inputs(row: _Row) -> list[tuple[Any, dict[str, Any]]]:
     return calls
 
 
-def _field(module: Any, arguments: dict[str, Any], layer: int, launch: Launch, row: _Row) -> Check:
+def _field(module: Any, arguments: dict[str, Any], layer: int, launch: VerifyRun, row: _Row) -> Check:
     """Checks one layer alone: a change of input j changes exactly the outputs whose pattern contains j."""
     hidden, (H, K) = arguments["hidden_states"], (launch.source.shape.num_heads, launch.source.shape.num_kv_heads)
     pattern = launch.pattern(layer)
@@ -354,11 +354,11 @@ def _sees(pattern: Pattern, j: int, T: int, row: _Row, H: int, K: int) -> Tensor
     return sees
 
 
-def _backend(launch: Launch, row: _Row) -> list[Check]:
+def _backend(launch: VerifyRun, row: _Row) -> list[Check]:
     """Recomputes each layer's attention in a forward with naive_attention, one head at a time: it is O(T²)."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from ctxext.ops.attention import naive_attention
+    from ctxext.ops.naive_attention import naive_attention
 
     model, allowed, checks = row.model, BACKEND_TOLERANCE[launch.dtype], list[Check]()
     good = "of the largest |v|" + (", two documents" if len(row.bounds) > 2 else "")

@@ -18,7 +18,7 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
 from ctxext.errors import CheckFailed, InputError
-from ctxext.export.card import first_model, history, write_card
+from ctxext.export.export_card import first_model, history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
 from ctxext.model.companions import companions
 from ctxext.model.config_fields import Fields

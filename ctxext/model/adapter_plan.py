@@ -33,8 +33,8 @@ class LoraSpec:
     multiplier  a factor on alpha, for every rule
     embeddings  full (trained fully; with tied embeddings the head changes with them), lora, or frozen
     norms       full or frozen
-    sinks       of a conversion with fitted sinks (retrofit/sinks.py): full (the sinks and the biases fitted with them
-                train, at optimizer.sinks_learning_rate) or frozen. Sinks that a model had before stay frozen
+    sinks       of a conversion with fitted sinks (retrofit/fitted_sinks.py): full (the sinks and the biases fitted with
+                them train, at optimizer.sinks_learning_rate) or frozen. Sinks that a model had before stay frozen
     """
 
     rank: Annotated[int, Field(ge=1)] = 8

@@ -69,7 +69,7 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class FittedSinks:
-    """Learned sinks that replace the first token where a window hides it (retrofit/sinks.py).
+    """Learned sinks that replace the first token where a window hides it (retrofit/fitted_sinks.py).
 
     values  the tensors to write, by name, each one complete
     facts   entries for the manifest and the report: which layers, and what changed
@@ -154,7 +154,7 @@ def plan_conversion(
     """Plans and checks a conversion without torch.
 
     `model_class` is the model_type of the output; auto is the family's first. `sinks` auto requests fitted sinks, which
-    are made only where the class has sinks and the model depends on its first token (retrofit/sinks.py). Raises
+    are made only where the class has sinks and the model depends on its first token (retrofit/fitted_sinks.py). Raises
     InputError or ModelError for a conversion that is not possible.
     """
     # Check the arguments first: `resolve` may download a model from the hub.
@@ -226,7 +226,7 @@ def run_conversion(
     # that would give other ids in the output's class.
     check_source(source)
     tokenizer = _tokenizer_files(plan)
-    # Fitted sinks also need biases on all attention projections (retrofit/sinks.py), so the config gets them.
+    # Fitted sinks also need biases on all attention projections (retrofit/fitted_sinks.py), so the config gets them.
     plan = plan if sinks is None else _with_biases(plan)
     added = new_tensors(source.config, plan.config)
     with staged_output(plan.out, force) as staging:

@@ -80,7 +80,7 @@ class ModelSource:
 
     @property
     def fitted_layers(self) -> tuple[int, ...]:
-        """The layers in which a conversion fitted sinks and biases (retrofit/sinks.py); empty for other models."""
+        """The layers in which a conversion fitted sinks (retrofit/fitted_sinks.py); empty for other models."""
         facts = self.manifest.facts if self.kind == "conversion" and self.manifest else {}
         return tuple((facts.get("sinks") or {}).get("layers", ()))
 

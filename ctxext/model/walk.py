@@ -21,8 +21,8 @@ from torch import Tensor
 from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.layout import LayerKind
 from ctxext.model.model_config import ModelConfig
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 Weights = Callable[[str], Tensor | None]  # name -> tensor, None where the checkpoint has no such tensor
 

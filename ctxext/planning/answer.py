@@ -15,10 +15,10 @@ from ctxext.ops.cost import Partition
 from ctxext.planning import cards, search
 from ctxext.planning.calibrate import rates_here
 from ctxext.planning.cards import Rates
-from ctxext.planning.search import Asked, Choice
+from ctxext.planning.search import Choice, PlanRequest
 from ctxext.planning.time import Estimate, estimate
-from ctxext.train.plan import RunPlan, on_gpu
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_plan import RunPlan, on_gpu
 from ctxext.units import counted, format_bytes, format_duration, format_flops, format_tokens, parse_bytes, parse_tokens
 
 THIS = "this"
@@ -30,7 +30,7 @@ WORDS = {"linear": "matrices", "adapters": "adapters in fp32", "attention": "att
 
 
 @dataclass(frozen=True)
-class Answer:
+class PlanAnswer:
     """The result of a search.
 
     `listed`: the fastest choice that fits, and the next ones. `longest`: the choice at the longest context that fits.
@@ -38,7 +38,7 @@ class Answer:
     begins with the choice that changes the fewest options.
     """
 
-    asked: Asked
+    asked: PlanRequest
     rates: Rates | None
     combinations: int
     fitting: int
@@ -137,7 +137,7 @@ def ask(
     cards_: int = 1,
     preset: str,
     fixed: Mapping[str, Any],
-) -> tuple[Asked, Rates | None]:
+) -> tuple[PlanRequest, Rates | None]:
     """Builds the request and the rates to plan with; the rates are None if none are known for this machine.
 
     Raises InputError for a request that cannot be planned.
@@ -187,7 +187,7 @@ def ask(
     hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.OWN_LAYOUT,)
     if not hybrids:
         raise InputError(f"--hybrid {hybrid!r} gives no layout", hint="give one or more, such as none,swa128-nope")
-    return Asked(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
+    return PlanRequest(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
 
 
 def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | None]:
@@ -210,11 +210,11 @@ def measures(model: str) -> str:
     return f"`ctxext plan {model} --calibrate` measures this machine in about 20 s, or name a card, such as --gpu h100"
 
 
-def answer(asked: Asked, rates: Rates | None) -> Answer:
+def answer(asked: PlanRequest, rates: Rates | None) -> PlanAnswer:
     """Plans every combination and returns the Answer."""
     found = list(search.choices(asked))
     fit = search.fitting(found, rates)
-    return Answer(
+    return PlanAnswer(
         asked=asked,
         rates=rates,
         combinations=len(found),

@@ -34,9 +34,9 @@ from ctxext.model.source import ModelSource
 from ctxext.ops.cost import WHOLE, Partition, parameter_count
 from ctxext.planning.cards import Rates
 from ctxext.planning.time import Estimate, estimate
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.parallel import Host, Launch, read_zero
-from ctxext.train.plan import RunPlan, divided, plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_plan import RunPlan, divided, plan_run
 from ctxext.units import format_bytes
 
 OWN_LAYOUT = "none"  # value of --hybrid: the model's own layout
@@ -60,7 +60,7 @@ LONGEST = 2**26
 
 
 @dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """The request: a model by its name, options as for `finetune`, and the target machine.
 
     fixed   fields of the spec by dotted path, from --set
@@ -84,7 +84,7 @@ class Asked:
 class Choice:
     """One combination: its changed options, its memory and its time per step. Bytes are per card and its host."""
 
-    asked: Asked
+    asked: PlanRequest
     hybrid: str | None
     changes: dict[str, Any]
     zero: str | None
@@ -172,7 +172,7 @@ def converted(source: ModelSource, hybrid: str) -> ModelSource:
     return replace(source, name=f"{source.name}-{hybrid}", kind="conversion", config=config, manifest=manifest)
 
 
-def choices(asked: Asked, ctx: str | int | None = None, *, lean: bool = False) -> Iterator[Choice]:
+def choices(asked: PlanRequest, ctx: str | int | None = None, *, lean: bool = False) -> Iterator[Choice]:
     """Yields every combination that can run, whether it fits or not; with `lean` only those that need the least memory.
 
     Raises InputError if no combination can be planned.
@@ -199,7 +199,7 @@ def choices(asked: Asked, ctx: str | int | None = None, *, lean: bool = False) -
 
 
 def plan_with(
-    asked: Asked,
+    asked: PlanRequest,
     source: ModelSource,
     changes: Mapping[str, Any],
     ctx: str | int | None = None,
@@ -213,7 +213,7 @@ def plan_with(
     return plan_run(source, spec, gpu=asked.gpu, trainables=trainables)
 
 
-def _changes(asked: Asked, lean: bool) -> Iterator[dict[str, Any]]:
+def _changes(asked: PlanRequest, lean: bool) -> Iterator[dict[str, Any]]:
     """The combinations of options, each without those that the user gave and without default values."""
     tried, values = KNOBS | (LEAN if lean else {}), dict[str, tuple[Any, ...]]()
     for knob, found in tried.items():
@@ -230,7 +230,9 @@ def _changes(asked: Asked, lean: bool) -> Iterator[dict[str, Any]]:
         yield {knob: value for knob, value in chosen.items() if value != DEFAULTS.get(knob)}
 
 
-def _shared(asked: Asked, hybrid: str | None, changes: dict[str, Any], plan: RunPlan, lean: bool) -> Iterator[Choice]:
+def _shared(
+    asked: PlanRequest, hybrid: str | None, changes: dict[str, Any], plan: RunPlan, lean: bool
+) -> Iterator[Choice]:
     """The same combination on several cards, or on one card with state on its host."""
     spec = plan.spec
     if not asked.gpu or spec.optimizer.name != "adamw" or spec.memory.quantize != "none":
@@ -303,7 +305,7 @@ def _kinds(choice: Choice) -> frozenset[str]:
     return frozenset("memory.tiles" if knob.startswith("memory.tiles") else knob for knob in choice.knobs)
 
 
-def longest(asked: Asked) -> Choice | None:
+def longest(asked: PlanRequest) -> Choice | None:
     """Returns the choice at the longest context that fits, a multiple of 1,024 tokens; None if none fits.
 
     A short context may be refused for its length (smaller than an S²-Attn group, nothing to interpolate); it is
@@ -326,7 +328,7 @@ def longest(asked: Asked) -> Choice | None:
     return None if best is None else replace(best, asked=replace(asked, ctx=str(low)))
 
 
-def _leanest(asked: Asked, ctx: int) -> tuple[bool, Choice | None]:
+def _leanest(asked: PlanRequest, ctx: int) -> tuple[bool, Choice | None]:
     """(whether this context is refused, the choice that fits with the fewest changed options or None)."""
     try:
         found = [choice for choice in choices(asked, ctx, lean=True) if choice.needed <= asked.memory]

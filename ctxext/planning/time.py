@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from ctxext.ops import cost
 from ctxext.planning.cards import Rates
-from ctxext.train.plan import RunPlan, on_gpu
+from ctxext.train.run_plan import RunPlan, on_gpu
 from ctxext.train.schedule import phases
 from ctxext.train.teacher import teacher_flops
 
@@ -38,7 +38,7 @@ ATTENTION_MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
-class Part:
+class TimePart:
     """A part of a step: FLOPs and bytes of one rank, its seconds, and the name of the rate that limits it."""
 
     name: str
@@ -52,7 +52,7 @@ class Part:
 class Estimate:
     """One optimizer step of one rank; all ranks work at the same time. `tokens` are those of all ranks."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[TimePart, ...]
     tokens: int
 
     @property
@@ -98,23 +98,23 @@ def estimate(plan: RunPlan, rates: Rates, partition: cost.Partition = cost.WHOLE
     return Estimate(_together(parts), plan.tokens_per_step)
 
 
-def _together(parts: Iterable[Part]) -> tuple[Part, ...]:
+def _together(parts: Iterable[TimePart]) -> tuple[TimePart, ...]:
     """Merges parts of the same name and rate, and drops those without time."""
-    found: dict[tuple[str, str], Part] = {}
+    found: dict[tuple[str, str], TimePart] = {}
     for part in parts:
-        old = found.get((part.name, part.rate), Part(part.name, part.rate, 0, 0, 0))
-        found[part.name, part.rate] = Part(
+        old = found.get((part.name, part.rate), TimePart(part.name, part.rate, 0, 0, 0))
+        found[part.name, part.rate] = TimePart(
             part.name, part.rate, old.flops + part.flops, old.moved + part.moved, old.seconds + part.seconds
         )
     return tuple(part for part in found.values() if part.seconds > 0)
 
 
-def _work(name: str, rate: str, flops: float, per_second: float) -> Part:
-    return Part(name, rate, flops, 0.0, flops / per_second)
+def _work(name: str, rate: str, flops: float, per_second: float) -> TimePart:
+    return TimePart(name, rate, flops, 0.0, flops / per_second)
 
 
-def _stream(name: str, moved: float, rates: Rates) -> Part:
-    return Part(name, "stream", 0.0, moved, moved / rates.stream)
+def _stream(name: str, moved: float, rates: Rates) -> TimePart:
+    return TimePart(name, "stream", 0.0, moved, moved / rates.stream)
 
 
 def _halo(plan: RunPlan) -> dict[str, float]:
@@ -135,14 +135,14 @@ def _excess(T: int, size: int, halo: int) -> float:
     return 1 + (max(0, -(-T // size) - 1) * halo) / T
 
 
-def _linear(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) -> list[Part]:
+def _linear(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) -> list[TimePart]:
     """The layers' matrices with their adapters, the head, and the teacher."""
     spec, shape, trains = plan.spec, plan.source.shape, plan.spec.tuning == "full"
     adapted = {group.name for group in plan.trainables.lora}
     again, tiled = bool(spec.memory.checkpoint), spec.memory.tiles is not None
     kinds = ["sliding" if kind.sliding_window else "s2" for kind in plan.kinds]
     excess = sum(halo.get(kind, 1.0) for kind in kinds) / shape.num_layers
-    parts = list[Part]()
+    parts = list[TimePart]()
     for name, (width, out) in matrices(shape).items():
         # Only the attention half of a layer is recomputed with the overlap of tiles.
         factor = excess if name in ATTENTION_MATRICES else 1.0
@@ -178,9 +178,9 @@ def matrices(shape: cost.ModelShape) -> dict[str, tuple[int, int]]:
             "gate_proj": (E, F), "up_proj": (E, F), "down_proj": (F, E)}  # fmt: skip
 
 
-def _attention(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) -> list[Part]:
+def _attention(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) -> list[TimePart]:
     spec, shape = plan.spec, plan.source.shape
-    parts, rows = list[Part](), tokens / spec.ctx
+    parts, rows = list[TimePart](), tokens / spec.ctx
     schedule = phases(spec.attention, plan.group_size, spec.ctx, plan.steps)
     windows = Counter(kind.sliding_window for kind in plan.kinds)
     # Average over the schedule: each group size counts by its share of the steps.
@@ -215,7 +215,7 @@ def computed_pairs(shape: cost.ModelShape, T: int, layer: cost.Layer, *, gpu: bo
     return shape.num_heads * T * min(T, -(-window // block) * block + block)
 
 
-def _rest(plan: RunPlan, rates: Rates, tokens: int, forwards: int, partition: cost.Partition) -> list[Part]:
+def _rest(plan: RunPlan, rates: Rates, tokens: int, forwards: int, partition: cost.Partition) -> list[TimePart]:
     """Elementwise operations, the optimizer, and the unpacking of quantised weights."""
     spec, shape = plan.spec, plan.source.shape
     moved = tokens * shape.num_layers * _elementwise(plan, rates) * (3 + bool(spec.memory.checkpoint))
@@ -225,7 +225,10 @@ def _rest(plan: RunPlan, rates: Rates, tokens: int, forwards: int, partition: co
     eight = 40 if spec.optimizer.name == "adamw" else 28
     parts = [_stream("elementwise", moved, rates), _stream("optimizer", 12.0 * count * forwards, rates)]
     if partition.offload_optimizer:
-        return [*parts, Part("optimizer on the host", "host_memory", 0.0, 40.0 * own, 40.0 * own / rates.host_memory)]
+        return [
+            *parts,
+            TimePart("optimizer on the host", "host_memory", 0.0, 40.0 * own, 40.0 * own / rates.host_memory),
+        ]
     parts.append(_stream("optimizer", eight * own, rates))
     if spec.memory.quantize != "none":  # unpacked to bf16 in every pass
         entries = shape.num_layers * cost.layer_matrices(shape)
@@ -262,29 +265,31 @@ def norm_bytes(item: int) -> int:
 
 def _moved(
     plan: RunPlan, rates: Rates, partition: cost.Partition, forwards: int, tokens: int, computing: float
-) -> list[Part]:
+) -> list[TimePart]:
     """Transfers to the host and to other ranks."""
     spec, shape, e = plan.spec, plan.source.shape, 2 if plan.dtype == "bfloat16" else 4
-    parts = list[Part]()
+    parts = list[TimePart]()
     if spec.memory.checkpoint and spec.memory.offload:
         # One input for every k layers goes to the host and comes back; only what the computation does not hide costs
         # time.
         inputs = -(-shape.num_layers // int(spec.memory.checkpoint)) * tokens * shape.hidden_size * e
         out = inputs / rates.host
         exposed = max(0.0, out - computing / 3) + max(0.0, out - computing * 2 / 3)  # beside forward, backward
-        parts.append(Part("offload", "host", 0.0, 2.0 * inputs, exposed if on_gpu(plan.gpu) else inputs / rates.stream))
+        parts.append(
+            TimePart("offload", "host", 0.0, 2.0 * inputs, exposed if on_gpu(plan.gpu) else inputs / rates.stream)
+        )
     ranks, weights = partition.ranks, cost.parameter_count(shape) * e
     if ranks > 1:
         # An all-reduce moves 2 (ranks - 1) / ranks of the gradient per rank.
         reduced = 2.0 * cost.GRADIENT_BYTES * plan.trainables.parameters * (ranks - 1) / ranks
-        parts.append(Part("gradients between cards", "link", 0.0, reduced, reduced / rates.link))
+        parts.append(TimePart("gradients between cards", "link", 0.0, reduced, reduced / rates.link))
     if partition.stage == 3 and ranks > 1:
         gathered = weights * (2 + bool(spec.memory.checkpoint)) * forwards * (ranks - 1) / ranks
-        parts.append(Part("weights gathered", "link", 0.0, gathered, gathered / rates.link))
+        parts.append(TimePart("weights gathered", "link", 0.0, gathered, gathered / rates.link))
     if partition.offload_weights:
         fetched = weights / ranks * (2 + bool(spec.memory.checkpoint)) * forwards
-        parts.append(Part("weights fetched", "host", 0.0, fetched, fetched / rates.host))
+        parts.append(TimePart("weights fetched", "host", 0.0, fetched, fetched / rates.host))
     if partition.offload_optimizer:
         sent = 8.0 * plan.trainables.parameters / ranks
-        parts.append(Part("gradients to the host", "host", 0.0, sent, sent / rates.host))
+        parts.append(TimePart("gradients to the host", "host", 0.0, sent, sent / rates.host))
     return parts

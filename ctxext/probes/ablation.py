@@ -14,15 +14,15 @@ from typing import Any
 
 from ctxext.data.cases import private_random
 from ctxext.data.documents import EMBEDDED, read_documents
-from ctxext.evals.engine import Job, Ledger, run_job
+from ctxext.evals.eval_spec import FIVE_DEPTHS, Passkey
 from ctxext.evals.haystacks import GRASS, haystack
+from ctxext.evals.item_runner import Ledger, SuiteJob, run_job
 from ctxext.evals.passkey import job as passkeys
 from ctxext.evals.perplexity import EncodedText, encode, perplexity
-from ctxext.evals.spec import FIVE_DEPTHS, Passkey
 from ctxext.model.attention import Intervention, intervening
 from ctxext.model.load import LoadedModel, causal_lm
-from ctxext.probes.finding import Table
-from ctxext.probes.spec import RetrievalHeads
+from ctxext.probes.probe_finding import Table
+from ctxext.probes.probe_spec import RetrievalHeads
 from ctxext.units import counted
 
 Head = tuple[int, int]  # layer, head
@@ -89,14 +89,16 @@ def _texts(loaded: LoadedModel, spec: RetrievalHeads) -> list[EncodedText]:
     return encode(documents, loaded.tokenizer, max_tokens=max(LOSS_TOKENS, 2 * (spec.length or 0)))
 
 
-def _asked(loaded: LoadedModel, spec: RetrievalHeads) -> Job:
+def _asked(loaded: LoadedModel, spec: RetrievalHeads) -> SuiteJob:
     assert spec.length is not None
     cases = math.ceil(spec.samples / len(FIVE_DEPTHS))
     # Another seed than the ranking's, so that heads are tested on new questions.
     return passkeys(loaded, Passkey(lengths=(spec.length,), data=spec.data, cases=cases, seed=spec.seed + 1), Path())
 
 
-def _measured(loaded: LoadedModel, spec: RetrievalHeads, asked: Job, texts: Sequence[EncodedText]) -> dict[str, Any]:
+def _measured(
+    loaded: LoadedModel, spec: RetrievalHeads, asked: SuiteJob, texts: Sequence[EncodedText]
+) -> dict[str, Any]:
     assert spec.length is not None
     row = run_job(asked, Ledger(), BATCH_TOKENS, lambda *_: None)[0]
     result = perplexity(loaded, texts, spec.length, protocol=PROTOCOL, tokens_per_batch=BATCH_TOKENS)

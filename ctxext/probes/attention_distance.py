@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctxext.probes.finding import Curve, Curves, Finding, Grid, Table
-from ctxext.probes.spec import SHORTEST, AttentionDistance
+from ctxext.probes.probe_finding import Curve, Curves, Grid, ProbeFinding, Table
+from ctxext.probes.probe_spec import SHORTEST, AttentionDistance
 from ctxext.probes.subject import Subject, watch_rows
 from ctxext.probes.texts import text_rows
 from ctxext.progress import CountProgress
@@ -25,7 +25,7 @@ from ctxext.units import counted
 MEASURED = ("distance", "sink", "entropy")
 
 
-def measure(subject: Subject, spec: AttentionDistance, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: AttentionDistance, progress: CountProgress) -> ProbeFinding:
     """Measures every head at the length, and the growth of each full layer over `lengths`, as means over heads.
 
     The pictures at the length are grids of layers x heads.
@@ -47,7 +47,7 @@ def measure(subject: Subject, spec: AttentionDistance, progress: CountProgress) 
     notes = [] if full else ["no layer is full, so the growth of attended distances over length is left out"]
     if subject.learned_sinks:
         notes.append(f"attention on a learned sink is counted as attention on the first {spec.sinks} tokens")
-    return Finding(
+    return ProbeFinding(
         facts={
             "length": spec.length,
             "by_length": {str(n): dict(zip(MEASURED, x.tolist(), strict=True)) for n, x in found.items()},

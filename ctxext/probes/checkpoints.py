@@ -21,7 +21,7 @@ from ctxext.errors import InputError, ModelError
 from ctxext.model.shards import open_shard, tensor_reader
 from ctxext.model.source import ModelSource
 from ctxext.model.weights import ADAPTER_FILE
-from ctxext.probes.plan import is_run, result_step
+from ctxext.probes.plan_probes import is_run, result_step
 from ctxext.train.checkpoint import kept
 
 PEFT, LORA, WHOLE = "base_model.model.", ".lora_", ".modules_to_save.default"

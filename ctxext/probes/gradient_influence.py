@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
-from ctxext.probes.finding import Curve, Curves, Finding, Table
-from ctxext.probes.spec import GradientInfluence
+from ctxext.probes.probe_finding import Curve, Curves, ProbeFinding, Table
+from ctxext.probes.probe_spec import GradientInfluence
 from ctxext.probes.subject import Subject
 from ctxext.probes.texts import text_rows
 from ctxext.progress import CountProgress
@@ -32,7 +32,7 @@ from ctxext.units import counted
 PER_DOUBLING = 4  # distance buckets for each doubling of the distance
 
 
-def measure(subject: Subject, spec: GradientInfluence, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: GradientInfluence, progress: CountProgress) -> ProbeFinding:
     """Measures G by distance, in growing buckets, and the share of its sum from beyond each distance."""
     assert spec.length is not None
     rows = text_rows(subject.loaded.tokenizer, spec.data, spec.length, spec.samples, spec.seed)
@@ -63,7 +63,7 @@ def measure(subject: Subject, spec: GradientInfluence, progress: CountProgress) 
     points = [(_middle(b), b["influence"] or None) for b in buckets if b["start"] > 0]  # the axis is logarithmic
     line = Curve("gradient", tuple(x for x, _ in points), tuple(y for _, y in points))
     picture = Curves("influence", title, "tokens before the last", "norm of the gradient", (line,), True, True)
-    return Finding(facts, (picture,), (_table(g, beyond, spec),), tuple(_notes(subject, spec)))
+    return ProbeFinding(facts, (picture,), (_table(g, beyond, spec),), tuple(_notes(subject, spec)))
 
 
 def influence(model: Any, ids: Tensor, last: int) -> Tensor:

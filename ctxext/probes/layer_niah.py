@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from ctxext.data.near_numbers import NearCase, near_cases
 from ctxext.errors import ModelError
-from ctxext.evals.engine import wilson
 from ctxext.evals.haystacks import haystack
+from ctxext.evals.item_runner import wilson
 from ctxext.model.load import causal_lm, hidden_states
-from ctxext.probes.finding import Bars, Finding, Table
-from ctxext.probes.spec import LayerNiah
+from ctxext.probes.probe_finding import Bars, ProbeFinding, Table
+from ctxext.probes.probe_spec import LayerNiah
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress
 from ctxext.units import counted
@@ -37,7 +37,7 @@ BATCH_TOKENS = 16_384
 TOKEN = {"parting": "the last token before the answers differ", "question": "the question's last token"}
 
 
-def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> ProbeFinding:
     """Measures the accuracy of the residual after each layer and of each layer's change, on unseen questions."""
     assert spec.length is not None
     where, text = haystack(spec.data)
@@ -82,7 +82,7 @@ def measure(subject: Subject, spec: LayerNiah, progress: CountProgress) -> Findi
         **found,
     }
     note = f"accuracy before the first layer, on the embedding of the token: {embedding['accuracy']:.3f}"
-    return Finding(facts, _bars(found, subject.letters, spec), (_table(facts, subject.letters),), (note,))
+    return ProbeFinding(facts, _bars(found, subject.letters, spec), (_table(facts, subject.letters),), (note,))
 
 
 def readable(features: Tensor, labels: Tensor, spec: LayerNiah) -> tuple[int, int]:

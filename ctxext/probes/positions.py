@@ -24,8 +24,8 @@ from ctxext.model.frequencies import inverse_frequencies
 from ctxext.model.load import causal_lm, hidden_states
 from ctxext.model.positions import original_theta
 from ctxext.model.source import ModelSource, from_directory, read_config
-from ctxext.probes.finding import Curve, Curves, Finding, Table
-from ctxext.probes.spec import Positions
+from ctxext.probes.probe_finding import Curve, Curves, ProbeFinding, Table
+from ctxext.probes.probe_spec import Positions
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress
 
@@ -36,7 +36,7 @@ SURE = math.pi / 2  # radians: a frequency is measured where its intended angle 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative, of a frequency
 
 
-def measure(subject: Subject, spec: Positions, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: Positions, progress: CountProgress) -> ProbeFinding:
     """Measures all layers' rotations and returns a table of layers, one of the model's history, and a picture.
 
     The picture shows the frequencies as wavelengths.
@@ -67,7 +67,7 @@ def measure(subject: Subject, spec: Positions, progress: CountProgress) -> Findi
         "layers": layers,
         "history": steps,
     }
-    return Finding(
+    return ProbeFinding(
         facts, _pictures(source, realised, meant, plain), (_layers_table(layers), _history_table(steps)), notes
     )
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from ctxext.probes.checkpoints import history, projection
-from ctxext.probes.finding import Curve, Curves, Finding, Grid, Table
-from ctxext.probes.spec import QkDistance
+from ctxext.probes.probe_finding import Curve, Curves, Grid, ProbeFinding, Table
+from ctxext.probes.probe_spec import QkDistance
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress
 
 KINDS = ("absolute", "relative")
 
 
-def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> ProbeFinding:
     """Measures the distance from the run's start to its result, by head, and of every step to `spec.to`.
 
     The first are grids, the second curves.
@@ -52,7 +52,7 @@ def measure(subject: Subject, spec: QkDistance, progress: CountProgress) -> Find
     means = {of: x.mean((2, 3)) for of, x in found.items()}  # [2,S]
     means["q + k"] = means["q"] + means["k"]
     grids = {kind: {of: found[of][i, far].tolist() for of in heads} for i, kind in enumerate(KINDS)}
-    return Finding(
+    return ProbeFinding(
         facts={
             "to": spec.to,
             "layers": subject.letters,

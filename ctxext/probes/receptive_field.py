@@ -20,12 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import Final
 
 from ctxext.evals import longppl, passkey, perplexity
-from ctxext.evals.engine import Job, Ledger, run_job
-from ctxext.evals.spec import FIVE_DEPTHS, LongPpl, Passkey, Perplexity
+from ctxext.evals.eval_spec import FIVE_DEPTHS, LongPpl, Passkey, Perplexity
+from ctxext.evals.item_runner import Ledger, SuiteJob, run_job
 from ctxext.model.attention import Intervention, intervening
 from ctxext.model.load import causal_lm
-from ctxext.probes.finding import Bars, Curve, Curves, Finding, Number, Picture, Table
-from ctxext.probes.spec import ReceptiveField
+from ctxext.probes.probe_finding import Bars, Curve, Curves, Number, Picture, ProbeFinding, Table
+from ctxext.probes.probe_spec import ReceptiveField
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress
 
@@ -51,7 +51,7 @@ class Restriction:
     layers: tuple[int, ...]
 
 
-def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> ProbeFinding:
     """Measures loss, passkeys and LongPPL unrestricted and under each restriction.
 
     Raises what these evaluations raise, and InputError or ModelError for an evaluator that does not support the
@@ -86,7 +86,7 @@ def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> 
         "restricted": {group: [row for name, row in rows if name == group] for group in spec.restrict},
     }
     pictures: list[Picture] = [*_curves(whole, found, spec.length), *_bars(whole, found, subject.letters)]
-    return Finding(facts, tuple(pictures), (_table(whole, found, subject, spec),), tuple(notes))
+    return ProbeFinding(facts, tuple(pictures), (_table(whole, found, subject, spec),), tuple(notes))
 
 
 def restrictions(subject: Subject, spec: ReceptiveField) -> tuple[list[Restriction], list[str]]:
@@ -115,7 +115,7 @@ def restrictions(subject: Subject, spec: ReceptiveField) -> tuple[list[Restricti
     return made, notes
 
 
-def _jobs(subject: Subject, spec: ReceptiveField) -> list[Job]:
+def _jobs(subject: Subject, spec: ReceptiveField) -> list[SuiteJob]:
     """Returns the jobs of perplexity, passkeys and, with an evaluator, LongPPL; they run under every restriction."""
     length = spec.length
     assert length is not None
@@ -134,7 +134,7 @@ def _jobs(subject: Subject, spec: ReceptiveField) -> list[Job]:
 
 
 def _scores(
-    subject: Subject, jobs: Sequence[Job], restriction: Restriction | None, progress: Callable[[int], None]
+    subject: Subject, jobs: Sequence[SuiteJob], restriction: Restriction | None, progress: Callable[[int], None]
 ) -> Scores:
     """Returns the jobs' numbers, by the names of MEASURED, with the layers restricted while they run."""
     changes = {i: Intervention(visible=restriction.visible) for i in restriction.layers} if restriction else {}

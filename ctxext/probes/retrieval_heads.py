@@ -28,18 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from ctxext.data.cases import private_random
-from ctxext.data.haystack import Case, haystack_ids, key_places, passkey_case
+from ctxext.data.haystack import HaystackCase, haystack_ids, key_places, passkey_case
 from ctxext.errors import InputError
-from ctxext.evals.engine import batches
 from ctxext.evals.haystacks import haystack
+from ctxext.evals.item_runner import batches
 from ctxext.model.decode import CHUNK, generate
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import LoadedModel
-from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
+from ctxext.ops.naive_attention import attention_rows
 from ctxext.probes.ablation import BATCH_TOKENS, Head, ablate
-from ctxext.probes.finding import Finding, Grid, Table
-from ctxext.probes.spec import RetrievalHeads
+from ctxext.probes.probe_finding import Grid, ProbeFinding, Table
+from ctxext.probes.probe_spec import RetrievalHeads
 from ctxext.probes.subject import Subject, watch_rows
 from ctxext.progress import CountProgress
 from ctxext.units import counted
@@ -55,10 +55,10 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class Question:
+class RetrievalQuestion:
     """A passkey case; `needle` has the prompt indices of the answer's tokens, ascending."""
 
-    case: Case
+    case: HaystackCase
     needle: tuple[int, ...]
 
     @property
@@ -76,7 +76,7 @@ class Copied:
     trials: int
 
 
-def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> ProbeFinding:
     """Scores all heads, as grids and a ranked table, and measures what masking the best of them costs.
 
     Raises InputError where `ablate` requests more heads than can see an answer.
@@ -126,22 +126,22 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
     notes = _notes(spec, subject, copied, reach)
     if spec.ablate is not None and ranked and float(next(iter(known.values()))[ranked[spec.ablate - 1]]) == 0:
         notes += (f"fewer than {spec.ablate} heads have a score above 0: the other masked heads do not retrieve",)
-    return Finding(facts, pictures, tuple(tables), notes)
+    return ProbeFinding(facts, pictures, tuple(tables), notes)
 
 
-def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: int) -> list[Question]:
+def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: int) -> list[RetrievalQuestion]:
     """Returns `samples` passkeys of `length` tokens with their answers, at depths evenly spread over the text."""
     ids = haystack_ids(loaded.tokenizer, haystack(data)[1])
     rng = private_random("retrieval heads", seed, length)
     made = []
     for i in range(samples):
         case = passkey_case(loaded.tokenizer, length, (i + 0.5) / samples, rng, ids)
-        made.append(Question(case, key_places(loaded.tokenizer, case)))
+        made.append(RetrievalQuestion(case, key_places(loaded.tokenizer, case)))
     return sorted(made, key=lambda question: question.size)
 
 
 def answer_attention(
-    loaded: LoadedModel, asked: Sequence[Question], more: Callable[[int], object] = lambda count: None
+    loaded: LoadedModel, asked: Sequence[RetrievalQuestion], more: Callable[[int], object] = lambda count: None
 ) -> Tensor:
     """Returns fp64 [2,L,H]: the mass on the answer, and the entropy in nats of the prompts' last 4 queries.
 
@@ -166,7 +166,7 @@ def answer_attention(
 
 
 def copies(
-    loaded: LoadedModel, asked: Sequence[Question], more: Callable[[int], object] = lambda count: None
+    loaded: LoadedModel, asked: Sequence[RetrievalQuestion], more: Callable[[int], object] = lambda count: None
 ) -> Copied:
     """Returns the copy scores of all heads."""
     total = torch.zeros(len(loaded.kinds), loaded.source.shape.num_heads, dtype=torch.float64)
@@ -228,7 +228,7 @@ def recall(given: Sequence[int], reference: Sequence[int]) -> float:
     return sum((Counter(given) & Counter(reference)).values()) / len(reference)
 
 
-def reachable(kinds: Sequence[LayerKind], asked: Sequence[Question]) -> list[float]:
+def reachable(kinds: Sequence[LayerKind], asked: Sequence[RetrievalQuestion]) -> list[float]:
     """Returns for each layer the share of questions whose answer's end is visible to the prompt's last token."""
     back = [question.size - 1 - question.needle[-1] for question in asked]
     return [
@@ -261,7 +261,7 @@ def statistics(scores: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"heads": len(flat), **found, **{f"share_above_{above}": n / len(flat) for above, n in counts.items()}}
 
 
-def _needles(batch: Sequence[Question], tokens: int, device: torch.device) -> Tensor:
+def _needles(batch: Sequence[RetrievalQuestion], tokens: int, device: torch.device) -> Tensor:
     """Returns bool [B,tokens]: true at the answer's tokens in the needle."""
     wanted = torch.zeros(len(batch), tokens, dtype=torch.bool)
     for row, question in enumerate(batch):

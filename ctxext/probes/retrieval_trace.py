@@ -15,14 +15,14 @@ from ctxext.errors import InputError
 from ctxext.evals.haystacks import haystack
 from ctxext.probes.ablation import Head
 from ctxext.probes.checkpoints import History, history, put
-from ctxext.probes.finding import Curve, Curves, Finding, Table
+from ctxext.probes.probe_finding import Curve, Curves, ProbeFinding, Table
+from ctxext.probes.probe_spec import KEEP_CHECKPOINTS, RetrievalTrace
 from ctxext.probes.retrieval_heads import answer_attention, check_reach, questions, ranking, reachable
-from ctxext.probes.spec import KEEP_CHECKPOINTS, RetrievalTrace
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress
 
 
-def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> Finding:
+def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> ProbeFinding:
     """Measures the best heads' mass and entropy by step. The model in memory ends with the result's weights.
 
     Raises InputError for a run without checkpoints, and for more heads than can see an answer.
@@ -50,7 +50,7 @@ def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> 
         put(loaded.model, run.result)
     # The result decides which heads are followed.
     heads = ranking([found[run.result.step][0]], reach)[: spec.heads]
-    return Finding(
+    return ProbeFinding(
         _facts(spec, subject, run, found, heads), _curves(spec, found, heads), (_table(found, heads),), tuple(notes)
     )
 

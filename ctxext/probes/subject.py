@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import LoadedModel, hidden_states, load_model
 from ctxext.model.source import ModelSource
-from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
+from ctxext.ops.naive_attention import attention_rows
 
 ROWS_BYTES = 256 << 20  # approximate limit of attention weights in memory at a time
 

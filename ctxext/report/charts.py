@@ -8,9 +8,9 @@ from pathlib import Path
 
 from ctxext.evals.compare import LOWER_IS_BETTER
 from ctxext.report import figures, words
-from ctxext.report.figures import Line, Point
+from ctxext.report.figures import FigureLine, Point
 from ctxext.report.markup import Html, picture
-from ctxext.report.runs import Block, Row, Series
+from ctxext.report.run_records import Block, Row, Series
 from ctxext.units import format_tokens
 
 Numbers = dict[str, int]  # label -> number that decides its colour and marker
@@ -31,7 +31,7 @@ def _against_length(
 ) -> list[Html]:
     """The number of the whole suite against length, one line per model; nothing where there are no numbers."""
     lines = [
-        Line(_usable(s), [_point(row) for row in _measured(s)], numbers[s.label], [s.model.usable_length])
+        FigureLine(_usable(s), [_point(row) for row in _measured(s)], numbers[s.label], [s.model.usable_length])
         for s in block.series
     ]
     if not any(line.points for line in lines):
@@ -67,14 +67,14 @@ def _value_text(row: Row) -> str:
 
 def _by_position(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
     """Loss by position at the greatest length that all models share. Each point is in the middle of its bucket."""
-    length, lines = block.shared_length or 0, list[Line]()
+    length, lines = block.shared_length or 0, list[FigureLine]()
     for series in block.series:
         # A bucket without tokens has no loss.
         row = series.whole().get(length)
         buckets = [b for b in row.details.get("buckets", []) if b["nats_per_token"] is not None] if row else []
         points = [Point(middle(b["start"], b["stop"]), b["nats_per_token"]) for b in buckets]
         if points:
-            lines.append(Line(_usable(series), points, numbers[series.label], [series.model.usable_length]))
+            lines.append(FigureLine(_usable(series), points, numbers[series.label], [series.model.usable_length]))
     if not lines:
         return []
     sketch = partial(
@@ -90,7 +90,7 @@ def middle(start: float, stop: float) -> float:
     return float((max(start, 1) * stop) ** 0.5)
 
 
-def spoken_lines(lines: Sequence[Line]) -> str:
+def spoken_lines(lines: Sequence[FigureLine]) -> str:
     """Returns the first and the last point of every line as alternative text."""
     ends = [(line.label, line.points[0], line.points[-1]) for line in lines if line.points]
     return "; ".join(f"{name}: from {a.y:,.4g} at {a.x:,.0f} to {b.y:,.4g} at {b.x:,.0f}" for name, a, b in ends)

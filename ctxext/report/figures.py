@@ -62,7 +62,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Line:
+class FigureLine:
     """One line of a figure.
 
     number  decides colour and marker, so that a model looks the same in every picture
@@ -81,7 +81,7 @@ class Line:
 
 def curves(
     path: Path,
-    lines: Sequence[Line],
+    lines: Sequence[FigureLine],
     x_label: str,
     y_label: str,
     *,
@@ -208,18 +208,18 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, metadata=dict.fromkeys(names))
 
 
-def _drawable(line: Line, log: bool) -> Line:
+def _drawable(line: FigureLine, log: bool) -> FigureLine:
     points, behind = (
         [p for p in part if math.isfinite(p.y) and (p.y > 0 or not log)] for part in (line.points, line.behind)
     )
     return replace(line, points=points, behind=behind)
 
 
-def _look(line: Line) -> dict[str, Any]:
+def _look(line: FigureLine) -> dict[str, Any]:
     return {"color": COLOURS[line.number % len(COLOURS)], "marker": MARKERS[line.number % len(MARKERS)]}
 
 
-def _legend(figure: Figure, lines: Sequence[Line], *, marked: bool) -> None:
+def _legend(figure: Figure, lines: Sequence[FigureLine], *, marked: bool) -> None:
     """Adds a legend below the axes: one row per line, and the meaning of dotted and dashed lines where they occur."""
     keys = [(line.label, Line2D([], [], linestyle=line.style, **_look(line))) for line in lines]
     if marked:
@@ -230,14 +230,14 @@ def _legend(figure: Figure, lines: Sequence[Line], *, marked: bool) -> None:
     figure.legend(handles, labels, loc="outside lower left", handlelength=2.6, borderaxespad=0.2, labelspacing=0.35)
 
 
-def _dodge(lines: Sequence[Line], line: Line) -> float:
+def _dodge(lines: Sequence[FigureLine], line: FigureLine) -> float:
     """The factor for x that keeps the intervals of several lines at one length from covering each other."""
     if not any(point.low is not None for each in lines for point in each.points):
         return 1.0
     return float(2 ** (0.07 * (lines.index(line) - (len(lines) - 1) / 2)))
 
 
-def _draw(ax: Axes, line: Line, dodge: float) -> None:
+def _draw(ax: Axes, line: FigureLine, dodge: float) -> None:
     # The raw steps first, so that the line lies on top of them.
     look, points = _look(line), list(line.points)
     thin = [(point.x, point.y) for point in line.behind]

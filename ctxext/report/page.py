@@ -9,9 +9,9 @@ from typing import Any
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
 from ctxext.errors import InputError
-from ctxext.report import runs as reading
+from ctxext.report import run_records as reading
 from ctxext.report.markup import Html, tag
-from ctxext.report.runs import Block, Run
+from ctxext.report.run_records import Block, RecordedRun
 from ctxext.units import format_tokens
 
 PAGE = "report.html"
@@ -22,7 +22,7 @@ PICTURES = (".svg", ".png")
 class ReportPlan:
     """A report whose runs are read and valid."""
 
-    runs: list[Run]
+    runs: list[RecordedRun]
     blocks: list[Block]
     title: str
     out: Path

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ctxext.probes.finding import Bars, Curves, Grid, Number, Picture, ProbeReport
+from ctxext.probes.probe_finding import Bars, Curves, Grid, Number, Picture, ProbeReport
 from ctxext.report.figures import COLOURS, MARKERS, WIDTH, drawing, log_axis, save, short, token_axis
 
 KINDS = {"S": "#0072B2", "N": "#D55E00", "F": "#009E73", "s": "#56B4E9"}  # of a layer's letter (model/layout.py)

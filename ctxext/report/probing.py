@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ctxext.report import panels
 from ctxext.report.markup import Html, details, picture, pictures, table, tag
-from ctxext.report.runs import Run
+from ctxext.report.run_records import RecordedRun
 
 
-def section(place: Path, runs: Sequence[Run]) -> Html:
+def section(place: Path, runs: Sequence[RecordedRun]) -> Html:
     """Returns the section of all probes in the order of `runs`, empty where nothing was probed.
 
     Pictures are written to `place`.

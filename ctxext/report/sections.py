@@ -8,7 +8,7 @@ from typing import Any
 
 from ctxext.report import charts, words
 from ctxext.report.markup import Html, details, join, number, pictures, small, table, tag
-from ctxext.report.runs import Block, Difference, ModelResult, Run, Series
+from ctxext.report.run_records import Block, RecordedDifference, RecordedModel, RecordedRun, Series
 from ctxext.units import format_tokens
 
 _EFFECTIVE = "; effective: the greatest length with an average of at least 85.6 (RULER's threshold, arXiv 2404.06654)"
@@ -55,7 +55,7 @@ def _called(block: Block, series: Series) -> list[str]:
     return [f"{d.called} than {d.against}" if d.called in ("better", "worse") else d.called for d in mine]
 
 
-def model_table(found: Sequence[tuple[str, ModelResult, dict[str, str]]]) -> Html:
+def model_table(found: Sequence[tuple[str, RecordedModel, dict[str, str]]]) -> Html:
     """Returns the section of the compared models: layouts, positions, lengths, paths, weights."""
     rows = [
         [
@@ -77,7 +77,7 @@ def model_table(found: Sequence[tuple[str, ModelResult, dict[str, str]]]) -> Htm
     return tag("section", tag("h2", "Models", id="models"), table(caption, head, rows, class_="words"))
 
 
-def differences(runs: Sequence[Run]) -> Html:
+def differences(runs: Sequence[RecordedRun]) -> Html:
     """Returns the section of differences, empty where nothing was compared. Those of single tasks are folded."""
     found = [(run, d) for run in runs if run.results for d in run.results.differences]
     if not found:
@@ -88,7 +88,7 @@ def differences(runs: Sequence[Run]) -> Html:
     return tag("section", *parts)
 
 
-def _differences(found: Sequence[tuple[Run, Difference]]) -> list[Html]:
+def _differences(found: Sequence[tuple[RecordedRun, RecordedDifference]]) -> list[Html]:
     """Tables with one row per suite (or task) and pair of models, one column per length.
 
     Suites without lengths are in a table of their own.
@@ -105,9 +105,9 @@ def _differences(found: Sequence[tuple[Run, Difference]]) -> list[Html]:
     )
 
 
-def _difference_table(found: Sequence[tuple[Run, Difference]], caption: str) -> Html:
+def _difference_table(found: Sequence[tuple[RecordedRun, RecordedDifference]], caption: str) -> Html:
     # Differences of one suite, task, pair and run are one row; its cells are found by length.
-    rows: dict[Html, dict[int, Difference]] = {}
+    rows: dict[Html, dict[int, RecordedDifference]] = {}
     order = list(dict.fromkeys(d.suite for _, d in found))
     for run, d in sorted(found, key=lambda pair: order.index(pair[1].suite)):
         pair = [small(f"{d.model} against {d.against}"), small(f"{d.unit or 'unit unknown'}; run {run.number}")]
@@ -118,7 +118,7 @@ def _difference_table(found: Sequence[tuple[Run, Difference]], caption: str) -> 
     return table(caption, ["suite", *[words.length(length) if length else "difference" for length in lengths]], body)
 
 
-def _difference(d: Difference | None) -> Html:
+def _difference(d: RecordedDifference | None) -> Html:
     if d is None:
         return tag("span", "–", class_="none")
     called = tag("strong", d.called) if d.called in ("better", "worse") else d.called

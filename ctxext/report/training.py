@@ -12,9 +12,9 @@ from typing import Any
 
 from ctxext.config.loader import dump_yaml
 from ctxext.report import charts, figures, words
-from ctxext.report.figures import Line, Point
+from ctxext.report.figures import FigureLine, Point
 from ctxext.report.markup import Html, details, join, number, picture, pictures, small, table, tag
-from ctxext.report.runs import Run
+from ctxext.report.run_records import RecordedRun
 from ctxext.units import format_bytes, format_duration, format_tokens
 
 _CURVES = [  # field of metrics.jsonl, axis label, factor, logarithmic
@@ -29,7 +29,7 @@ _MOST = 500  # pairs of points that are drawn for a line of raw steps: about one
 _OF_VALIDATION = ("step", "ctx", "loss", "short", "by_position", "passkey")
 
 
-def section(place: Path, runs: Sequence[Run]) -> Html:
+def section(place: Path, runs: Sequence[RecordedRun]) -> Html:
     """Returns the section of all training runs, one line per run in each picture; empty where there is no run.
 
     Pictures are written to `place`.
@@ -49,12 +49,12 @@ def section(place: Path, runs: Sequence[Run]) -> Html:
     )
 
 
-def _label(run: Run, runs: Sequence[Run]) -> str:
+def _label(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:
     """The name of a run, with its number where several runs have this name."""
     return f"{run.name}, run {run.number}" if sum(each.name == run.name for each in runs) > 1 else run.name
 
 
-def _step_curves(place: Path, runs: Sequence[Run]) -> list[Html]:
+def _step_curves(place: Path, runs: Sequence[RecordedRun]) -> list[Html]:
     """One picture for each field of _CURVES that any run has in metrics.jsonl."""
     made = []
     for field, axis, factor, log in _CURVES:
@@ -68,13 +68,13 @@ def _step_curves(place: Path, runs: Sequence[Run]) -> list[Html]:
     return made
 
 
-def _averaged(label: str, points: list[Point], number_: int) -> Line:
+def _averaged(label: str, points: list[Point], number_: int) -> FigureLine:
     """A line through means of neighbouring steps, the raw steps thin behind it; the raw steps where they are few."""
     size = len(points) // _FEW
     if size < 2:
-        return Line(label, points, number_)
+        return FigureLine(label, points, number_)
     means = [Point(fmean(p.x for p in group), fmean(p.y for p in group)) for group in _groups(points, size)]
-    return Line(f"{label}, means of {size} steps", means, number_, behind=_thinned(points))
+    return FigureLine(f"{label}, means of {size} steps", means, number_, behind=_thinned(points))
 
 
 def _groups(points: list[Point], size: int) -> list[list[Point]]:
@@ -89,13 +89,13 @@ def _thinned(points: list[Point]) -> list[Point]:
     return sorted((point for group in ends for point in (group[0], group[-1])), key=lambda point: point.x)
 
 
-def _curve(path: Path, lines: list[Line], axis: str, log: bool = False, limits: Any = None) -> Html:
+def _curve(path: Path, lines: list[FigureLine], axis: str, log: bool = False, limits: Any = None) -> Html:
     sketch = partial(figures.curves, lines=lines, x_label="step", y_label=axis, log=log, limits=limits)
     text = f"{axis[0].upper()}{axis[1:]} by step."
     return picture(path, sketch, f"{text} {charts.spoken_lines(lines)}.", text)
 
 
-def _held_out(place: Path, runs: Sequence[Run]) -> list[Html]:
+def _held_out(place: Path, runs: Sequence[RecordedRun]) -> list[Html]:
     """Pictures of validation.jsonl: held-out loss, passkey accuracy, and every other single number.
 
     Held-out loss has a line for each context of a run (stages have several) and one for the original length.
@@ -107,25 +107,27 @@ def _held_out(place: Path, runs: Sequence[Run]) -> list[Html]:
             here = [line for line in run.validations if line.get("ctx") == ctx]
             points = [Point(line["step"], line["loss"]) for line in here if isinstance(line.get("loss"), int | float)]
             at = f"at {format_tokens(ctx)}" if isinstance(ctx, int) else "at ctx"
-            lines += [Line(f"{_label(run, runs)}, {at}", points, number_)] if points else []
+            lines += [FigureLine(f"{_label(run, runs)}, {at}", points, number_)] if points else []
         short = [(line["step"], line.get("short")) for line in run.validations]
         points = [Point(step, x) for step, x in short if isinstance(x, int | float)]
-        lines += [Line(f"{_label(run, runs)}, at the original length", points, number_, style="--")] if points else []
+        lines += (
+            [FigureLine(f"{_label(run, runs)}, at the original length", points, number_, style="--")] if points else []
+        )
     made = [_curve(place / "training-held-out.svg", lines, "held-out loss, nats a token")] if lines else []
     # Passkey accuracy: each line, a run at a length, has its own colour.
-    lines = list[Line]()
+    lines = list[FigureLine]()
     for run in runs:
         for length in sorted({length for line in run.validations for length in _passkey(line)}):
             points = [
                 Point(line["step"], _passkey(line)[length]) for line in run.validations if length in _passkey(line)
             ]
-            lines.append(Line(f"{_label(run, runs)}, at {format_tokens(length)}", points, len(lines)))
+            lines.append(FigureLine(f"{_label(run, runs)}, at {format_tokens(length)}", points, len(lines)))
     made += [_curve(place / "training-passkey.svg", lines, "passkey accuracy", limits=(-0.04, 1.04))] if lines else []
     # One picture for each other number. Files are numbered, since a name from a file is not safe as a file name.
     extra = dict.fromkeys(name for run in runs for line in run.validations for name in _extra(line))
     for count, name in enumerate(extra, start=1):
         lines = [
-            Line(_label(run, runs), [Point(line["step"], _extra(line)[name]) for line in mine], number_)
+            FigureLine(_label(run, runs), [Point(line["step"], _extra(line)[name]) for line in mine], number_)
             for number_, run in enumerate(runs)
             if (mine := [line for line in run.validations if name in _extra(line)])
         ]
@@ -152,7 +154,7 @@ def _passkey(line: dict[str, Any]) -> dict[int, float]:
     return {length: sum(shares) / len(shares) for length, shares in found.items()}
 
 
-def _positions(place: Path, runs: Sequence[Run]) -> list[Html]:
+def _positions(place: Path, runs: Sequence[RecordedRun]) -> list[Html]:
     """Held-out loss by position, at the first and the last validation of the last context."""
     lines = []
     for number_, run in enumerate(runs):
@@ -165,7 +167,7 @@ def _positions(place: Path, runs: Sequence[Run]) -> list[Html]:
             ends = [*starts[1:], line.get("ctx") or 2 * starts[-1]]
             values = [line["by_position"][str(start)] for start in starts]
             points = [Point(charts.middle(a, b), y) for a, b, y in zip(starts, ends, values, strict=True)]
-            lines.append(Line(f"{_label(run, runs)}, step {line['step']}", points, number_, style=style))
+            lines.append(FigureLine(f"{_label(run, runs)}, step {line['step']}", points, number_, style=style))
     if not lines:
         return []
     axis = "held-out loss, nats a token"
@@ -174,7 +176,7 @@ def _positions(place: Path, runs: Sequence[Run]) -> list[Html]:
     return [picture(place / "training-position.svg", sketch, f"{text} {charts.spoken_lines(lines)}.", text)]
 
 
-def _table(runs: Sequence[Run]) -> Html:
+def _table(runs: Sequence[RecordedRun]) -> Html:
     """A table with one row per run: its settings, its first and last losses, its cost."""
     head = [
         "run",
@@ -215,7 +217,7 @@ def _table(runs: Sequence[Run]) -> Html:
     return table(caption, head, rows)
 
 
-def _amount(run: Run, field: str, text: Any) -> str:
+def _amount(run: RecordedRun, field: str, text: Any) -> str:
     found = [line[field] for line in run.steps if isinstance(line.get(field), int | float)]
     return text(found) if found else "none"
 
@@ -225,7 +227,7 @@ def _ends(lines: Sequence[dict[str, Any]]) -> Html:
     return join([number(losses[0], 3), " → ", number(losses[-1], 3)]) if losses else number(None, 3)
 
 
-def _validations(run: Run) -> Html:
+def _validations(run: RecordedRun) -> Html:
     """A table of all validations: losses, losses by position, passkey accuracy and other numbers."""
     # Columns are the union over all validations. A validation without a value has an empty cell.
     positions = sorted({int(at) for line in run.validations for at in line.get("by_position") or {}})
@@ -248,13 +250,13 @@ def _validations(run: Run) -> Html:
     return table("Held-out losses in nats a token; by the first position of a bucket.", head, rows)
 
 
-def manifests(runs: Sequence[Run]) -> Html:
+def manifests(runs: Sequence[RecordedRun]) -> Html:
     """Returns the section with the ctxext.json of every input, each folded."""
     parts = [details(f"Run {run.number}: {run.manifest.kind}, {run.name}", *_manifest(run)) for run in runs]
     return tag("section", tag("h2", "Runs and manifests", id="manifests"), *parts)
 
 
-def _manifest(run: Run) -> list[Html]:
+def _manifest(run: RecordedRun) -> list[Html]:
     manifest = run.manifest
     files = [[name, digest] for name, digest in run.files.items()]
     versions = [[name, version or "not installed"] for name, version in manifest.versions.items()]

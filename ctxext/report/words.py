@@ -6,7 +6,7 @@ from typing import Any
 
 from ctxext.evals.compare import LOWER_IS_BETTER
 from ctxext.report.markup import Html, join, number, small, tag
-from ctxext.report.runs import Block, Row, Series
+from ctxext.report.run_records import Block, Row, Series
 from ctxext.units import format_tokens
 
 TITLES = {

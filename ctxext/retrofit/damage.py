@@ -35,8 +35,8 @@ from ctxext.model.layout import LayerKind
 from ctxext.model.model_config import ModelConfig, initial_value, new_tensors
 from ctxext.model.shards import EMBEDDING
 from ctxext.model.weights import HEAD
-from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
+from ctxext.ops.naive_attention import attention_rows
 from ctxext.progress import CountProgress, ignore
 from ctxext.train.loss import chunk_of, token_losses
 

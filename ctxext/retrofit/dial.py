@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ctxext.errors import InputError
 from ctxext.evals.compare import Difference, differences
-from ctxext.evals.engine import Outcome
+from ctxext.evals.item_runner import Outcome
 from ctxext.model.load import LoadedModel, active_module, causal_lm
 from ctxext.retrofit.halves import Half, Notice, by_length, criterion, losses, significantly_better
 from ctxext.units import format_tokens
@@ -42,32 +42,32 @@ Multipliers = dict[str, float]  # by group
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A trained module. `turn(m)` sets its weights to base + m * delta; m = 1 restores them bit for bit."""
 
     group: str
     turn: Callable[[float], None]
 
 
-def trained(model: Any) -> list[Trained]:
+def trained(model: Any) -> list[TrainedModel]:
     """Returns the trained modules of a live bundle (the PEFT model of `load_model` in fp32).
 
     The result holds a copy of the weights that trained whole. Raises InputError if there is no trained module.
     """
     layers = causal_lm(model).config.num_hidden_layers
-    parts: list[Trained] = []
+    parts: list[TrainedModel] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
         found = re.search(r"\.layers\.(\d+)\.", name)
         # Outside the layers are the embeddings, the head and the final norm.
         group = THIRDS[3 * int(found[1]) // layers] if found else ENDS
         if isinstance(module, LoraLayer):
-            parts.append(Trained(group, partial(_scale, module, dict(module.scaling))))
+            parts.append(TrainedModel(group, partial(_scale, module, dict(module.scaling))))
         elif isinstance(module, ModulesToSaveWrapper):
             for key, weight in active_module(module).named_parameters():
                 if id(weight) not in seen:  # a tied head is the embedding under a second name
                     base = module.original_module.get_parameter(key).detach()
-                    parts.append(Trained(group, partial(_between, weight, base, weight.detach().clone())))
+                    parts.append(TrainedModel(group, partial(_between, weight, base, weight.detach().clone())))
                 seen.add(id(weight))
     if not parts:
         raise InputError("the multiplier needs an adapter, and this model has none")
@@ -83,7 +83,7 @@ def _between(weight: Tensor, base: Tensor, end: Tensor, m: float) -> None:
     weight.copy_(end if m == 1 else base + m * (end - base))
 
 
-def turn(parts: Sequence[Trained], multipliers: Multipliers) -> None:
+def turn(parts: Sequence[TrainedModel], multipliers: Multipliers) -> None:
     """Sets every part to the multiplier of its group."""
     for part in parts:
         part.turn(multipliers[part.group])
@@ -213,7 +213,9 @@ def choose(
     )
 
 
-def _report(loaded: LoadedModel, parts: Sequence[Trained], chosen: Multipliers, half: Half) -> dict[str, list[Outcome]]:
+def _report(
+    loaded: LoadedModel, parts: Sequence[TrainedModel], chosen: Multipliers, half: Half
+) -> dict[str, list[Outcome]]:
     """Losses on the half that was not used for choosing. The chosen setting comes first unless it is m = 1."""
     found = {}
     for name, multipliers in (("chosen", chosen), ("m = 1", everywhere(1.0)), ("m = 0", everywhere(0.0))):

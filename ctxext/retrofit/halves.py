@@ -20,7 +20,7 @@ from ctxext.data.documents import EMBEDDED, Document, read_documents
 from ctxext.data.encoding import PlainText
 from ctxext.errors import DataError
 from ctxext.evals.compare import paired
-from ctxext.evals.engine import Outcome, batches
+from ctxext.evals.item_runner import Outcome, batches
 from ctxext.evals.perplexity import EncodedText, Window, check_texts, cut_windows, encode, run_windows
 from ctxext.model.load import LoadedModel
 from ctxext.units import counted

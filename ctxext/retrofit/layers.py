@@ -56,7 +56,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Search:
+class LayerSearch:
     """All measured choices with their scores (lower is better). `best` has the requested number of full layers."""
 
     best: Full
@@ -190,7 +190,7 @@ def fixed_choices(L: int, k: int) -> dict[str, Full]:
     return named
 
 
-def search(L: int, k: int, gains: Sequence[float], measure: Measure) -> Search:
+def search(L: int, k: int, gains: Sequence[float], measure: Measure) -> LayerSearch:
     """Returns the best choice of k of L layers that the search finds (see the top of this file).
 
     `gains` [L] is the estimated gain of keeping each layer full. `measure` returns the score of each choice in its
@@ -213,7 +213,7 @@ def search(L: int, k: int, gains: Sequence[float], measure: Measure) -> Search:
         look([(), *fixed])
         believed = _add_one_by_one(L, k, gains, measured, look)
         _swap(L, k, believed, measured, look)
-    return Search(_best(measured, k), measured, exhaustive)
+    return LayerSearch(_best(measured, k), measured, exhaustive)
 
 
 def _best(measured: dict[Full, float], k: int) -> Full:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ctxext.data.cases import private_random
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.files import distinct, recorded
-from ctxext.data.haystack import Case, key_places, passkey_case
+from ctxext.data.haystack import HaystackCase, key_places, passkey_case
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.model.convert import ConversionPlan
 from ctxext.model.ids import check_ids
@@ -29,8 +29,8 @@ from ctxext.ops.cost import forward_flops, kv_cache_bytes
 from ctxext.progress import CountProgress, Progress, ignore
 from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import MIN_SHARE, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
+from ctxext.retrofit.fitted_sinks import open_conversion, sinks_of_windows
 from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
-from ctxext.retrofit.sinks import open_conversion, sinks_of_windows
 from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
 ANSWER_SHARE = 0.05  # weight in a score, as if one token in twenty were retrieved. A convention, not a measurement
@@ -294,7 +294,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     return Samples(torch.cat([text, rows]), count, answers, needles)
 
 
-def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -> list[Case]:
+def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -> list[HaystackCase]:
     rng = private_random("retrofit", T, count)
     # A needle at this depth or before is further from the question than the window, with a margin of a quarter.
     deepest = max(0.0, 1 - 1.25 * window / T)

@@ -27,9 +27,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ctxext.errors import InputError
 from ctxext.evals.compare import Difference, differences, paired
-from ctxext.evals.engine import Job, Ledger, Outcome, run_job
+from ctxext.evals.eval_spec import Passkey
+from ctxext.evals.item_runner import Ledger, Outcome, SuiteJob, run_job
 from ctxext.evals.passkey import job as passkey_job
-from ctxext.evals.spec import Passkey
 from ctxext.model.load import LoadedModel, causal_lm
 from ctxext.model.source import ModelSource
 from ctxext.retrofit.dial import difference_row
@@ -265,7 +265,12 @@ def _harm(mine: list[Outcome], plain: list[Outcome], original: int) -> str:
 
 
 def _others(
-    loaded: LoadedModel, layers: Sequence[int], values: Sequence[float], half: Half, keys: Job | None, notice: Notice
+    loaded: LoadedModel,
+    layers: Sequence[int],
+    values: Sequence[float],
+    half: Half,
+    keys: SuiteJob | None,
+    notice: Notice,
 ) -> tuple[dict[str, list[Outcome]], dict[str, list[Outcome]]]:
     """The outcomes of each c of `values` on text and keys that chose nothing."""
     texts, found = dict[str, list[Outcome]](), dict[str, list[Outcome]]()
@@ -302,12 +307,12 @@ def _finds_passkeys(loaded: LoadedModel, length: int, notice: Notice) -> bool:
     return found
 
 
-def _passkeys(loaded: LoadedModel, lengths: Sequence[int], seed: int) -> Job:
+def _passkeys(loaded: LoadedModel, lengths: Sequence[int], seed: int) -> SuiteJob:
     """Passkeys hidden in the held-out files of the embedded corpus."""
     return passkey_job(loaded, Passkey(lengths=tuple(lengths), cases=CASES[seed], seed=seed), Path())
 
 
-def _run(keys: Job) -> list[Outcome]:
+def _run(keys: SuiteJob) -> list[Outcome]:
     ledger = Ledger()
     run_job(keys, ledger, 16_384, lambda *_: None)
     return [ledger.outcomes[item.id] for item in keys.items]

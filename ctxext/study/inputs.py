@@ -17,7 +17,7 @@ from ctxext.errors import CtxextError, EnvironmentFault, SpecError
 from ctxext.evals.haystacks import GRASS
 from ctxext.study import steps
 from ctxext.study.flow import references
-from ctxext.study.pipeline import Job, Pipeline
+from ctxext.study.pipeline import Pipeline, PipelineJob
 from ctxext.study.trust import check_inside
 
 Read = tuple[str, str | None, Callable[[], Any]]  # argument name; its value; a check that raises what the step would
@@ -55,7 +55,7 @@ def check_inputs(pipeline: Pipeline, out: Path, *, begin: str | None, trusted: b
         raise SpecError(pipeline.name, list(faults), hint=next(iter(faults.values())))
 
 
-def _known(job: Job) -> Any:
+def _known(job: PipelineJob) -> Any:
     """The job's spec without the arguments that need a value from an earlier step; None where it is not valid then."""
     later = {name for name, value in job.arguments.items() if next(references(value), None)} - steps.MODELS
     try:

@@ -41,7 +41,7 @@ class PipelineSpec:
 
 
 @dataclass(frozen=True)
-class Job:
+class PipelineJob:
     """One step at one cell of the matrix.
 
     id         the step's name, followed by the cell's values; also the name of the output directory
@@ -66,7 +66,7 @@ class Pipeline:
     name: str
     values: dict[str, Any]
     over: dict[str, list[Axis]]
-    jobs: tuple[Job, ...]
+    jobs: tuple[PipelineJob, ...]
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -161,9 +161,9 @@ def _reference_faults(pipeline: PipelineSpec) -> Iterator[str]:
         yield from (f"{part}.{name}: no step uses it" for name in getattr(pipeline, part) if name not in used)
 
 
-def _jobs(pipeline: PipelineSpec) -> list[Job]:
+def _jobs(pipeline: PipelineSpec) -> list[PipelineJob]:
     # One job for each step and each cell of the axes that the step depends on.
-    jobs: list[Job] = []
+    jobs: list[PipelineJob] = []
     axes: dict[str, tuple[str, ...]] = {}  # step name -> the axes it depends on
     for name, step in pipeline.steps.items():
         # A step depends on the axes it names, and on those of the steps it refers to. With [*] it collects all cells
@@ -179,11 +179,11 @@ def _jobs(pipeline: PipelineSpec) -> list[Job]:
             uses = {r.name: _id(r.name, {axis: cell[axis] for axis in axes[r.name]}) for r in found if r.name in axes}
             every = {reference.name for reference in references(step) if reference.every}
             collects = {other: tuple(job.id for job in jobs if job.step == other) for other in every}
-            jobs.append(Job(_id(name, cell), name, step["command"], cell, arguments, uses, collects))
+            jobs.append(PipelineJob(_id(name, cell), name, step["command"], cell, arguments, uses, collects))
     return jobs
 
 
-def _job_faults(job: Job) -> list[str]:
+def _job_faults(job: PipelineJob) -> list[str]:
     """Faults of a job's arguments, as far as they do not depend on the report of another step."""
     where, later = f"steps.{job.step}", {name for name, value in job.arguments.items() if next(references(value), None)}
     if job.id in RESERVED:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctxext.evals.engine import STAR
+from ctxext.evals.item_runner import STAR
 from ctxext.study import state
 from ctxext.study.pipeline import Axis, Pipeline
 from ctxext.units import format_duration, format_tokens
@@ -24,7 +24,7 @@ class JobResult:
 
 
 @dataclass(frozen=True)
-class Results:
+class PipelineResults:
     """All jobs and the table of measured numbers: one row per model and cell, one column per suite and length."""
 
     name: str
@@ -56,7 +56,7 @@ class Results:
         return "\n".join(parts) + "\n"
 
 
-def results(pipeline: Pipeline, out: Path, outcomes: dict[str, str]) -> Results:
+def results(pipeline: Pipeline, out: Path, outcomes: dict[str, str]) -> PipelineResults:
     """Builds the results from the state files of all jobs. `outcomes`: by job id."""
     jobs, measured = [], list[tuple[dict[str, Axis], str, dict[str, str]]]()
     for job in pipeline.jobs:
@@ -73,7 +73,7 @@ def results(pipeline: Pipeline, out: Path, outcomes: dict[str, str]) -> Results:
         (*(str(cell.get(axis, "")) for axis in axes), model, *(numbers.get(name, "") for name in columns))
         for cell, model, numbers in measured
     )
-    return Results(pipeline.name, tuple(jobs), (*axes, "model", *columns), tuple(rows))
+    return PipelineResults(pipeline.name, tuple(jobs), (*axes, "model", *columns), tuple(rows))
 
 
 def _numbers(report: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:

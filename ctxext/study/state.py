@@ -23,7 +23,7 @@ from ctxext.errors import ModelError
 from ctxext.model.source import HUB_ID, resolve
 from ctxext.study import steps
 from ctxext.study.known_fields import known_fields
-from ctxext.study.pipeline import Job
+from ctxext.study.pipeline import PipelineJob
 
 FOLDER = "state"
 NOT_COMPARED = (manifests.FILE_NAME, "README.md")  # files of an input that record when and how it was made
@@ -33,7 +33,7 @@ LARGEST = 64 * 1024**2  # bytes of a file, other than weights, whose content is 
 Standing = Literal["new", "unfinished", "reported", "done", "changed"]
 
 
-def request(job: Job, step: Any, record: dict[str, Any] | None = None) -> dict[str, Any]:
+def request(job: PipelineJob, step: Any, record: dict[str, Any] | None = None) -> dict[str, Any]:
     """Returns what identifies a run of a job: arguments, content of presets, all inputs, version of ctxext.
 
     Two runs with equal requests give the same output. The result is plain JSON data. `record` is the job's state file:
@@ -111,7 +111,7 @@ def standing(record: dict[str, Any] | None, asked: dict[str, Any], out: Path) ->
     return "done" if plain(stamp(str(out))) == record["output"] else "changed"
 
 
-def read(root: Path, job: Job) -> dict[str, Any] | None:
+def read(root: Path, job: PipelineJob) -> dict[str, Any] | None:
     """Returns the record of a job, None where there is none. Raises ModelError where the file is broken."""
     path = root / FOLDER / f"{job.id}.json"
     if not path.is_file():
@@ -126,7 +126,7 @@ def read(root: Path, job: Job) -> dict[str, Any] | None:
     raise ModelError(f"{path} is broken: {reason}", hint="remove it; the step then runs again")
 
 
-def write(root: Path, job: Job, record: dict[str, Any]) -> None:
+def write(root: Path, job: PipelineJob, record: dict[str, Any]) -> None:
     """Writes the record of a job atomically."""
     path = root / FOLDER / f"{job.id}.json"
     with disk_faults(path):

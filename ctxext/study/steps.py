@@ -14,9 +14,9 @@ from ctxext.config.loader import build, set_value, spec
 from ctxext.errors import CtxextError, SpecError
 
 if TYPE_CHECKING:
-    from ctxext.evals.spec import EvalSpec
-    from ctxext.probes.spec import ProbeSpec
-    from ctxext.train.spec import FinetuneSpec
+    from ctxext.evals.eval_spec import EvalSpec
+    from ctxext.probes.probe_spec import ProbeSpec
+    from ctxext.train.finetune_spec import FinetuneSpec
 
 Length = str | int  # tokens, as a number or as text such as "32k"
 
@@ -25,7 +25,7 @@ Length = str | int  # tokens, as a number or as text such as "32k"
 
 
 @spec
-class Plan:
+class PlanStep:
     """The arguments of a `plan` step."""
 
     model: str
@@ -39,7 +39,7 @@ class Plan:
 
 
 @spec
-class Convert:
+class ConvertStep:
     """The arguments of a `convert` step."""
 
     model: str
@@ -58,7 +58,7 @@ class Convert:
 
 
 @spec
-class Finetune:
+class FinetuneStep:
     """The arguments of a `finetune` step."""
 
     model: str
@@ -74,7 +74,7 @@ class Finetune:
 
 
 @spec
-class Evaluate:
+class EvaluateStep:
     """The arguments of a `eval` step."""
 
     models: tuple[str, ...] | str
@@ -94,7 +94,7 @@ class Evaluate:
 
 
 @spec
-class Probe:
+class ProbeStep:
     """The arguments of a `probe` step."""
 
     model: str
@@ -112,7 +112,7 @@ class Probe:
 
 
 @spec
-class Merge:
+class MergeStep:
     """The arguments of a `merge` step."""
 
     run: str
@@ -124,7 +124,7 @@ class Merge:
 
 
 @spec
-class Export:
+class ExportStep:
     """The arguments of a `export` step."""
 
     model: str
@@ -132,7 +132,7 @@ class Export:
 
 
 @spec
-class Report:
+class ReportStep:
     """The arguments of a `report` step."""
 
     runs: tuple[str, ...] | str
@@ -140,14 +140,14 @@ class Report:
 
 
 SPECS: dict[str, type] = {
-    "plan": Plan,
-    "convert": Convert,
-    "finetune": Finetune,
-    "eval": Evaluate,
-    "probe": Probe,
-    "merge": Merge,
-    "export": Export,
-    "report": Report,
+    "plan": PlanStep,
+    "convert": ConvertStep,
+    "finetune": FinetuneStep,
+    "eval": EvaluateStep,
+    "probe": ProbeStep,
+    "merge": MergeStep,
+    "export": ExportStep,
+    "report": ReportStep,
 }
 MODELS = {"model", "models", "run", "runs", "compare", "against", "evaluator"}  # arguments that name models and runs
 
@@ -173,16 +173,16 @@ def resolved(command: str, step: Any) -> Any:
     return RESOLVED[command](step) if command in RESOLVED else None
 
 
-def _convert(step: Convert) -> Any:
+def _convert(step: ConvertStep) -> Any:
     from ctxext.model.layout import find_hybrid
 
     return find_hybrid(step.hybrid, step.sliding_window)
 
 
-def _finetune(step: Finetune) -> FinetuneSpec:
+def _finetune(step: FinetuneStep) -> FinetuneSpec:
     """The spec of a finetune step. Without a ctx it gets 2**30: a healing run takes the model's ctx at its start."""
-    from ctxext.train.run import asked_fields
-    from ctxext.train.spec import FinetuneSpec
+    from ctxext.train.finetune_spec import FinetuneSpec
+    from ctxext.train.run_directory import asked_fields
 
     # Later entries replace earlier ones: the default, the preset, the arguments of the step, `settings`.
     fields: dict[str, Any] = {"ctx": 1 << 30} | dict(presets.find("finetune", step.preset).data)
@@ -191,8 +191,8 @@ def _finetune(step: Finetune) -> FinetuneSpec:
     return build(FinetuneSpec, fields, source="finetune")
 
 
-def _evaluate(step: Evaluate) -> EvalSpec:
-    from ctxext.evals.spec import asked, eval_fields
+def _evaluate(step: EvaluateStep) -> EvalSpec:
+    from ctxext.evals.eval_spec import asked, eval_fields
 
     given = {
         name: value for name, value in asdict(step).items() if name not in ("models", "suite", "against", "settings")
@@ -200,9 +200,9 @@ def _evaluate(step: Evaluate) -> EvalSpec:
     return asked(step.suite, eval_fields(given) | step.settings)
 
 
-def _probe(step: Probe) -> ProbeSpec:
-    from ctxext.evals.spec import said
-    from ctxext.probes.spec import PROBES, asked
+def _probe(step: ProbeStep) -> ProbeSpec:
+    from ctxext.evals.eval_spec import said
+    from ctxext.probes.probe_spec import PROBES, asked
 
     given = {
         name: value
@@ -213,8 +213,8 @@ def _probe(step: Probe) -> ProbeSpec:
     return asked(list(PROBES) if names == ["all"] else names, said(given) | step.settings, preset=step.preset)
 
 
-def _plan(step: Plan) -> FinetuneSpec:
-    return _finetune(Finetune(model=step.model, ctx=step.ctx, preset=step.preset, settings=step.settings))
+def _plan(step: PlanStep) -> FinetuneSpec:
+    return _finetune(FinetuneStep(model=step.model, ctx=step.ctx, preset=step.preset, settings=step.settings))
 
 
 RESOLVED: dict[str, Callable[[Any], Any]] = {

@@ -17,11 +17,11 @@ from ctxext.config import presets
 from ctxext.config.presets import shipped
 from ctxext.errors import InputError
 from ctxext.study import steps
-from ctxext.study.pipeline import Job
+from ctxext.study.pipeline import PipelineJob
 from ctxext.study.state import teacher_of
 
 
-def check_inside(job: Job, step: Any, out: Path) -> None:
+def check_inside(job: PipelineJob, step: Any, out: Path) -> None:
     """Raises InputError for a job that reads or writes outside the working directory, with the text and its target."""
     if getattr(step, "hostfile", None) is not None:
         raise InputError(f"step {job.id}: hostfile: --untrusted allows no processes on other hosts")
@@ -46,7 +46,7 @@ def check_inside(job: Job, step: Any, out: Path) -> None:
         raise _outside(job, str(out), out)
 
 
-def _check_models(job: Job, step: Any, meant: Any, allowed: list[Path]) -> None:
+def _check_models(job: PipelineJob, step: Any, meant: Any, allowed: list[Path]) -> None:
     """Checks the directories that model presets name, the parents that manifests name, and the links in them."""
     named = [getattr(step, name, None) or () for name in steps.MODELS]
     texts = [one for value in named for one in ([value] if isinstance(value, str) else value)]
@@ -88,7 +88,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _outside(job: Job, text: str, leads: Path) -> InputError:
+def _outside(job: PipelineJob, text: str, leads: Path) -> InputError:
     return InputError(
         f"step {job.id}: {text!r} leads to {leads.resolve()}, outside the working directory",
         hint="move the files below the working directory, or leave out --untrusted if you trust the pipeline",

@@ -32,7 +32,7 @@ from ctxext.model.layout import pattern_text
 from ctxext.model.source import read_object
 from ctxext.model.tokenizer import settle
 from ctxext.model.weights import SINGLE
-from ctxext.train.plan import RunPlan
+from ctxext.train.run_plan import RunPlan
 from ctxext.train.teacher import teacher_weights
 from ctxext.units import format_tokens
 
@@ -46,7 +46,7 @@ def save_bundle(run: Path, plan: RunPlan, model: Any, masters: Mapping[str, Tens
     of them. ctxext.json comes last: a run without it is resumed. Raises CheckFailed where a tensor is missing or was
     not saved exactly.
     """
-    # Only one process at a time trains a run (train/run.py, `alone`): an old directory is from one that died.
+    # Only one process at a time trains a run (train/run_directory.py, `alone`): an old directory is from one that died.
     for stale in run.glob(f"{STAGING}*"):
         shutil.rmtree(stale, ignore_errors=True)
     staging = run / f"{STAGING}{uuid.uuid4().hex}"

@@ -100,7 +100,8 @@ def _write(
     target = root / f"step-{progress.done:06d}"
     partial = root / f".{target.name}.partial"
     try:
-        # Only one process at a time trains a run (train/run.py, `alone`): a partial checkpoint is from one that died.
+        # One process at a time trains a run (train/run_directory.py, `alone`): a partial checkpoint is from one that
+        # died.
         for stale in root.glob(".step-*.partial"):
             shutil.rmtree(stale, ignore_errors=True)
         before()

@@ -25,8 +25,8 @@ from ctxext.errors import ModelError
 from ctxext.model.load import causal_lm, hidden_states, output_weight
 from ctxext.model.relayout import rotations
 from ctxext.ops.logits import distillation_chunk
+from ctxext.train.finetune_spec import Objective
 from ctxext.train.loss import IGNORED, stored_gradients
-from ctxext.train.spec import Objective
 
 
 class TeacherModel(NamedTuple):

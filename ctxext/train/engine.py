@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from ctxext.model.adapters import trainable
 from ctxext.model.load import hidden_states, output_weight
 from ctxext.train.distill import DistilledHead, TeacherModel, distilled_loss
+from ctxext.train.finetune_spec import Objective, OptimizerSpec
 from ctxext.train.loss import linear_cross_entropy, token_scores
 from ctxext.train.optimizer import MASTER, MasterAdamW, RelativeClip
-from ctxext.train.spec import Objective, OptimizerSpec
 
 
 class Engine(Protocol):

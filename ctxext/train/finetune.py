@@ -29,20 +29,20 @@ from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.adapters import attach
 from ctxext.model.load import build_model, check_source, load_model, load_tokenizer
 from ctxext.model.relayout import relayout
-from ctxext.ops.backends.choice import Call, choose
+from ctxext.ops.backends.choice import AttentionCall, choose
 from ctxext.train import metrics, recompute
 from ctxext.train.bundle import save_bundle
 from ctxext.train.checkpoint import TrainingState, discard_after, load_newest, newest_step
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import Engine, LocalEngine
 from ctxext.train.loop import Events, train
-from ctxext.train.memory import explaining_out_of_memory
+from ctxext.train.memory_options import explaining_out_of_memory
 from ctxext.train.passkey import grid_cases
-from ctxext.train.plan import RunPlan
 from ctxext.train.prepare import prepare_data, readings, training_device
-from ctxext.train.run import resume_hint
+from ctxext.train.run_directory import resume_hint
+from ctxext.train.run_plan import RunPlan
 from ctxext.train.same_data import changes_of_data
-from ctxext.train.sinks import sinks_of
+from ctxext.train.sink_tokens import sinks_of
 from ctxext.train.teacher import teacher_weights
 from ctxext.train.telemetry import with_writers
 from ctxext.train.validation import HeldOut, check_short
@@ -310,7 +310,7 @@ def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
     for pattern in sorted(set(plan.patterns), key=lambda pattern: pattern.sliding_window or plan.spec.ctx):
         W, G = pattern.sliding_window, pattern.group_size
         name = f"sliding {W}" if W else f"S² {G}" if G else "full layers"
-        call = Call(device, dtype, plan.source.shape.head_dim, pattern, packed=spec.data.document_mask)
+        call = AttentionCall(device, dtype, plan.source.shape.head_dim, pattern, packed=spec.data.document_mask)
         said.append(f"{name} by {choose(call, spec.attention.backend)}")
     return ", ".join(said)
 

@@ -42,8 +42,8 @@ import psutil
 from ctxext.errors import CheckFailed, CtxextError, DataError, EnvironmentFault, InputError, ModelError
 from ctxext.machine.cgroups import cores
 from ctxext.train.parallel import Launch, plan_launch
-from ctxext.train.plan import RunPlan, divided
 from ctxext.train.ranks import PORT, started_rank
+from ctxext.train.run_plan import RunPlan, divided
 
 LAUNCH, LOGS = "launch.json", "logs"
 EVENTS, REPORT, DIED, STOP = "events.jsonl", "report.json", "died.json", "stop"  # file names in LOGS

@@ -25,9 +25,9 @@ from ctxext.train.engine import Engine
 from ctxext.train.metrics import STEPS, VALIDATIONS, JsonLines, StepMetrics, memory_in_use, peak_flops
 from ctxext.train.optimizer import RelativeClip, rate_factor
 from ctxext.train.passkey import in_words
-from ctxext.train.plan import RunPlan
-from ctxext.train.run import resume_hint
-from ctxext.train.sinks import untrained_cost
+from ctxext.train.run_directory import resume_hint
+from ctxext.train.run_plan import RunPlan
+from ctxext.train.sink_tokens import untrained_cost
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
 LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # decay and warm-up of the running mean that a spike is compared with

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.errors import CheckFailed, EnvironmentFault, InputError
-from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.run import resume_hint, start_run
+from ctxext.train.run_directory import resume_hint, start_run
+from ctxext.train.run_plan import RunPlan, plan_run
 
 if TYPE_CHECKING:
     from ctxext.train.loop import Events
@@ -52,7 +52,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Search:
+class MultiplierSearch:
     """All trials by ascending multiplier. `given` is the multiplier of the spec itself, which is one of them.
 
     `best` is the trial with the lowest `final`.
@@ -131,7 +131,7 @@ def plan_trials(plan: RunPlan) -> list[RunPlan]:
 
 def find_multiplier(
     trials: list[RunPlan], scratch: Path, given: float, events: Events, on_trial: Callable[[Trial], None]
-) -> Search:
+) -> MultiplierSearch:
     """Runs `trials` one after another below `scratch`, and removes their files.
 
     `events.say` gets the messages of the first trial only; `on_trial` gets every result. Raises InputError if the data
@@ -155,7 +155,7 @@ def find_multiplier(
             f"every multiplier from {done[0].multiplier:g} to {done[-1].multiplier:g} diverged: {done[0].stopped}",
             hint="lower optimizer.learning_rate, or lora.multiplier",
         )
-    return Search(tuple(done), given, trials[0].steps)
+    return MultiplierSearch(tuple(done), given, trials[0].steps)
 
 
 def run_trial(plan: RunPlan, run: Path, events: Events | None = None) -> Trial:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.model.adapter_plan import is_fitted
 from ctxext.model.adapters import full_shape
-from ctxext.train.spec import OptimizerSpec
+from ctxext.train.finetune_spec import OptimizerSpec
 
 LORA_MARK, MASTER = ".lora_", "master"
 WSD_DECAY = 0.2  # share of the steps

@@ -20,8 +20,8 @@ from ctxext.data.documents import SELF
 from ctxext.errors import InputError, SpecError
 from ctxext.machine.gpu import visible_gpus
 from ctxext.ops.cost import Partition
-from ctxext.train.plan import RunPlan
 from ctxext.train.ranks import StartedRank
+from ctxext.train.run_plan import RunPlan
 from ctxext.units import counted
 
 FOLDER, DEFAULT = "deepspeed_configs", "2"

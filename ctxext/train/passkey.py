@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from ctxext.data.haystack import Case, haystack_text, passkey_cases
+from ctxext.data.haystack import HaystackCase, haystack_text, passkey_cases
 from ctxext.model.load import load_tokenizer
 from ctxext.train.engine import Engine
 from ctxext.train.loss import IGNORED
-from ctxext.train.plan import RunPlan
+from ctxext.train.run_plan import RunPlan
 
 HAYSTACK = 32  # characters per token of the longest case, so that the filler can start at many places
 
 
-def grid_cases(plan: RunPlan) -> tuple[Case, ...]:
+def grid_cases(plan: RunPlan) -> tuple[HaystackCase, ...]:
     """Returns the cases of validation.passkey, () if off. Raises InputError for a length too short for a needle."""
     spec = plan.spec.validation.passkey
     if spec is None:
@@ -35,7 +35,7 @@ def grid_cases(plan: RunPlan) -> tuple[Case, ...]:
 
 
 @torch.no_grad()
-def measure(engine: Engine, cases: Sequence[Case], backend: str) -> dict[str, Any]:
+def measure(engine: Engine, cases: Sequence[HaystackCase], backend: str) -> dict[str, Any]:
     """Measures accuracy (0 to 1) and mean nats of an answer token, over all cases and in `cells` (length, depth).
 
     Every rank runs its share of the cases. The caller sets the model to eval mode.

@@ -26,9 +26,9 @@ from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.ids import check_ids
 from ctxext.model.load import build_model, load_tokenizer
 from ctxext.model.source import original_config
+from ctxext.train.finetune_spec import MixturePart
 from ctxext.train.loop import Events
-from ctxext.train.plan import RunPlan, on_gpu
-from ctxext.train.spec import MixturePart
+from ctxext.train.run_plan import RunPlan, on_gpu
 from ctxext.units import counted
 
 LITTLE_HISTORY = 0.05  # share of the tokens; below it a run at this ctx learns almost nothing about long distances

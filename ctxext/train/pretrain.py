@@ -22,9 +22,9 @@ from ctxext.config.output import check_free, claim, disk_faults, staged_output
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.card import model_card
 from ctxext.model.source import from_directory
-from ctxext.train.plan import RunPlan, plan_run
-from ctxext.train.run import resume_hint, start_run
-from ctxext.train.spec import FinetuneSpec, Positive
+from ctxext.train.finetune_spec import FinetuneSpec, Positive
+from ctxext.train.run_directory import resume_hint, start_run
+from ctxext.train.run_plan import RunPlan, plan_run
 
 EOS = "<|end|>"
 # Files that belong to the run and not to the model.

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.errors import InputError, ModelError
 from ctxext.ops.masks import Pattern
-from ctxext.train.spec import MemorySpec
+from ctxext.train.finetune_spec import MemorySpec
 from ctxext.units import counted
 
 if TYPE_CHECKING:

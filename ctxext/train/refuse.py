@@ -5,7 +5,7 @@ from __future__ import annotations
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource
 from ctxext.train import recompute
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.units import format_tokens
 
 NF4_BLOCK = 64  # weights that share a scale; bitsandbytes' CPU kernels accept only whole blocks

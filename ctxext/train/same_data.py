@@ -16,7 +16,7 @@ from ctxext.config.output import write_whole
 from ctxext.data import fingerprints
 from ctxext.data.documents import EMBEDDED, SELF, file_hashes, fingerprint
 from ctxext.data.files import NAMED
-from ctxext.train.spec import DataSpec, MixturePart
+from ctxext.train.finetune_spec import DataSpec, MixturePart
 
 DATA_FILE = "data.json"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from random import Random
 
-from ctxext.train.spec import AttentionSpec
+from ctxext.train.finetune_spec import AttentionSpec
 
 Attention = tuple[int | None, int | None]  # (group_size, shift) in tokens; (None, None): dense, (G, None): G // 2
 

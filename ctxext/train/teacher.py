@@ -20,7 +20,7 @@ from ctxext.model.positions import Auto
 from ctxext.model.source import ModelSource, original_config, resolve
 from ctxext.ops import cost
 from ctxext.ops.logits import distillation_chunk
-from ctxext.train.spec import DistillSpec, FinetuneSpec, Objective
+from ctxext.train.finetune_spec import DistillSpec, FinetuneSpec, Objective
 from ctxext.units import format_tokens
 
 STRETCHING = ("dynamic", "longrope")  # RoPE types whose frequencies depend on how long a row is

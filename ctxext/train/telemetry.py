@@ -17,7 +17,7 @@ from ctxext.config.output import write_whole
 from ctxext.errors import EnvironmentFault
 from ctxext.train.loop import Events
 from ctxext.train.metrics import StepMetrics
-from ctxext.train.plan import RunPlan
+from ctxext.train.run_plan import RunPlan
 from ctxext.train.validation import Validation
 
 WANDB_ID = "wandb-id.txt"  # the file in a run that holds its id at Weights & Biases

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ctxext.data.haystack import Case
+from ctxext.data.haystack import HaystackCase
 from ctxext.data.mixture import Sequences
 from ctxext.data.packing import Packed
 from ctxext.errors import CheckFailed
@@ -23,7 +23,7 @@ from ctxext.train.checkpoint import TrainingState
 from ctxext.train.engine import Engine
 from ctxext.train.loss import IGNORED
 from ctxext.train.passkey import measure
-from ctxext.train.plan import RunPlan
+from ctxext.train.run_plan import RunPlan
 
 FIRST_BUCKET = 64  # positions 0..63; each bucket after it is as wide as all before
 WORSE_NATS = 0.02  # nats a token above the start that count as worse: well above rounding, and still a small rise
@@ -34,7 +34,7 @@ class HeldOut:
     """The data of a validation: sequences of ctx tokens, and the cases of a passkey grid."""
 
     sequences: Sequences
-    cases: tuple[Case, ...] = ()
+    cases: tuple[HaystackCase, ...] = ()
 
 
 @dataclass(frozen=True)

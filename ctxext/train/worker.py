@@ -48,8 +48,8 @@ def train_rank(run: Path, events: Events | None = None) -> FinetuneReport:
     if not torch.cuda.is_available():  # before the import of DeepSpeed, which would choose by itself
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ctxext.train.finetune import run_finetune
-    from ctxext.train.plan import divided
-    from ctxext.train.run import plan_resumed
+    from ctxext.train.run_directory import plan_resumed
+    from ctxext.train.run_plan import divided
 
     launch = Launch.read(run / LAUNCH)
     # The plan comes from run/spec.yaml, with the memory of one rank.

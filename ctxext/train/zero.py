@@ -27,11 +27,11 @@ from ctxext.model.frequencies import check_realised
 from ctxext.model.load import causal_lm, output_weight
 from ctxext.train.distill import TeacherModel
 from ctxext.train.engine import LossModel
+from ctxext.train.finetune_spec import Objective
 from ctxext.train.optimizer import MASTER, RelativeClip, by_parameter, parameter_groups
 from ctxext.train.parallel import BUCKET
-from ctxext.train.plan import RunPlan
 from ctxext.train.ranks import COLLECTIVE_TIMEOUT
-from ctxext.train.spec import Objective
+from ctxext.train.run_plan import RunPlan
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

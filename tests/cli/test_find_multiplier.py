@@ -15,7 +15,7 @@ from ctxext.cli import finetune as command
 from ctxext.cli import multiplier
 from ctxext.config import manifest as manifests
 from ctxext.errors import InputError
-from ctxext.train.multiplier import GRID, STEPS, Search, Trial
+from ctxext.train.multiplier import GRID, STEPS, MultiplierSearch, Trial
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_best_is_marked_and_what_diverged_is_called_so(capsys, tmp_path):
         Trial(1.0, curve, ((0, 3.0), (1, 2.7), (2, 2.5))),
         Trial(2.0, curve[:1], ((0, 3.0), (1, 9e9)), "step 2: the loss is nan"),
     )
-    found = Search(trials, given=1.0, steps=2)
+    found = MultiplierSearch(trials, given=1.0, steps=2)
     multiplier._show(found)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["multiplier", "step", "0", "step", "1", "step", "2", "training"]

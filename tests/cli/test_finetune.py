@@ -6,8 +6,8 @@ from ctxext.cli.finetune import report_rows
 from ctxext.config.loader import build
 from ctxext.model.source import resolve
 from ctxext.train.finetune import FinetuneReport
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 
 REPORT = FinetuneReport("runs/a", True, 1, 1, 3.0, 2.0, (3.5, 2.5), 4.0, 3 * 2**30, 0, 0, 7, 0.004)
 

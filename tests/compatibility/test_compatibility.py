@@ -17,7 +17,7 @@ from ctxext.errors import InputError
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
 from ctxext.study.pipeline import read_pipeline
-from ctxext.study.run import plan_pipeline, run_pipeline
+from ctxext.study.run_pipeline import plan_pipeline, run_pipeline
 from ctxext.study.state import plain, stamp
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ from ctxext.data.mixture import CYCLE, Mixture, apportion, slots_of
 from ctxext.data.packing import PackedSequences
 from ctxext.data.store import tokenise
 from ctxext.errors import InputError, SpecError
-from ctxext.train.spec import DataSpec, MixturePart
+from ctxext.train.finetune_spec import DataSpec, MixturePart
 
 T = 4
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from ctxext.config.loader import build
+from ctxext.eval_and_merge import merge_run, plan_merge
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
-from ctxext.pipeline import merge_run, plan_merge
 from ctxext.train.finetune import run_finetune
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ctxext.evals.compare import differences, paired, smallest_p
-from ctxext.evals.engine import Outcome
+from ctxext.evals.item_runner import Outcome
 
 
 def outcomes(scores: list[float], weight: float = 1.0, task: str = "", length: int = 8) -> list[Outcome]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ctxext.errors import DataError
-from ctxext.evals.engine import Job, Ledger, Outcome, batches, rates, run_job
+from ctxext.evals.item_runner import Ledger, Outcome, SuiteJob, batches, rates, run_job
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class Killed(Exception):
     """What a kill looks like from within."""
 
 
-def job(seen: list[list[str]], most: int = 10**9) -> Job:
+def job(seen: list[list[str]], most: int = 10**9) -> SuiteJob:
     def run(batch: Sequence[Item]) -> list[Outcome]:
         if len(seen) == most:
             raise Killed
         seen.append([item.id for item in batch])
         return [Outcome(item.id, "", item.size, float(len(item.id))) for item in batch]
 
-    return Job(ITEMS, run, lambda outcomes: rates("s", "p", "m", outcomes))
+    return SuiteJob(ITEMS, run, lambda outcomes: rates("s", "p", "m", outcomes))
 
 
 def test_batches_hold_items_of_one_size_up_to_a_number_of_tokens() -> None:

@@ -22,8 +22,8 @@ from ctxext.data.longbench import TASKS, read_questions, read_templates
 from ctxext.errors import DataError, EnvironmentFault, InputError
 from ctxext.evals import longbench
 from ctxext.evals import longbench_metrics as metrics
-from ctxext.evals.engine import Outcome, run_job
-from ctxext.evals.spec import LongBench
+from ctxext.evals.eval_spec import LongBench
+from ctxext.evals.item_runner import Outcome, run_job
 
 
 def question(task: str, number: int = 0, **changes: Any) -> dict[str, Any]:
@@ -203,7 +203,7 @@ class Scripted:
 
 
 def rows_of(loaded: Any, stand_in: Any, spec: LongBench, answer: str) -> tuple[list[Any], list[Outcome], Scripted]:
-    from ctxext.evals.engine import Ledger
+    from ctxext.evals.item_runner import Ledger
 
     model = Scripted(loaded.tokenizer, answer)
     ledger = Ledger()
@@ -360,7 +360,7 @@ def test_check_costs_no_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from ctxext.evals.longbench import check
-from ctxext.evals.spec import LongBench
+from ctxext.evals.eval_spec import LongBench
 check(LongBench(data={data!r}, lengths=(1024,)))
 assert not {{"torch", "transformers"}} & set(sys.modules)
 """

@@ -21,8 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals import longppl
-from ctxext.evals.engine import Ledger, Outcome, run_job
-from ctxext.evals.spec import LongPpl
+from ctxext.evals.eval_spec import LongPpl
+from ctxext.evals.item_runner import Ledger, Outcome, run_job
 from ctxext.model.load import LoadedModel, load_model, load_tokenizer
 
 WORDS = ["one", "two", "three", "four", "seven", "nine", "sun", "moon", "star", "rain", "wind", "fire", "tree", "leaf"]
@@ -331,7 +331,7 @@ def test_check_costs_no_torch(evaluator: Path) -> None:
     code = f"""
 import sys
 from ctxext.evals.longppl import check
-from ctxext.evals.spec import LongPpl
+from ctxext.evals.eval_spec import LongPpl
 assert check(LongPpl(evaluator={str(evaluator)!r}, lengths=(64,))).name == "judge"
 assert not {{"torch", "transformers"}} & set(sys.modules)
 """

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ctxext.data.niah import BEFORE, NEEDLE, QUESTION, niah_case
 from ctxext.errors import InputError
 from ctxext.evals import niah
-from ctxext.evals.engine import Ledger, run_job
-from ctxext.evals.spec import Niah
+from ctxext.evals.eval_spec import Niah
+from ctxext.evals.item_runner import Ledger, run_job
 
 
 def spec(**fields: Any) -> Niah:

@@ -11,11 +11,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from ctxext.data.haystack import Case, passkey_cases
+from ctxext.data.haystack import HaystackCase, passkey_cases
 from ctxext.errors import InputError
-from ctxext.evals.engine import wilson
-from ctxext.evals.passkey import Question, _decoded, _teacher_forced, passkey
-from ctxext.evals.spec import Passkey
+from ctxext.evals.eval_spec import Passkey
+from ctxext.evals.item_runner import wilson
+from ctxext.evals.passkey import PasskeyQuestion, _decoded, _teacher_forced, passkey
 
 LENGTHS = (300, 451)
 
@@ -99,14 +99,14 @@ def greedy(model: LlamaForCausalLM, prompt: tuple[int, ...], count: int) -> tupl
 def test_one_forward_agrees_with_decoding(loaded: Any) -> None:
     """Cases whose answer is what the model says, and the same with one token changed, in every place."""
     rng = random.Random(0)
-    cases: list[Case] = []
+    cases: list[HaystackCase] = []
     for case in passkey_cases(loaded.tokenizer, 180, depths=(0.0, 0.7), per_depth=4, haystack="grass"):
         count = len(case.answer_ids)
         said = greedy(loaded.model, case.prompt_ids, count)
         place = rng.randrange(count)
         other = (*said[:place], (said[place] + 1) % 260, *said[place + 1 :])
         cases += [replace(case, answer_ids=said), replace(case, answer_ids=other), case]
-    questions = [Question(str(i), case) for i, case in enumerate(cases)]
+    questions = [PasskeyQuestion(str(i), case) for i, case in enumerate(cases)]
     forced = [bool(outcome.score) for outcome in _teacher_forced(loaded.model, questions)]
     assert forced == [True, False, False] * 8
     assert [bool(outcome.score) for outcome in _decoded(loaded.model, questions)] == forced
@@ -123,7 +123,7 @@ def test_answers_of_unequal_length_share_a_batch(loaded: Any) -> None:
     shorter = replace(
         cases[0], prompt_ids=cases[0].prompt_ids + cases[0].answer_ids[:2], answer_ids=cases[0].answer_ids[2:]
     )
-    questions = [Question(str(i), case) for i, case in enumerate([shorter, *cases[1:]])]
+    questions = [PasskeyQuestion(str(i), case) for i, case in enumerate([shorter, *cases[1:]])]
     together = _teacher_forced(loaded.model, questions)
     apart = [_teacher_forced(loaded.model, [question])[0] for question in questions]
     assert [o.details["tokens"] for o in together] == [3, 5, 5]

@@ -12,10 +12,10 @@ import pytest
 from tokenizers import Tokenizer
 
 from ctxext.errors import ModelError
+from ctxext.eval_and_merge import eval_models, plan_eval
 from ctxext.evals import longppl
-from ctxext.evals.spec import asked
+from ctxext.evals.eval_spec import asked
 from ctxext.evals.suite import evaluate
-from ctxext.pipeline import eval_models, plan_eval
 
 LINE = "The cat sat on the mat, and the <s>dog</s> did not. "
 

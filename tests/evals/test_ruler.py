@@ -16,10 +16,10 @@ from tokenizers import AddedToken
 from ctxext.data.cases import Case, prompt_ids, write_cases
 from ctxext.data.ruler_tasks import QA, TASKS, Ask, Material, Questions
 from ctxext.errors import DataError, InputError
-from ctxext.evals.engine import Ledger, Outcome, batches, run_job
-from ctxext.evals.ruler import Question, job, rows, scored, suite_name
+from ctxext.evals.eval_spec import Ruler
+from ctxext.evals.item_runner import Ledger, Outcome, batches, run_job
+from ctxext.evals.ruler import RulerQuestion, job, rows, scored, suite_name
 from ctxext.evals.scores import string_match_all, string_match_part
-from ctxext.evals.spec import Ruler
 from ctxext.model.decode import generate
 
 WORDS = tuple("".join(parts) for parts in product(("ba", "ko", "lu", "mi", "re", "sa"), repeat=3))
@@ -60,7 +60,7 @@ def silent(cases: Sequence[Case]) -> list[str]:
 
 
 def test_an_oracle_has_100_and_silence_0(cases: list[Case]) -> None:
-    questions = [Question(case) for case in cases]
+    questions = [RulerQuestion(case) for case in cases]
     for answers, score, effective in ((right, 100.0, LENGTH), (silent, 0.0, None)):
         outcomes = [outcome for batch in batches(questions, 4 * LENGTH) for outcome in scored(answers, batch)]
         made = rows("p", outcomes)
@@ -77,14 +77,16 @@ def test_cases_that_generate_alike_are_answered_together(cases: list[Case]) -> N
         asked.append([case.max_new_tokens for case in cases])
         return ["x" * 700 for _ in cases]
 
-    outcomes = scored(answers, [Question(case) for case in cases])
+    outcomes = scored(answers, [RulerQuestion(case) for case in cases])
     assert asked == [[128] * 8, [30], [120], [50], [32, 32]]
     assert [outcome.id for outcome in outcomes] == [case.id for case in cases]
     assert {len(outcome.details["answer"]) for outcome in outcomes} == {500}
 
 
 def test_qa_needs_one_of_its_references_and_the_rest_all(cases: list[Case]) -> None:
-    first = [outcome.score for outcome in scored(lambda cs: [c.references[0] for c in cs], list(map(Question, cases)))]
+    first = [
+        outcome.score for outcome in scored(lambda cs: [c.references[0] for c in cs], list(map(RulerQuestion, cases)))
+    ]
     shares = {"niah_multivalue": 4, "niah_multiquery": 4, "vt": 5, "cwe": 10, "fwe": 3}
     assert first == [1 / shares.get(case.task, 1) for case in cases]
 
@@ -225,7 +227,7 @@ def test_lm_eval_scores_the_same(cases: list[Case]) -> None:
         answers += [case.references[-1][:2] + "\x01" + case.references[-1][2:]]
         for answer in answers:
             doc = {"max_length": 4096, "outputs": list(case.references)}
-            [ours] = scored(lambda _, answer=answer: [answer], [Question(case)])
+            [ours] = scored(lambda _, answer=answer: [answer], [RulerQuestion(case)])
             if case.task in QA:
                 share = theirs.process_results_part(doc, [answer])["4096"]
                 assert share == string_match_all(answer, case.references)

@@ -14,8 +14,8 @@ import torch
 
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.evals import short
-from ctxext.evals.engine import Ledger, Outcome, run_job
-from ctxext.evals.spec import Short
+from ctxext.evals.eval_spec import Short
+from ctxext.evals.item_runner import Ledger, Outcome, run_job
 from ctxext.model.load import LoadedModel, load_model
 
 DOCUMENTS = [

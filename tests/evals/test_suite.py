@@ -16,12 +16,12 @@ from ctxext.api import evaluate as evaluate_written
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
-from ctxext.evals import engine
-from ctxext.evals.spec import SUITES, EvalSpec, asked
+from ctxext.eval_and_merge import eval_models, plan_eval
+from ctxext.evals import item_runner
+from ctxext.evals.eval_spec import SUITES, EvalSpec, asked
 from ctxext.evals.suite import evaluate, tables
 from ctxext.evals.suites import CHECKS, PREPARED, module_of
 from ctxext.model.source import resolve
-from ctxext.pipeline import eval_models, plan_eval
 from ctxext.train.measured import measured_length
 
 
@@ -152,7 +152,7 @@ def test_refusing_costs_no_torch() -> None:
     code = """
 import sys
 from ctxext.errors import InputError
-from ctxext.pipeline import plan_eval
+from ctxext.eval_and_merge import plan_eval
 for models, options in ((["./no-such-model"], {}), (["tiny"], {"lengths": ["64k"]}), (["tiny"], {"data": "x.txt"})):
     try:
         plan_eval(models, "perplexity", options)
@@ -186,10 +186,10 @@ def test_a_killed_evaluation_goes_on_and_runs_nothing_twice(
     monkeypatch.chdir(tmp_path)
     models = [str(model_dir()), str(model_dir(seed=1))]
     given = {"data": data, "lengths": [64], "tokens_per_batch": 128, "limit": 640}
-    ran, limit, run_job = list[str](), 20, engine.run_job
+    ran, limit, run_job = list[str](), 20, item_runner.run_job
 
-    def counted(job: engine.Job, *rest: Any) -> list[engine.Row]:
-        def run(batch: Any) -> list[engine.Outcome]:
+    def counted(job: item_runner.SuiteJob, *rest: Any) -> list[item_runner.ResultRow]:
+        def run(batch: Any) -> list[item_runner.Outcome]:
             if len(ran) >= limit:
                 raise KeyboardInterrupt
             ran.extend(item.id for item in batch)
@@ -233,7 +233,7 @@ def test_one_that_is_running_is_left_alone(
 def test_out_of_memory_says_what_helps_and_keeps_what_is_done(
     model_dir: Callable[..., Path], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(job: engine.Job, ledger: engine.Ledger, *_: Any) -> list[engine.Row]:
+    def full(job: item_runner.SuiteJob, ledger: item_runner.Ledger, *_: Any) -> list[item_runner.ResultRow]:
         ledger.add(job.run(job.items[:1]))
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 9 bytes")
 

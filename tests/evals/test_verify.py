@@ -18,13 +18,13 @@ from ctxext.model import attention as seam
 from ctxext.model import decode
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import blocked
 from ctxext.ops.masks import Pattern, first_shifted_head, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 from ctxext.train.finetune import run_finetune
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 W, G = 16, 24
 RIGHT = blocked.attention

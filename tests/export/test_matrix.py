@@ -17,7 +17,7 @@ from ctxext.model.frequencies import check_realised
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import find_hybrid, layer_kinds, pattern_text
 from ctxext.model.model_config import parse_config
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 8192}  # fmt: skip
@@ -223,5 +223,5 @@ def test_every_class_has_a_row_for_every_target_and_unknown_ones_are_refused():
     with pytest.raises(InputError, match="allowed are hf, vllm, gguf, ollama"):
         verdict("onnx", plain("llama"))
     with pytest.raises(ModelError, match="not supported"):
-        verdict("hf", plain("llama") | {"model_type": "gpt2"})
+        verdict("hf", plain("llama").with_fields(model_type="gpt2"))
     assert replace(verdict("hf", plain("llama")), objections=("no",)).honoured is False

@@ -18,7 +18,7 @@ from ctxext.cli.export import export as command
 from ctxext.config import manifest as manifests
 from ctxext.errors import CheckFailed, CtxextError, InputError, ModelError
 from ctxext.export import write
-from ctxext.export.card import history, hub_id
+from ctxext.export.export_card import history, hub_id
 from ctxext.model.companions import FRONT, stated_licence
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model

@@ -14,9 +14,9 @@ from ctxext.config import manifest, presets
 from ctxext.config.loader import assignments, build, dump_yaml, parse_value, read_yaml, set_value
 from ctxext.config.presets import ModelPreset
 from ctxext.errors import CtxextError
-from ctxext.evals.spec import asked
+from ctxext.evals.eval_spec import asked
 from ctxext.model.layout import HybridSpec, find_hybrid, layer_kinds
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.units import parse_bytes, parse_tokens
 
 DIGITS = st.text("0123456789.,_eE+-kKmMgGtTiIbBsSdDhH \t\n²٣x", max_size=45)

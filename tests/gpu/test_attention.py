@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ctxext.errors import EnvironmentFault
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import choice
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,7 +8,7 @@ from ctxext.model import attention
 from ctxext.model.load import hidden_states
 from ctxext.ops.masks import Pattern, document_starts
 from ctxext.train import recompute
-from ctxext.train.spec import MemorySpec
+from ctxext.train.finetune_spec import MemorySpec
 
 pytestmark = [
     pytest.mark.gpu,

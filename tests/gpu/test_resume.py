@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from ctxext.train.finetune_spec import OptimizerSpec
 from ctxext.train.optimizer import MasterAdamW
-from ctxext.train.spec import OptimizerSpec
 
 pytestmark = [
     pytest.mark.gpu,

@@ -14,7 +14,7 @@ from ctxext.machine import gpu
 from ctxext.machine.gpu import first_gpu, torch_build, visible_gpus
 from ctxext.planning.cards import card_here
 from ctxext.train import prepare
-from ctxext.train.plan import on_gpu
+from ctxext.train.run_plan import on_gpu
 
 SMI = """#!{python}
 import sys
@@ -109,8 +109,8 @@ def test_a_plan_that_torch_contradicts_is_refused_before_training(plan_of, plann
 def plan_of(model_dir):
     from ctxext.config.loader import build
     from ctxext.model.source import resolve
-    from ctxext.train.plan import plan_run
-    from ctxext.train.spec import FinetuneSpec
+    from ctxext.train.finetune_spec import FinetuneSpec
+    from ctxext.train.run_plan import plan_run
 
     return plan_run(resolve(str(model_dir())), build(FinetuneSpec, {"ctx": 64, "steps": 1}, source="test"))
 

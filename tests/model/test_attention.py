@@ -11,8 +11,8 @@ from ctxext.model import attention
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.decode import generate
 from ctxext.model.load import hidden_states, load_model
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 T = 61
 FAMILIES = {

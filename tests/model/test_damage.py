@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ctxext.evals.spec import asked
+from ctxext.evals.eval_spec import asked
 from ctxext.evals.suite import evaluate
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model

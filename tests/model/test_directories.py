@@ -223,7 +223,7 @@ def test_padding_beyond_the_rows_is_named(cases: Path, stories: Path, tmp_path: 
 
 def test_a_token_without_a_row_is_named(cases: Path, stories: Path, tmp_path: Path) -> None:
     from ctxext.evals import perplexity as suite
-    from ctxext.evals.spec import Perplexity
+    from ctxext.evals.eval_spec import Perplexity
 
     case = cases / "token-without-a-row"
     model = put(tmp_path / "model", stories, "tokenizer.json")

@@ -11,17 +11,17 @@ import torch
 
 from ctxext.config.loader import build
 from ctxext.errors import CheckFailed, InputError
-from ctxext.export.card import write_card
+from ctxext.eval_and_merge import merge_run, plan_merge, seen_in_training
+from ctxext.export.export_card import write_card
 from ctxext.export.matrix import verdict
 from ctxext.model import merge as merging
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
-from ctxext.pipeline import merge_run, plan_merge, seen_in_training
 from ctxext.train.finetune import run_finetune
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 
 def bundle(model: Path, place: Path, **fields) -> Path:

@@ -20,8 +20,8 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, Sm
 
 from ctxext.errors import ModelError
 from ctxext.model import attention
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 T, W, G = 61, 16, 9
 NAIVE = "ctxext_test_seam"

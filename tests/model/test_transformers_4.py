@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ctxext.export.card import write_card
+from ctxext.export.export_card import write_card
 from ctxext.export.matrix import verdict
 from ctxext.model.card import runtime_note
 from ctxext.model.convert import plan_conversion, run_conversion, write_config

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ctxext.errors import InputError
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, first_shifted_head, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 
 def tensors(B, H, K, T, S, D, dtype=torch.float64):

@@ -13,8 +13,8 @@ from ctxext.model.source import resolve
 from ctxext.ops.cost import WHOLE
 from ctxext.planning import calibrate
 from ctxext.planning.answer import ask, prediction
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 
 SMALL = {"WIDTHS": {"cpu": (16, 32)}, "ROWS": {"cpu": 64}, "LENGTH": {"cpu": 512}, "STREAMED": {"cpu": (64, 16, 32)}}
 

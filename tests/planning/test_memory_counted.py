@@ -11,9 +11,9 @@ from ctxext.model.source import resolve
 from ctxext.train import recompute
 from ctxext.train.engine import LocalEngine
 from ctxext.train.finetune import _model, _teacher, training_device
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import forward_backward
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 
 pytestmark = pytest.mark.slow  # the profiler takes seconds
 T = 2048

@@ -16,7 +16,7 @@ from ctxext.planning.answer import answer, ask
 from ctxext.planning.cards import card_rates
 from ctxext.planning.time import estimate
 from ctxext.train import parallel
-from ctxext.train import plan as planning
+from ctxext.train import run_plan as planning
 from ctxext.train.parallel import Host, Launch, read_zero
 
 ctxext = CliRunner()

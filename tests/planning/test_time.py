@@ -10,8 +10,8 @@ from ctxext.ops.cost import Partition
 from ctxext.planning.cards import CARDS, card_rates, find_card
 from ctxext.planning.search import converted
 from ctxext.planning.time import computed_pairs, estimate
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 
 T = 100_000
 RATES = card_rates("h200", packed=False)

@@ -15,9 +15,9 @@ from torch import Tensor
 from ctxext.config.loader import build
 from ctxext.model.source import resolve
 from ctxext.train.finetune import run_finetune
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 from tests.conftest import VOCAB, write_byte_tokenizer
 
 HEADS, D, CODE = 8, 256, 16

@@ -9,10 +9,10 @@ import torch
 
 from ctxext.model.attention import Intervention, intervening
 from ctxext.model.source import resolve
-from ctxext.ops.attention import attention_rows, naive_attention
 from ctxext.ops.masks import Pattern, lower_bounds
+from ctxext.ops.naive_attention import attention_rows, naive_attention
 from ctxext.probes import attention_distance
-from ctxext.probes.spec import AttentionDistance
+from ctxext.probes.probe_spec import AttentionDistance
 from ctxext.probes.subject import Subject, watch_rows
 from ctxext.probes.texts import text_rows
 

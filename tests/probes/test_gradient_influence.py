@@ -11,7 +11,7 @@ from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import hidden_states, load_model
 from ctxext.model.source import resolve
 from ctxext.probes.gradient_influence import bucket_edges, influence, measure
-from ctxext.probes.spec import GradientInfluence
+from ctxext.probes.probe_spec import GradientInfluence
 from ctxext.probes.subject import Subject
 from ctxext.probes.texts import text_rows
 

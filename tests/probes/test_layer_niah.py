@@ -14,7 +14,7 @@ from ctxext.model.load import hidden_states, load_tokenizer
 from ctxext.model.source import resolve
 from ctxext.probes import layer_niah
 from ctxext.probes.layer_niah import measure, readable
-from ctxext.probes.spec import LayerNiah, asked
+from ctxext.probes.probe_spec import LayerNiah, asked
 from ctxext.probes.subject import Subject
 from tests.probes.averaging import write_averaging
 

@@ -9,18 +9,18 @@ from pydantic import TypeAdapter, ValidationError
 
 from ctxext.config import manifest as manifests
 from ctxext.errors import DataError
-from ctxext.probes.finding import Bars, Curve, Curves, Finding, Grid, ProbeReport, ProbeResult, Table
+from ctxext.probes.probe_finding import Bars, Curve, Curves, Grid, ProbeFinding, ProbeReport, ProbeResult, Table
 from ctxext.report import panels
 from ctxext.report.page import plan_report, write_report
 
 
-def finding(shift: float = 0.0, layers: int = 4) -> Finding:
+def finding(shift: float = 0.0, layers: int = 4) -> ProbeFinding:
     x = (64.0, 128.0, 256.0)
     lines = (Curve("full", x, (1.0 + shift, None, 3.0)), Curve("sliding", x, (2.0, 2.5 + shift, 2.0)))
     rows, columns = tuple(map(str, range(layers))), ("0", "1")
     cells = tuple((0.1 * i + shift, None) for i in range(layers))
     letters = "SNSN"[:layers]
-    return Finding(
+    return ProbeFinding(
         {"shift": shift},
         (
             Curves("loss", "Loss <b>by</b> R", "tokens", "nats", lines, True, level=1.5, level_name="whole"),
@@ -32,7 +32,7 @@ def finding(shift: float = 0.0, layers: int = 4) -> Finding:
     )
 
 
-def reported(*findings: Finding, names=("after", "before")) -> ProbeReport:
+def reported(*findings: ProbeFinding, names=("after", "before")) -> ProbeReport:
     models = names[: len(findings)]
     result = ProbeResult("receptive-field", {"probe": "receptive-field", "samples": 3}, findings)
     return ProbeReport(models, ("SNSN",) * len(models), 1.0, (result,))

@@ -11,7 +11,7 @@ import torch
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import from_directory, resolve
 from ctxext.probes import positions
-from ctxext.probes.spec import Positions
+from ctxext.probes.probe_spec import Positions
 from ctxext.probes.subject import Subject
 
 

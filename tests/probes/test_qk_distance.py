@@ -13,8 +13,8 @@ from ctxext.model.adapters import merge_adapter
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
 from ctxext.probes.checkpoints import history, put
+from ctxext.probes.probe_spec import QkDistance
 from ctxext.probes.qk_distance import measure
-from ctxext.probes.spec import QkDistance
 from ctxext.probes.subject import Subject
 
 LAYERS, HEADS = 4, {"q": 4, "k": 2}

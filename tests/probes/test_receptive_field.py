@@ -15,8 +15,8 @@ from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.decode import generate
 from ctxext.model.load import hidden_states, load_model, output_weight
 from ctxext.model.source import resolve
+from ctxext.probes.probe_spec import ReceptiveField
 from ctxext.probes.receptive_field import measure, restrictions
-from ctxext.probes.spec import ReceptiveField
 from ctxext.probes.subject import Subject
 from tests.probes.averaging import write_averaging
 

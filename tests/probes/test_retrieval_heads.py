@@ -7,20 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctxext.data.haystack import Case
+from ctxext.data.haystack import HaystackCase
 from ctxext.errors import InputError
-from ctxext.evals.engine import Ledger, run_job
+from ctxext.evals.eval_spec import Passkey
+from ctxext.evals.item_runner import Ledger, run_job
 from ctxext.evals.passkey import job
-from ctxext.evals.spec import Passkey
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import hidden_states, load_model
 from ctxext.model.source import resolve
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 from ctxext.probes.ablation import without
-from ctxext.probes.plan import plan_probe
+from ctxext.probes.plan_probes import plan_probe
+from ctxext.probes.probe_spec import RetrievalHeads
 from ctxext.probes.retrieval_heads import (
-    Question,
+    RetrievalQuestion,
     _hits,
     answer_attention,
     looked_at,
@@ -31,7 +32,6 @@ from ctxext.probes.retrieval_heads import (
     recall,
     statistics,
 )
-from ctxext.probes.spec import RetrievalHeads
 from ctxext.probes.subject import Subject
 from tests.probes.conftest import HEADS, INDUCTION
 
@@ -177,7 +177,10 @@ def naive_rows(loaded, ids):
 
 
 def asked_of(prompts, needle):
-    return [Question(Case(tuple(ids), (7, 8), len(ids) + 2, 0.5, 0, "78"), needle) for ids in prompts.tolist()]
+    return [
+        RetrievalQuestion(HaystackCase(tuple(ids), (7, 8), len(ids) + 2, 0.5, 0, "78"), needle)
+        for ids in prompts.tolist()
+    ]
 
 
 def test_mass_and_entropy_are_those_of_naive_attention(hybrid):

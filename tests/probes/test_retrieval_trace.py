@@ -12,10 +12,10 @@ from ctxext.errors import InputError, ModelError
 from ctxext.model.load import build_model, load_model
 from ctxext.model.source import resolve
 from ctxext.probes.checkpoints import history, put
-from ctxext.probes.plan import plan_probe
+from ctxext.probes.plan_probes import plan_probe
+from ctxext.probes.probe_spec import RetrievalTrace
 from ctxext.probes.retrieval_heads import answer_attention, questions
 from ctxext.probes.retrieval_trace import measure
-from ctxext.probes.spec import RetrievalTrace
 from ctxext.probes.subject import Subject
 from tests.probes.conftest import INDUCTION
 

@@ -7,10 +7,10 @@ import pytest
 from ctxext.config import manifest as manifests
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.probes import run
-from ctxext.probes.finding import Finding
-from ctxext.probes.plan import plan_probe
-from ctxext.probes.spec import PROBES
+from ctxext.probes import run_probes
+from ctxext.probes.plan_probes import plan_probe
+from ctxext.probes.probe_finding import ProbeFinding
+from ctxext.probes.probe_spec import PROBES
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +24,14 @@ SMALL = {"samples": 2, "attention-distance.rows": 4, "length": 128}
 
 
 def test_every_probe_has_its_function():
-    assert list(run.MEASURES) == list(PROBES)
+    assert list(run_probes.MEASURES) == list(PROBES)
 
 
 def test_what_a_probing_writes(hybrid, tmp_path):
     plan = plan_probe(hybrid, ["attention-distance", "positions"], SMALL, compare="tiny", out=tmp_path / "out")
     said, seen = [], []
-    report = run.measure(plan, lambda *told: seen.append(told), said.append)
-    pictures = run.write(plan, report)
+    report = run_probes.measure(plan, lambda *told: seen.append(told), said.append)
+    pictures = run_probes.write(plan, report)
     assert report.models == ("tiny-swa128-nope", "tiny") and report.layouts == ("SNSN", "FFFF")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         ["probes.json", "ctxext.json", *pictures]
@@ -49,15 +49,15 @@ def test_what_a_probing_writes(hybrid, tmp_path):
 
 def test_the_same_question_has_the_same_answer(hybrid, tmp_path):
     plan = plan_probe(hybrid, ["attention-distance"], SMALL, out=tmp_path / "out")
-    assert run.measure(plan).results == run.measure(plan).results
+    assert run_probes.measure(plan).results == run_probes.measure(plan).results
 
 
 def test_a_failure_leaves_nothing(hybrid, tmp_path, monkeypatch):
     plan = plan_probe(hybrid, ["positions"], out=tmp_path / "out")
-    report = run.measure(plan)
+    report = run_probes.measure(plan)
     monkeypatch.setattr("ctxext.report.panels.draw", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        run.write(plan, report)
+        run_probes.write(plan, report)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,25 +65,25 @@ def test_out_of_memory_says_what_helps(hybrid, tmp_path, monkeypatch):
     def exhausted(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setitem(run.MEASURES, "positions", exhausted)
+    monkeypatch.setitem(run_probes.MEASURES, "positions", exhausted)
     with pytest.raises(EnvironmentFault, match="out of memory in positions of tiny-swa128-nope") as caught:
-        run.measure(plan_probe(hybrid, ["positions"], out=tmp_path / "out"))
+        run_probes.measure(plan_probe(hybrid, ["positions"], out=tmp_path / "out"))
     assert "--length" in caught.value.hint
 
 
 def test_all_says_what_it_leaves_out_and_why(hybrid, tmp_path, monkeypatch):
     plan = plan_probe(hybrid, ["all"], preset="smoke", out=tmp_path / "out")
     assert plan.left_out == "all leaves out retrieval-trace and qk-distance (tiny-swa128-nope is not a finetune run)"
-    monkeypatch.setattr(run, "MEASURES", dict.fromkeys(run.MEASURES, lambda *_: Finding({})))
+    monkeypatch.setattr(run_probes, "MEASURES", dict.fromkeys(run_probes.MEASURES, lambda *_: ProbeFinding({})))
     told = []
-    run.measure(plan, notice=told.append)
+    run_probes.measure(plan, notice=told.append)
     assert told == [plan.left_out]
     assert plan_probe(hybrid, ["positions"], out=tmp_path / "out").left_out == ""
 
 
 def test_models_of_one_name_are_told_apart(hybrid, tmp_path):
     plan = plan_probe(hybrid, ["positions"], compare=hybrid, out=tmp_path / "out")
-    assert len(set(run.measure(plan).models)) == 2
+    assert len(set(run_probes.measure(plan).models)) == 2
 
 
 def test_an_output_that_exists_is_refused_at_once(hybrid, tmp_path):
@@ -104,4 +104,4 @@ def test_numbers_that_are_not_finite_are_refused(write_model, tmp_path):
         given = {"length": 512, "samples": 40} if name == "layer-niah" else {"length": 128, "samples": 1}
         plan = plan_probe(str(place), [name], given, out=tmp_path / "out")
         with pytest.raises(ModelError, match="NaN or infinite"):
-            run.measure(plan)
+            run_probes.measure(plan)

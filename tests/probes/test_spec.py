@@ -4,8 +4,8 @@ import pytest
 
 from ctxext.config import presets
 from ctxext.errors import InputError, SpecError
-from ctxext.probes.plan import plan_probe
-from ctxext.probes.spec import PROBES, RUN_PROBES, asked
+from ctxext.probes.plan_probes import plan_probe
+from ctxext.probes.probe_spec import PROBES, RUN_PROBES, asked
 
 
 @pytest.mark.parametrize("preset", presets.names("probe"))

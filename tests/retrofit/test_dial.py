@@ -9,12 +9,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
 from ctxext.errors import DataError
+from ctxext.eval_and_merge import plan_merge
 from ctxext.evals.perplexity import Window
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 from ctxext.model.merge import merge
 from ctxext.model.source import resolve
-from ctxext.pipeline import plan_merge
 from ctxext.retrofit import dial
 from ctxext.retrofit.adjust import adjust
 from ctxext.retrofit.halves import Half, halves

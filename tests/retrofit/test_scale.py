@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from transformers import AttentionInterface
 
 from ctxext.errors import CheckFailed, InputError
-from ctxext.evals.engine import Outcome
+from ctxext.eval_and_merge import plan_eval
+from ctxext.evals.eval_spec import Passkey, asked
+from ctxext.evals.item_runner import Outcome
 from ctxext.evals.passkey import passkey
-from ctxext.evals.spec import Passkey, asked
 from ctxext.evals.suite import evaluate
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
 from ctxext.model.merge import merge
 from ctxext.model.source import resolve
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.masks import Pattern, lower_bounds
-from ctxext.pipeline import plan_eval
+from ctxext.ops.naive_attention import naive_attention
 from ctxext.retrofit import scale
 from ctxext.retrofit.adjust import adjust
 from ctxext.retrofit.halves import criterion, losses

@@ -24,9 +24,9 @@ from ctxext.model.load import hidden_states, load_model
 from ctxext.model.relayout import relayout, rotations
 from ctxext.model.shards import tensor_reader
 from ctxext.model.source import original_config, resolve
-from ctxext.retrofit import sinks
+from ctxext.retrofit import fitted_sinks
 from ctxext.retrofit.damage import final_states, open_layers
-from ctxext.train.run import plan_asked
+from ctxext.train.run_directory import plan_asked
 
 IDS = torch.arange(60)[None] * 7 % 250
 
@@ -34,7 +34,7 @@ IDS = torch.arange(60)[None] * 7 % 250
 @pytest.fixture
 def hangs(monkeypatch):
     """Every model counts as one that hangs on its first token."""
-    monkeypatch.setattr(sinks, "SINK_SHARE", 0.0)
+    monkeypatch.setattr(fitted_sinks, "SINK_SHARE", 0.0)
 
 
 def convert(model: Path, out: Path, layout: str = "SSFN", **options) -> tuple[Path, list[str]]:
@@ -64,7 +64,7 @@ def test_the_class_holds_the_source_and_stock_transformers_reads_what_ctxext_rea
     family, changes, fitted, model_dir, tmp_path, monkeypatch
 ):
     """The gate has compared the source's own layout (difference 0) and the layout with sinks."""
-    monkeypatch.setattr(sinks, "SINK_SHARE", 0.0 if fitted else 1.0)
+    monkeypatch.setattr(fitted_sinks, "SINK_SHARE", 0.0 if fitted else 1.0)
     out, _ = convert(model_dir(family, **changes), tmp_path / "out")
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "granite_swa" and config["layer_rope_theta"] == [10_000, 10_000, 10_000, 0]
@@ -114,8 +114,8 @@ def test_a_constant_logit_moves_into_sink_and_biases_exactly(write_model, tmp_pa
     kinds = (LayerKind(True, W),)
     options = {"target": "granite_swa", "biases": True}
     layers = open_layers(source.config, source.kinds, kinds, tensor_reader(model), torch.device("cpu"), **options)
-    first = sinks.first_token(layers, ids, W)
-    values = sinks.sink_values(layers, kinds, first)
+    first = fitted_sinks.first_token(layers, ids, W)
+    values = fitted_sinks.sink_values(layers, kinds, first)
     assert first.logits[0].abs().max() < 1e-5
 
     out, _ = convert(model, tmp_path / "out", "S", sinks="none")
@@ -159,7 +159,7 @@ def test_what_is_said(model_dir, tmp_path, monkeypatch):
     assert any("no sinks are needed" in line for line in said)
     _, said = convert(model, tmp_path / "other", model_class="auto", gate=False)
     assert not any("first token" in line for line in said)
-    monkeypatch.setattr(sinks, "SINK_SHARE", 0.0)
+    monkeypatch.setattr(fitted_sinks, "SINK_SHARE", 0.0)
     _, said = convert(model, tmp_path / "warned", model_class="auto", gate=False)
     (line,) = [line for line in said if "first token" in line]
     assert line.startswith("warning: ") and "--class granite_swa avoids it" in line
@@ -232,8 +232,8 @@ def test_the_planner_measures_windows_with_their_sinks(model_dir, tmp_path, hang
     plan = api.plan_convert(model_dir("llama"), "SF", out=None, full_layers="auto", sliding_window=8,
                             model_class="granite_swa", sinks="auto")  # fmt: skip
     window, source = LayerKind(True, 8), LayerKind(True, None)
-    layers = sinks.open_conversion(plan, [window], torch.device("cpu"))
-    with_sinks = replace(layers, values=sinks.sinks_of_windows(plan, layers, window))
+    layers = fitted_sinks.open_conversion(plan, [window], torch.device("cpu"))
+    with_sinks = replace(layers, values=fitted_sinks.sinks_of_windows(plan, layers, window))
     before = final_states(layers, IDS, [(source,) * 4])[(source,) * 4]
     # Full layers are the source's, whatever was fitted.
     assert torch.equal(before, final_states(with_sinks, IDS, [(source,) * 4])[(source,) * 4])

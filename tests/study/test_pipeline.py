@@ -8,8 +8,8 @@ from ctxext.config import presets
 from ctxext.errors import InputError, SpecError
 from ctxext.study import steps
 from ctxext.study.pipeline import read_pipeline
-from ctxext.study.presets import READ, validated
-from ctxext.study.run import CALLBACKS, RUNS
+from ctxext.study.pipeline_presets import READ, validated
+from ctxext.study.run_pipeline import CALLBACKS, RUNS
 
 
 @pytest.fixture

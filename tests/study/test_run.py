@@ -17,12 +17,12 @@ from ctxext.cli.app import app
 from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.errors import InputError, ModelError, SpecError
-from ctxext.evals.engine import STAR
+from ctxext.evals.item_runner import STAR
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.source import resolve
 from ctxext.study import state, steps
 from ctxext.study.pipeline import read_pipeline
-from ctxext.study.run import plan_pipeline, run_pipeline
+from ctxext.study.run_pipeline import plan_pipeline, run_pipeline
 
 PIPELINE = """
 values: {model: MODEL, text: text.txt, rate: 1e-3, held_out: text.txt}

@@ -6,7 +6,7 @@ import pytest
 
 from ctxext.errors import InputError
 from ctxext.study.pipeline import read_pipeline
-from ctxext.study.run import plan_pipeline
+from ctxext.study.run_pipeline import plan_pipeline
 
 
 @pytest.fixture

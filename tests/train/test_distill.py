@@ -27,12 +27,12 @@ from ctxext.train import distill, recompute
 from ctxext.train.distill import TeacherModel, distillation_loss
 from ctxext.train.engine import LossModel
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec, MemorySpec, Objective
 from ctxext.train.loop import Events
 from ctxext.train.loss import IGNORED
 from ctxext.train.parallel import plan_launch
-from ctxext.train.plan import plan_run
-from ctxext.train.run import plan_repeated, plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec, MemorySpec, Objective
+from ctxext.train.run_directory import plan_repeated, plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 from ctxext.train.teacher import objective_at
 
 FAMILIES = [

@@ -21,11 +21,11 @@ from ctxext.errors import CheckFailed, EnvironmentFault, InputError, ModelError
 from ctxext.model.source import resolve
 from ctxext.train import checkpoint, loop
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
 from ctxext.train.metrics import read
-from ctxext.train.plan import plan_run
-from ctxext.train.run import alone, applied_changes, newest_unfinished, plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import alone, applied_changes, newest_unfinished, plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 
 RESULT = "adapter_model.safetensors"
 

@@ -20,10 +20,10 @@ from ctxext.model.source import resolve
 from ctxext.ops.backends.choice import Backend
 from ctxext.train import loop
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import AttentionSpec, FinetuneSpec
 from ctxext.train.loop import Events
-from ctxext.train.plan import plan_run
-from ctxext.train.run import newest_unfinished, plan_resumed, start_run
-from ctxext.train.spec import AttentionSpec, FinetuneSpec
+from ctxext.train.run_directory import newest_unfinished, plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 
 TEXT = "".join(f"Line {i} of a text that is long enough to be cut into many sequences. {i * i}\n" for i in range(400))
 

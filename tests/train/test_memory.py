@@ -9,11 +9,11 @@ from ctxext.model.source import resolve
 from ctxext.ops import cost
 from ctxext.train import loop
 from ctxext.train.finetune import run_finetune
-from ctxext.train.memory import next_knob
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.memory_options import next_knob
 from ctxext.train.parallel import Host, Launch, read_zero
-from ctxext.train.plan import divided, plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import divided, plan_run
 
 
 def plan_for(model, gpu=False, **fields):

@@ -12,10 +12,10 @@ from ctxext.config.loader import build
 from ctxext.model.source import resolve
 from ctxext.train import loop
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.metrics import STEPS, JsonLines, peak_flops, read
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 
 def plan_for(model, **fields):

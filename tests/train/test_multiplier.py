@@ -12,10 +12,10 @@ import pytest
 from ctxext.config.loader import build
 from ctxext.errors import CheckFailed, InputError
 from ctxext.model.source import resolve
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
-from ctxext.train.multiplier import GRID, SMALL, Search, Trial, find_multiplier, plan_trials, run_trial
-from ctxext.train.plan import plan_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.multiplier import GRID, SMALL, MultiplierSearch, Trial, find_multiplier, plan_trials, run_trial
+from ctxext.train.run_plan import plan_run
 
 QUIET = Events()
 
@@ -41,21 +41,23 @@ def trial(multiplier: float, held_out: float, training: float = 2.0, stopped: st
 
 
 def test_held_out_loss_decides_and_the_training_loss_does_not():
-    found = Search((trial(0.25, 2.5, 2.4), trial(1, 2.0, 2.3), trial(4, 2.2, 0.1)), given=1, steps=4)
+    found = MultiplierSearch((trial(0.25, 2.5, 2.4), trial(1, 2.0, 2.3), trial(4, 2.2, 0.1)), given=1, steps=4)
     assert found.best.multiplier == 1 and found.option == "--set lora.multiplier=1" and found.remarks == ()
     diverged = (trial(0.25, 2.5), trial(1, 1.0, stopped="step 3: the loss is nan"), trial(4, 2.6))
-    assert Search(diverged, given=1, steps=4).best.multiplier == 0.25
-    assert "trials" in Search(diverged, given=1, steps=4).as_dict()
+    assert MultiplierSearch(diverged, given=1, steps=4).best.multiplier == 0.25
+    assert "trials" in MultiplierSearch(diverged, given=1, steps=4).as_dict()
 
 
 def test_what_is_to_be_known_of_the_best_is_said():
-    edge = Search((trial(0.05, 2.5), trial(0.2, 2.0)), given=0.05, steps=4)
+    edge = MultiplierSearch((trial(0.05, 2.5), trial(0.2, 2.0)), given=0.05, steps=4)
     assert edge.option == "--set lora.multiplier=0.2" and "0.2 is at one end" in edge.remarks[0]
-    near = Search((trial(0.5, 2.5), trial(1, 2.0 + SMALL / 2), trial(2, 2.0), trial(4, 2.2)), given=1, steps=4)
+    near = MultiplierSearch(
+        (trial(0.5, 2.5), trial(1, 2.0 + SMALL / 2), trial(2, 2.0), trial(4, 2.2)), given=1, steps=4
+    )
     assert near.remarks == (f"the difference to 1 is small ({SMALL / 2:.4f} nats a token)",)
-    far = Search((trial(0.5, 2.5), trial(1, 2.0 + 2 * SMALL), trial(2, 2.0), trial(4, 2.2)), given=1, steps=4)
+    far = MultiplierSearch((trial(0.5, 2.5), trial(1, 2.0 + 2 * SMALL), trial(2, 2.0), trial(4, 2.2)), given=1, steps=4)
     assert far.remarks == ()
-    worse = Search((trial(0.5, 3.2), trial(1, 3.1), trial(2, 3.4)), given=1, steps=4)
+    worse = MultiplierSearch((trial(0.5, 3.2), trial(1, 3.1), trial(2, 3.4)), given=1, steps=4)
     assert "no multiplier lowered" in worse.remarks[0]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from ctxext.train import optimizer as optimizer_module
+from ctxext.train.finetune_spec import OptimizerSpec
 from ctxext.train.optimizer import MasterAdamW, RelativeClip, rate_factor
-from ctxext.train.spec import OptimizerSpec
 
 
 def test_a_bf16_norm_moves_in_its_master_though_not_in_bf16():

@@ -15,11 +15,11 @@ from ctxext.errors import InputError
 from ctxext.model.source import resolve
 from ctxext.train.engine import LocalEngine
 from ctxext.train.finetune import _model, run_finetune, training_device
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
 from ctxext.train.passkey import grid_cases, measure
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 GRID = {"lengths": [120, 200], "depths": [0.0, 1.0], "cases": 2}
 

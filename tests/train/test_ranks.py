@@ -18,10 +18,10 @@ import pytest
 from ctxext.config.loader import build
 from ctxext.errors import InputError
 from ctxext.model.source import resolve
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.parallel import Launch, plan_launch
-from ctxext.train.plan import plan_run
 from ctxext.train.ranks import StartedRank, first_host, read_rank
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_plan import plan_run
 
 TORCHRUN = {
     "RANK": "5",

@@ -32,7 +32,7 @@ from ctxext.model.load import causal_lm, hidden_states
 from ctxext.model.model_config import parse_config
 from ctxext.ops.masks import Pattern, document_starts
 from ctxext.train import recompute, tiles
-from ctxext.train.spec import MemorySpec
+from ctxext.train.finetune_spec import MemorySpec
 
 E, F, W = 32, 112, 16
 SIZES = {

@@ -16,13 +16,13 @@ from ctxext.errors import InputError, ModelError
 from ctxext.model.source import resolve
 from ctxext.model.tokenizer import load_tokenizer
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.launch import LAUNCH
 from ctxext.train.loop import Events
 from ctxext.train.parallel import Host, Launch, plan_launch, read_zero
-from ctxext.train.plan import plan_run
 from ctxext.train.prepare import prepare_data
-from ctxext.train.run import plan_repeated, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import plan_repeated, start_run
+from ctxext.train.run_plan import plan_run
 
 
 @pytest.fixture

@@ -18,10 +18,10 @@ from ctxext.config.loader import build, dump_yaml, read_yaml
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import resolve
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
-from ctxext.train.plan import plan_run
-from ctxext.train.run import applied_changes, plan_repeated, plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import applied_changes, plan_repeated, plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 
 LINES = "".join(f"Line {i} of a text that is cut into sequences. {i * i}\n" for i in range(200))
 

@@ -20,11 +20,11 @@ from ctxext.data.mixture import Mixture
 from ctxext.errors import InputError
 from ctxext.model.source import resolve
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
-from ctxext.train.plan import RunPlan, plan_run
 from ctxext.train.prepare import prepare_data
-from ctxext.train.run import data_hash, plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import data_hash, plan_resumed, start_run
+from ctxext.train.run_plan import RunPlan, plan_run
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"

@@ -15,12 +15,12 @@ from ctxext.errors import InputError
 from ctxext.evals.verify import plan_launch, verify
 from ctxext.model.load import load_model
 from ctxext.model.source import resolve
-from ctxext.train import loop, sinks
+from ctxext.train import loop, sink_tokens
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
-from ctxext.train.plan import plan_run
-from ctxext.train.run import SPEC_FILE, plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import SPEC_FILE, plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 
 FIRST = 5  # the id of "$", which the texts here have at their beginning alone
 CTX, G = 128, 32
@@ -71,22 +71,22 @@ def row(first: int) -> torch.Tensor:
 
 def test_a_model_that_hangs_on_its_first_token_is_told_from_one_that_does_not(hanging, model_dir):
     model = load_model(str(hanging), device="cpu").model
-    with_first, without = (sinks.first_token_shares(model, row(first)) for first in (FIRST, 6))
-    assert len(with_first) == 4 and min(with_first) > 0.5 and sinks.measured_sinks(with_first) == 1
-    assert sinks.measured_sinks(without) == 0
+    with_first, without = (sink_tokens.first_token_shares(model, row(first)) for first in (FIRST, 6))
+    assert len(with_first) == 4 and min(with_first) > 0.5 and sink_tokens.measured_sinks(with_first) == 1
+    assert sink_tokens.measured_sinks(without) == 0
     plain = load_model(str(model_dir("llama")), device="cpu").model
-    assert sinks.measured_sinks(sinks.first_token_shares(plain, row(FIRST))) == 0
+    assert sink_tokens.measured_sinks(sink_tokens.first_token_shares(plain, row(FIRST))) == 0
 
 
 def test_tiny_and_stories_have_no_sink(stories):
     for name in ("tiny", str(stories)):
         loaded = load_model(name, device="cpu")
-        shares = sinks.first_token_shares(loaded.model, sinks.measured_row(loaded.tokenizer, 512))
-        assert max(shares) < 0.01 and sinks.measured_sinks(shares) == 0
+        shares = sink_tokens.first_token_shares(loaded.model, sink_tokens.measured_row(loaded.tokenizer, 512))
+        assert max(shares) < 0.01 and sink_tokens.measured_sinks(shares) == 0
 
 
 def test_auto_takes_the_first_token_where_the_model_hangs_on_it(hanging, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(sinks, "measured_row", lambda tokenizer, longest: row(FIRST))
+    monkeypatch.setattr(sink_tokens, "measured_row", lambda tokenizer, longest: row(FIRST))
     seen: set[Any] = set()
     real = loop.forward_backward
 
@@ -154,7 +154,7 @@ def test_a_run_says_what_its_attention_costs_untrained_and_warns_where_that_is_m
         run_finetune(plan, tmp_path / str(asked), events=Events(lines.append))
         (line,) = (line for line in lines if "training attention, untrained" in line)
         costs[asked] = float(line.partition("(")[2].partition(")")[0])
-        assert line.startswith("warning") == (costs[asked] > sinks.COST_WARNING)
+        assert line.startswith("warning") == (costs[asked] > sink_tokens.COST_WARNING)
     assert abs(costs[1]) < abs(costs[0])
 
 
@@ -183,5 +183,5 @@ def test_what_cannot_be_is_refused(fields, words, model_dir, text):
 
 def test_auto_with_tiles_is_none_and_is_said(model_dir, text):
     plan, said = make_plan(model_dir("llama"), text, memory={"tiles": 64}), list[str]()
-    assert plan.sink_tokens == 0 and sinks.sinks_of(plan, None, said.append) == 0
+    assert plan.sink_tokens == 0 and sink_tokens.sinks_of(plan, None, said.append) == 0
     assert said == ["attention.sinks: 0, because memory.tiles is set: tiles do not hold a document's first token"]

@@ -16,10 +16,10 @@ from ctxext.model.source import resolve
 from ctxext.train import finetune, loop
 from ctxext.train.checkpoint import TENSORS
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
-from ctxext.train.plan import plan_run
-from ctxext.train.run import plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 
 
 @pytest.fixture(scope="module")

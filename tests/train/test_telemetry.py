@@ -17,11 +17,11 @@ from ctxext.errors import CheckFailed
 from ctxext.model.source import resolve
 from ctxext.train import loop, telemetry
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.loop import Events
 from ctxext.train.metrics import read
-from ctxext.train.plan import plan_run
-from ctxext.train.run import start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import start_run
+from ctxext.train.run_plan import plan_run
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,12 @@ from ctxext.train import engine, loop, telemetry
 from ctxext.train.checkpoint import TENSORS, TrainingState
 from ctxext.train.engine import LocalEngine
 from ctxext.train.finetune import _model, run_finetune, training_device
+from ctxext.train.finetune_spec import AttentionSpec, FinetuneSpec
 from ctxext.train.loop import Events
-from ctxext.train.plan import plan_run
 from ctxext.train.prepare import prepare_data
-from ctxext.train.run import plan_resumed, start_run
+from ctxext.train.run_directory import plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 from ctxext.train.schedule import attention_at, phases
-from ctxext.train.spec import AttentionSpec, FinetuneSpec
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
 

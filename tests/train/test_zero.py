@@ -30,13 +30,13 @@ from ctxext.model.source import resolve
 from ctxext.train import finetune, loop
 from ctxext.train import launch as launching
 from ctxext.train.finetune import run_finetune
+from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.launch import Death, check_environment
 from ctxext.train.loop import Events
 from ctxext.train.parallel import Host, Launch, plan_launch, read_hostfile, read_zero, zero_names
-from ctxext.train.plan import plan_run
 from ctxext.train.ranks import leave
-from ctxext.train.run import plan_resumed, start_run
-from ctxext.train.spec import FinetuneSpec
+from ctxext.train.run_directory import plan_resumed, start_run
+from ctxext.train.run_plan import plan_run
 
 RATE = 1e-3
 PARTITION_ALL = {"stage3_param_persistence_threshold": 0}  # weights this small would be kept whole otherwise

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ctxext.ops.backends.runs import Run, join_short, runs_of, unpacked_runs
+from ctxext.ops.backends.key_runs import KeyRun, join_short, runs_of, unpacked_runs
 from ctxext.ops.backends.sdpa import additive, sdpa
 from ctxext.ops.backends.segments import Heads, check_shapes, flat, head_halves, segment_sinks
 from ctxext.ops.backends.views import Blocks, cut, join
@@ -132,7 +132,7 @@ def _after_sinks(
     return sdpa(q, k, v, None, scale, sink_logits)[:, :, N:]
 
 
-class Call(NamedTuple):
+class BlockedCall(NamedTuple):
     """One SDPA call: its queries, its keys, and the mask [L, back + L] added to the scores (None: causal).
 
     `sinks` [n, N] are the sink tokens put before each of the n blocks, as indices into all tokens; None without sink
@@ -145,13 +145,15 @@ class Call(NamedTuple):
     sinks: Tensor | None = None
 
 
-def _calls(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, like: Tensor) -> Iterator[Call]:
+def _calls(
+    pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor | None, like: Tensor
+) -> Iterator[BlockedCall]:
     """Yields the calls of one half of the heads, in token order; masks have the dtype and device of `like`."""
-    window, device, joined = pattern.sliding_window, like.device, set[Run]()
+    window, device, joined = pattern.sliding_window, like.device, set[KeyRun]()
     # Only documents and groups cut segments; the window shortens what a query sees within a segment.
     groups = replace(pattern, sliding_window=None)
     if document_starts is None:
-        runs: Sequence[Run] = unpacked_runs(groups, half, B, T)
+        runs: Sequence[KeyRun] = unpacked_runs(groups, half, B, T)
     else:
         document_starts = document_starts.cpu()
         runs = runs_of(groups, half, B, T, document_starts)
@@ -165,14 +167,14 @@ def _calls(pattern: Pattern, half: int, B: int, T: int, document_starts: Tensor 
         blocks = run.blocks
         if run in joined:
             q = token[blocks.start : blocks.start + blocks.length]
-            yield Call(blocks, blocks, additive((lo[q, None] <= q) & (q <= q[:, None]), like))
+            yield BlockedCall(blocks, blocks, additive((lo[q, None] <= q) & (q <= q[:, None]), like))
         elif run.sinks:
             # All segments of the run have the same number of sink tokens, each those of its own document.
             starts = torch.arange(blocks.start, blocks.start + blocks.tokens, blocks.length)
             first, _ = segment_sinks(pattern, starts, T, document_starts)
-            yield Call(blocks, blocks, None, (first[:, None] + torch.arange(run.sinks)).to(device))
+            yield BlockedCall(blocks, blocks, None, (first[:, None] + torch.arange(run.sinks)).to(device))
         elif band is None or blocks.length <= band.window:
-            yield Call(blocks, blocks, None)
+            yield BlockedCall(blocks, blocks, None)
         else:
             # Blocks of different segments overlap differently, so each long segment has its own calls.
             for start in range(blocks.start, blocks.start + blocks.tokens, blocks.length):
@@ -205,17 +207,17 @@ def _band(window: int, like: Tensor) -> Band:
     return Band(window, L, back, head, additive((distance >= 0) & (distance < window), like))
 
 
-def _banded(start: int, length: int, band: Band) -> Iterator[Call]:
+def _banded(start: int, length: int, band: Band) -> Iterator[BlockedCall]:
     """Yields the calls of one segment that is longer than the window."""
     L, back = band.L, band.back
     head = Blocks(start, 1, min(back, length))
-    yield Call(head, head, None if band.head is None else band.head[: head.length, : head.length])
+    yield BlockedCall(head, head, None if band.head is None else band.head[: head.length, : head.length])
     full, rest = divmod(max(0, length - back), L)
     if full:
-        yield Call(Blocks(start + back, full, L), Blocks(start + back, full, L, back), band.mask)
+        yield BlockedCall(Blocks(start + back, full, L), Blocks(start + back, full, L, back), band.mask)
     if rest:
         last = start + back + full * L
-        yield Call(Blocks(last, 1, rest), Blocks(last, 1, rest, back), band.mask[:rest, : back + rest])
+        yield BlockedCall(Blocks(last, 1, rest), Blocks(last, 1, rest, back), band.mask[:rest, : back + rest])
 
 
 def _cached(

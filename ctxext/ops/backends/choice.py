@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import blocked, flex, varlen
 from ctxext.ops.masks import Pattern, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 Backend = Literal["auto", "naive", "blocked", "varlen", "flex"]
 
 
 @dataclass(frozen=True)
-class Call:
+class AttentionCall:
     """The properties of a call that decide its backend.
 
     device, dtype, head_dim   of q
@@ -63,7 +63,7 @@ def attention(
     The arguments are those of `blocked.attention`; `backend` is a name or `auto`. Raises as `choose` does.
     """
     packed, cached = document_starts is not None, q.shape[2] < k.shape[2]
-    call = Call(q.device, q.dtype, q.shape[3], pattern, packed, cached, sink_logits is not None)
+    call = AttentionCall(q.device, q.dtype, q.shape[3], pattern, packed, cached, sink_logits is not None)
     chosen = choose(call, backend)
     if chosen == "naive":
         T, S = q.shape[2], k.shape[2]
@@ -87,7 +87,7 @@ def attention(
     return serve(q, k, v, pattern, document_starts=document_starts, scale=scale)
 
 
-def choose(call: Call, backend: str = "auto") -> str:
+def choose(call: AttentionCall, backend: str = "auto") -> str:
     """Returns the name of the backend that serves a call.
 
     Raises InputError for an unknown backend, EnvironmentFault for a requested backend that cannot serve the call.
@@ -104,7 +104,7 @@ def choose(call: Call, backend: str = "auto") -> str:
     return "varlen" if wants_varlen and not _unsupported("varlen", call) else "blocked"
 
 
-def _unsupported(backend: str, call: Call) -> str | None:
+def _unsupported(backend: str, call: AttentionCall) -> str | None:
     """Returns why a backend cannot serve a call, None when it can."""
     if backend in ("naive", "blocked"):
         return None

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from ctxext.errors import InputError
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import blocked, sdpa
 from ctxext.ops.masks import Pattern, check_document_starts, document_starts, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 HEADS = [(4, 2), (9, 3), (4, 1), (2, 2)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

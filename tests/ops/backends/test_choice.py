@@ -7,7 +7,7 @@ import torch
 
 from ctxext.errors import EnvironmentFault, InputError
 from ctxext.ops.backends import blocked, choice, varlen
-from ctxext.ops.backends.choice import Call, choose
+from ctxext.ops.backends.choice import AttentionCall, choose
 from ctxext.ops.masks import Pattern, document_starts
 
 CPU, GPU, BF16 = torch.device("cpu"), torch.device("cuda", 0), torch.bfloat16
@@ -23,15 +23,15 @@ def hopper(monkeypatch):
 @pytest.mark.parametrize(
     ("call", "backend"),
     [
-        (Call(CPU, torch.float32, 64), "blocked"),
-        (Call(CPU, BF16, 64, SLIDING, packed=True), "blocked"),
-        (Call(GPU, torch.float32, 64, SLIDING), "blocked"),
-        (Call(GPU, BF16, 64), "blocked"),
-        (Call(GPU, BF16, 64, S2), "blocked"),
-        (Call(GPU, BF16, 64, S2, packed=True), "varlen"),
-        (Call(GPU, BF16, 64, SLIDING), "varlen"),
-        (Call(GPU, BF16, 64, SLIDING, cached=True), "blocked"),
-        (Call(GPU, BF16, 60, SLIDING), "blocked"),
+        (AttentionCall(CPU, torch.float32, 64), "blocked"),
+        (AttentionCall(CPU, BF16, 64, SLIDING, packed=True), "blocked"),
+        (AttentionCall(GPU, torch.float32, 64, SLIDING), "blocked"),
+        (AttentionCall(GPU, BF16, 64), "blocked"),
+        (AttentionCall(GPU, BF16, 64, S2), "blocked"),
+        (AttentionCall(GPU, BF16, 64, S2, packed=True), "varlen"),
+        (AttentionCall(GPU, BF16, 64, SLIDING), "varlen"),
+        (AttentionCall(GPU, BF16, 64, SLIDING, cached=True), "blocked"),
+        (AttentionCall(GPU, BF16, 60, SLIDING), "blocked"),
     ],
     ids=str,
 )
@@ -41,19 +41,19 @@ def test_the_table(hopper, call, backend):
 
 def test_auto_falls_back_where_no_varlen_kernel_is_installed(hopper, monkeypatch):
     monkeypatch.setattr(varlen, "installed_kernel", lambda: None)
-    assert choose(Call(GPU, BF16, 64, SLIDING)) == "blocked"
+    assert choose(AttentionCall(GPU, BF16, 64, SLIDING)) == "blocked"
     with pytest.raises(EnvironmentFault, match="flash-attn is missing"):
-        choose(Call(GPU, BF16, 64, SLIDING), "varlen")
+        choose(AttentionCall(GPU, BF16, 64, SLIDING), "varlen")
 
 
 @pytest.mark.parametrize(
     ("call", "backend", "told"),
     [
-        (Call(CPU, BF16, 64), "varlen", "needs a GPU"),
-        (Call(CPU, BF16, 64), "flex", "needs a GPU"),
-        (Call(GPU, torch.float32, 64), "varlen", "not float32"),
-        (Call(GPU, BF16, 512), "varlen", "not 512"),
-        (Call(GPU, BF16, 64, cached=True), "flex", "cached keys"),
+        (AttentionCall(CPU, BF16, 64), "varlen", "needs a GPU"),
+        (AttentionCall(CPU, BF16, 64), "flex", "needs a GPU"),
+        (AttentionCall(GPU, torch.float32, 64), "varlen", "not float32"),
+        (AttentionCall(GPU, BF16, 512), "varlen", "not 512"),
+        (AttentionCall(GPU, BF16, 64, cached=True), "flex", "cached keys"),
     ],
     ids=str,
 )
@@ -66,12 +66,12 @@ def test_an_old_card_is_refused_varlen(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "an older card")
     with pytest.raises(EnvironmentFault, match="an older card"):
-        choose(Call(GPU, BF16, 64), "varlen")
+        choose(AttentionCall(GPU, BF16, 64), "varlen")
 
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(InputError, match="allowed are auto, naive, blocked, varlen, flex"):
-        choose(Call(CPU, BF16, 64), "flash")
+        choose(AttentionCall(CPU, BF16, 64), "flash")
 
 
 def test_the_named_backend_runs_and_no_other(monkeypatch):

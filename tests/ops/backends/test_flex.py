@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import flex
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 PATTERNS = [Pattern(), Pattern(1), Pattern(100), Pattern(128), Pattern(None, 64), Pattern(None, 333), Pattern(50, 200)]
 SINKS = [Pattern(None, 64, None, 1), Pattern(None, 200, 199, 4), Pattern(None, 333, None, 100)]

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from ctxext.errors import EnvironmentFault
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import choice
-from ctxext.ops.backends.choice import Call, choose
+from ctxext.ops.backends.choice import AttentionCall, choose
 from ctxext.ops.backends.sink_logits import attention_with_sinks, with_one_more_key
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 PATTERNS = [
     Pattern(),
@@ -118,7 +118,7 @@ def test_no_query_sees_the_future(pattern):
 
 
 def test_backends_without_learned_sinks_refuse_them():
-    call = Call(torch.device("cuda"), torch.bfloat16, 64, sink_logits=True)
+    call = AttentionCall(torch.device("cuda"), torch.bfloat16, 64, sink_logits=True)
     for backend in ("varlen", "flex"):
         with pytest.raises(EnvironmentFault, match="does not support learned sinks"):
             choose(call, backend)

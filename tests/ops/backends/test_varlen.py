@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxext.errors import EnvironmentFault, InputError
-from ctxext.ops.attention import naive_attention
 from ctxext.ops.backends import varlen
 from ctxext.ops.masks import Pattern, document_starts, lower_bounds
+from ctxext.ops.naive_attention import naive_attention
 
 PATTERNS = [
     Pattern(),

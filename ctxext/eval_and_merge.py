@@ -19,7 +19,7 @@ from ctxext.config.output import check_free, claim, disk_faults, replacing, writ
 from ctxext.data import fingerprints
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint, read_documents
 from ctxext.errors import InputError
-from ctxext.evals.spec import EvalSpec, asked
+from ctxext.evals.eval_spec import EvalSpec, asked
 from ctxext.evals.suite import with_lengths
 from ctxext.evals.suites import check_suites, inputs, model_stamp
 from ctxext.extras import can_draw
@@ -77,7 +77,7 @@ def plan_eval(
     out: Path | None = None,
     force: bool = False,
 ) -> EvalPlan:
-    """Finds the models and checks the spec (evals/spec.py, `asked`), before torch is imported.
+    """Finds the models and checks the spec (evals/eval_spec.py, `asked`), before torch is imported.
 
     Without `out`, the plan resumes an unfinished evaluation of the same request under ./runs, if there is one.
     `against` is one of the models, or an additional one. Raises InputError for a model, a field or an output that

@@ -16,7 +16,7 @@ from ctxext.ops.backends.views import Blocks
 from ctxext.ops.masks import Pattern, lower_bounds
 
 
-class Run(NamedTuple):
+class KeyRun(NamedTuple):
     """Neighbouring segments of equal length, each with the same number of sink tokens before it."""
 
     blocks: Blocks
@@ -24,12 +24,12 @@ class Run(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def unpacked_runs(groups: Pattern, half: int, B: int, T: int) -> tuple[Run, ...]:
+def unpacked_runs(groups: Pattern, half: int, B: int, T: int) -> tuple[KeyRun, ...]:
     """Returns the runs of rows of one document each; every layer and batch has the same ones, so they are cached."""
     return tuple(runs_of(groups, half, B, T, None))
 
 
-def runs_of(groups: Pattern, half: int, B: int, T: int, document_starts: Tensor | None) -> list[Run]:
+def runs_of(groups: Pattern, half: int, B: int, T: int, document_starts: Tensor | None) -> list[KeyRun]:
     """Returns the segments of one half of the heads, with equal neighbours joined into one run.
 
     `groups` is a pattern without a window; `document_starts` [B,T] is on the CPU.
@@ -41,24 +41,24 @@ def runs_of(groups: Pattern, half: int, B: int, T: int, document_starts: Tensor 
     kinds, counts = torch.unique_consecutive(torch.stack((lengths, sinks), dim=1), dim=0, return_counts=True)
     runs, start = [], 0
     for (length, before), count in zip(kinds.tolist(), counts.tolist(), strict=True):
-        runs.append(Run(Blocks(start, count, length), before))
+        runs.append(KeyRun(Blocks(start, count, length), before))
         start += count * length
     return runs
 
 
-def join_short(runs: list[Run], limit: int) -> tuple[list[Run], set[Run]]:
+def join_short(runs: list[KeyRun], limit: int) -> tuple[list[KeyRun], set[KeyRun]]:
     """Joins neighbouring runs while they have at most `limit` tokens together; returns all runs, and the joined ones.
 
     Runs with sink tokens before their segments are not joined: the mask of joined runs has no columns for sink tokens.
     """
-    kept: list[Run] = []
-    joined: set[Run] = set()
+    kept: list[KeyRun] = []
+    joined: set[KeyRun] = set()
     for run in runs:
         if kept and not kept[-1].sinks and not run.sinks and kept[-1].blocks.tokens + run.blocks.tokens <= limit:
             # The joined run replaces both; it is one block, whose mask keeps its segments apart.
             before = kept.pop()
             joined.discard(before)
-            run = Run(Blocks(before.blocks.start, 1, before.blocks.tokens + run.blocks.tokens), 0)
+            run = KeyRun(Blocks(before.blocks.start, 1, before.blocks.tokens + run.blocks.tokens), 0)
             joined.add(run)
         kept.append(run)
     return kept, joined

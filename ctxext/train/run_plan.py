@@ -20,10 +20,10 @@ from ctxext.model.source import ModelSource
 from ctxext.ops import cost
 from ctxext.ops.logits import loss_chunk
 from ctxext.ops.masks import Pattern
+from ctxext.train.finetune_spec import AttentionSpec, FinetuneSpec, Objective
 from ctxext.train.measured import measured_length
 from ctxext.train.refuse import refuse
 from ctxext.train.schedule import Attention, attention_at, first_dense, phases
-from ctxext.train.spec import AttentionSpec, FinetuneSpec, Objective
 from ctxext.train.teacher import (
     Teacher,
     absolute,

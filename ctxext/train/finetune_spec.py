@@ -28,8 +28,8 @@ class AttentionSpec:
                 s2: S²-Attn (LongLoRA, arXiv 2309.12307, section 3.2)
     group_size  tokens of an S²-Attn group; None: ctx / 4
     sinks       first tokens of its document that an S²-Attn query sees in addition to its group. auto: 1 for a model
-                that puts much of its attention on the first token, measured when training starts (train/sinks.py);
-                otherwise 0, as published. auto is 0 with memory.tiles and, with a warning, under ZeRO 3
+                that puts much of its attention on the first token, measured at the start of training
+                (train/sink_tokens.py); otherwise 0, as published. auto is 0 with memory.tiles
     grow        groups double, in equal parts of the S²-Attn steps, up to half of ctx or more
     shift       half: the groups of the shifted heads move by G // 2, as published; random: by a random amount drawn at
                 each step

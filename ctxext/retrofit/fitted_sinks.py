@@ -36,11 +36,11 @@ from ctxext.model.layout import LayerKind
 from ctxext.model.load import load_tokenizer
 from ctxext.model.shards import EMBEDDING, tensor_reader
 from ctxext.model.weights import only_pickles
-from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
+from ctxext.ops.naive_attention import attention_rows
 from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import Layers, Samples, apply_layer, measure, open_layers, weights_of_layer
-from ctxext.train.sinks import QUERY_STRIDE, SINK_SHARE
+from ctxext.train.sink_tokens import QUERY_STRIDE, SINK_SHARE
 
 TOKENS, ROW_TOKENS = 4096, 1024  # calibration text in total and per row; rows are longer for a large window
 Say = Callable[[str], None]

@@ -18,10 +18,10 @@ from torch import Tensor
 from ctxext.data.corpus import stdlib_documents
 from ctxext.data.packing import Packed
 from ctxext.model.load import hidden_states, load_tokenizer
-from ctxext.ops.attention import attention_rows
 from ctxext.ops.masks import Pattern
+from ctxext.ops.naive_attention import attention_rows
 from ctxext.train.loss import IGNORED
-from ctxext.train.plan import RunPlan
+from ctxext.train.run_plan import RunPlan
 
 if TYPE_CHECKING:  # the engine brings PEFT, which convert does not need
     from ctxext.train.engine import Engine

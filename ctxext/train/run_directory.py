@@ -23,9 +23,9 @@ from ctxext.config.locks import locked
 from ctxext.config.output import check_free, claim, disk_faults, write_whole
 from ctxext.errors import InputError, ModelError
 from ctxext.model.source import ModelSource, from_directory, resolve
-from ctxext.train.plan import RunPlan, plan_run
+from ctxext.train.finetune_spec import FinetuneSpec
+from ctxext.train.run_plan import RunPlan, plan_run
 from ctxext.train.same_data import DATA_FILE, changes_of_data, data_hash, first_few, moved_data, write_record
-from ctxext.train.spec import FinetuneSpec
 from ctxext.train.teacher import teacher_weights
 from ctxext.units import counted, parse_tokens
 

@@ -11,12 +11,12 @@ from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free
 from ctxext.data import documents
 from ctxext.errors import EnvironmentFault, InputError
+from ctxext.evals.eval_spec import LongPpl
 from ctxext.evals.haystacks import GRASS
 from ctxext.evals.longppl import check as check_evaluator
-from ctxext.evals.spec import LongPpl
 from ctxext.evals.suite import check_length
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.probes.spec import KEEP_CHECKPOINTS, LONGEST, PROBES, RUN_PROBES, SHORTEST, ProbeSpec, asked
+from ctxext.probes.probe_spec import KEEP_CHECKPOINTS, LONGEST, PROBES, RUN_PROBES, SHORTEST, ProbeSpec, asked
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Finding:
+class ProbeFinding:
     """The result of one probe on one model. `facts` has all its numbers, for JSON; `notes` are shown beside them."""
 
     facts: dict[str, Any]
@@ -126,7 +126,7 @@ class ProbeResult:
 
     probe: Name
     spec: dict[str, Any]
-    findings: tuple[Finding, ...]
+    findings: tuple[ProbeFinding, ...]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ctxext.errors import EnvironmentFault
 from ctxext.machine.memory import is_out_of_memory
-from ctxext.train.plan import RunPlan
+from ctxext.train.run_plan import RunPlan
 from ctxext.units import format_bytes, format_tokens
 
 TILE = 4096  # tokens; the suggested value of memory.tiles

@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from ctxext.config import manifest as manifests
 from ctxext.config.manifest import Manifest
 from ctxext.errors import DataError, InputError
-from ctxext.probes.finding import ProbeReport
+from ctxext.probes.probe_finding import ProbeReport
 
 RESULTS, STEPS, VALIDATIONS, PROBES = "results.json", "metrics.jsonl", "validation.jsonl", "probes.json"
 _BEGUN = {"spec.yaml": "ctxext finetune --resume", "request.json": "the same ctxext eval command again: it resumes"}
@@ -56,7 +56,7 @@ class Cell:
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
-class Grid:
+class RecordedGrid:
     cells: tuple[Cell, ...] = ()
 
 
@@ -69,7 +69,7 @@ class Line:
     loss: float | None = None
     short: float | None = None
     by_position: dict[Annotated[str, Field(pattern=r"^\d+$")], float] | None = None
-    passkey: Grid | None = None
+    passkey: RecordedGrid | None = None
     gradient_norm: float | None = None
     tokens: int | None = None
     tokens_per_second: float | None = None
@@ -80,7 +80,7 @@ class Line:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class Row:
-    """One number of results.json (evals/engine.py). `task` "": the whole suite. `length` 0: the suite has no length."""
+    """One number of results.json (evals/item_runner.py). `task` "": the whole suite. `length` 0: no length."""
 
     suite: str
     protocol: str
@@ -96,7 +96,7 @@ class Row:
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
-class SuiteResult:
+class RecordedSuite:
     """The rows of one suite on one model."""
 
     suite: str
@@ -105,7 +105,7 @@ class SuiteResult:
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
-class ModelResult:
+class RecordedModel:
     """One evaluated model. Lengths in tokens; `layout` and `positions` are descriptions in words."""
 
     model: str
@@ -113,12 +113,12 @@ class ModelResult:
     usable_length: int
     layout: str
     positions: str
-    suites: tuple[SuiteResult, ...]
+    suites: tuple[RecordedSuite, ...]
     original_length: int | None = None
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
-class Difference:
+class RecordedDifference:
     """A difference as in evals/compare.py: `value` is the model's number minus that of `against`, in `unit`."""
 
     suite: str
@@ -136,7 +136,7 @@ class Difference:
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
-class Asked:
+class RecordedRequest:
     """The part of the evaluation's spec that decides which numbers may be compared. The manifest has the whole spec."""
 
     suites: tuple[dict[str, Any], ...]
@@ -144,17 +144,17 @@ class Asked:
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
-class Results:
+class RecordedResults:
     """The content of results.json."""
 
-    spec: Asked
-    models: tuple[ModelResult, ...]
+    spec: RecordedRequest
+    models: tuple[RecordedModel, ...]
     seconds: float | None = None
-    differences: tuple[Difference, ...] = ()
+    differences: tuple[RecordedDifference, ...] = ()
 
 
 @dataclass(frozen=True)
-class Run:
+class RecordedRun:
     """One directory of the report's input, the `number`-th, counted from 1.
 
     files        the sha256 of each file that was read, by name
@@ -166,7 +166,7 @@ class Run:
     directory: Path
     manifest: Manifest
     files: dict[str, str]
-    results: Results | None = None
+    results: RecordedResults | None = None
     steps: tuple[dict[str, Any], ...] = ()
     validations: tuple[dict[str, Any], ...] = ()
     probes: ProbeReport | None = None
@@ -194,8 +194,8 @@ class Series:
     """The rows of one model in a block. `label` is unique in the block, also where one model was run twice."""
 
     label: str
-    model: ModelResult
-    run: Run
+    model: RecordedModel
+    run: RecordedRun
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
@@ -228,7 +228,7 @@ class Block:
         return max(lengths, default=None)
 
 
-def read_runs(directories: list[Path]) -> list[Run]:
+def read_runs(directories: list[Path]) -> list[RecordedRun]:
     """Reads every directory, in the given order.
 
     Errors: InputError (a directory that does not exist, has no manifest, is given twice or lacks its results),
@@ -242,7 +242,7 @@ def read_runs(directories: list[Path]) -> list[Run]:
     return [_read(number, directory) for number, directory in enumerate(directories, start=1)]
 
 
-def _read(number: int, directory: Path) -> Run:
+def _read(number: int, directory: Path) -> RecordedRun:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such directory", hint="give the output of an eval, a probe or a finetune")
     manifest = manifests.read(directory)
@@ -262,7 +262,7 @@ def _read(number: int, directory: Path) -> Run:
     if wanted is not None and wanted not in present:
         raise InputError(f"{directory} has no {wanted}: nothing was measured there", hint="run it again")
     files = {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in present}
-    run = Run(number, directory, manifest, files)
+    run = RecordedRun(number, directory, manifest, files)
     # Other kinds than eval and probe may have step files. Without them the run is shown by its manifest alone.
     if manifest.kind == "eval":
         return replace(run, results=_results(directory / RESULTS))
@@ -271,8 +271,8 @@ def _read(number: int, directory: Path) -> Run:
     return replace(run, steps=_lines(directory / STEPS), validations=_lines(directory / VALIDATIONS))
 
 
-def _results(path: Path) -> Results:
-    results = _validated(path, TypeAdapter(Results), "an evaluation's results")
+def _results(path: Path) -> RecordedResults:
+    results = _validated(path, TypeAdapter(RecordedResults), "an evaluation's results")
     # `blocks` pairs each suite of the spec with the results at the same index.
     names = [suite.get("suite") for suite in results.spec.suites]
     for model in results.models:
@@ -322,7 +322,7 @@ def _lines(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(found)
 
 
-def blocks(runs: list[Run]) -> list[Block]:
+def blocks(runs: list[RecordedRun]) -> list[Block]:
     """Groups the rows of all evaluations into blocks, in order of first appearance.
 
     A suite has one block for each way in which it was requested.
@@ -342,9 +342,9 @@ def blocks(runs: list[Run]) -> list[Block]:
     return [replace(block, series=_with_labels(block.series)) for block in found.values()]
 
 
-def models(runs: list[Run]) -> list[tuple[str, ModelResult, dict[str, str]]]:
+def models(runs: list[RecordedRun]) -> list[tuple[str, RecordedModel, dict[str, str]]]:
     """Returns (label, model, hashes of the weights) of every evaluated model, once for each label."""
-    labels, found = _labels(runs), dict[str, tuple[str, ModelResult, dict[str, str]]]()
+    labels, found = _labels(runs), dict[str, tuple[str, RecordedModel, dict[str, str]]]()
     for run in runs:
         for index, model in enumerate(run.results.models if run.results else ()):
             label = labels[_identity(run, index)]
@@ -352,17 +352,17 @@ def models(runs: list[Run]) -> list[tuple[str, ModelResult, dict[str, str]]]:
     return list(found.values())
 
 
-def _weights(run: Run, index: int) -> dict[str, str]:
+def _weights(run: RecordedRun, index: int) -> dict[str, str]:
     return dict(run.manifest.parents.get(f"model {index}", {}).get("weights") or {})
 
 
-def _identity(run: Run, index: int) -> str:
+def _identity(run: RecordedRun, index: int) -> str:
     assert run.results is not None
     model = run.results.models[index]
     return json.dumps([model.model, model.path, _weights(run, index)], sort_keys=True)
 
 
-def _labels(runs: list[Run]) -> dict[str, str]:
+def _labels(runs: list[RecordedRun]) -> dict[str, str]:
     """The label of each model by identity: its name, numbered where models of one name differ in path or weights."""
     labels, named = dict[str, str](), Counter[str]()
     for run in runs:

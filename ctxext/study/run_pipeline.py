@@ -23,13 +23,13 @@ from ctxext.errors import CtxextError, InputError
 from ctxext.study import state, steps
 from ctxext.study.flow import filled
 from ctxext.study.inputs import check_inputs
-from ctxext.study.pipeline import Job, Pipeline
-from ctxext.study.results import Results, results
+from ctxext.study.pipeline import Pipeline, PipelineJob
+from ctxext.study.results import PipelineResults, results
 from ctxext.study.trust import check_inside
-from ctxext.train.run import differences
+from ctxext.train.run_directory import differences
 
 FILE = "pipeline.json"
-EVAL_REQUEST = "request.json"  # the file by which an interrupted evaluation can be resumed (pipeline.py)
+EVAL_REQUEST = "request.json"  # the file by which an interrupted evaluation can be resumed (eval_and_merge.py)
 RUNS: dict[str, Callable[..., Any]] = {
     "plan": api.plan,
     "convert": api.convert,
@@ -53,7 +53,7 @@ CALLBACKS: dict[str, tuple[str, ...]] = {  # the callbacks that each of these fu
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     """A pipeline, its output directory and the status of each job.
 
     begin      the step to start at: earlier steps are taken as they are; this step and later ones run again
@@ -72,7 +72,7 @@ class Plan:
 
 def plan_pipeline(
     pipeline: Pipeline, out: Path | None = None, *, begin: str | None = None, force: bool = False, trusted: bool = True
-) -> Plan:
+) -> PipelinePlan:
     """Determines the status of every job. Writes nothing.
 
     `out`: the output directory; None is ./runs/<name of the pipeline>.
@@ -96,17 +96,17 @@ def plan_pipeline(
             standings[job.id] = "waits"
         else:
             standings[job.id] = _standing(job, pipeline, out, force, trusted)
-    return Plan(pipeline, out, begin, force, trusted, standings)
+    return PipelinePlan(pipeline, out, begin, force, trusted, standings)
 
 
-def _taken(out: Path, job: Job) -> str:
+def _taken(out: Path, job: PipelineJob) -> str:
     record = state.read(out, job)
     if record is None or not record["done"] or not (out / job.id).exists():
         raise InputError(f"--from: the earlier job {job.id} is not done", hint="start at its step, or earlier")
     return "taken"
 
 
-def _standing(job: Job, pipeline: Pipeline, out: Path, force: bool, trusted: bool) -> str:
+def _standing(job: PipelineJob, pipeline: Pipeline, out: Path, force: bool, trusted: bool) -> str:
     record = state.read(out, job)
     asked = state.request(job, _filled(job, _reports(pipeline, out, job), out, trusted), record)
     found = state.standing(record, asked, out / job.id)
@@ -124,7 +124,9 @@ def _may_replace(found: str, record: dict[str, Any] | None, asked: dict[str, Any
         )
 
 
-def run_pipeline(plan: Plan, *, say: api.Say = api.ignore, progress: api.Progress = api.ignore) -> Results | None:
+def run_pipeline(
+    plan: PipelinePlan, *, say: api.Say = api.ignore, progress: api.Progress = api.ignore
+) -> PipelineResults | None:
     """Runs all jobs in order and writes the results. Returns None where a training was interrupted.
 
     The same call resumes the pipeline. Errors are those of the commands, with the job's id in front of the message;
@@ -156,7 +158,7 @@ def run_pipeline(plan: Plan, *, say: api.Say = api.ignore, progress: api.Progres
     return found
 
 
-def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
+def _job(plan: PipelinePlan, job: PipelineJob, say: api.Say, progress: api.Progress) -> str:
     """Runs, resumes or skips one job. Returns `ran`, `resumed`, `skipped`, `taken` or `interrupted`."""
     if plan.standings[job.id] == "taken":
         return "taken"
@@ -195,7 +197,7 @@ def _job(plan: Plan, job: Job, say: api.Say, progress: api.Progress) -> str:
     return "resumed" if keep and record is not None else "ran"
 
 
-def _done(root: Path, job: Job, record: dict[str, Any]) -> None:
+def _done(root: Path, job: PipelineJob, record: dict[str, Any]) -> None:
     """Stores the report first and the hash of the output second.
 
     Hashing may take minutes. Without the first write, a kill during that time would lose a finished training.
@@ -224,7 +226,7 @@ def _resumable(out: Path) -> bool:
     return (out / "spec.yaml").is_file() and not (out / manifests.FILE_NAME).exists()
 
 
-def _filled(job: Job, reports: tuple[dict[str, Any], dict[str, list[str]]], out: Path, trusted: bool) -> Any:
+def _filled(job: PipelineJob, reports: tuple[dict[str, Any], dict[str, list[str]]], out: Path, trusted: bool) -> Any:
     """The job's spec with the reports of earlier steps filled in. Raises InputError where a report lacks a value."""
     try:
         arguments = filled(job.arguments, *reports)
@@ -237,7 +239,7 @@ def _filled(job: Job, reports: tuple[dict[str, Any], dict[str, list[str]]], out:
     return step
 
 
-def _reports(pipeline: Pipeline, out: Path, job: Job) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def _reports(pipeline: Pipeline, out: Path, job: PipelineJob) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """Reports of the steps that a job refers to, and the output directories of all cells of the steps it collects.
 
     A step that has not reported yet is represented by its output directory alone.
@@ -250,5 +252,5 @@ def _reports(pipeline: Pipeline, out: Path, job: Job) -> tuple[dict[str, Any], d
     return known, {name: [str(out / other) for other in jobs] for name, jobs in job.collects.items()}
 
 
-def _needs(job: Job) -> list[str]:
+def _needs(job: PipelineJob) -> list[str]:
     return [*job.uses.values(), *(other for jobs in job.collects.values() for other in jobs)]

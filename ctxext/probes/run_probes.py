@@ -29,13 +29,13 @@ from ctxext.probes import (
     retrieval_heads,
     retrieval_trace,
 )
-from ctxext.probes.finding import Finding, ProbeReport, ProbeResult
-from ctxext.probes.plan import ProbePlan
+from ctxext.probes.plan_probes import ProbePlan
+from ctxext.probes.probe_finding import ProbeFinding, ProbeReport, ProbeResult
 from ctxext.probes.subject import Subject
 from ctxext.progress import CountProgress, Progress, ignore
 
 RESULTS = "probes.json"
-MEASURES: dict[str, Callable[[Subject, Any, CountProgress], Finding]] = {
+MEASURES: dict[str, Callable[[Subject, Any, CountProgress], ProbeFinding]] = {
     "receptive-field": receptive_field.measure,
     "layer-niah": layer_niah.measure,
     "gradient-influence": gradient_influence.measure,
@@ -55,7 +55,7 @@ def measure(
     Calls `progress(what, done, in all)` and `notice(line)` while it runs. Raises EnvironmentFault where memory runs
     out.
     """
-    began, found = time.monotonic(), list[list[Finding]]()
+    began, found = time.monotonic(), list[list[ProbeFinding]]()
     can_draw(notice, "a picture of each probe")
     names = _names(plan)
     if plan.left_out:
@@ -107,7 +107,7 @@ def write(plan: ProbePlan, report: ProbeReport) -> list[str]:
     return pictures
 
 
-def _in_memory(subject: Subject, spec: Any, progress: CountProgress) -> Finding:
+def _in_memory(subject: Subject, spec: Any, progress: CountProgress) -> ProbeFinding:
     """Runs one probe.
 
     Raises EnvironmentFault with a hint where memory runs out, ModelError for a number that is not finite.

@@ -49,7 +49,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Row:
+class ResultRow:
     """One number and what it measures. `low` and `high` bound it with 95% confidence, where that is known.
 
     task      "" for the number over all tasks of the suite
@@ -69,12 +69,12 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Job:
+class SuiteJob:
     """One suite on one model. `run` takes items of one size; `rows` takes all outcomes in the order of the items."""
 
     items: Sequence[Any]
     run: Callable[[Sequence[Any]], list[Outcome]]
-    rows: Callable[[Sequence[Outcome]], list[Row]]
+    rows: Callable[[Sequence[Outcome]], list[ResultRow]]
     notes: tuple[str, ...] = ()
 
 
@@ -113,7 +113,7 @@ class Ledger:
             self.outcomes[outcome.id] = outcome
 
 
-def run_job(job: Job, ledger: Ledger, tokens_per_batch: int, progress: CountProgress) -> list[Row]:
+def run_job(job: SuiteJob, ledger: Ledger, tokens_per_batch: int, progress: CountProgress) -> list[ResultRow]:
     """Runs the items that the ledger does not have yet, batch by batch, and returns the rows."""
     known = sum(item.id in ledger.outcomes for item in job.items)
     progress(known, len(job.items))
@@ -152,7 +152,7 @@ def wilson(hits: float, n: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def rates(suite: str, protocol: str, metric: str, outcomes: Sequence[Outcome], **details: Any) -> list[Row]:
+def rates(suite: str, protocol: str, metric: str, outcomes: Sequence[Outcome], **details: Any) -> list[ResultRow]:
     """Returns one row per length for cases that score 0 to 1, with the mean of each depth where cases have depths.
 
     The interval is Wilson's, which is for cases that are right or wrong; it is left out where any case has partial
@@ -170,5 +170,5 @@ def rates(suite: str, protocol: str, metric: str, outcomes: Sequence[Outcome], *
             if depth is not None
         }
         extra = {**details, **({"by_depth": depths} if depths else {})}
-        rows.append(Row(suite, protocol, "", length, metric, total / n, n, low, high, extra))
+        rows.append(ResultRow(suite, protocol, "", length, metric, total / n, n, low, high, extra))
     return rows
