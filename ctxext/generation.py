@@ -24,6 +24,7 @@ from typing import Any
 
 from ctxext.data.prompts import TAIL, continued_ids, prompt_ids
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
+from ctxext.machine.gpu import default_device
 from ctxext.machine.memory import is_out_of_memory
 from ctxext.model.convert import DTYPES
 from ctxext.model.ids import check_ids
@@ -413,7 +414,7 @@ def _load(plan: GenerationPlan) -> Any:
 
     from ctxext.model.load import load_model
 
-    device = plan.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = plan.device or default_device()
     if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise EnvironmentFault(f"--device {device}: torch finds {torch.cuda.device_count()} GPUs", hint="--device cpu")
     return load_model(plan.source, dtype=plan.dtype or ("float32" if device == "cpu" else "bfloat16"), device=device)

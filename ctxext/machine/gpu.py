@@ -51,6 +51,13 @@ def first_gpu(environ: Mapping[str, str] = os.environ) -> tuple[str, int] | None
     return ("", 0) if chosen is None else (chosen[2], int(chosen[3]) if chosen[3].isdigit() else 0)
 
 
+def default_device() -> Literal["cuda", "cpu"]:
+    """Returns the device that a model is used on where none is given: the first GPU of torch, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @cache
 def torch_build() -> Build:
     """Returns what the installed torch is built for, read from its version.py; None for a CPU, and without torch."""

@@ -34,6 +34,7 @@ from ctxext.config import manifest as manifests
 from ctxext.config.output import environment_fault
 from ctxext.errors import EnvironmentFault, ModelError
 from ctxext.model.card import model_card
+from ctxext.model.config_fields import Fields
 from ctxext.model.gguf_config import FACTORS, PERMUTED, config_of, quantisation, special_ids, tensor_names
 from ctxext.model.gguf_header import FLOATS, TYPES, Header, Stored, read_header
 from ctxext.model.model_config import ModelConfig, parse_config
@@ -114,7 +115,6 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _write(header: Header, out: Path, digest: str) -> None:
     """Writes the model into a temporary directory next to `out` and renames it to `out`."""
-    config = config_of(header)
     dtype = _dtype(header)
     item = 4 if dtype == "float32" else 2
     # Check the free space first, so that a large file does not fail after minutes of work.
@@ -130,7 +130,7 @@ def _write(header: Header, out: Path, digest: str) -> None:
     partial = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex}")
     try:
         partial.mkdir()
-        _write_into(partial, header, config.with_fields(dtype=dtype), digest)
+        _write_into(partial, header, config_of(header) | {"dtype": dtype}, digest)
         if out.exists():  # an incomplete older copy
             shutil.rmtree(out)
         partial.rename(out)
@@ -144,9 +144,10 @@ def _write(header: Header, out: Path, digest: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_into(directory: Path, header: Header, config: ModelConfig, digest: str) -> None:
+def _write_into(directory: Path, header: Header, fields: Fields, digest: str) -> None:
     from ctxext.model.gguf_tokenizer import write_tokenizer
 
+    config = parse_config(fields)
     _write_weights(directory, header, config)
     write_tokenizer(header.path, directory, config)
     # Generation stops at EOS and, if the file names one, at the end-of-turn token.
@@ -161,18 +162,20 @@ def _write_into(directory: Path, header: Header, config: ModelConfig, digest: st
             "file": header.path.name,
             "sha256": digest,
             "quantisation": quantisation(header),
-            "dequantised_to": config.dtype,
+            "dequantised_to": fields["dtype"],
             "stated_name": header.metadata.get("general.name"),
         },
     }
     # The model card states that the weights come from a quantised file. The licence is the file's own.
     rows = [("quantisation", quantisation(header)), ("file", header.path.name), ("sha256 of the file", digest)]
-    said = f"The weights of a GGUF file, dequantised to {config.dtype}. They are as precise as the quantised file, not "
+    said = (
+        f"The weights of a GGUF file, dequantised to {fields['dtype']}. They are as precise as the quantised file, not "
+    )
     said += "as the model that it was made from."
     licence = {"license": str(value)} if (value := header.metadata.get("general.license")) else {}
     (directory / "README.md").write_text(model_card(header.path.stem, [said], rows, licence), "utf-8")
     manifests.write(directory, manifests.new("source", spec={}, parents={}, facts=facts, command=[]))
-    (directory / "config.json").write_text(json.dumps(config.fields, indent=2, sort_keys=True) + "\n", "utf-8")
+    (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _entries(stored: Stored) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ctxext.errors import EnvironmentFault, InputError, ModelError
+from ctxext.machine.gpu import default_device
 from ctxext.model import attention
 from ctxext.model.adapters import open_adapter
 from ctxext.model.frequencies import check_realised, forget_lengths
@@ -70,7 +71,7 @@ def load_model(
     """
     # A bundle is built from its base's weights under the bundle's config: that config has the new positions.
     source = model if isinstance(model, ModelSource) else resolve(str(model))
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device())
     weights = source.base.directory if source.base else source.directory
     check_source(source)
     built: Any = build_model(weights, source.config, getattr(torch, dtype))

@@ -9,12 +9,13 @@ from typing import Any
 from ctxext.config import presets
 from ctxext.config.loader import build, set_value
 from ctxext.errors import CheckFailed, InputError
+from ctxext.machine import cards
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import resolve
 from ctxext.ops.cost import Partition
-from ctxext.planning import cards, search
+from ctxext.planning import search
 from ctxext.planning.calibrate import rates_here
-from ctxext.planning.cards import Rates
+from ctxext.planning.cards import Rates, card_rates
 from ctxext.planning.search import Choice, PlanRequest
 from ctxext.planning.time import Estimate, estimate
 from ctxext.train.finetune_spec import FinetuneSpec
@@ -178,7 +179,7 @@ def ask(
                 f"--set dtype=float32: only the bf16 rate of {name} is known, and float32 is much slower",
                 hint="leave dtype out, or run ctxext plan --calibrate on that machine and use --gpu this",
             )
-        rates, size = cards.card_rates(name, packed=packed), card.memory
+        rates, size = card_rates(name, packed=packed), card.memory
         if gpu is not None and given is not None and given > size:
             raise InputError(f"--memory {memory}: {name} has only {format_bytes(size)}", hint="give less")
     if not on_gpu and cards_ > 1:

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.config.output import write_whole
 from ctxext.errors import EnvironmentFault
+from ctxext.machine.cards import card_here
+from ctxext.machine.gpu import default_device
 from ctxext.machine.memory import memory
-from ctxext.planning.cards import Rates, card_here, card_rates
+from ctxext.planning.cards import Rates, card_rates
 from ctxext.planning.time import computed_pairs, norm_bytes
 from ctxext.units import counted
 
@@ -103,7 +105,7 @@ def calibrate(say: Callable[[str], None] = lambda line: None) -> list[Calibratio
     """Measures fp32 and bf16 here and stores both. Raises EnvironmentFault if the result cannot be stored."""
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(default_device())
     found = list[Calibration]()
     for dtype in (torch.float32, torch.bfloat16):
         say(f"measuring {str(dtype)[6:]} on {device.type}")

@@ -1,4 +1,4 @@
-"""GPU cards and their rates: values of data sheets, what an H200 achieved of them, and rates measured on this machine.
+"""The rates of GPU cards: shares of the values of their data sheets (machine/cards.py), and rates measured here.
 
     share of the bf16 peak                linear    attention forward    backward
     an H200, kernels written for Hopper    0.71           0.63             0.55      cuDNN, FlashAttention-3
@@ -14,65 +14,15 @@ of matrices, of the plain fp32 peak.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ctxext.errors import InputError
-from ctxext.machine.gpu import first_gpu
+from ctxext.machine.cards import CARDS, TERA
 
 LINEAR, OWN_KERNELS, FLASH2 = 700 / 989, (620 / 989, 540 / 989), (370 / 989, 320 / 989)
 STREAM = 0.8  # share of a card's memory bandwidth that an elementwise kernel reaches: an assumption
 HOST, LINK = 0.8, 0.7  # share of the rates of PCIe and of the link between cards, in one direction: assumptions
 HOST_MEMORY = 50e9  # bytes/s that an optimizer on the host reads and writes, per card: an assumption
-MIB, GB, TERA = 1024**2, 1e9, 1e12
-REFERENCE = "a100-80"  # its rates are used if only a memory size is given
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """One card according to its data sheet.
-
-    memory     bytes, as nvidia-smi reports them
-    peak       dense bf16 FLOP/s, accumulated in fp32
-    single     fp32 FLOP/s, without tensor cores
-    bandwidth  of its memory, bytes/s
-    pcie, link  to the host and to other cards, bytes/s in one direction
-    device     the part of nvidia-smi's name that identifies it
-    hopper     True: kernels written for Hopper run on it
-    """
-
-    memory: int
-    peak: float
-    single: float
-    bandwidth: float
-    pcie: float
-    link: float
-    device: str = "-"
-    hopper: bool = False
-
-
-CARDS = {
-    "h200": Card(memory=143_771 * MIB, peak=989 * TERA, bandwidth=4800 * GB, pcie=64 * GB, link=450 * GB,
-                 single=67 * TERA, device="H200", hopper=True),
-    "h100": Card(memory=81_559 * MIB, peak=989 * TERA, bandwidth=3350 * GB, pcie=64 * GB, link=450 * GB,
-                 single=67 * TERA, device="H100 80GB HBM3", hopper=True),
-    "h100-pcie": Card(memory=81_559 * MIB, peak=756 * TERA, bandwidth=2000 * GB, pcie=64 * GB, link=64 * GB,
-                      single=51 * TERA, device="H100 PCIe", hopper=True),
-    "a100-80": Card(memory=81_920 * MIB, peak=312 * TERA, bandwidth=2039 * GB, pcie=32 * GB, link=300 * GB,
-                    single=19.5 * TERA, device="A100-SXM4-80GB"),
-    "a100-40": Card(memory=40_960 * MIB, peak=312 * TERA, bandwidth=1555 * GB, pcie=32 * GB, link=300 * GB,
-                    single=19.5 * TERA, device="A100-SXM4-40GB"),
-    "l40s": Card(memory=46_068 * MIB, peak=362 * TERA, bandwidth=864 * GB, pcie=32 * GB, link=32 * GB,
-                 single=91.6 * TERA, device="L40S"),
-    "a6000": Card(memory=49_140 * MIB, peak=155 * TERA, bandwidth=768 * GB, pcie=32 * GB, link=32 * GB,
-                  single=38.7 * TERA, device="RTX A6000"),
-    "4090": Card(memory=24_564 * MIB, peak=165 * TERA, bandwidth=1008 * GB, pcie=32 * GB, link=32 * GB,
-                 single=82.6 * TERA, device="RTX 4090"),
-    "3090": Card(memory=24_576 * MIB, peak=71 * TERA, bandwidth=936 * GB, pcie=32 * GB, link=32 * GB,
-                 single=35.6 * TERA, device="RTX 3090"),
-}  # fmt: skip
-SIZES = {"24gb": "3090", "40gb": "a100-40", "48gb": "a6000", "80gb": "a100-80"}  # the slowest known card of that size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,18 +74,6 @@ class Rates:
         return replace(self, **{name: getattr(self, name) * factor})
 
 
-def find_card(name: str) -> tuple[str, Card]:
-    """Returns a card by name or memory size. Raises InputError that lists all of them."""
-    known = SIZES.get(name.lower(), name.lower())
-    if known not in CARDS:
-        close = difflib.get_close_matches(known, [*CARDS, *SIZES], n=2)
-        raise InputError(
-            f"--gpu {name}: unknown GPU; allowed are {', '.join(CARDS)}, by size {', '.join(SIZES)}, and this",
-            hint=f"did you mean {' or '.join(close)}?" if close else "for another GPU give --memory, such as 80G",
-        )
-    return known, CARDS[known]
-
-
 def card_rates(name: str, *, packed: bool) -> Rates:
     """Returns a card's rates.
 
@@ -156,15 +94,3 @@ def card_rates(name: str, *, packed: bool) -> Rates:
         source=f"{name}: arithmetic, matrices at 71% of its peak of {card.peak / TERA:.0f} TFLOP/s, attention at {of}",
         measured=False,
     )
-
-
-def card_here() -> tuple[str | None, int] | None:
-    """Returns (card, bytes) of the first GPU that torch will see; None without a GPU.
-
-    The card is None if it is not in CARDS.
-    """
-    found = first_gpu()
-    if found is None:
-        return None
-    device, memory = found
-    return next((name for name, card in CARDS.items() if card.device in device), None), memory * MIB

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.prompts import framing
 from ctxext.errors import InputError
+from ctxext.machine.gpu import default_device
 from ctxext.model.convert import ConversionPlan, FittedSinks, may_fit_sinks
 from ctxext.model.ids import check_ids
 from ctxext.model.layout import LayerKind
@@ -80,7 +81,7 @@ def fit_sinks(
     """
     source, windows = plan.source, {kind.sliding_window for kind in plan.kinds} - {None}
     window = min(windows, default=None)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device())
     # No window that hides anything, or no weights that can be streamed.
     if window is None or window >= source.usable_length or only_pickles(source.directory):
         return None

@@ -19,6 +19,7 @@ from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.files import distinct, recorded
 from ctxext.data.haystack import HaystackCase, key_places, passkey_case
 from ctxext.errors import DataError, InputError, ModelError
+from ctxext.machine.gpu import default_device
 from ctxext.model.convert import ConversionPlan
 from ctxext.model.ids import check_ids
 from ctxext.model.layout import LayerKind, pattern_text
@@ -187,7 +188,7 @@ def choose_layers(
     source, window = plan.source, LayerKind(True, plan.hybrid.sliding_window)
     full = LayerKind(plan.hybrid.full_letter == "F", None)
     _refuse_pickles(source)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device or default_device())
     with recorded() as began_reading:
         samples = calibration_samples(load_tokenizer(source.directory), request, window.sliding_window or 0)
     read = distinct(began_reading)

@@ -21,15 +21,15 @@ def _pretrain(name: str) -> Any:
 
 
 def _probe(name: str) -> Any:
-    return steps.resolved("probe", steps.Probe(model="tiny", preset=name))
+    return steps.resolved("probe", steps.ProbeStep(model="tiny", preset=name))
 
 
 READ: dict[str, Callable[[str], Any]] = {
     "models": lambda name: presets.model_preset(presets.find("models", name)),
-    "hybrid": lambda name: steps.resolved("convert", steps.Convert(model="tiny", hybrid=name)),
-    "finetune": lambda name: steps.resolved("finetune", steps.Finetune(model="tiny", preset=name)),
+    "hybrid": lambda name: steps.resolved("convert", steps.ConvertStep(model="tiny", hybrid=name)),
+    "finetune": lambda name: steps.resolved("finetune", steps.FinetuneStep(model="tiny", preset=name)),
     "pretrain": _pretrain,
-    "eval": lambda name: steps.resolved("eval", steps.Evaluate(models="tiny", suite=name)),
+    "eval": lambda name: steps.resolved("eval", steps.EvaluateStep(models="tiny", suite=name)),
     "probe": _probe,
     "pipelines": read_pipeline,
 }
@@ -47,7 +47,7 @@ def differences(name: str) -> list[tuple[str, Any, Any]]:
     Each is (dotted path, the preset's value, the default value; None where the default has no such field).
     """
     meant, default = (
-        dict(_flat(asdict(steps.resolved("finetune", steps.Finetune(model="tiny", preset=preset)))))
+        dict(_flat(asdict(steps.resolved("finetune", steps.FinetuneStep(model="tiny", preset=preset)))))
         for preset in (name, "lora-alpha")
     )
     return [(path, value, default.get(path)) for path, value in meant.items() if value != default.get(path)]

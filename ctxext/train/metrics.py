@@ -14,18 +14,10 @@ import torch
 
 from ctxext.config.output import disk_faults, write_whole
 from ctxext.errors import EnvironmentFault
+from ctxext.machine.cards import CARDS, card_named
 from ctxext.units import counted
 
 STEPS, VALIDATIONS = "metrics.jsonl", "validation.jsonl"
-PEAK_FLOPS = {  # dense bf16, FLOP/s, by torch's device name: NVIDIA's data sheets (for the 4090, the Ada whitepaper)
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
-    "NVIDIA H200": 989e12,  # SXM
-    "NVIDIA GeForce RTX 4090": 165e12,
-}
 
 
 @dataclass(frozen=True)
@@ -148,4 +140,5 @@ def peak_flops(device: torch.device, dtype: str) -> float:
     """Returns a device's dense bf16 peak in FLOP/s; 0 where it is unknown or the spec's `dtype` is float32."""
     if device.type != "cuda" or dtype == "float32":
         return 0.0
-    return PEAK_FLOPS.get(torch.cuda.get_device_name(device), 0.0)
+    card = card_named(torch.cuda.get_device_name(device))
+    return 0.0 if card is None else CARDS[card].peak

@@ -11,8 +11,8 @@ import torch
 
 from ctxext.errors import EnvironmentFault
 from ctxext.machine import gpu
+from ctxext.machine.cards import card_here
 from ctxext.machine.gpu import first_gpu, torch_build, visible_gpus
-from ctxext.planning.cards import card_here
 from ctxext.train import prepare
 from ctxext.train.run_plan import on_gpu
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 
 from ctxext.config.loader import build
+from ctxext.machine.cards import CARDS, find_card
 from ctxext.model.source import resolve
 from ctxext.ops.cost import Partition
-from ctxext.planning.cards import CARDS, card_rates, find_card
+from ctxext.planning.cards import card_rates
 from ctxext.planning.search import converted
 from ctxext.planning.time import computed_pairs, estimate
 from ctxext.train.finetune_spec import FinetuneSpec

@@ -29,7 +29,7 @@ def plan_for(model, **fields):
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H200", 989),
         ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA H100 PCIe", 0),
+        ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 0),
         ("NVIDIA GeForce RTX 4090 D", 0),
     ],
