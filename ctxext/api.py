@@ -227,11 +227,12 @@ def finetune(
     stopped.
 
     Under torchrun, srun and the like, every process makes the same call. The ranks other than 0 take the run from rank
-    0 (train/ranks.py).
+    0 (train/shared_run.py).
     """
     from ctxext.train.launch import launched
-    from ctxext.train.ranks import follow, leading, started_rank
+    from ctxext.train.ranks import started_rank
     from ctxext.train.run_directory import asked_fields
+    from ctxext.train.shared_run import follow, leading
 
     started = started_rank()
     if started is not None and started.rank > 0:
@@ -308,7 +309,8 @@ def carry_out(
 
 def _train(plan: RunPlan, run: Path, resume: bool, launch: Launch | None, say: Say, on_step: OnStep) -> FinetuneReport:
     from ctxext.train.launch import launch_run
-    from ctxext.train.ranks import share_run, started_rank
+    from ctxext.train.ranks import started_rank
+    from ctxext.train.shared_run import share_run
 
     started = started_rank() if launch else None
     # The launch comes before the imports below, so that this process holds no torch while the launched processes train.

@@ -61,6 +61,8 @@ LIGHT_FILES = {
     "train/multiplier.py",
     "train/teacher.py",
     "train/parallel.py",
+    "train/ranks.py",
+    "train/shared_run.py",
     "train/launch.py",
     "train/worker.py",
     "probes/probe_spec.py",

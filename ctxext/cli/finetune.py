@@ -100,8 +100,9 @@ def finetune(
     """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, RoPE scaled where needed."""
     from ctxext.config.loader import assignments
     from ctxext.train.launch import launched
-    from ctxext.train.ranks import leading, started_rank
+    from ctxext.train.ranks import started_rank
     from ctxext.train.run_directory import asked_fields, plan_asked
+    from ctxext.train.shared_run import leading
 
     started = started_rank()
     if started is not None and started.rank > 0:
@@ -134,7 +135,8 @@ def finetune(
 
 def _follow(started: StartedRank, *, has_run: bool) -> None:
     """Trains as a rank other than 0, which prints nothing. Exits as rank 0, if that rank has no run."""
-    from ctxext.train.ranks import follow, leave
+    from ctxext.train.ranks import leave
+    from ctxext.train.shared_run import follow
 
     if not has_run:
         return

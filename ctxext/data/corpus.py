@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from ctxext.data import synthetic
-from ctxext.data.documents import Document
+from ctxext.data.readers import Document
 from ctxext.errors import DataError
 
 Split = Literal["train", "held-out"]

@@ -11,7 +11,7 @@ import random
 import string
 from collections.abc import Sequence
 
-from ctxext.data.documents import Document
+from ctxext.data.readers import Document
 
 MIN_SPAN_CHARS = 320
 KEY_DIGITS = 5

@@ -1,6 +1,6 @@
 """Starts, watches and stops one run on many processes, and reports its result. No torch in the launching process.
 
-Not used where another program has started the processes: see train/ranks.py.
+Not used where another program has started the processes: see train/shared_run.py.
 
 Each process gets its rank from torchrun's variables (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and
 everything else from the run's directory, which all hosts see under the same path. torchrun's own agent is not used: it
