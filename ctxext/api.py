@@ -63,12 +63,12 @@ def plan(
     """
     from ctxext.planning.answer import answer, ask
 
-    asked, rates = ask(str(model), str(ctx), hybrid=hybrid, gpu=gpu, memory=memory, cards_=gpus, preset=preset,
+    requested, rates = ask(str(model), str(ctx), hybrid=hybrid, gpu=gpu, memory=memory, cards_=gpus, preset=preset,
                        fixed=settings or {})  # fmt: skip
     # Check the output before the search, which takes the most time.
     if out is not None:
-        check_free(Path(out), force, keep=[asked.source.path])
-    found = answer(asked, rates)
+        check_free(Path(out), force, keep=[requested.source.path])
+    found = answer(requested, rates)
     if out is not None:
         with staged_output(Path(out), force) as place:
             (place / PLAN).write_text(json.dumps(found.as_dict(), indent=2) + "\n", "utf-8")
@@ -139,10 +139,10 @@ def plan_layers(plan: ConversionPlan, full_layers: str | None, **given: Any) -> 
     from ctxext.retrofit.layers import request_of
 
     source = plan.source
-    asked = {name: value for name, value in given.items() if value is not None}
+    requested = {name: value for name, value in given.items() if value is not None}
     if full_layers != AUTO and may_fit_sinks(plan):
-        asked.pop("calibration", None)  # the sinks are fitted on this text
-    return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, full_layers == AUTO, asked)
+        requested.pop("calibration", None)  # the sinks are fitted on this text
+    return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, full_layers == AUTO, requested)
 
 
 def layers_for(plan: ConversionPlan, request: Request | None, say: Say, progress: Progress) -> LayerPlan | None:
@@ -231,7 +231,7 @@ def finetune(
     """
     from ctxext.train.launch import launched
     from ctxext.train.ranks import started_rank
-    from ctxext.train.run_directory import asked_fields
+    from ctxext.train.run_directory import option_fields
     from ctxext.train.shared_run import follow, leading
 
     started = started_rank()
@@ -240,7 +240,7 @@ def finetune(
         if isinstance(report, int):
             raise EnvironmentFault("rank 0 has no run for the other ranks", hint="the error of rank 0 says why")
         return report
-    given = asked_fields(ctx, data, steps, original_length) | dict(settings or {})
+    given = option_fields(ctx, data, steps, original_length) | dict(settings or {})
     with leading(started):
         plan, run = _planned_run(model, preset, given, _path(out), resume, force, say)
         plan, launch = launched(plan, zero, nproc, _path(hostfile), resume=resume)
@@ -251,10 +251,10 @@ def _planned_run(
     model: Where | None, preset: str, given: dict[str, Any], out: Path | None, resume: bool, force: bool, say: Say
 ) -> tuple[RunPlan, Path]:
     """The plan of a run, new or resumed, and its directory."""
-    from ctxext.train.run_directory import plan_asked, plan_resumed, started_as
+    from ctxext.train.run_directory import plan_from_options, plan_resumed, started_as
 
     if not resume:
-        plan = plan_asked(None if model is None else str(model), preset, given, needs_weights=True, say=say)
+        plan = plan_from_options(None if model is None else str(model), preset, given, needs_weights=True, say=say)
         return plan, out or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}")
     if out is None:
         raise InputError("resume needs a run", hint="give its directory as out")
@@ -266,8 +266,8 @@ def _planned_run(
         # The given settings are changes of the run's spec.
         return plan_resumed(out, given, accept=force, say=say), out
     # Compare the plan of this model with the spec of the run.
-    asked = plan_asked(str(model), preset, given, needs_weights=True)
-    if not started_as(out, asked, any_data=force):
+    requested = plan_from_options(str(model), preset, given, needs_weights=True)
+    if not started_as(out, requested, any_data=force):
         raise InputError(
             f"{out} was started with another model, data or settings",
             hint="give the same model, data and settings, or another out; force without resume starts it again",
@@ -390,15 +390,15 @@ def probe(
     progress: Progress = ignore,
 ) -> ProbeReport:
     """Runs probes on a model, and on `compare` if given; writes probes.json, figures and a manifest."""
-    from ctxext.evals.eval_spec import said
+    from ctxext.evals.eval_spec import set_arguments
     from ctxext.probes.plan_probes import plan_probe
 
     given = {"length": length, "samples": samples, "ablate": ablate, "data": data, "seed": seed, "dtype": dtype,
              "extrapolate": extrapolate}  # fmt: skip
-    fields = said(given) | dict(settings or {})
-    asked = [names] if isinstance(names, str) else list(names)
+    fields = set_arguments(given) | dict(settings or {})
+    requested = [names] if isinstance(names, str) else list(names)
     before = None if compare is None else str(compare)
-    plan = plan_probe(str(model), asked, fields, preset=preset, compare=before, out=_path(out), force=force)
+    plan = plan_probe(str(model), requested, fields, preset=preset, compare=before, out=_path(out), force=force)
     # Imported only now: the plan is checked without torch.
     from ctxext.probes import run_probes
 

@@ -19,7 +19,7 @@ from ctxext.config.output import check_free, claim, disk_faults, replacing, writ
 from ctxext.data import fingerprints
 from ctxext.data.documents import EMBEDDED, MOST_COMPARED, fingerprint, read_documents
 from ctxext.errors import InputError
-from ctxext.evals.eval_spec import EvalSpec, asked
+from ctxext.evals.eval_spec import EvalSpec, eval_spec_from_options
 from ctxext.evals.suite import with_lengths
 from ctxext.evals.suites import check_suites, inputs, model_stamp
 from ctxext.extras import can_draw
@@ -77,13 +77,13 @@ def plan_eval(
     out: Path | None = None,
     force: bool = False,
 ) -> EvalPlan:
-    """Finds the models and checks the spec (evals/eval_spec.py, `asked`), before torch is imported.
+    """Finds the models and checks the spec (evals/eval_spec.py), before torch is imported.
 
     Without `out`, the plan resumes an unfinished evaluation of the same request under ./runs, if there is one.
     `against` is one of the models, or an additional one. Raises InputError for a model, a field or an output that
     cannot be used.
     """
-    spec = asked(suite, given or {})
+    spec = eval_spec_from_options(suite, given or {})
     sources = [resolve(model) for model in models]
     number = None
     # Compare resolved paths, so that a model named in two ways is not evaluated twice.
@@ -223,11 +223,11 @@ class MergePlan:
     data: str = EMBEDDED
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def requested(self) -> dict[str, Any]:
         """The requested adjustments, for the manifest."""
         given = {"alpha_multiplier": self.alpha, "nope_scale": self.nope_scale, "length": self.length}
-        asked = {name: value for name, value in given.items() if value is not None}
-        return asked | ({"data": self.data} if "auto" in asked.values() else {})
+        requested = {name: value for name, value in given.items() if value is not None}
+        return requested | ({"data": self.data} if "auto" in requested.values() else {})
 
 
 def plan_merge(
@@ -329,7 +329,7 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
         adjust=partial(
             adjust, alpha=plan.alpha, nope_scale=plan.nope_scale, length=plan.length, data=plan.data, notice=notice
         ),
-        asked=plan.asked,
+        requested=plan.requested,
     )
 
 

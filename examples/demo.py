@@ -93,8 +93,8 @@ def table(names: dict[str, str]) -> list[list[str]]:
 
 def measure(models: list[str], suite: str, given: dict[str, Any], shown: str) -> list[list[str]]:
     """For each model, the suite's figure at each length, as text."""
-    asked = {**given, "lengths": LENGTHS, "extrapolate": True}
-    plan = plan_eval(models, suite, asked, out=RUNS / f"eval-{suite}")
+    requested = {**given, "lengths": LENGTHS, "extrapolate": True}
+    plan = plan_eval(models, suite, requested, out=RUNS / f"eval-{suite}")
     with console.progress_display() as display:
         task = display.add_task("", total=None, note="")
         report = eval_models(plan, progress=lambda what, done, total: display.update(

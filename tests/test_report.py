@@ -124,10 +124,10 @@ def differences(suites, models) -> list[dict]:
     ]
 
 
-def evaluation(directory: Path, suites=EVERY, models=MODELS, weights="ab" * 32, change=None, **asked) -> Path:
+def evaluation(directory: Path, suites=EVERY, models=MODELS, weights="ab" * 32, change=None, **requested) -> Path:
     """An evaluation's directory; `change(results)` has the last word on what stands in it."""
     directory.mkdir(parents=True)
-    spec = [{"suite": suite, "lengths": list(LENGTHS), "data": "embedded", **asked} for suite in suites]
+    spec = [{"suite": suite, "lengths": list(LENGTHS), "data": "embedded", **requested} for suite in suites]
     results = {
         "spec": {"suites": spec, "extrapolate": True, "dtype": "float32", "tokens_per_batch": 16_384},
         "seconds": 12.3,

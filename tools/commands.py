@@ -17,7 +17,7 @@ import typer
 from ctxext.cli.app import app
 from ctxext.config.loader import assignments
 from ctxext.train.launch import launched
-from ctxext.train.run_directory import plan_asked
+from ctxext.train.run_directory import plan_from_options
 
 DOCS = Path(__file__).parent.parent / "docs"
 FOLDER, TRAINING = DOCS / "commands", DOCS / "training-at-100k.md"
@@ -115,8 +115,8 @@ def with_memory(text: str) -> str:
     def row(match: re.Match[str]) -> str:
         words = ["llama2-7b", "--set", "dtype=bfloat16", *match[2].split()]
         given = command.commands["finetune"].make_context("finetune", words).params
-        asked = {"ctx": "100k"} | assignments(given["set_"])
-        plan = plan_asked("llama2-7b", "lora-alpha", asked, needs_weights=False, say=print)
+        requested = {"ctx": "100k"} | assignments(given["set_"])
+        plan = plan_from_options("llama2-7b", "lora-alpha", requested, needs_weights=False, say=print)
         plan, _ = launched(plan, given["zero"], given["nproc"], None)
         return f"{match[1]} {sum(n for item, n in plan.memory.items() if item not in MACHINES) / 2**30:.1f} |"
 

@@ -87,9 +87,9 @@ def convert(
     plan = api.plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
                             model_class=model_class, sinks=sinks, allow_pickle=allow_pickle, force=force)  # fmt: skip
     # None means not given: plan_layers refuses planner options that are given without --full-layers auto.
-    asked = {"budget": budget, "length": length, "calibration": calibration, "calibration_tokens": calibration_tokens,
-             "explain": explain or None, "i_know": i_know or None}  # fmt: skip
-    request = api.plan_layers(plan, full_layers, **asked)
+    requested = {"budget": budget, "length": length, "calibration": calibration, "explain": explain or None,
+                 "calibration_tokens": calibration_tokens, "i_know": i_know or None}  # fmt: skip
+    request = api.plan_layers(plan, full_layers, **requested)
     console.quiet_libraries()
     with console.progress("starting") as progress:
         chosen = api.layers_for(plan, request, console.say, progress)

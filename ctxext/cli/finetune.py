@@ -101,14 +101,14 @@ def finetune(
     from ctxext.config.loader import assignments
     from ctxext.train.launch import launched
     from ctxext.train.ranks import started_rank
-    from ctxext.train.run_directory import asked_fields, plan_asked
+    from ctxext.train.run_directory import option_fields, plan_from_options
     from ctxext.train.shared_run import leading
 
     started = started_rank()
     if started is not None and started.rank > 0:
         _follow(started, has_run=not plan)
         return
-    given = asked_fields(ctx, data, steps, original_length) | assignments(set_ or [], example="lora.rank=16")
+    given = option_fields(ctx, data, steps, original_length) | assignments(set_ or [], example="lora.rank=16")
     # A resumed or repeated run has its model and spec in its directory. `given` may change fields of that spec.
     if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
         raise InputError(
@@ -119,7 +119,9 @@ def finetune(
         from ctxext.cli.multiplier import refuse_beside, search
 
         refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
-        search(plan_asked(model, preset, _briefly(given), needs_weights=True, say=console.say), out, force, as_json)
+        search(
+            plan_from_options(model, preset, _briefly(given), needs_weights=True, say=console.say), out, force, as_json
+        )
         return
     # Ranks that another program started wait for rank 0 to have a run.
     with leading(None if plan else started):
@@ -162,7 +164,7 @@ def _decided(
 ) -> tuple[Path, RunPlan]:
     """The directory of the run and its plan: resumed, repeated or new."""
     from ctxext.config import manifest as manifests
-    from ctxext.train.run_directory import newest_unfinished, plan_asked, plan_resumed
+    from ctxext.train.run_directory import newest_unfinished, plan_from_options, plan_resumed
 
     # With --resume, --out names the existing run. Otherwise it is the place of a new one.
     if resume:
@@ -171,7 +173,7 @@ def _decided(
     if repeat:
         plan = _repeated(repeat, given, force)
     else:
-        plan = plan_asked(model, preset, given, needs_weights=needs_weights, say=console.say)
+        plan = plan_from_options(model, preset, given, needs_weights=needs_weights, say=console.say)
     return out or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}"), plan
 
 

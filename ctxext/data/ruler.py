@@ -26,22 +26,22 @@ _EXAMPLE_TOKENS = 500  # limit for vt's example with the 30 tokens to generate; 
 _PROBE = 16  # the first case is larger than the smallest by this, to measure the tokens per unit of size
 
 
-def chosen_tasks(asked: Sequence[str] | None, qa_files: Mapping[str, str | None]) -> list[str]:
-    """Returns the tasks to make, in official order: `asked`, or all tasks that have data.
+def chosen_tasks(requested: Sequence[str] | None, qa_files: Mapping[str, str | None]) -> list[str]:
+    """Returns the tasks to make, in official order: `requested`, or all tasks that have data.
 
     `qa_files` has the path of "squad" and of "hotpotqa", or None. Errors: InputError (an unknown task, a task of
     questions without its file).
     """
-    unknown = [task for task in asked or () if task not in TASKS]
+    unknown = [task for task in requested or () if task not in TASKS]
     if unknown:
         raise InputError(f"RULER has no task {', '.join(map(repr, unknown))}; allowed: {', '.join(TASKS)}")
     for task, name in QA.items():
-        if task in (asked or ()) and not qa_files.get(name):
+        if task in (requested or ()) and not qa_files.get(name):
             raise InputError(
                 f"{task} needs a file of questions, and `{name}` is not given",
                 hint=f"give `{name}` the path of the data set's official JSON, or leave {task} out",
             )
-    return [task for task in TASKS if (task in asked if asked else task not in QA or qa_files.get(QA[task]))]
+    return [task for task in TASKS if (task in requested if requested else task not in QA or qa_files.get(QA[task]))]
 
 
 def read_material(tokenizer: Any, tasks: Sequence[str], hay: str, qa_files: Mapping[str, str | None]) -> Material:
@@ -121,7 +121,7 @@ def read_hotpotqa(path: Path) -> Questions:
     """
     data = _json(path)
     try:
-        asked = [
+        requested = [
             (
                 str(row["question"]),
                 str(row["answer"]),
@@ -132,10 +132,10 @@ def read_hotpotqa(path: Path) -> Questions:
     except (KeyError, TypeError, ValueError) as error:
         raise _other_format(path, "HotpotQA", error) from error
     # Equal paragraphs become one document; a row's title is part of its paragraph.
-    documents = sorted({document for _, _, own in asked for document in own})
+    documents = sorted({document for _, _, own in requested for document in own})
     index = {document: i for i, document in enumerate(documents)}
     entries = [
-        (question, (answer,), tuple(dict.fromkeys(index[d] for d in own)), ()) for question, answer, own in asked
+        (question, (answer,), tuple(dict.fromkeys(index[d] for d in own)), ()) for question, answer, own in requested
     ]
     return _some(path, Questions(tuple(documents), tuple(entries)))
 

@@ -113,9 +113,9 @@ def _niah(
     value: str = "numbers",
     keys: int = 1,
     values: int = 1,
-    asked: int = 1,
+    requested: int = 1,
 ) -> Drawn:
-    """Hides `keys` keys with `values` values each in `hay` (essay, noise, needles) and asks for `asked` of the keys."""
+    """Hides `keys` keys with `values` values each in `hay` (essay, noise, needles) and asks for `requested` keys."""
     rng = ask.rng()
     # Draw keys, values and question before the filler, so that they do not depend on the size.
     names: list[str] = []
@@ -125,7 +125,7 @@ def _niah(
     held = [[_random(value, rng, material) for _ in range(values)] for _ in names]
     needles = [_needle(value, name, number) for name, numbers in zip(names, held, strict=True) for number in numbers]
     rng.shuffle(needles)
-    wanted = rng.sample(range(keys), asked)
+    wanted = rng.sample(range(keys), requested)
     # In an essay each needle has its own depth; among lines all needles are at one place (there is one needle).
     if hay == "essay":
         depths = sorted(rng.sample(DEPTHS, len(needles)))
@@ -135,7 +135,7 @@ def _niah(
         lines = [NOISE if hay == "noise" else _distractor(key, value, names, rng, material) for _ in range(size)]
         place = int(depth * size)
         text, depths = "\n".join([*lines[:place], *needles, *lines[place:]]), [round(100 * depth)]
-    before, after = _about(value, [names[i] for i in wanted], asked * values > 1)
+    before, after = _about(value, [names[i] for i in wanted], requested * values > 1)
     return before + text + after, tuple(number for i in wanted for number in held[i]), {"depths": depths}
 
 
@@ -310,7 +310,7 @@ TASKS: dict[str, RulerTask] = {
     "niah_multikey_2": RulerTask(partial(_niah, hay="needles"), 128),
     "niah_multikey_3": RulerTask(partial(_niah, hay="needles", key="uuids", value="uuids"), 128),
     "niah_multivalue": RulerTask(partial(_niah, hay="essay", values=4), 128),
-    "niah_multiquery": RulerTask(partial(_niah, hay="essay", keys=4, asked=4), 128),
+    "niah_multiquery": RulerTask(partial(_niah, hay="essay", keys=4, requested=4), 128),
     "vt": RulerTask(_vt, 30, least=HOPS + 1),
     "cwe": RulerTask(_cwe, 120, least=2 * COMMON, most=lambda material: len(material.words)),
     "fwe": RulerTask(_fwe, 50, least=FWE_LEAST),

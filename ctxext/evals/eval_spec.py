@@ -174,7 +174,7 @@ class EvalSpec:
     nope_log_scale: Annotated[float, Field(gt=1, le=1e9)] | None = None
 
 
-def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
+def eval_spec_from_options(suite: str, given: dict[str, Any]) -> EvalSpec:
     """Returns the spec of a command line: suites by name, joined by commas, or one preset; then the options.
 
     A key of `given` is a field of EvalSpec; `SUITE.field`; or a field of suites, which is set on all that have it.
@@ -198,14 +198,14 @@ def asked(suite: str, given: dict[str, Any]) -> EvalSpec:
     return build(EvalSpec, {**data, "suites": suites}, source=f"eval spec ({suite}, options)")
 
 
-def said(given: Mapping[str, Any]) -> dict[str, Any]:
+def set_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments that were set: those that are neither None nor False."""
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 def eval_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the set arguments of `evaluate` as fields of its spec."""
-    fields = said(given)
+    fields = set_arguments(given)
     if "limit" in fields:
         fields["limit"] = parse_tokens(fields["limit"])
     if isinstance(fields.get("lengths"), str | int):

@@ -143,17 +143,19 @@ def _step_text(step: Step) -> str:
         return f"**{step.name}**, as its authors released it" if step.path else f"**{step.name}**"
     spec, facts, by = found.spec, found.facts, f"(ctxext {found.versions.get('ctxext')}, {found.created[:10]})"
     if found.kind == "conversion":
-        said = f"converted to {spec.get('layout')} (`--hybrid {Path(str(spec.get('hybrid'))).stem}`), weights unchanged"
+        origin = (
+            f"converted to {spec.get('layout')} (`--hybrid {Path(str(spec.get('hybrid'))).stem}`), weights unchanged"
+        )
     elif found.kind == "merge":
-        said = f"adapter, embeddings and norms merged in fp32, stored in {spec.get('dtype')}"
+        origin = f"adapter, embeddings and norms merged in fp32, stored in {spec.get('dtype')}"
     elif found.parents and "ctx" in spec:
         what = "all weights" if found.kind == "model" else "LoRA with embeddings and norms"
-        said = f"trained ({what}) at {format_tokens(spec['ctx'])} tokens"
-        said += f", {facts['tokens']:,} of them in {facts.get('steps')} steps; {facts.get('positions')}"
-        said += "; distilled from a teacher" if facts.get("teacher") else ""
+        origin = f"trained ({what}) at {format_tokens(spec['ctx'])} tokens"
+        origin += f", {facts['tokens']:,} of them in {facts.get('steps')} steps; {facts.get('positions')}"
+        origin += "; distilled from a teacher" if facts.get("teacher") else ""
     else:
-        said = "pretrained" if found.kind == "model" else found.kind
-    return f"**{step.name}**: {said} {by}"
+        origin = "pretrained" if found.kind == "model" else found.kind
+    return f"**{step.name}**: {origin} {by}"
 
 
 def _measured(steps: Sequence[Step]) -> list[str]:

@@ -50,4 +50,4 @@ def stated_licence(directory: Path) -> dict[str, str]:
     """
     card = directory / CARD
     front = FRONT.match(card.read_text("utf-8", "replace")) if card.is_file() else None
-    return {name: said.strip().strip("\"'") for name, said in STATED.findall(front[1])} if front else {}
+    return {name: value.strip().strip("\"'") for name, value in STATED.findall(front[1])} if front else {}

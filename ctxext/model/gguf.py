@@ -168,12 +168,12 @@ def _write_into(directory: Path, header: Header, fields: Fields, digest: str) ->
     }
     # The model card states that the weights come from a quantised file. The licence is the file's own.
     rows = [("quantisation", quantisation(header)), ("file", header.path.name), ("sha256 of the file", digest)]
-    said = (
+    text = (
         f"The weights of a GGUF file, dequantised to {fields['dtype']}. They are as precise as the quantised file, not "
     )
-    said += "as the model that it was made from."
+    text += "as the model that it was made from."
     licence = {"license": str(value)} if (value := header.metadata.get("general.license")) else {}
-    (directory / "README.md").write_text(model_card(header.path.stem, [said], rows, licence), "utf-8")
+    (directory / "README.md").write_text(model_card(header.path.stem, [text], rows, licence), "utf-8")
     manifests.write(directory, manifests.new("source", spec={}, parents={}, facts=facts, command=[]))
     (directory / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8")
 

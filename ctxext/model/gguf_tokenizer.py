@@ -44,9 +44,9 @@ def write_tokenizer(file: Path, directory: Path, config: ModelConfig) -> None:
     written files give other ids than the tokenizer that was built.
     """
     header = read_header(file, (f"{KEYS}tokens", f"{KEYS}merges"))
-    told = {key.removeprefix(KEYS): value for key, value in header.metadata.items() if key.startswith(KEYS)}
+    settings = {key.removeprefix(KEYS): value for key, value in header.metadata.items() if key.startswith(KEYS)}
     # Check the vocabulary first: each token needs a type and an embedding row, and no token may occur twice.
-    tokens, kinds = told.get("tokens"), told.get("token_type")
+    tokens, kinds = settings.get("tokens"), settings.get("token_type")
     if not isinstance(tokens, list) or not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ModelError(f"{file}: it has no vocabulary (tokenizer.ggml.tokens and token_type)")
     if len(tokens) > config.shape.vocab_size:
@@ -54,9 +54,9 @@ def write_tokenizer(file: Path, directory: Path, config: ModelConfig) -> None:
     if len(set(tokens)) != len(tokens):
         raise ModelError(f"{file}: its vocabulary lists a token twice")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if told.get("model") not in builders:
-        raise ModelError(f"{file}: a tokenizer of type {told.get('model')!r}; supported are {', '.join(builders)}")
-    built = builders[told["model"]](file, told)
+    if settings.get("model") not in builders:
+        raise ModelError(f"{file}: a tokenizer of type {settings.get('model')!r}; supported are {', '.join(builders)}")
+    built = builders[settings["model"]](file, settings)
     # Tokens that text matches before BPE: control and unknown tokens as special tokens, user-defined ones as plain
     # added tokens. All are in the vocabulary already, so their ids do not change.
     for special in (True, False):
@@ -69,11 +69,11 @@ def write_tokenizer(file: Path, directory: Path, config: ModelConfig) -> None:
         (built.add_special_tokens if special else built.add_tokens)(added)
     names = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": "unknown_token_id",
              "pad_token": "padding_token_id"}  # fmt: skip
-    said = {name: tokens[told[key]] for name, key in names.items() if type(told.get(key)) is int and
-            0 <= told[key] < len(tokens)}  # fmt: skip
+    special = {name: tokens[settings[key]] for name, key in names.items() if type(settings.get(key)) is int and
+            0 <= settings[key] < len(tokens)}  # fmt: skip
     # BOS and EOS go into the post-processor, because transformers 5 ignores add_bos_token next to a tokenizer.json.
-    _add_ends(file, built, told, said)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=built, clean_up_tokenization_spaces=False, **said)
+    _add_ends(file, built, settings, special)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=built, clean_up_tokenization_spaces=False, **special)
     wrapped.chat_template = header.metadata.get("tokenizer.chat_template")
     wrapped.save_pretrained(directory)
     _check(file, directory, built)
@@ -92,8 +92,8 @@ def _check(file: Path, directory: Path, built: Tokenizer) -> None:
             raise ModelError(f"{file}: its tokenizer, written and opened again by transformers, gives other ids")
 
 
-def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
-    pre = told.get("pre")
+def _byte_level(file: Path, settings: dict[str, Any]) -> Tokenizer:
+    pre = settings.get("pre")
     if pre not in PRE:
         raise ModelError(
             f"{file}: tokenizer.ggml.pre {pre!r}: unknown way to split text; supported are {', '.join(PRE)}",
@@ -101,10 +101,10 @@ def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
         )
     # Some names are aliases of the same pattern.
     pre = SAME.get(pre, pre)
-    merges = [tuple(merge.split(" ")) for merge in told.get("merges") or ()]
+    merges = [tuple(merge.split(" ")) for merge in settings.get("merges") or ()]
     if not merges or any(len(pair) != 2 for pair in merges):
         raise ModelError(f"{file}: it has no merges (tokenizer.ggml.merges)")
-    vocabulary = {token: number for number, token in enumerate(told["tokens"])}
+    vocabulary = {token: number for number, token in enumerate(settings["tokens"])}
     try:
         built = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE))
     except Exception as error:  # the library raises bare Exception for a merge whose tokens are not in the vocabulary
@@ -120,19 +120,19 @@ def _byte_level(file: Path, told: dict[str, Any]) -> Tokenizer:
     else:
         built.pre_tokenizer = byte_level
     # The alias deepseek-r1-qwen has qwen2's pattern but no normaliser.
-    if told["pre"] == "qwen2":
+    if settings["pre"] == "qwen2":
         built.normalizer = normalizers.NFC()
     built.decoder = decoders.ByteLevel()
     return built
 
 
-def _sentencepiece(file: Path, told: dict[str, Any]) -> Tokenizer:
-    tokens, scores = told["tokens"], told.get("scores")
+def _sentencepiece(file: Path, settings: dict[str, Any]) -> Tokenizer:
+    tokens, scores = settings["tokens"], settings.get("scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise ModelError(f"{file}: it has no scores (tokenizer.ggml.scores)")
     vocabulary = {token: number for number, token in enumerate(tokens)}
     # SentencePiece merges the pair whose result has the best score, so a merge has the rank of its result.
-    ranked = sorted((number for number, kind in enumerate(told["token_type"]) if kind == NORMAL),
+    ranked = sorted((number for number, kind in enumerate(settings["token_type"]) if kind == NORMAL),
                     key=lambda number: -scores[number])  # fmt: skip
     # A token has one merge for each way to cut it into two tokens of the vocabulary.
     merges = [
@@ -141,27 +141,27 @@ def _sentencepiece(file: Path, told: dict[str, Any]) -> Tokenizer:
         for cut in range(1, len(token))
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
-    unknown = told.get("unknown_token_id")
+    unknown = settings.get("unknown_token_id")
     unk = tokens[unknown] if type(unknown) is int and 0 <= unknown < len(tokens) else None
     built = Tokenizer(models.BPE(vocabulary, merges, unk_token=unk, fuse_unk=True, byte_fallback=True))
     # The prefix space that the normaliser adds is removed again by the decoder.
     spaces = normalizers.Replace(" ", SPACE)
-    prefix = told.get("add_space_prefix", True)
+    prefix = settings.get("add_space_prefix", True)
     built.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
     parts = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     built.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
     return built
 
 
-def _add_ends(file: Path, built: Tokenizer, told: dict[str, Any], said: dict[str, str]) -> None:
+def _add_ends(file: Path, built: Tokenizer, settings: dict[str, Any], special: dict[str, str]) -> None:
     """Adds a post-processor that puts BOS before a text and EOS after it, by the file or by llama.cpp's defaults."""
-    pre = SAME.get(told.get("pre", ""), told.get("pre"))
-    bos = told.get("add_bos_token", told["model"] == "llama" or pre in ADDS_BOS)
-    ends = {"bos_token": bool(bos), "eos_token": bool(told.get("add_eos_token", False))}
+    pre = SAME.get(settings.get("pre", ""), settings.get("pre"))
+    bos = settings.get("add_bos_token", settings["model"] == "llama" or pre in ADDS_BOS)
+    ends = {"bos_token": bool(bos), "eos_token": bool(settings.get("add_eos_token", False))}
     for name, wanted in ends.items():
-        if wanted and name not in said:
+        if wanted and name not in special:
             raise ModelError(f"{file}: it adds a {name} to every text but does not name the token")
-    begin, end = (said[name] if wanted else None for name, wanted in ends.items())
+    begin, end = (special[name] if wanted else None for name, wanted in ends.items())
     if begin is None and end is None:
         return
     # The pair template repeats BOS and EOS around the second text, with type id 1.

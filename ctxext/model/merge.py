@@ -102,13 +102,13 @@ def merge(
     force: bool,
     measure: Callable[[LoadedModel], tuple[float, str]],
     adjust: Callable[[LoadedModel], Adjustment] = lambda live: Adjustment(),
-    asked: dict[str, Any] | None = None,
+    requested: dict[str, Any] | None = None,
 ) -> MergeReport:
     """Merges a bundle and writes it to `out`.
 
     `measure` returns a loaded model's perplexity and a description of the text. `adjust` changes the live model before
-    the merge. `asked` are the settings that `adjust` got, for the manifest. `dtype` None is the base's dtype. Raises
-    CheckFailed when a comparison fails.
+    the merge. `requested` are the settings that `adjust` got, for the manifest. `dtype` None is the base's dtype.
+    Raises CheckFailed when a comparison fails.
     """
     # Load in fp32: `merge_adapter` accepts nothing else, and the tolerance below is for fp32.
     began = time.monotonic()
@@ -157,7 +157,7 @@ def merge(
             problem and warning(problem, out.name),
         )
         adjustment.draw(staging)
-        _describe(staging, source, config, report, asked or {})
+        _describe(staging, source, config, report, requested or {})
     return report
 
 
@@ -197,7 +197,7 @@ def _save(directory: Path, state: dict[str, Tensor], config: ModelConfig) -> Non
 
 
 def _describe(
-    directory: Path, source: ModelSource, config: ModelConfig, report: MergeReport, asked: dict[str, Any]
+    directory: Path, source: ModelSource, config: ModelConfig, report: MergeReport, requested: dict[str, Any]
 ) -> None:
     assert source.manifest is not None and source.base is not None
     text = [f"{report.base} with {report.source} merged into it.", runtime_note(config.fields)]
@@ -209,7 +209,7 @@ def _describe(
     }
     manifest = manifests.new(
         "merge",
-        spec={"dtype": report.dtype, **asked},
+        spec={"dtype": report.dtype, **requested},
         facts=lengths | {"merge": report.as_dict()},
         parents={"finetune": manifests.parent(source.directory), "base": manifests.parent(source.base.directory)},
     )

@@ -95,8 +95,8 @@ class ModelSource:
         """Returns the same model with `tokens` as its original length; None changes nothing."""
         if tokens is None:
             return self
-        told = self.config.with_fields(original_max_position_embeddings=tokens)
-        return replace(self, original_length=tokens, usable_length=max(self.usable_length, usable_length(told)))
+        changed = self.config.with_fields(original_max_position_embeddings=tokens)
+        return replace(self, original_length=tokens, usable_length=max(self.usable_length, usable_length(changed)))
 
 
 def resolve(model: str, *, weights: bool = True, allow_pickle: bool = False) -> ModelSource:

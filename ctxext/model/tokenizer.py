@@ -221,8 +221,8 @@ def difference(mine: Any, other: Any) -> str | None:
             if a != b:
                 return differs(other, text, b, a)
         # `a` holds the ids with special tokens, which both tokenizers share at this point.
-        if (said := other.decode(a)) != mine.decode(a):
-            return f"{type(other).__name__} decodes the ids of {text[:40]!r} to {said[:40]!r}"
+        if (decoded := other.decode(a)) != mine.decode(a):
+            return f"{type(other).__name__} decodes the ids of {text[:40]!r} to {decoded[:40]!r}"
     for name in NAMED:
         a, b = (getattr(tokenizer, f"{name}_id") for tokenizer in (mine, other))
         if a != b:

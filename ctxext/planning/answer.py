@@ -39,7 +39,7 @@ class PlanAnswer:
     begins with the choice that changes the fewest options.
     """
 
-    asked: PlanRequest
+    requested: PlanRequest
     rates: Rates | None
     combinations: int
     fitting: int
@@ -50,11 +50,11 @@ class PlanAnswer:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for `--json`."""
-        asked, longest = self.asked, self.longest
+        requested, longest = self.requested, self.longest
         return {
-            "model": asked.source.name,
-            "ctx": parse_tokens(asked.ctx),
-            "device": {"memory": asked.memory, "cards": asked.cards,
+            "model": requested.source.name,
+            "ctx": parse_tokens(requested.ctx),
+            "device": {"memory": requested.memory, "cards": requested.cards,
                        "rates": None if self.rates is None else self.rates.source,
                        "measured": None if self.rates is None else self.rates.measured},
             "combinations": self.combinations,
@@ -73,7 +73,7 @@ class PlanAnswer:
         longest = self.longest
         raise CheckFailed(
             f"no configuration fits: at least {format_bytes(self.leanest.needed)} are needed, but there are "
-            f"{format_bytes(self.asked.memory)}; {search.largest(self.leanest)}",
+            f"{format_bytes(self.requested.memory)}; {search.largest(self.leanest)}",
             hint="give more --gpus, another --gpu, or another --hybrid"
             if longest is None
             else f"the longest context that fits is {format_tokens(longest.plan.spec.ctx)} tokens",
@@ -81,13 +81,15 @@ class PlanAnswer:
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns (name, value) lines for the screen, without the commands."""
-        asked = self.asked
+        requested = self.requested
         where = (
-            f"{format_bytes(asked.memory)} each, {asked.cards} GPUs" if asked.cards > 1 else format_bytes(asked.memory)
+            f"{format_bytes(requested.memory)} each, {requested.cards} GPUs"
+            if requested.cards > 1
+            else format_bytes(requested.memory)
         )
         rows = [
-            ("model", f"{asked.source.name} ({pattern_text(asked.source.kinds)})"),
-            ("ctx", f"{format_tokens(parse_tokens(asked.ctx))} tokens"),
+            ("model", f"{requested.source.name} ({pattern_text(requested.source.kinds)})"),
+            ("ctx", f"{format_tokens(parse_tokens(requested.ctx))} tokens"),
             ("on", f"{where}; {UNKNOWN if self.rates is None else self.rates.source}"),
             ("tried", f"{counted(self.combinations, 'combination')}, {self.fitting} fit"),
         ]  # fmt: skip
@@ -101,7 +103,7 @@ class PlanAnswer:
         ]
         if took is None:
             flops = f"{format_flops(best.plan.step_flops)}{' on all GPUs' if best.ranks > 1 else ''}"
-            return [*rows, ("a step", flops), ("time", f"not known; {measures(asked.model)}")]
+            return [*rows, ("a step", flops), ("time", f"not known; {measures(requested.model)}")]
         rows += [
             ("a step", f"{format_duration(took.seconds)}, {took.tokens_per_second:,.0f} tokens/s, "
              f"{format_flops(took.flops)}{' on each GPU' if best.ranks > 1 else ''}"),
@@ -211,17 +213,17 @@ def measures(model: str) -> str:
     return f"`ctxext plan {model} --calibrate` measures this machine in about 20 s, or name a card, such as --gpu h100"
 
 
-def answer(asked: PlanRequest, rates: Rates | None) -> PlanAnswer:
+def answer(requested: PlanRequest, rates: Rates | None) -> PlanAnswer:
     """Plans every combination and returns the Answer."""
-    found = list(search.choices(asked))
+    found = list(search.choices(requested))
     fit = search.fitting(found, rates)
     return PlanAnswer(
-        asked=asked,
+        requested=requested,
         rates=rates,
         combinations=len(found),
         fitting=len(fit),
         listed=search.listed(fit),
-        longest=search.longest(asked),
+        longest=search.longest(requested),
         leanest=min(found, key=lambda choice: choice.needed),
         dominates=search.dominating(fit, rates),
     )

@@ -84,7 +84,7 @@ class PlanRequest:
 class Choice:
     """One combination: its changed options, its memory and its time per step. Bytes are per card and its host."""
 
-    asked: PlanRequest
+    requested: PlanRequest
     hybrid: str | None
     changes: dict[str, Any]
     zero: str | None
@@ -95,7 +95,7 @@ class Choice:
     @property
     def needed(self) -> int:
         """Bytes needed on one card. Without a GPU, data that waits on the host uses the same memory and counts too."""
-        return sum(self.plan.memory.values()) + (0 if self.asked.gpu else self.host)
+        return sum(self.plan.memory.values()) + (0 if self.requested.gpu else self.host)
 
     @property
     def host(self) -> int:
@@ -124,12 +124,14 @@ class Choice:
 
     def commands(self) -> list[str]:
         """Returns the commands to type, in order."""
-        model, lines = self.asked.model, list[str]()
+        model, lines = self.requested.model, list[str]()
         if self.hybrid is not None:
-            model = f"runs/{self.asked.source.name}-{self.hybrid}"
-            lines.append(shlex.join(["ctxext", "convert", self.asked.model, "--hybrid", self.hybrid, "--out", model]))
-        words = ["ctxext", "finetune", model, "--ctx", self.asked.ctx, "--preset", self.asked.preset]
-        for key, value in (dict(self.asked.fixed) | self.changes).items():
+            model = f"runs/{self.requested.source.name}-{self.hybrid}"
+            lines.append(
+                shlex.join(["ctxext", "convert", self.requested.model, "--hybrid", self.hybrid, "--out", model])
+            )
+        words = ["ctxext", "finetune", model, "--ctx", self.requested.ctx, "--preset", self.requested.preset]
+        for key, value in (dict(self.requested.fixed) | self.changes).items():
             words += ["--set", f"{key}={flow(value)}"]
         words += ["--zero", self.zero, "--nproc", str(self.ranks)] if self.zero else []
         return [*lines, shlex.join(words)]
@@ -172,56 +174,56 @@ def converted(source: ModelSource, hybrid: str) -> ModelSource:
     return replace(source, name=f"{source.name}-{hybrid}", kind="conversion", config=config, manifest=manifest)
 
 
-def choices(asked: PlanRequest, ctx: str | int | None = None, *, lean: bool = False) -> Iterator[Choice]:
+def choices(requested: PlanRequest, ctx: str | int | None = None, *, lean: bool = False) -> Iterator[Choice]:
     """Yields every combination that can run, whether it fits or not; with `lean` only those that need the least memory.
 
     Raises InputError if no combination can be planned.
     """
     refused: InputError | None = None
     any_planned = False
-    for hybrid in asked.hybrids:
-        source = asked.source if hybrid == OWN_LAYOUT else converted(asked.source, hybrid)
+    for hybrid in requested.hybrids:
+        source = requested.source if hybrid == OWN_LAYOUT else converted(requested.source, hybrid)
         trainables: Trainables | None = None
         # Trainables do not depend on the options; compute them once per layout.
-        for changes in _changes(asked, lean):
+        for changes in _changes(requested, lean):
             try:
-                plan = plan_with(asked, source, changes, ctx, trainables)
+                plan = plan_with(requested, source, changes, ctx, trainables)
             except InputError as error:
                 refused = refused or error
                 continue
             any_planned, trainables = True, plan.trainables
             name = None if hybrid == OWN_LAYOUT else hybrid
-            yield Choice(asked, name, changes, None, 1, plan, WHOLE)
-            yield from _shared(asked, name, changes, plan, lean)
+            yield Choice(requested, name, changes, None, 1, plan, WHOLE)
+            yield from _shared(requested, name, changes, plan, lean)
     # The first refusal explains why nothing can be planned.
     if not any_planned and refused is not None:
         raise refused
 
 
 def plan_with(
-    asked: PlanRequest,
+    requested: PlanRequest,
     source: ModelSource,
     changes: Mapping[str, Any],
     ctx: str | int | None = None,
     trainables: Trainables | None = None,
 ) -> RunPlan:
     """Returns the plan of the spec with changed options. None of the options changes what is trainable."""
-    fields = copy.deepcopy(dict(asked.fields))
-    for key, value in (dict(changes) | {"ctx": asked.ctx if ctx is None else ctx}).items():
+    fields = copy.deepcopy(dict(requested.fields))
+    for key, value in (dict(changes) | {"ctx": requested.ctx if ctx is None else ctx}).items():
         set_value(fields, key, value)
-    spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {asked.preset})")
-    return plan_run(source, spec, gpu=asked.gpu, trainables=trainables)
+    spec = build(FinetuneSpec, fields, source=f"finetune spec (preset {requested.preset})")
+    return plan_run(source, spec, gpu=requested.gpu, trainables=trainables)
 
 
-def _changes(asked: PlanRequest, lean: bool) -> Iterator[dict[str, Any]]:
+def _changes(requested: PlanRequest, lean: bool) -> Iterator[dict[str, Any]]:
     """The combinations of options, each without those that the user gave and without default values."""
     tried, values = KNOBS | (LEAN if lean else {}), dict[str, tuple[Any, ...]]()
     for knob, found in tried.items():
         part, _, field = knob.partition(".")
         # Options from the preset or from --set stay as they are.
-        if field not in asked.fields.get(part, {}):
+        if field not in requested.fields.get(part, {}):
             values[knob] = found
-    if not asked.gpu:  # bitsandbytes and offloading only save GPU memory
+    if not requested.gpu:  # bitsandbytes and offloading only save GPU memory
         values = {knob: found for knob, found in values.items() if knob not in GPU_ONLY}
     for turned in itertools.product(*values.values()):
         chosen = dict(zip(values, turned, strict=True))
@@ -231,16 +233,16 @@ def _changes(asked: PlanRequest, lean: bool) -> Iterator[dict[str, Any]]:
 
 
 def _shared(
-    asked: PlanRequest, hybrid: str | None, changes: dict[str, Any], plan: RunPlan, lean: bool
+    requested: PlanRequest, hybrid: str | None, changes: dict[str, Any], plan: RunPlan, lean: bool
 ) -> Iterator[Choice]:
     """The same combination on several cards, or on one card with state on its host."""
     spec = plan.spec
-    if not asked.gpu or spec.optimizer.name != "adamw" or spec.memory.quantize != "none":
+    if not requested.gpu or spec.optimizer.name != "adamw" or spec.memory.quantize != "none":
         return
-    batch, fixed = plan.global_batch_size, "global_batch_size" in asked.fields
+    batch, fixed = plan.global_batch_size, "global_batch_size" in requested.fields
     # The largest number of cards that divides the batch.
-    most = max(n for n in range(1, asked.cards + 1) if batch % n == 0)
-    for ranks, stage in itertools.product(sorted({1, most} | ({asked.cards} if not fixed else set())), STAGES):
+    most = max(n for n in range(1, requested.cards + 1) if batch % n == 0)
+    for ranks, stage in itertools.product(sorted({1, most} | ({requested.cards} if not fixed else set())), STAGES):
         offloads = stage.endswith("offload")
         # One card gains only from offloading, and a lean search only needs the two offloading stages.
         if (ranks == 1 and not offloads) or (lean and stage not in ("3_offload", "2_offload")):
@@ -256,7 +258,7 @@ def _shared(
             flops = (plan.step_flops // batch * size, plan.model_flops // batch * size)
             shared = replace(plan, global_batch_size=size, step_flops=flops[0], model_flops=flops[1],
                              spec=replace(spec, global_batch_size=size))  # fmt: skip
-        yield Choice(asked, hybrid, more, stage, ranks, divided(shared, partition), partition)
+        yield Choice(requested, hybrid, more, stage, ranks, divided(shared, partition), partition)
 
 
 def _needs_whole_weights(plan: RunPlan) -> bool:
@@ -284,7 +286,7 @@ def fitting(found: list[Choice], rates: Rates | None) -> list[tuple[Choice, Esti
         return -speed, len(choice.knobs), choice.needed
 
     return sorted(
-        ((choice, choice.timed(rates)) for choice in found if choice.needed <= choice.asked.memory), key=order
+        ((choice, choice.timed(rates)) for choice in found if choice.needed <= choice.requested.memory), key=order
     )
 
 
@@ -305,7 +307,7 @@ def _kinds(choice: Choice) -> frozenset[str]:
     return frozenset("memory.tiles" if knob.startswith("memory.tiles") else knob for knob in choice.knobs)
 
 
-def longest(asked: PlanRequest) -> Choice | None:
+def longest(requested: PlanRequest) -> Choice | None:
     """Returns the choice at the longest context that fits, a multiple of 1,024 tokens; None if none fits.
 
     A short context may be refused for its length (smaller than an S²-Attn group, nothing to interpolate); it is
@@ -314,24 +316,24 @@ def longest(asked: PlanRequest) -> Choice | None:
     low, best, high = 0, None, STEP
     # Double the context until nothing fits (refused short contexts are skipped), then bisect to STEP tokens.
     while high <= LONGEST:
-        refused, found = _leanest(asked, high)
+        refused, found = _leanest(requested, high)
         if found is None and (best is not None or not refused):
             break
         low, best, high = high, found, 2 * high
     while high - low > STEP:
         middle = (low + high) // 2 // STEP * STEP
-        refused, found = _leanest(asked, middle)
+        refused, found = _leanest(requested, middle)
         if found is not None or (refused and best is None):
             low, best = middle, found
         else:
             high = middle
-    return None if best is None else replace(best, asked=replace(asked, ctx=str(low)))
+    return None if best is None else replace(best, requested=replace(requested, ctx=str(low)))
 
 
-def _leanest(asked: PlanRequest, ctx: int) -> tuple[bool, Choice | None]:
+def _leanest(requested: PlanRequest, ctx: int) -> tuple[bool, Choice | None]:
     """(whether this context is refused, the choice that fits with the fewest changed options or None)."""
     try:
-        found = [choice for choice in choices(asked, ctx, lean=True) if choice.needed <= asked.memory]
+        found = [choice for choice in choices(requested, ctx, lean=True) if choice.needed <= requested.memory]
     except InputError:
         return True, None
     return False, min(found, key=lambda choice: (len(choice.knobs), choice.needed), default=None)

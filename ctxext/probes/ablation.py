@@ -51,17 +51,18 @@ def ablate(
     others = [(i, h) for i in range(shape[0]) for h in range(shape[1]) if (i, h) not in set(top)]
     sets = {"nothing": [], f"top {K}": list(top)}
     sets |= {f"random {K}, draw {i}": sorted(rng.sample(others, K)) for i in range(1, spec.draws + 1)}
-    texts, asked = _texts(loaded, spec), _asked(loaded, spec)
+    texts, requested = _texts(loaded, spec), _asked(loaded, spec)
     found: dict[str, dict[str, Any]] = {}
     for name, heads in sets.items():
         with without(loaded, heads):
-            found[name] = {"masked": [list(head) for head in heads], **_measured(loaded, spec, asked, texts)}
+            found[name] = {"masked": [list(head) for head in heads], **_measured(loaded, spec, requested, texts)}
         done()
     runs = list(found.items())
     # The first two runs are "nothing" and "top"; the rest are the draws.
     means = {what: sum(one[what] for _, one in runs[2:]) / spec.draws for what in MEASURES}
     table = Table(
-        f"heads masked: {counted(len(asked.items), 'passkey')} at {spec.length:,} tokens in {haystack(spec.data)[0]}, "
+        f"heads masked: {counted(len(requested.items), 'passkey')} at {spec.length:,} tokens in "
+        f"{haystack(spec.data)[0]}, "
         f"different from those that rank the heads, and the loss of {_text_of(spec)} (adjacent windows)",
         ("masked", "heads", "passkey", "answer, nats a token", "loss, nats a token"),
         tuple(
@@ -75,7 +76,7 @@ def ablate(
             for name, one in [*runs[:2], (f"random {K}, mean of {spec.draws}", means), *runs[2:]]
         ),
     )
-    return {"heads": K, "cases": len(asked.items), "protocol": PROTOCOL, "random_mean": means, "runs": found}, table
+    return {"heads": K, "cases": len(requested.items), "protocol": PROTOCOL, "random_mean": means, "runs": found}, table
 
 
 def _text_of(spec: RetrievalHeads) -> str:
@@ -97,9 +98,9 @@ def _asked(loaded: LoadedModel, spec: RetrievalHeads) -> SuiteJob:
 
 
 def _measured(
-    loaded: LoadedModel, spec: RetrievalHeads, asked: SuiteJob, texts: Sequence[EncodedText]
+    loaded: LoadedModel, spec: RetrievalHeads, requested: SuiteJob, texts: Sequence[EncodedText]
 ) -> dict[str, Any]:
     assert spec.length is not None
-    row = run_job(asked, Ledger(), BATCH_TOKENS, lambda *_: None)[0]
+    row = run_job(requested, Ledger(), BATCH_TOKENS, lambda *_: None)[0]
     result = perplexity(loaded, texts, spec.length, protocol=PROTOCOL, tokens_per_batch=BATCH_TOKENS)
     return {"accuracy": row.value, "answer_nats": row.details["answer_nats"], "loss": result.nats_per_token}

@@ -16,7 +16,15 @@ from ctxext.evals.haystacks import GRASS
 from ctxext.evals.longppl import check as check_evaluator
 from ctxext.evals.suite import check_length
 from ctxext.model.source import ModelSource, require_tokenizer, resolve
-from ctxext.probes.probe_spec import KEEP_CHECKPOINTS, LONGEST, PROBES, RUN_PROBES, SHORTEST, ProbeSpec, asked
+from ctxext.probes.probe_spec import (
+    KEEP_CHECKPOINTS,
+    LONGEST,
+    PROBES,
+    RUN_PROBES,
+    SHORTEST,
+    ProbeSpec,
+    probe_spec_from_options,
+)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def plan_probe(
     for name, source in product(names, sources):
         if lack := _lack(name, source):
             raise InputError(f"{name} needs a training run, and {source.name} {lack[0]}", hint=lack[1])
-    spec = asked(names, given or {}, preset=preset)
+    spec = probe_spec_from_options(names, given or {}, preset=preset)
     spec = replace(spec, probes=tuple(_filled(probe, sources, spec.extrapolate) for probe in spec.probes))
     if any(probe.probe == "layer-niah" for probe in spec.probes):
         _scikit_learn_is_there()

@@ -197,7 +197,7 @@ class ProbeSpec:
     extrapolate: bool = False
 
 
-def asked(names: list[str], given: dict[str, Any], *, preset: str | None = None) -> ProbeSpec:
+def probe_spec_from_options(names: list[str], given: dict[str, Any], *, preset: str | None = None) -> ProbeSpec:
     """Returns the spec of a command line: fields of a preset, by probe or of ProbeSpec; options override them.
 
     Raises InputError (an unknown name or field, a probe twice), SpecError (a value that is not allowed).

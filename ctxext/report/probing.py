@@ -26,12 +26,12 @@ def section(place: Path, runs: Sequence[RecordedRun]) -> Html:
             shown = [
                 picture(one.path, lambda _: None, one.alt, one.caption) for one in drawn if one.probe == result.probe
             ]
-            asked = ", ".join(f"{key} {value}" for key, value in result.spec.items() if key != "probe")
+            requested = ", ".join(f"{key} {value}" for key, value in result.spec.items() if key != "probe")
             parts += [
                 tag("h3", f"{result.probe}, {' and '.join(run.probes.models)}"),
                 tag(
                     "p",
-                    f"Request: {asked or 'default settings'}. From run {run.number}; {run.versions}.",
+                    f"Request: {requested or 'default settings'}. From run {run.number}; {run.versions}.",
                     class_="quiet",
                 ),
                 *[

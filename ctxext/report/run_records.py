@@ -206,10 +206,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Block:
-    """One suite, requested in one way. `asked`: its fields except the lengths, and the dtype of the weights."""
+    """One suite, requested in one way. `requested`: its fields except the lengths, and the dtype of the weights."""
 
     suite: str
-    asked: dict[str, Any]
+    requested: dict[str, Any]
     series: list[Series]
 
     @property
@@ -331,9 +331,9 @@ def blocks(runs: list[RecordedRun]) -> list[Block]:
     for run in runs:
         for index, model in enumerate(run.results.models if run.results else ()):
             assert run.results is not None
-            for asked, suite in zip(run.results.spec.suites, model.suites, strict=True):
+            for requested, suite in zip(run.results.spec.suites, model.suites, strict=True):
                 # Equal fields mean comparable numbers. Lengths are columns of one table, so they may differ.
-                fields = {name: value for name, value in asked.items() if name not in ("lengths", "suite")}
+                fields = {name: value for name, value in requested.items() if name not in ("lengths", "suite")}
                 fields["dtype"] = run.results.spec.dtype
                 key = json.dumps([suite.suite, fields], sort_keys=True)
                 block = found.setdefault(key, Block(suite.suite, fields, []))

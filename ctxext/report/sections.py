@@ -48,7 +48,7 @@ def _called(block: Block, series: Series) -> list[str]:
     Nothing where the run has the suite twice: its differences do not say which of the two they are of.
     """
     results = series.run.results
-    if results is None or sum(asked.get("suite") == block.suite for asked in results.spec.suites) != 1:
+    if results is None or sum(requested.get("suite") == block.suite for requested in results.spec.suites) != 1:
         return []
     here = [d for d in results.differences if (d.suite, d.task, d.length) == (block.suite, "", block.shared_length)]
     mine = [d for d in here if d.model == series.model.model]
@@ -153,7 +153,7 @@ def _block(stem: Path, block: Block, numbers: charts.Numbers) -> Html:
     return tag(
         "div",
         tag("p", f"{words.metric(block)}, {words.better(block)}; {words.protocol(block)}."),
-        tag("p", f"Request: {words.asked(block)}. From {ran}; {words.versions(block)}.", class_="quiet"),
+        tag("p", f"Request: {words.request_text(block)}. From {ran}; {words.versions(block)}.", class_="quiet"),
         *[tag("p", note, class_="quiet") for note in notes],
         *_shown(charts.draw(stem, block, numbers), block),
         details("Every number, with its protocol", _every_number(block), *_nested(block)),

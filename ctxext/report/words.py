@@ -58,9 +58,9 @@ def protocol(block: Block, length: int | None = None) -> str:
     return ", ".join(" / ".join(dict.fromkeys(column)) for column in zip(*parts, strict=True))
 
 
-def asked(block: Block) -> str:
+def request_text(block: Block) -> str:
     """Returns the requested fields of the suite and the dtype as text."""
-    return ", ".join(f"{name} {plain(value)}" for name, value in block.asked.items() if value is not None)
+    return ", ".join(f"{name} {plain(value)}" for name, value in block.requested.items() if value is not None)
 
 
 def versions(block: Block) -> str:

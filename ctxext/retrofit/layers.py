@@ -70,21 +70,21 @@ def request_of(
     hybrid: HybridSpec,
     usable_length: int,
     automatic: bool,
-    asked: Mapping[str, Any],
+    requested: Mapping[str, Any],
 ) -> Request | None:
-    """Checks the planner's options as the user gave them (`asked`). None without the planner (`automatic` False).
+    """Checks the planner's options as the user gave them (`requested`). None without the planner (`automatic` False).
 
     Raises InputError for an option of the planner without the planner.
     """
     if not automatic:
-        if asked:
-            option = next(iter(asked)).replace("_", "-")
+        if requested:
+            option = next(iter(requested)).replace("_", "-")
             raise InputError(f"--{option} needs --full-layers auto", hint="add --full-layers auto")
         return None
     length, tokens = (
-        None if name not in asked else parse_tokens(asked[name]) for name in ("length", "calibration_tokens")
+        None if name not in requested else parse_tokens(requested[name]) for name in ("length", "calibration_tokens")
     )
-    budget = asked.get("budget")
+    budget = requested.get("budget")
     return plan_request(
         shape,
         source,
@@ -92,9 +92,9 @@ def request_of(
         usable_length,
         budget=None if budget is None else str(budget),
         length=length,
-        calibration=asked.get("calibration"),
+        calibration=requested.get("calibration"),
         tokens=tokens,
-        i_know=bool(asked.get("i_know")),
+        i_know=bool(requested.get("i_know")),
     )
 
 
@@ -128,10 +128,10 @@ def plan_request(
             "model supports: windows change nothing, so that no layer can be chosen",
             hint="give a smaller --sliding-window",
         )
-    asked = CALIBRATION_TOKENS if tokens is None else tokens
-    if asked < row and tokens is not None:
+    requested = CALIBRATION_TOKENS if tokens is None else tokens
+    if requested < row and tokens is not None:
         raise InputError(
-            f"--calibration-tokens {format_tokens(asked)}: allowed is one row or more, here {format_tokens(row)}"
+            f"--calibration-tokens {format_tokens(requested)}: allowed is one row or more, here {format_tokens(row)}"
         )
     read_documents(calibration or EMBEDDED)  # raises if there is no such source; reads nothing yet
     full = full_layer_count(budget, shape, source, window, at)
@@ -140,7 +140,7 @@ def plan_request(
             "a budget of 0 full layers: the model could retrieve nothing further back than the window",
             hint="give --budget 1 or more, or add --i-know if this is intended",
         )
-    return Request(full, at, calibration or EMBEDDED, max(asked, row), row)
+    return Request(full, at, calibration or EMBEDDED, max(requested, row), row)
 
 
 def full_layer_count(

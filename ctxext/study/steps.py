@@ -182,27 +182,27 @@ def _convert(step: ConvertStep) -> Any:
 def _finetune(step: FinetuneStep) -> FinetuneSpec:
     """The spec of a finetune step. Without a ctx it gets 2**30: a healing run takes the model's ctx at its start."""
     from ctxext.train.finetune_spec import FinetuneSpec
-    from ctxext.train.run_directory import asked_fields
+    from ctxext.train.run_directory import option_fields
 
     # Later entries replace earlier ones: the default, the preset, the arguments of the step, `settings`.
     fields: dict[str, Any] = {"ctx": 1 << 30} | dict(presets.find("finetune", step.preset).data)
-    for key, value in (asked_fields(step.ctx, step.data, step.steps, step.original_length) | step.settings).items():
+    for key, value in (option_fields(step.ctx, step.data, step.steps, step.original_length) | step.settings).items():
         set_value(fields, key, value)
     return build(FinetuneSpec, fields, source="finetune")
 
 
 def _evaluate(step: EvaluateStep) -> EvalSpec:
-    from ctxext.evals.eval_spec import asked, eval_fields
+    from ctxext.evals.eval_spec import eval_fields, eval_spec_from_options
 
     given = {
         name: value for name, value in asdict(step).items() if name not in ("models", "suite", "against", "settings")
     }
-    return asked(step.suite, eval_fields(given) | step.settings)
+    return eval_spec_from_options(step.suite, eval_fields(given) | step.settings)
 
 
 def _probe(step: ProbeStep) -> ProbeSpec:
-    from ctxext.evals.eval_spec import said
-    from ctxext.probes.probe_spec import PROBES, asked
+    from ctxext.evals.eval_spec import set_arguments
+    from ctxext.probes.probe_spec import PROBES, probe_spec_from_options
 
     given = {
         name: value
@@ -210,7 +210,9 @@ def _probe(step: ProbeStep) -> ProbeSpec:
         if name not in ("model", "names", "compare", "preset", "settings")
     }
     names = [step.names] if isinstance(step.names, str) else list(step.names)
-    return asked(list(PROBES) if names == ["all"] else names, said(given) | step.settings, preset=step.preset)
+    return probe_spec_from_options(
+        list(PROBES) if names == ["all"] else names, set_arguments(given) | step.settings, preset=step.preset
+    )
 
 
 def _plan(step: PlanStep) -> FinetuneSpec:

@@ -81,8 +81,8 @@ def distilled_loss(
     # The weight of each token's cross entropy and KL.
     ce = objective.ce * taught + objective.beyond * beyond  # [b,T]
     kl = objective.kl * taught  # [b,T]
-    said = None if lesson is None or not objective.kl else lesson.states
-    return loss + head(states, said, labels, ce, kl, objective.top_k)
+    teacher_states = None if lesson is None or not objective.kl else lesson.states
+    return loss + head(states, teacher_states, labels, ce, kl, objective.top_k)
 
 
 class DistilledHead(nn.Module):
@@ -96,22 +96,22 @@ class DistilledHead(nn.Module):
         self.weights = partial(output_weight, student), partial(output_weight, teacher.model)
 
     def forward(
-        self, states: Tensor, said: Tensor | None, labels: Tensor, ce: Tensor, kl: Tensor, top_k: int | None
+        self, states: Tensor, teacher_states: Tensor | None, labels: Tensor, ce: Tensor, kl: Tensor, top_k: int | None
     ) -> Tensor:
         """Returns `distillation_loss` of the states of both models under their own heads."""
         # states [b,T,E], said [b,n,E] or None; labels, ce, kl [b,T]
         mine, theirs = (weight() for weight in self.weights)
         # The teacher may see fewer tokens of a row. Zero-pad; the KL weight is 0 for these tokens.
-        if said is not None:
-            said = pad(said, (0, 0, 0, states.shape[1] - said.shape[1])).flatten(0, 1)
-        rows = states.flatten(0, 1), mine, said, theirs, labels.flatten(), ce.flatten(), kl.flatten()
+        if teacher_states is not None:
+            teacher_states = pad(teacher_states, (0, 0, 0, states.shape[1] - teacher_states.shape[1])).flatten(0, 1)
+        rows = states.flatten(0, 1), mine, teacher_states, theirs, labels.flatten(), ce.flatten(), kl.flatten()
         return distillation_loss(*rows, top_k=top_k)
 
 
 def distillation_loss(
     hidden: Tensor,
     weight: Tensor,
-    said: Tensor | None,
+    teacher_states: Tensor | None,
     teacher_weight: Tensor,
     labels: Tensor,
     ce: Tensor,
@@ -133,14 +133,14 @@ def distillation_loss(
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        loss: Tensor = _Distillation.apply(hidden, weight, said, teacher_weight, labels, ce, kl, top_k, chunk)
+        loss: Tensor = _Distillation.apply(hidden, weight, teacher_states, teacher_weight, labels, ce, kl, top_k, chunk)
     return loss
 
 
 class _Distillation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, said: Tensor | None, teacher_weight: Tensor, labels: Tensor,
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_states: Tensor | None, teacher_weight: Tensor, labels: Tensor,
         ce: Tensor, kl: Tensor, top_k: int | None, chunk: int
     ) -> Tensor:  # fmt: skip
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -155,10 +155,10 @@ class _Distillation(torch.autograd.Function):
             label = labels[rows, None].clamp(min=0)  # an IGNORED label has weight 0, but gather needs a valid index
             loss -= (text * z.gather(-1, label)).sum()
             # Gradient of the logits [c,V]: (ce + kl) q - kl target - ce onehot(label).
-            if said is None:
+            if teacher_states is None:
                 grad = text * z.exp()
             else:
-                y = (said[rows] @ theirs.to(said.dtype).t()).float().log_softmax(-1)  # [c,V] log p
+                y = (teacher_states[rows] @ theirs.to(teacher_states.dtype).t()).float().log_softmax(-1)  # [c,V] log p
                 divergence, target = _divergence(y, z, top_k)
                 loss += (taught[:, 0] * divergence).sum()
                 grad = z.exp_().mul_(text + taught).sub_(target.mul_(taught))

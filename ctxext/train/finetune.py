@@ -306,13 +306,13 @@ def backends(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> str:
 
     Raises EnvironmentFault where the backend that the spec names cannot run here.
     """
-    said, spec = list[str](), plan.spec
+    described, spec = list[str](), plan.spec
     for pattern in sorted(set(plan.patterns), key=lambda pattern: pattern.sliding_window or plan.spec.ctx):
         W, G = pattern.sliding_window, pattern.group_size
         name = f"sliding {W}" if W else f"S² {G}" if G else "full layers"
         call = AttentionCall(device, dtype, plan.source.shape.head_dim, pattern, packed=spec.data.document_mask)
-        said.append(f"{name} by {choose(call, spec.attention.backend)}")
-    return ", ".join(said)
+        described.append(f"{name} by {choose(call, spec.attention.backend)}")
+    return ", ".join(described)
 
 
 def _model(plan: RunPlan, device: torch.device, dtype: torch.dtype) -> Any:

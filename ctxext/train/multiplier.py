@@ -75,16 +75,16 @@ class MultiplierSearch:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the user should know before using the option."""
-        best, said = self.best, list[str]()
+        best, notes = self.best, list[str]()
         assert best.final is not None
         given = next(trial for trial in self.trials if trial.multiplier == self.given)
         if best is not given and given.final is not None and given.final - best.final < SMALL:
-            said.append(f"the difference to {self.given:g} is small ({given.final - best.final:.4f} nats a token)")
+            notes.append(f"the difference to {self.given:g} is small ({given.final - best.final:.4f} nats a token)")
         if best in (self.trials[0], self.trials[-1]):
-            said.append(f"{best.multiplier:g} is at one end of the tried range: search again with {self.option}")
+            notes.append(f"{best.multiplier:g} is at one end of the tried range: search again with {self.option}")
         if best.final >= best.held_out[0][1]:
-            said.append("no multiplier lowered the held-out loss: use more steps or another learning rate")
-        return tuple(said)
+            notes.append("no multiplier lowered the held-out loss: use more steps or another learning rate")
+        return tuple(notes)
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for `--json`."""

@@ -32,7 +32,7 @@ from ctxext.units import counted, parse_tokens
 SPEC_FILE = "spec.yaml"
 
 
-def asked_fields(
+def option_fields(
     ctx: str | int | None, data: str | None, steps: int | None, original_length: str | int | None
 ) -> dict[str, Any]:
     """Returns the most common options as fields of the spec; None: not given. "8k,32k" is a stage and the last ctx."""
@@ -43,7 +43,7 @@ def asked_fields(
     return fields
 
 
-def plan_asked(
+def plan_from_options(
     model: str | None,
     preset: str,
     given: Mapping[str, Any],

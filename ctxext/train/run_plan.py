@@ -418,15 +418,15 @@ def _group_size(source: ModelSource, spec: FinetuneSpec) -> int | None:
 
 def _sink_tokens(spec: FinetuneSpec, group_size: int | None) -> int | None:
     """How many first tokens S²-Attn also sees; None: measured when training starts."""
-    asked = spec.attention.sinks
+    requested = spec.attention.sinks
     if group_size is None:
         return 0
     if spec.memory.tiles is not None:
         # A tile of a row holds its own tokens and their groups, not the first token of a document far before it.
-        if asked not in ("auto", 0):
+        if requested not in ("auto", 0):
             raise InputError(
-                f"attention.sinks: {asked} with memory.tiles: a tile does not hold the first tokens of a document",
+                f"attention.sinks: {requested} with memory.tiles: a tile does not hold the first tokens of a document",
                 hint="leave memory.tiles out, or set attention.sinks=0",
             )
         return 0
-    return None if asked == "auto" else asked
+    return None if requested == "auto" else requested

@@ -68,9 +68,9 @@ def test_needles_say_what_is_asked(task: str, length: int) -> None:
         many = task in ("niah_multivalue", "niah_multiquery")
         what, are, start = (kind, "are", "Some") if many else (kind[:-1], "is", "A")
         ending = rf"\? The special magic {what} for (.*) mentioned in the provided text {are}$"
-        asked = re.search(ending, case.prompt)
-        assert asked and case.prompt.startswith(f"{start} special magic {what} {are} hidden within")
-        keys = re.split(r", and |, ", asked[1])
+        requested = re.search(ending, case.prompt)
+        assert requested and case.prompt.startswith(f"{start} special magic {what} {are} hidden within")
+        keys = re.split(r", and |, ", requested[1])
         assert len(keys) == (4 if task == "niah_multiquery" else 1)
         assert case.references and sorted(case.references) == sorted(v for key in keys for v in held[key])
         if task in ("niah_multikey_2", "niah_multikey_3"):
@@ -118,8 +118,8 @@ def test_vt_holds_when_interpreted(length: int) -> None:
 def test_cwe_holds_when_recounted(length: int) -> None:
     (common, rare), (shown_common, shown_rare) = ((30, 3), (10, 3)) if length == LONG else ((6, 1), (3, 1))
     for case in drawn("cwe", length):
-        asked = "Answer: The top 10 words that appear most often in the list are:"
-        example, answer, question, end = re.split(rf"{asked}|\n(?=Below)", case.prompt)
+        requested = "Answer: The top 10 words that appear most often in the list are:"
+        example, answer, question, end = re.split(rf"{requested}|\n(?=Below)", case.prompt)
         assert end == ""
         counts = Counter(re.findall(r"\d+\. ([a-z]+)", question))
         assert len(counts) == case.facts["size"]

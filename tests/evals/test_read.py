@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from ctxext.errors import ModelError
 from ctxext.eval_and_merge import eval_models, plan_eval
 from ctxext.evals import longppl
-from ctxext.evals.eval_spec import asked
+from ctxext.evals.eval_spec import eval_spec_from_options
 from ctxext.evals.suite import evaluate
 
 LINE = "The cat sat on the mat, and the <s>dog</s> did not. "
@@ -58,7 +58,7 @@ def test_every_suite_with_data_says_and_keeps_what_it_read(suite: str, data: Pat
 
 def test_control_tokens_in_text_change_no_loss(loaded: Any, data: Path) -> None:
     """The text is scored as its characters: one token a byte of it."""
-    report = evaluate([loaded], asked("perplexity", {"data": str(data), "lengths": [64]}))
+    report = evaluate([loaded], eval_spec_from_options("perplexity", {"data": str(data), "lengths": [64]}))
     row = report.rows()[0]
     assert row["details"]["text_tokens"] == 2 * len(LINE) * 10
 
@@ -70,15 +70,18 @@ def test_a_token_without_a_row_is_refused_before_any_window(data: Path, model: P
     (data / "a.txt").write_text(LINE * 10 + "<extra9>")
     said = f"its tokenizer gives token {tokenizer.get_vocab_size() - 1}, but the model has 260 tokens"
     with pytest.raises(ModelError, match=said):
-        evaluate([str(model)], asked("perplexity", {"data": str(data), "lengths": [64]}))
+        evaluate([str(model)], eval_spec_from_options("perplexity", {"data": str(data), "lengths": [64]}))
     given = {"data": str(data), "lengths": [120], "evaluator": str(model), "short": 16, "step": 16}
     (data / "B.TXT").unlink()
     (data / "a.txt").write_text("<extra9>" + LINE * 10)
     with pytest.raises(ModelError, match=said):
-        evaluate([str(model)], asked("longppl", given))
+        evaluate([str(model)], eval_spec_from_options("longppl", given))
 
 
 def test_longppl_joins_short_documents_and_counts_their_tokens_once(loaded: Any, data: Path) -> None:
-    given = replace(asked("longppl", {"data": str(data), "lengths": [900], "evaluator": "x"}).suites[0], lengths=(900,))
+    given = replace(
+        eval_spec_from_options("longppl", {"data": str(data), "lengths": [900], "evaluator": "x"}).suites[0],
+        lengths=(900,),
+    )
     found = list(longppl.documents(given, 900, loaded.tokenizer))
     assert len(found) == 1

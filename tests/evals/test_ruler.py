@@ -71,14 +71,14 @@ def test_an_oracle_has_100_and_silence_0(cases: list[Case]) -> None:
 
 
 def test_cases_that_generate_alike_are_answered_together(cases: list[Case]) -> None:
-    asked: list[list[int]] = []
+    requested: list[list[int]] = []
 
     def answers(cases: Sequence[Case]) -> list[str]:
-        asked.append([case.max_new_tokens for case in cases])
+        requested.append([case.max_new_tokens for case in cases])
         return ["x" * 700 for _ in cases]
 
     outcomes = scored(answers, [RulerQuestion(case) for case in cases])
-    assert asked == [[128] * 8, [30], [120], [50], [32, 32]]
+    assert requested == [[128] * 8, [30], [120], [50], [32, 32]]
     assert [outcome.id for outcome in outcomes] == [case.id for case in cases]
     assert {len(outcome.details["answer"]) for outcome in outcomes} == {500}
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ctxext.evals.eval_spec import asked
+from ctxext.evals.eval_spec import eval_spec_from_options
 from ctxext.evals.suite import evaluate
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
@@ -59,7 +59,9 @@ def measured(model: Path, texts: tuple[str, str], lengths: list[int]) -> list[li
     found = []
     for text in texts:
         given = {"lengths": lengths, "data": text, "protocol": "truncate", "limit": 32_768, "extrapolate": True}
-        found.append([row["value"] for row in evaluate([str(model)], asked("perplexity", given)).rows()])
+        found.append(
+            [row["value"] for row in evaluate([str(model)], eval_spec_from_options("perplexity", given)).rows()]
+        )
     return found
 
 

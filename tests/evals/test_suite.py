@@ -18,7 +18,7 @@ from ctxext.config import presets
 from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
 from ctxext.eval_and_merge import eval_models, plan_eval
 from ctxext.evals import item_runner
-from ctxext.evals.eval_spec import SUITES, EvalSpec, asked
+from ctxext.evals.eval_spec import SUITES, EvalSpec, eval_spec_from_options
 from ctxext.evals.suite import evaluate, tables
 from ctxext.evals.suites import CHECKS, PREPARED, module_of
 from ctxext.model.source import resolve
@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> str:
 
 
 def spec(suite: str, data: str, **given: Any) -> EvalSpec:
-    return asked(suite, {"data": data, "lengths": [64], **given})
+    return eval_spec_from_options(suite, {"data": data, "lengths": [64], **given})
 
 
 def test_every_suite_has_a_job_and_every_other_table_knows_suites_alone() -> None:
@@ -123,11 +123,13 @@ def test_refusals_at_planning(model_dir: Callable[..., Path], suite: str, given:
 )
 def test_refusals_of_what_is_asked(suite: str, given: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        asked(suite, given)
+        eval_spec_from_options(suite, given)
 
 
 def test_options_reach_the_suites_that_have_them() -> None:
-    given = asked("perplexity,passkey,niah", {"seed": 3, "niah.cases": 2, "lengths": ["1k"], "dtype": "bfloat16"})
+    given = eval_spec_from_options(
+        "perplexity,passkey,niah", {"seed": 3, "niah.cases": 2, "lengths": ["1k"], "dtype": "bfloat16"}
+    )
     perplexity, passkey, niah = given.suites
     assert (passkey.seed, niah.seed, niah.cases, passkey.cases, given.dtype) == (3, 3, 2, 10, "bfloat16")
     assert {suite.lengths for suite in given.suites} == {(1024,)}
@@ -136,7 +138,7 @@ def test_options_reach_the_suites_that_have_them() -> None:
 
 @pytest.mark.parametrize("preset", presets.names("eval"))
 def test_every_preset_loads(preset: str) -> None:
-    assert asked(preset, {}).suites
+    assert eval_spec_from_options(preset, {}).suites
 
 
 def test_a_model_that_is_not_there_is_refused_before_one_that_is_runs(loaded: Any, data: str) -> None:
@@ -209,7 +211,7 @@ def test_a_killed_evaluation_goes_on_and_runs_nothing_twice(
     report = eval_models(second)
     windows = sum(row["details"]["windows"] for row in report.rows())
     assert len(ran) == windows, "a window ran twice, or never"
-    assert report.rows() == evaluate(models, asked("perplexity", given)).rows()
+    assert report.rows() == evaluate(models, eval_spec_from_options("perplexity", given)).rows()
     assert (first.out / "ctxext.json").exists()
     third = plan_eval(models, "perplexity", given)
     assert third.out != first.out and not third.resumes
@@ -330,7 +332,7 @@ def test_two_suites_of_one_kind_are_two_tables(loaded: Any, data: str, tmp_path:
     path = tmp_path / "two.yaml"
     protocols = "".join(f"- {{suite: perplexity, protocol: {name}}}\n" for name in ("truncate", "hf-stride"))
     path.write_text("suites:\n" + protocols)
-    report = evaluate([loaded], asked(str(path), {"data": data, "lengths": [64]}))
+    report = evaluate([loaded], eval_spec_from_options(str(path), {"data": data, "lengths": [64]}))
     made = tables(report)
     assert [caption.split(",")[0] for caption, _, _ in made] == ["perplexity: truncate", "perplexity: hf-stride"]
     assert made[0][2] != made[1][2]
@@ -341,7 +343,7 @@ def test_a_preset_of_another_shape_is_refused(tmp_path: Path, text: str) -> None
     path = tmp_path / "odd.yaml"
     path.write_text(text)
     with pytest.raises(SpecError):
-        asked(str(path), {"limit": 3})
+        eval_spec_from_options(str(path), {"limit": 3})
 
 
 def test_a_limit_below_a_case_a_length_is_refused(model_dir: Callable[..., Path]) -> None:

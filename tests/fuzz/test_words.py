@@ -14,7 +14,7 @@ from ctxext.config import manifest, presets
 from ctxext.config.loader import assignments, build, dump_yaml, parse_value, read_yaml, set_value
 from ctxext.config.presets import ModelPreset
 from ctxext.errors import CtxextError
-from ctxext.evals.eval_spec import asked
+from ctxext.evals.eval_spec import eval_spec_from_options
 from ctxext.model.layout import HybridSpec, find_hybrid, layer_kinds
 from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.units import parse_bytes, parse_tokens
@@ -60,7 +60,7 @@ def test_yaml_and_set(fuzz: Any, survives: Any, tmp_path: Path) -> None:
         if isinstance(given, dict):
             for key, value in given.items():
                 survives(lambda key=key, value=value: set_value({"a": 1}, key, value))
-            survives(lambda: asked("perplexity", given))
+            survives(lambda: eval_spec_from_options("perplexity", given))
 
     fuzz(YAML, check, quick=80, slow=3000)
 

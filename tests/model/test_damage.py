@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ctxext.evals.eval_spec import asked
+from ctxext.evals.eval_spec import eval_spec_from_options
 from ctxext.evals.suite import evaluate
 from ctxext.model.convert import plan_conversion, run_conversion
 from ctxext.model.load import load_model
@@ -29,7 +29,9 @@ def perplexity(stories, tmp_path_factory):
         plan = plan_conversion(str(stories), pattern, out=place / name, sliding_window=window)
         run_conversion(plan, gate=False)
     models = [str(stories), *(str(place / name) for name in layouts)]
-    report = evaluate(models, asked("perplexity", {"lengths": [512], "data": str(text), "limit": 8192}))
+    report = evaluate(
+        models, eval_spec_from_options("perplexity", {"lengths": [512], "data": str(text), "limit": 8192})
+    )
     values = [row["value"] for row in report.rows()]
     return dict(zip(["source", *layouts], values, strict=True))
 

@@ -51,8 +51,8 @@ def test_every_command_takes_a_file(write_model: Any, tmp_path: Path) -> None:
     assert written["written"] == 3
     ctxext(tmp_path, "verify", model, "--ctx", "96", "--out", "verified")
     ctxext(tmp_path, "convert", model, "--hybrid", "SN", "--sliding-window", "16", "--out", "converted")
-    asked = ("--suite", "perplexity", "--lengths", "64,128", "--limit", "512", *data)
-    ctxext(tmp_path, "eval", model, "converted", "--against", model, *asked, "--out", "evaluated")
+    requested = ("--suite", "perplexity", "--lengths", "64,128", "--limit", "512", *data)
+    ctxext(tmp_path, "eval", model, "converted", "--against", model, *requested, "--out", "evaluated")
     ctxext(tmp_path, "probe", model, "positions", "--out", "probed")
     steps = ("--set", "steps=1", "--set", "global_batch_size=1", *data)
     ctxext(tmp_path, "finetune", model, "--ctx", "512", "--plan", *steps)

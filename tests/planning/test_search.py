@@ -22,7 +22,7 @@ from ctxext.train.parallel import Host, Launch, read_zero
 ctxext = CliRunner()
 
 
-def asked(model="tinyllama-1.1b", ctx="16k", **given):
+def requested(model="tinyllama-1.1b", ctx="16k", **given):
     given = {"gpu": "24gb", "preset": "lora-alpha", "fixed": {}} | given
     return ask(model, ctx, **given)
 
@@ -30,7 +30,7 @@ def asked(model="tinyllama-1.1b", ctx="16k", **given):
 @pytest.mark.parametrize("memory", ["24G", "12G", "8G"])
 def test_the_fastest_is_that_of_brute_force(memory):
     """Every combination by hand, each planned as `finetune` would plan it."""
-    question, rates = asked(gpu="h100", memory=memory, fixed={"memory.offload": False}, cards_=2)
+    question, rates = requested(gpu="h100", memory=memory, fixed={"memory.offload": False}, cards_=2)
     best = None
     spaces = [("s2", "dense"), ("none", "nf4"), ("adamw", "adamw8bit"), (True, False), ("nothing", "attention"),
               (None, 16_384, 4096, 1024)]  # fmt: skip
@@ -56,7 +56,7 @@ def test_the_fastest_is_that_of_brute_force(memory):
 
 
 def test_the_longest_fits_and_a_step_longer_does_not():
-    question, _ = asked(memory="12G")
+    question, _ = requested(memory="12G")
     furthest = search.longest(question)
     ctx = furthest.plan.spec.ctx
     assert ctx % search.STEP == 0 and furthest.needed <= question.memory
@@ -66,7 +66,7 @@ def test_the_longest_fits_and_a_step_longer_does_not():
 
 @pytest.mark.parametrize("fixed", [{"rope_scaling": "yarn"}, {"attention.group_size": 8192}])
 def test_short_contexts_that_are_refused_do_not_hide_the_longest(fixed):
-    question, _ = asked(fixed=fixed)
+    question, _ = requested(fixed=fixed)
     with pytest.raises(InputError):
         list(search.choices(question, search.STEP))
     furthest = search.longest(question)
@@ -77,7 +77,7 @@ def test_short_contexts_that_are_refused_do_not_hide_the_longest(fixed):
 
 def test_an_optimizer_on_the_host_hangs_on_the_hosts_memory():
     fixed = {"tuning": "full", "tokens_per_step": 2048}
-    question, rates = asked("llama2-7b", "2k", gpu="h100", memory="30G", fixed=fixed)
+    question, rates = requested("llama2-7b", "2k", gpu="h100", memory="30G", fixed=fixed)
     fit = search.fitting(list(search.choices(question)), rates)
     hangs = search.dominating(fit, rates)
     assert hangs["rate"] == "host_memory"
@@ -86,7 +86,7 @@ def test_an_optimizer_on_the_host_hangs_on_the_hosts_memory():
 
 @pytest.mark.parametrize(("cards", "gpu"), [(1, "24gb"), (8, "24gb"), (3, "h100")])
 def test_the_printed_commands_plan_what_was_printed(cards, gpu, monkeypatch, tmp_path):
-    found = answer(*asked(gpu=gpu, cards_=cards))
+    found = answer(*requested(gpu=gpu, cards_=cards))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(planning, "visible_gpus", lambda: cards)
     monkeypatch.setattr(parallel, "visible_gpus", lambda: cards)
@@ -106,7 +106,7 @@ def test_a_hybrid_is_planned_as_its_conversion_is(model_dir, tmp_path):
     from ctxext.model.convert import plan_conversion, run_conversion
 
     model = str(model_dir("llama"))
-    question, _ = asked(model, "256", hybrid="swa128-nope", fixed={"attention.train": "dense"})
+    question, _ = requested(model, "256", hybrid="swa128-nope", fixed={"attention.train": "dense"})
     planned = next(search.choices(question))
     assert planned.commands()[0].startswith(f"ctxext convert {model} --hybrid swa128-nope --out ")
     out = tmp_path / "converted"
@@ -117,16 +117,16 @@ def test_a_hybrid_is_planned_as_its_conversion_is(model_dir, tmp_path):
 
 
 def test_what_was_given_is_not_searched():
-    question, _ = asked(fixed={"attention.train": "dense", "memory.tiles": 4096})
+    question, _ = requested(fixed={"attention.train": "dense", "memory.tiles": 4096})
     for choice in search.choices(question):
         assert not {"attention.train", "memory.tiles"} & choice.changes.keys()
         assert choice.plan.group_size is None and choice.plan.spec.memory.tiles == 4096
-    longlora, _ = asked(preset="longlora")  # which says attention.train: s2
+    longlora, _ = requested(preset="longlora")  # which says attention.train: s2
     assert all(choice.plan.group_size for choice in search.choices(longlora))
 
 
 def test_listed_leaves_out_what_turns_more_for_nothing():
-    question, rates = asked(gpu=None, memory="80G")
+    question, rates = requested(gpu=None, memory="80G")
     fit = search.fitting(list(search.choices(question)), rates)
     shown = search.listed(fit)
     assert len(shown) == 4 and shown[0] is fit[0][0]
@@ -137,7 +137,7 @@ def test_listed_leaves_out_what_turns_more_for_nothing():
 
 
 def test_the_rate_that_dominates_is_the_one_with_the_most_seconds():
-    question, rates = asked(ctx="128k", gpu=None, memory="140G")
+    question, rates = requested(ctx="128k", gpu=None, memory="140G")
     fit = search.fitting(list(search.choices(question)), rates)
     hangs, took = search.dominating(fit, rates), fit[0][1]
     assert hangs["rate"] == max(took.by_rate(), key=took.by_rate().get)
@@ -147,14 +147,14 @@ def test_the_rate_that_dominates_is_the_one_with_the_most_seconds():
 
 
 def test_where_nothing_fits_it_is_said():
-    found = answer(*asked("llama2-70b", "100k", fixed={"memory.tiles": None}))
+    found = answer(*requested("llama2-70b", "100k", fixed={"memory.tiles": None}))
     assert found.listed == [] and found.as_dict()["fastest"] is None
     with pytest.raises(CheckFailed, match="no configuration fits: at least .* mostly layer"):
         found.refuse()
 
 
 def test_on_a_cpu_what_waits_on_the_host_waits_in_the_same_memory():
-    question, _ = asked("tiny", "4k")
+    question, _ = requested("tiny", "4k")
     here = replace(question, gpu=False, fields={"memory": {"offload": True}})
     choice = next(search.choices(here))
     assert choice.needed == sum(choice.plan.memory.values()) + choice.host > choice.host > 0
@@ -164,10 +164,10 @@ def test_on_a_cpu_what_waits_on_the_host_waits_in_the_same_memory():
 def test_a_model_with_one_head_is_planned_without_s2(model_dir):
     """S²-Attn shifts half of the heads: auto leaves it out, and asked for by name it is refused."""
     one = str(model_dir("llama", num_attention_heads=1, num_key_value_heads=1))
-    question, _ = asked(one, "1k")
+    question, _ = requested(one, "1k")
     found = list(search.choices(question))
     assert found and all(choice.plan.group_size is None for choice in found)
     with pytest.raises(InputError, match="there is one"):
-        list(search.choices(asked(one, "1k", fixed={"attention.train": "s2"})[0]))
+        list(search.choices(requested(one, "1k", fixed={"attention.train": "s2"})[0]))
     with pytest.raises(InputError, match="there is one"):
         search.plan_with(question, question.source, {"attention.train": "s2"})

@@ -14,7 +14,7 @@ from ctxext.model.load import hidden_states, load_tokenizer
 from ctxext.model.source import resolve
 from ctxext.probes import layer_niah
 from ctxext.probes.layer_niah import measure, readable
-from ctxext.probes.probe_spec import LayerNiah, asked
+from ctxext.probes.probe_spec import LayerNiah, probe_spec_from_options
 from ctxext.probes.subject import Subject
 from tests.probes.averaging import write_averaging
 
@@ -120,4 +120,4 @@ def test_on_tiny_the_same_seed_gives_the_same_plain_finite_numbers():
 
 def test_too_few_samples_for_the_classes_are_refused():
     with pytest.raises(SpecError, match="10 classes"):
-        asked(["layer-niah"], {"samples": 45, "classes": 10})
+        probe_spec_from_options(["layer-niah"], {"samples": 45, "classes": 10})

@@ -34,7 +34,7 @@ def run(request, model_dir, letters, kept_run, plain_run, tmp_path_factory):
     return request.param, kept_run(model_dir("llama"), place, letters, **ADAPTERS[request.param], steps=3)
 
 
-def asked(path, to="base"):
+def requested(path, to="base"):
     finding = measure(Subject(resolve(str(path)), device="cpu"), QkDistance(to=to), lambda *_: None)
     json.dumps(asdict(finding), allow_nan=False)
     return finding
@@ -63,7 +63,7 @@ def truth(weights, others, of):
 @pytest.mark.parametrize("to", ["base", "final"])
 def test_distances_are_those_of_merged_weights(to, run, model_dir):
     kind, path = run
-    finding = asked(path, to)
+    finding = requested(path, to)
     steps = {step: whole(path, step) for step in finding.facts["steps"]}
     assert list(steps) == [0, 1, 2, 3] and finding.facts["result_step"] == 3 and finding.notes == ()
     base = load_file(model_dir("llama") / "model.safetensors")
@@ -93,7 +93,7 @@ def test_a_run_that_went_nowhere_is_at_zero(plain_run, tmp_path):
     save_file({name: x * ("lora_B" not in name) for name, x in stored.items()}, adapter)
     shutil.rmtree(path / "checkpoints")
     for to in ("base", "final"):
-        finding = asked(path, to)
+        finding = requested(path, to)
         assert finding.facts["by_step"]["absolute"] == {"q": [0, 0], "k": [0, 0], "q + k": [0, 0]}
         assert "only these two are compared" in finding.notes[0] and finding.facts["steps"] == [0, 3]
 
@@ -103,10 +103,10 @@ def test_a_run_whose_start_is_gone_is_refused(model_dir, letters, kept_run, writ
     path = kept_run(base, tmp_path, letters, tuning="full", steps=1)
     write_model(base, seed=1)
     with pytest.raises(ModelError, match="trained from") as caught:
-        asked(path)
+        requested(path)
     assert "first step" in caught.value.hint
     with pytest.raises(InputError, match="not a finetune run"):
-        asked(model_dir("llama"))
+        requested(model_dir("llama"))
 
 
 def test_no_model_is_loaded(plain_run):

@@ -129,14 +129,14 @@ def test_as_a_hybrid_its_full_layer_hurts_and_its_sliding_layers_do_not(averagin
 
 def test_what_is_restricted_by_default_and_what_a_model_lacks():
     subject = Subject(resolve("tiny"))
-    asked, notes = restrictions(subject, ReceptiveField(length=100))
-    assert [(one.group, one.visible) for one in asked] == [("full", 16), ("full", 32), ("full", 64)] + [
+    requested, notes = restrictions(subject, ReceptiveField(length=100))
+    assert [(one.group, one.visible) for one in requested] == [("full", 16), ("full", 32), ("full", 64)] + [
         ("layers", 16)
     ] * 4
     assert len(notes) == 1 and "sliding" in notes[0]
     assert [one.visible for one in restrictions(subject, ReceptiveField(length=64, restrict=("full",)))[0]] == [16, 32]
-    asked, notes = restrictions(subject, ReceptiveField(length=100, restrict=("sliding",)))
-    assert not asked and len(notes) == 1
+    requested, notes = restrictions(subject, ReceptiveField(length=100, restrict=("sliding",)))
+    assert not requested and len(notes) == 1
 
 
 def test_on_tiny_everything_is_plain_finite_and_of_its_shape(text):

@@ -70,11 +70,11 @@ def test_both_definitions_rank_the_retrieval_head_first(induction, letters):
 
 def test_masking_the_retrieval_head_breaks_copying_and_masking_any_other_does_not(induction, letters):
     loaded = load_model(induction, device="cpu")
-    asked = job(loaded, Passkey(lengths=(LENGTH,), data=str(letters), cases=1, depths=(0.0, 0.9)), Path())
+    requested = job(loaded, Passkey(lengths=(LENGTH,), data=str(letters), cases=1, depths=(0.0, 0.9)), Path())
 
     def accuracy(heads):
         with without(loaded, heads):
-            return run_job(asked, Ledger(), 4096, lambda *_: None)[0].value
+            return run_job(requested, Ledger(), 4096, lambda *_: None)[0].value
 
     others = [(i, h) for i in range(2) for h in range(HEADS) if (i, h) != INDUCTION]
     assert accuracy([]) == 1.0 and accuracy([INDUCTION]) == 0.0

@@ -5,18 +5,20 @@ import pytest
 from ctxext.config import presets
 from ctxext.errors import InputError, SpecError
 from ctxext.probes.plan_probes import plan_probe
-from ctxext.probes.probe_spec import PROBES, RUN_PROBES, asked
+from ctxext.probes.probe_spec import PROBES, RUN_PROBES, probe_spec_from_options
 
 
 @pytest.mark.parametrize("preset", presets.names("probe"))
 def test_a_preset_is_read_for_every_probe(preset):
-    spec = asked(list(PROBES), {}, preset=preset)
+    spec = probe_spec_from_options(list(PROBES), {}, preset=preset)
     assert [probe.probe for probe in spec.probes] == list(PROBES)
 
 
 def test_options_go_to_every_probe_that_has_them_and_before_a_preset():
     names = ["receptive-field", "layer-niah", "qk-distance"]
-    spec = asked(names, {"samples": 50, "length": "1k", "layer-niah.classes": 4, "dtype": "bfloat16"}, preset="smoke")
+    spec = probe_spec_from_options(
+        names, {"samples": 50, "length": "1k", "layer-niah.classes": 4, "dtype": "bfloat16"}, preset="smoke"
+    )
     field, niah, _ = spec.probes
     assert (field.samples, field.length, niah.samples, niah.length, niah.classes) == (50, 1024, 50, 1024, 4)
     assert spec.dtype == "bfloat16" and field.tokens == 4096
@@ -35,12 +37,12 @@ def test_options_go_to_every_probe_that_has_them_and_before_a_preset():
 )
 def test_what_cannot_be_is_refused(names, given, error, words):
     with pytest.raises(error, match=words):
-        asked(names, given)
+        probe_spec_from_options(names, given)
 
 
 def test_a_fault_within_a_probe_is_one_fault():
     with pytest.raises(SpecError) as caught:
-        asked(["layer-niah"], {"samples": 5})
+        probe_spec_from_options(["layer-niah"], {"samples": 5})
     assert caught.value.faults == ("probes.0.samples: got 5; allowed: at least 40",)
 
 
@@ -48,7 +50,7 @@ def test_a_preset_that_names_no_probe_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("layer-nia: {samples: 100}\n")
     with pytest.raises(InputError, match="'layer-nia' is neither a probe nor a field"):
-        asked(["layer-niah"], {}, preset=str(path))
+        probe_spec_from_options(["layer-niah"], {}, preset=str(path))
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_a_preset_is_checked_whole(text, words, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text + "\n")
     with pytest.raises(InputError, match=words):
-        asked(["positions", "layer-niah"], {}, preset=str(path))
+        probe_spec_from_options(["positions", "layer-niah"], {}, preset=str(path))
 
 
 def test_all_leaves_out_what_follows_a_run(tmp_path):

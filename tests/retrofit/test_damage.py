@@ -37,7 +37,7 @@ def opened(directory, kinds=(S, N, F), read=None):
     return open_layers(source.config, source.kinds, kinds, read or tensor_reader(directory), CPU)
 
 
-def asked(ids, texts, last=40, needle=(20, 25)):
+def requested(ids, texts, last=40, needle=(20, 25)):
     """Samples whose questions end at `last`, with an answer up to the row's end and a needle further up."""
     answers, needles = torch.zeros(2, *ids.shape, dtype=torch.bool)
     answers[texts:, last : T - 1] = True
@@ -64,7 +64,7 @@ def test_a_layout_that_no_stock_class_has_is_measured_all_the_same(model_dir):
     layers, layout = opened(model_dir("qwen3")), (F, N, F, F)
     with pytest.raises(ModelError, match="in all or in none"):
         hybrid_config(layers.config, layout)
-    samples = asked(token_rows(), texts=3)
+    samples = requested(token_rows(), texts=3)
     truth = source_states(layers, samples.ids)
     one, none = measure(layers, samples, [layout, (F, F, F, F)], truth)
     assert one.text > 0.01 and none.text == none.loss == 0
@@ -74,7 +74,7 @@ def test_a_layout_that_no_stock_class_has_is_measured_all_the_same(model_dir):
 @torch.no_grad()
 def test_damage_is_what_whole_logits_say(model_dir, vocab):
     directory = model_dir("llama", vocab_size=vocab, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
-    layers, samples = opened(directory), asked(token_rows(9, vocab), texts=7)
+    layers, samples = opened(directory), requested(token_rows(9, vocab), texts=7)
     stock, layout = load_model(directory, device="cpu"), LAYOUTS["SNSN"]
     student = relayout(stock.model, hybrid_config(stock.source.config, layout))
     meant, given = (log_softmax(model(samples.ids).logits, -1) for model in (stock.model, student))
@@ -107,7 +107,7 @@ def test_buckets_double_and_a_window_costs_nothing_within_itself(model_dir):
 
 
 def test_layouts_that_begin_alike_share_their_layers_and_turns_change_nothing(model_dir):
-    layers, samples = opened(model_dir("llama")), asked(token_rows(), texts=2)
+    layers, samples = opened(model_dir("llama")), requested(token_rows(), texts=2)
     singles = [(*(F,) * i, kind, *(F,) * (3 - i)) for kind in (S, N) for i in range(4)]
     truth, calls = source_states(layers, samples.ids), []
     together = measure(layers, samples, singles, truth, lambda *n: calls.append(n))
@@ -132,7 +132,7 @@ def test_one_layer_is_in_memory_at_a_time(model_dir):
         most = max(most, sum(alive.values()))
         return torch.from_numpy(array)
 
-    layers, samples = opened(directory, [S, N], read), asked(token_rows(), texts=2)
+    layers, samples = opened(directory, [S, N], read), requested(token_rows(), texts=2)
     truth = source_states(layers, samples.ids)
     streamed = measure(layers, samples, [(S, N) * 3, (N, S) * 3], truth)
     head_scores(layers, samples)
@@ -158,7 +158,7 @@ def test_head_scores_are_the_attention_that_eager_shows(model_dir, name):
 
     changes = {"mistral": {"sliding_window": 18}}.get(name, {})  # the window cuts the needle in two: 23 <= key
     directory = model_dir(name, **changes)
-    samples = asked(token_rows(5), texts=2)
+    samples = requested(token_rows(5), texts=2)
     found = head_scores(opened(directory), samples)
     eager = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
     shown = eager(samples.ids[2:], output_attentions=True).attentions  # L x [B, H, T, T]

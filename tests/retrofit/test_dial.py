@@ -61,7 +61,7 @@ def test_a_number_puts_every_weight_at_base_and_so_much_of_the_change(run, tmp_p
             force=False,
             measure=lambda _: (1.0, "nothing"),
             adjust=partial(adjust, **GIVEN, alpha=plan.alpha),
-            asked=plan.asked,
+            requested=plan.requested,
         )
         assert report.merged_max_diff <= report.tolerance and report.saved_max_diff == 0.0
     base, one, half, more = (

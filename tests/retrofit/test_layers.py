@@ -38,25 +38,25 @@ def noisy(L, seed=0):
     rng = random.Random(seed)
     window, nope = [rng.random() for _ in range(L)], [0.3 * rng.random() for _ in range(L)]
     pairs = {pair: 0.2 * rng.random() for pair in combinations(range(L), 2)}
-    asked = []
+    requested = []
 
     def score(choice):
         single = sum(nope[i] if i in choice else window[i] for i in range(L))
         return single + sum(pairs[pair] for pair in combinations(choice, 2))
 
     def measure(choices):
-        asked.append(list(choices))
+        requested.append(list(choices))
         return [score(choice) for choice in choices]
 
-    return [w - n for w, n in zip(window, nope, strict=True)], measure, score, asked
+    return [w - n for w, n in zip(window, nope, strict=True)], measure, score, requested
 
 
 @pytest.mark.parametrize(("L", "k"), [(4, 2), (5, 0), (5, 1), (6, 5), (20, 1), (8, 2)])
 def test_few_layouts_are_all_measured_and_the_best_is_found(L, k):
-    gains, measure, score, asked = noisy(L)
+    gains, measure, score, requested = noisy(L)
     found = search(L, k, gains, measure)
     assert found.exhaustive and found.best == min(combinations(range(L), k), key=score)
-    assert len(asked) == 1, "they could have been measured together"
+    assert len(requested) == 1, "they could have been measured together"
     if 2**L <= EXHAUSTIVE:
         assert len(found.measured) == 2**L
     assert all(value == score(choice) for choice, value in found.measured.items())
@@ -65,9 +65,9 @@ def test_few_layouts_are_all_measured_and_the_best_is_found(L, k):
 @pytest.mark.parametrize(("L", "k"), [(12, 4), (16, 8), (32, 16), (24, 3)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_of_many_a_bounded_number_is_measured_none_twice_and_no_fixed_pattern_is_better(L, k, seed):
-    gains, measure, score, asked = noisy(L, seed)
+    gains, measure, score, requested = noisy(L, seed)
     found = search(L, k, gains, measure)
-    every = [choice for group in asked for choice in group]
+    every = [choice for group in requested for choice in group]
     assert not found.exhaustive and len(found.best) == k
     assert len(every) == len(set(every)) == len(found.measured) <= 1 + 5 + 4 * k + 2 * (k + 9)
     assert found.best == min((c for c in found.measured if len(c) == k), key=score)

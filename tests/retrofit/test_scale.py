@@ -10,7 +10,7 @@ from transformers import AttentionInterface
 
 from ctxext.errors import CheckFailed, InputError
 from ctxext.eval_and_merge import plan_eval
-from ctxext.evals.eval_spec import Passkey, asked
+from ctxext.evals.eval_spec import Passkey, eval_spec_from_options
 from ctxext.evals.item_runner import Outcome
 from ctxext.evals.passkey import passkey
 from ctxext.evals.suite import evaluate
@@ -219,7 +219,8 @@ def test_an_evaluation_measures_with_the_log_scale_and_says_so(hybrid, tmp_path)
     (tmp_path / "text.txt").write_text("".join(f"{i * i} is the square of {i}. " for i in range(40)))
     given = {"lengths": [64], "data": str(tmp_path / "text.txt")}
     plain, scaled = (
-        evaluate([resolve(str(hybrid))], asked("perplexity", given | {"nope_log_scale": a})) for a in (None, 20.0)
+        evaluate([resolve(str(hybrid))], eval_spec_from_options("perplexity", given | {"nope_log_scale": a}))
+        for a in (None, 20.0)
     )
     assert plain.rows()[0]["value"] != scaled.rows()[0]["value"]
     assert "log(t + 20)" in scaled.models[0].positions and "log" not in plain.models[0].positions

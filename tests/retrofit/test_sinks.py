@@ -26,7 +26,7 @@ from ctxext.model.shards import tensor_reader
 from ctxext.model.source import original_config, resolve
 from ctxext.retrofit import fitted_sinks
 from ctxext.retrofit.damage import final_states, open_layers
-from ctxext.train.run_directory import plan_asked
+from ctxext.train.run_directory import plan_from_options
 
 IDS = torch.arange(60)[None] * 7 % 250
 
@@ -313,7 +313,7 @@ def test_sinks_and_biases_train_at_their_own_rate(targets, model_dir, tmp_path, 
     api.finetune(out, ctx=64, preset="heal", out=tmp_path / "run", settings=settings)
     api.merge(tmp_path / "run", out=tmp_path / "merged")
     # H = 8 sinks, K D = 4 x 8 and E = 64 biases in each of two layers.
-    plan = plan_asked(str(out), "heal", settings | {"ctx": 64}, needs_weights=True)
+    plan = plan_from_options(str(out), "heal", settings | {"ctx": 64}, needs_weights=True)
     sizes = {name: tensor_reader(out)(name_of(0, name)).numel() for name in FITTED}
     assert plan.trainables.sink_parameters == 2 * sum(sizes.values())
     before, after = tensor_reader(out), tensor_reader(tmp_path / "merged")

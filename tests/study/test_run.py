@@ -195,8 +195,10 @@ def test_what_was_begun_with_other_settings_is_neither_gone_on_with_nor_replaced
     with pytest.raises(InputError, match=r"train.SN exists and was made from another request: .*learning_rate"):
         run(rate=2e-3, **one)
     other = next(job for job in read_pipeline("p.yaml", one | {"rate": 2e-3}).jobs if job.step == "train")
-    asked = json.loads(json.dumps(record["request"]).replace("0.001", "0.002"))  # the record of another, its files old
-    state.write(root, other, record | {"request": asked, "done": False})
+    requested = json.loads(
+        json.dumps(record["request"]).replace("0.001", "0.002")
+    )  # the record of another, its files old
+    state.write(root, other, record | {"request": requested, "done": False})
     with pytest.raises(InputError, match=r"started with another model, data or settings"):
         run(rate=2e-3, **one)
     assert (out / "spec.yaml").is_file()
@@ -211,18 +213,18 @@ def test_changed_text_runs_what_reads_it_again(place):
 
 
 def test_a_model_of_the_hub_is_stamped_by_its_commit_and_read_without_its_weights(place, model_dir, monkeypatch):
-    asked = []
+    requested = []
 
     def downloaded(hub_id, *, allow_patterns, **_):
-        asked.append(allow_patterns)
-        shutil.copytree(model_dir(), place / "snapshots" / f"commit-{len(asked)}")
-        return str(place / "snapshots" / f"commit-{len(asked)}")
+        requested.append(allow_patterns)
+        shutil.copytree(model_dir(), place / "snapshots" / f"commit-{len(requested)}")
+        return str(place / "snapshots" / f"commit-{len(requested)}")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", downloaded)
     first, second = (state.stamp("a/model") for _ in range(2))
     assert first == {"name": "a/model", "commit": "commit-1"} != second
-    assert "*.safetensors" not in asked[0] and "*.json" in asked[0]
-    assert resolve("a/model").usable_length and "*.safetensors" in asked[-1]
+    assert "*.safetensors" not in requested[0] and "*.json" in requested[0]
+    assert resolve("a/model").usable_length and "*.safetensors" in requested[-1]
 
 
 def test_a_preset_of_the_hub_is_stamped_by_what_it_says_and_a_model_by_its_lengths(place, model_dir, monkeypatch):

@@ -106,17 +106,17 @@ def test_auto_takes_the_first_token_where_the_model_hangs_on_it(hanging, text, t
     assert config["model_type"] == "qwen2" and not [key for key in config if "sink" in key or "group" in key]
 
 
-@pytest.mark.parametrize("asked", [0, 2])
-def test_a_run_trains_with_what_is_asked_and_is_certified_so(asked, model_dir, text, tmp_path):
-    plan = make_plan(model_dir("llama"), text, attention={"sinks": asked})
+@pytest.mark.parametrize("requested", [0, 2])
+def test_a_run_trains_with_what_is_asked_and_is_certified_so(requested, model_dir, text, tmp_path):
+    plan = make_plan(model_dir("llama"), text, attention={"sinks": requested})
     start_run(plan, tmp_path / "run")
     run_finetune(plan, tmp_path / "run")
     launch = plan_launch(str(tmp_path / "run"))
-    assert launch.sink_tokens == asked and launch.pattern(0).sink_tokens == asked
+    assert launch.sink_tokens == requested and launch.pattern(0).sink_tokens == requested
     certificate = verify(launch, device="cpu")
     assert not certificate.failed
     fields = [check.detail for check in certificate.checks if check.name == "receptive field"]
-    assert all(("and the first 2 tokens" in detail) == (asked == 2) for detail in fields)
+    assert all(("and the first 2 tokens" in detail) == (requested == 2) for detail in fields)
 
 
 def test_a_certificate_fails_where_the_sink_tokens_do_not_reach_the_attention(model_dir, text, tmp_path, monkeypatch):
@@ -147,14 +147,14 @@ def test_a_run_says_what_its_attention_costs_untrained_and_warns_where_that_is_m
     lines = text.read_text().splitlines()
     path.write_text("".join(json.dumps({"text": f"${line}"}) + "\n" for line in lines))
     costs = {}
-    for asked in (0, 1):
+    for requested in (0, 1):
         lines = list[str]()
-        plan = make_plan(hanging, path, attention={"sinks": asked, "group_size": 8}, data={"source": str(path)})
-        start_run(plan, tmp_path / str(asked))
-        run_finetune(plan, tmp_path / str(asked), events=Events(lines.append))
+        plan = make_plan(hanging, path, attention={"sinks": requested, "group_size": 8}, data={"source": str(path)})
+        start_run(plan, tmp_path / str(requested))
+        run_finetune(plan, tmp_path / str(requested), events=Events(lines.append))
         (line,) = (line for line in lines if "training attention, untrained" in line)
-        costs[asked] = float(line.partition("(")[2].partition(")")[0])
-        assert line.startswith("warning") == (costs[asked] > sink_tokens.COST_WARNING)
+        costs[requested] = float(line.partition("(")[2].partition(")")[0])
+        assert line.startswith("warning") == (costs[requested] > sink_tokens.COST_WARNING)
     assert abs(costs[1]) < abs(costs[0])
 
 
