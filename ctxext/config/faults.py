@@ -58,8 +58,8 @@ def describe(cls: type, data: Any, error: ValidationError) -> list[str]:
     for fault in found:
         if not (fault.path in outer and fault.type in _WRONG_SHAPE):
             lines.setdefault(fault.path, []).append(fault)
-    told = [_line(cls, data, path, faults) for path, faults in list(lines.items())[:_MOST]]
-    return told + ([f"and {len(lines) - _MOST:,} more"] if len(lines) > _MOST else [])
+    messages = [_line(cls, data, path, faults) for path, faults in list(lines.items())[:_MOST]]
+    return messages + ([f"and {len(lines) - _MOST:,} more"] if len(lines) > _MOST else [])
 
 
 def _fault(data: Any, line: Any) -> _Fault:
@@ -89,10 +89,10 @@ def _line(cls: type, data: Any, path: tuple[str | int, ...], faults: list[_Fault
     if kinds == {"unexpected_keyword_argument"}:
         return f"{where}: unknown key; {_near(str(path[-1]), _keys(cls, data, path[:-1]))}"
     # A ValueError of `__post_init__` has a full sentence; the other faults share one "got ...; allowed: ... or ...".
-    told = [fault.allowed for fault in faults if fault.type == "value_error"]
+    messages = [fault.allowed for fault in faults if fault.type == "value_error"]
     allowed = " or ".join(dict.fromkeys(fault.allowed for fault in faults if fault.type != "value_error"))
     given = f"got {_shown(faults[0].given)}; allowed: {allowed}" if allowed else ""
-    text = "; ".join([*dict.fromkeys(told), *([given] if given else [])])
+    text = "; ".join([*dict.fromkeys(messages), *([given] if given else [])])
     return f"{where}: {text}" if where else text
 
 

@@ -99,7 +99,7 @@ class DistilledHead(nn.Module):
         self, states: Tensor, teacher_states: Tensor | None, labels: Tensor, ce: Tensor, kl: Tensor, top_k: int | None
     ) -> Tensor:
         """Returns `distillation_loss` of the states of both models under their own heads."""
-        # states [b,T,E], said [b,n,E] or None; labels, ce, kl [b,T]
+        # states [b,T,E], teacher_states [b,n,E] or None; labels, ce, kl [b,T]
         mine, theirs = (weight() for weight in self.weights)
         # The teacher may see fewer tokens of a row. Zero-pad; the KL weight is 0 for these tokens.
         if teacher_states is not None:
@@ -122,10 +122,11 @@ def distillation_loss(
 ) -> Tensor:
     """Returns the sum of ce · (-log q[label]) + kl · KL(p || q), in nats; holds the logits of one chunk at a time.
 
-    q = softmax(hidden weightᵀ) is the student's, p = softmax(said teacher_weightᵀ) the teacher's, both in fp32; hidden
-    and said [N,E] (said None: no KL), weights [V,E], labels, ce and kl [N]. With `top_k` the KL is over the teacher's k
-    most probable tokens and one entry for all others, a lower bound of the full KL. Gradients go to hidden and, where
-    it trains, to weight. As in train/loss.py, they are computed in the forward pass.
+    q = softmax(hidden weightᵀ) is the student's, p = softmax(teacher_states teacher_weightᵀ) the teacher's, both in
+    fp32; hidden and teacher_states [N,E] (teacher_states None: no KL), weights [V,E], labels, ce and kl [N]. With
+    `top_k` the KL is over the teacher's k most probable tokens and one entry for all others, a lower bound of the full
+    KL. Gradients go to hidden and, where it trains, to weight. As in train/loss.py, they are computed in the forward
+    pass.
     """
     chunk = chunk or distillation_chunk(weight.shape[0], gpu=weight.device.type != "cpu")
     # Apply autocast's dtype here and switch it off inside, since the operation chooses its own dtypes.
