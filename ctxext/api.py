@@ -416,6 +416,7 @@ def merge(
     nope_scale: str | float | None = None,
     length: str | int | None = None,
     data: str | None = None,
+    restore: str | None = None,
     force: bool = False,
     say: Say = ignore,
 ) -> MergeReport:
@@ -423,7 +424,7 @@ def merge(
     from ctxext.eval_and_merge import merge_run, plan_merge
 
     plan = plan_merge(str(run), _path(out), dtype, force, alpha_multiplier=alpha_multiplier, nope_scale=nope_scale,
-                      length=length, data=data)  # fmt: skip
+                      length=length, data=data, restore=restore)  # fmt: skip
     return merge_run(plan, notice=say)
 
 

@@ -211,6 +211,7 @@ class MergePlan:
     alpha, nope_scale   a factor to merge into the weights, `auto` to choose it by measurement, or None: as trained
     length              tokens that nope_scale `auto` calibrates for; None is the usable length
     data                held-out text for `auto`, a source of data/documents.py
+    restore             qk: queries and keys are those of the base; None: as trained
     """
 
     source: ModelSource
@@ -221,11 +222,13 @@ class MergePlan:
     nope_scale: Chosen = None
     length: int | None = None
     data: str = EMBEDDED
+    restore: str | None = None
 
     @property
     def requested(self) -> dict[str, Any]:
         """The requested adjustments, for the manifest."""
-        given = {"alpha_multiplier": self.alpha, "nope_scale": self.nope_scale, "length": self.length}
+        given = {"alpha_multiplier": self.alpha, "nope_scale": self.nope_scale, "length": self.length,
+                 "restore": self.restore}  # fmt: skip
         requested = {name: value for name, value in given.items() if value is not None}
         return requested | ({"data": self.data} if "auto" in requested.values() else {})
 
@@ -240,6 +243,7 @@ def plan_merge(
     nope_scale: str | float | None = None,
     length: str | int | None = None,
     data: str | None = None,
+    restore: str | None = None,
 ) -> MergePlan:
     """Finds the bundle and its base, and checks the options, before torch is imported.
 
@@ -249,6 +253,8 @@ def plan_merge(
     # Checks of the arguments alone come first; the later ones read the model's files.
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype!r}: allowed are {', '.join(DTYPES)}")
+    if restore not in (None, "qk"):
+        raise InputError(f"--restore {restore}: allowed is qk, the projections of queries and keys")
     if nope_scale == "log":
         raise InputError(
             "--nope-scale log: no stock class multiplies a query by the log of its position, so an exported model "
@@ -278,7 +284,7 @@ def plan_merge(
         read_documents(data)
     out = out or manifests.default_out("merge", source.name)
     check_free(out, force, keep=[source.path, source.base.path])
-    return MergePlan(source, out, dtype, force, alpha, scale, tokens, data or EMBEDDED)
+    return MergePlan(source, out, dtype, force, alpha, scale, tokens, data or EMBEDDED, restore)
 
 
 def _chosen(option: str, given: str | float | None) -> Chosen:
@@ -327,7 +333,13 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
         force=plan.force,
         measure=measure,
         adjust=partial(
-            adjust, alpha=plan.alpha, nope_scale=plan.nope_scale, length=plan.length, data=plan.data, notice=notice
+            adjust,
+            alpha=plan.alpha,
+            nope_scale=plan.nope_scale,
+            length=plan.length,
+            data=plan.data,
+            notice=notice,
+            restore=plan.restore,
         ),
         requested=plan.requested,
     )

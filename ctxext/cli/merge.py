@@ -38,12 +38,16 @@ def merge(
         str | None,
         typer.Option(help="auto: text to choose and report on [default: the embedded corpus's held-out files]"),
     ] = None,
+    restore: Annotated[
+        str | None,
+        typer.Option(metavar="qk", help="qk: take the projections of queries and keys from the base, untrained"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Merge an adapter, in fp32, into an ordinary Hugging Face directory, and verify that nothing was lost.
 
-    With both options, --alpha-multiplier is applied first, and --nope-scale is chosen for the result.
+    --restore is applied first, then --alpha-multiplier; --nope-scale is chosen for the result.
     """
     from ctxext.config import manifest as manifests
 
@@ -52,7 +56,8 @@ def merge(
         console.say(f"no RUN given; using the newest, {run}")
     from ctxext.eval_and_merge import merge_run, plan_merge
 
-    given = {"alpha_multiplier": alpha_multiplier, "nope_scale": nope_scale, "length": length, "data": data}
+    given = {"alpha_multiplier": alpha_multiplier, "nope_scale": nope_scale, "length": length, "data": data,
+             "restore": restore}  # fmt: skip
     plan = plan_merge(run, out, dtype, force, **{name: value for name, value in given.items() if value is not None})
     console.quiet_libraries()
     report = merge_run(plan, notice=console.say)

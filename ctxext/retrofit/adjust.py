@@ -1,4 +1,4 @@
-"""The adjustments that `ctxext merge` makes to a live bundle first: the alpha dial, then the scale of NoPE layers."""
+"""The adjustments that `ctxext merge` makes to a live bundle: restored modules, alpha dial, NoPE scale."""
 
 from __future__ import annotations
 
@@ -13,17 +13,28 @@ from ctxext.retrofit import dial, scale
 from ctxext.retrofit.halves import Half, Notice, halves
 
 PICTURE = "alpha-multiplier.png"
+# What --restore takes back to the base. Training on short answers can spoil the queries and keys by which a model finds
+# a far token; the projections of before bring that back (arXiv 2606.11052, second-hand). The norms of Qwen3's queries
+# and keys belong to them.
+RESTORED = {"qk": ("q_proj", "k_proj", "q_norm", "k_norm")}
 Chosen = float | Literal["auto"] | None  # a given number, chosen by measuring, or as trained
 
 
 def adjust(
-    live: LoadedModel, *, alpha: Chosen, nope_scale: Chosen, length: int | None, data: str, notice: Notice
+    live: LoadedModel,
+    *,
+    alpha: Chosen,
+    nope_scale: Chosen,
+    length: int | None,
+    data: str,
+    notice: Notice,
+    restore: str | None = None,
 ) -> Adjustment:
     """Changes the live model: its weights by the dial, its queries by hooks with the scale c.
 
     `fold` later removes the hooks and multiplies c into the merged weights. `length`: tokens to calibrate c for; None
     is the usable length. `data`: held-out text for `auto` (halves.py). The scale is calibrated on the model that the
-    dial leaves.
+    dial leaves. `restore`, a key of RESTORED: the modules that go back to the base first.
     """
     usable, facts = live.usable_length, dict[str, Any]()
     # The original length is the short length of both measurements.
@@ -41,15 +52,19 @@ def adjust(
 
     rows: list[tuple[str, str]] = []
     turned = None
-    # First the dial, since the scale has to fit the weights that it leaves.
+    if restore is not None:
+        names = dial.restore(live.model, RESTORED[restore])
+        facts["restored"] = names
+        rows.append(("restored", f"{', '.join(RESTORED[restore])} of the base, {len(names)} modules, not measured"))
+    # The dial comes before the scale, since the scale has to fit the weights that it leaves.
     if alpha == "auto":
         lengths = sorted({original, usable})
         turned = dial.choose(live, data, lengths, both_halves(lengths), notice)
-        facts["alpha_multiplier"], rows = turned.as_dict(), turned.rows()
+        facts["alpha_multiplier"], rows = turned.as_dict(), [*rows, *turned.rows()]
     elif alpha is not None:
         dial.turn(dial.trained(live.model), dial.everywhere(alpha))
         facts["alpha_multiplier"] = {"chosen": dial.everywhere(alpha)}
-        rows = [("alpha multiplier", f"{alpha:g}, as given, not measured")]
+        rows.append(("alpha multiplier", f"{alpha:g}, as given, not measured"))
     # Then the scale of the layers without positions.
     c, layers = nope_scale, scale.nope_layers(live.source)
     if c == "auto":

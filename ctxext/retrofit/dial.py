@@ -83,6 +83,28 @@ def _between(weight: Tensor, base: Tensor, end: Tensor, m: float) -> None:
     weight.copy_(end if m == 1 else base + m * (end - base))
 
 
+def restore(model: Any, names: Sequence[str]) -> list[str]:
+    """Sets the modules with these names, such as q_proj, back to the base. Returns their full names.
+
+    Call it before `trained`: restored modules then stay at the base for every multiplier. Raises InputError if no
+    module with such a name was trained.
+    """
+    restored: list[str] = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] not in names:
+            continue
+        if isinstance(module, LoraLayer):
+            _scale(module, dict(module.scaling), 0.0)
+            restored.append(name)
+        elif isinstance(module, ModulesToSaveWrapper):
+            for key, weight in active_module(module).named_parameters():
+                _between(weight, module.original_module.get_parameter(key).detach(), weight, 0.0)
+            restored.append(name)
+    if not restored:
+        raise InputError(f"--restore: this run did not train {', '.join(names)}", hint="leave --restore out")
+    return restored
+
+
 def turn(parts: Sequence[TrainedModel], multipliers: Multipliers) -> None:
     """Sets every part to the multiplier of its group."""
     for part in parts:

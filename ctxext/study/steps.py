@@ -121,6 +121,7 @@ class MergeStep:
     nope_scale: str | float | None = None
     length: Length | None = None
     data: str | None = None
+    restore: str | None = None
 
 
 @spec

@@ -116,6 +116,7 @@ def test_an_ordinary_model_has_nothing_to_merge(model_dir, tmp_path):
         ({"alpha_multiplier": "4.01"}, "above 0 and up to 4"),
         ({"alpha_multiplier": "nan"}, "above 0 and up to 4"),
         ({"alpha_multiplier": "half"}, "allowed are auto"),
+        ({"restore": "v"}, "allowed is qk"),
         ({"nope_scale": "-1"}, "above 0 and up to 4"),
         ({"nope_scale": "log"}, "lose the scale without a message"),
         ({"nope_scale": "1.2", "length": "4k"}, "--length 4k"),

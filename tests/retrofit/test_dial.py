@@ -8,7 +8,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from ctxext.errors import DataError
+from ctxext.errors import DataError, InputError
 from ctxext.eval_and_merge import plan_merge
 from ctxext.evals.perplexity import Window
 from ctxext.model.convert import plan_conversion, run_conversion
@@ -78,6 +78,47 @@ def test_a_number_puts_every_weight_at_base_and_so_much_of_the_change(run, tmp_p
     manifest = json.loads((tmp_path / "half" / "ctxext.json").read_text())
     assert manifest["spec"]["alpha_multiplier"] == 0.5
     assert set(manifest["facts"]["merge"]["adjustment"]["alpha_multiplier"]["chosen"].values()) == {0.5}
+
+
+def test_queries_and_keys_of_the_base_come_back_and_nothing_else_changes(run, tmp_path):
+    for name, options in (
+        ("trained", {}),
+        ("restored", {"restore": "qk"}),
+        ("half", {"restore": "qk", "alpha_multiplier": 0.5}),
+    ):
+        plan = plan_merge(str(run), tmp_path / name, None, False, **options)
+        report = merge(
+            plan.source,
+            plan.out,
+            dtype=None,
+            force=False,
+            measure=lambda _: (1.0, "nothing"),
+            adjust=partial(adjust, **GIVEN, alpha=plan.alpha, restore=plan.restore),
+            requested=plan.requested,
+        )
+        assert report.merged_max_diff <= report.tolerance and report.saved_max_diff == 0.0
+    base, trained, restored, half = (
+        load_file(place / "model.safetensors")
+        for place in (run.parent / "hybrid", *(tmp_path / name for name in ("trained", "restored", "half")))
+    )
+    for name in base:
+        queries_or_keys = name.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm")
+        assert torch.equal(restored[name], (base if queries_or_keys else trained)[name]), name
+        if queries_or_keys:
+            assert torch.equal(half[name], base[name]), name
+    assert not torch.equal(
+        trained["model.layers.0.self_attn.q_proj.weight"], base["model.layers.0.self_attn.q_proj.weight"]
+    )
+    manifest = json.loads((tmp_path / "restored" / "ctxext.json").read_text())
+    assert manifest["spec"]["restore"] == "qk"
+    assert any(
+        name.endswith("layers.0.self_attn.q_proj") for name in manifest["facts"]["merge"]["adjustment"]["restored"]
+    )
+
+
+def test_a_run_that_trained_no_queries_and_keys_has_none_to_restore(run):
+    with pytest.raises(InputError, match="did not train gate_proj"):
+        dial.restore(load_model(run).model, ("gate_proj",))
 
 
 def test_a_group_is_its_layers_and_the_ends_are_what_stands_outside(run):
