@@ -55,8 +55,8 @@ def test_every_field_of_every_spec_is_read_somewhere():
         if dataclasses.is_dataclass(value) and isinstance(value, type) and hasattr(value, "__pydantic_config__")
     ]
     assert len(specs) > 12
-    # ShapeSpec goes to LlamaConfig as a whole, ModelShape to a config.json, the RoPE factors by name
-    whole = {"ShapeSpec", "ModelShape"}
+    # ShapeSpec goes to LlamaConfig as a whole, PresetShape to a config.json, the RoPE factors by name
+    whole = {"ShapeSpec", "PresetShape"}
     unread = [
         f"{cls.__name__}.{field.name}"
         for cls in specs

@@ -24,8 +24,12 @@ quiet = False
 
 def say(line: str) -> None:
     """Prints one message to stderr, unless --quiet was given."""
-    if not quiet:
+    if quiet:
+        return
+    try:
         print(line, file=sys.stderr, flush=True)
+    except OSError:
+        pass  # a log on a full disk: a lost message must not end a training run
 
 
 def fail(error: CtxextError, *, rank: str | None = None) -> None:

@@ -62,7 +62,7 @@ def staged_output(out: Path, force: bool = False) -> Iterator[Path]:
         try:
             with _locked_directory(target) as partial:
                 try:
-                    # Build the error before the partial output is removed, since its message has the free space.
+                    # The error states the free space, so it is built before the removal frees some.
                     with disk_faults(out):
                         yield partial
                         _put_in_place(partial, target, before)
@@ -85,7 +85,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
     # A random name, since containers that share a directory may have equal process ids.
     partial = path.with_name(f".{path.name}.partial-{uuid.uuid4().hex}")
     try:
-        # Build the error before the partial file is removed, since its message has the free space.
+        # The error states the free space, so it is built before the removal frees some.
         with disk_faults(path, hint="free disk space, then give the command again"):
             partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
             sync(partial)
@@ -171,7 +171,7 @@ def claim(out: Path) -> None:
 def replacing(out: Path, force: bool, keep: Iterable[Path | None] = ()) -> Iterator[None]:
     """Moves an older output out of the way for an output that is written in place, and reports disk errors.
 
-    The older output (with `force`) is renamed. It returns if the block leaves nothing at `out`, and is removed
+    The older output (with `force`) is renamed. It is moved back if the block leaves nothing at `out`, and is removed
     otherwise.
     """
     check_free(out, force, keep)

@@ -94,7 +94,7 @@ def read_cases(path: Path) -> tuple[list[Case], dict[str, Any]]:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the cases {path}: {error.strerror}") from None
-    # A file without a manifest is accepted, such as one written by hand; with one its bytes must match.
+    # A file without a manifest (written by hand) is accepted. With a manifest, its sha256 must match.
     manifest = read_manifest(path) if manifest_of(path).is_file() else {}
     if manifest and hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise DataError(f"the sha256 of {path} differs from the one in its manifest", hint=_REPAIR)

@@ -148,10 +148,10 @@ def read_templates(path: str | None) -> dict[str, str]:
 
 
 def read_questions(source: str, tasks: Sequence[str] | None = None) -> list[LongBenchQuestion]:
-    """Returns the questions of a JSONL file, or of a directory's `<task>.jsonl`; only those of `tasks` if given.
+    """Returns the questions of a JSONL file, or of all `<task>.jsonl` in a directory; of `tasks` only, if given.
 
-    Errors: InputError (no such path, a task that is unknown or absent), DataError (a line that does not parse, a field
-    that is missing or of another type, an unknown task, a repeated id, each with its line; a file without questions).
+    Errors: InputError (no such path, no .jsonl in it, an entry of `tasks` that is unknown or without questions),
+    DataError (a line with bad JSON, a bad field, an unknown task or a repeated id; a file without questions).
     """
     unknown = [task for task in tasks or () if task not in TASKS]
     if unknown:

@@ -25,9 +25,9 @@ WIDTHS = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}  # bytes of the dtypes of mod
 
 
 def finite_values(path: Path, config: ModelConfig) -> str:
-    """Returns what was read of the weights, as text.
+    """Returns text that says which weights were read.
 
-    Raises ModelError for NaN and infinity in them, and for a value that becomes infinity when loaded as float16.
+    Raises ModelError for NaN and infinity and, where config.json's dtype is float16, for a value above FLOAT16_MAX.
     """
     import torch
 

@@ -10,16 +10,14 @@ from typing import Any
 
 from ctxext.doctor.finding import Finding, judged
 from ctxext.errors import ModelError
-from ctxext.model.model_config import ModelConfig
 from ctxext.model.source import read_config, read_object, require_tokenizer
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 REMEDY = "copy the tokenizer's files of the model these weights came from"
 
 
-def tokenizer(path: Path, config: ModelConfig) -> list[Finding]:
-    """Returns the findings about the tokenizer of a directory. `config`: its config."""
-    size = config.shape.vocab_size
+def tokenizer(path: Path, rows: int) -> list[Finding]:
+    """Returns the findings about the tokenizer of a directory. `rows`: of the model's embedding."""
     found: list[Any] = []
 
     def opens() -> str:
@@ -29,13 +27,13 @@ def tokenizer(path: Path, config: ModelConfig) -> list[Finding]:
         found.append(load_tokenizer(path))
         known = found[0].get_vocab()
         largest = max(known.values(), default=-1)
-        if largest >= size:
-            raise ModelError(f"its largest id is {largest:,}, the embedding has {size:,} rows")
-        return f"opens; {len(known):,} tokens for {size:,} rows of the embedding"
+        if largest >= rows:
+            raise ModelError(f"its largest id is {largest:,}, the embedding has {rows:,} rows")
+        return f"opens; {len(known):,} tokens for {rows:,} rows of the embedding"
 
     findings = [
         judged("tokenizer", opens, REMEDY),
-        judged("special tokens", lambda: _in_range(path, size), "correct the id in that file"),
+        judged("special tokens", lambda: _in_range(path, rows), "correct the id in that file"),
     ]
     # The other checks need a tokenizer that opens; BOS and EOS also need ids in range.
     if found:

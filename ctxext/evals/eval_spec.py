@@ -80,7 +80,7 @@ class Passkey:
 
 @spec
 class Niah:
-    """A needle in text, found by generating (evals/niah.py): `cases` at each length and depth."""
+    """Needle in a haystack, by generation (evals/niah.py): `cases` at each length and depth, `limit` in all."""
 
     suite: Literal["niah"] = "niah"
     lengths: Lengths = None

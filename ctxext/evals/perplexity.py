@@ -263,7 +263,7 @@ def summed(cut: Cut, outcomes: Sequence[Outcome]) -> PerplexityResult:
 
 
 def run_windows(loaded: LoadedModel, texts: list[torch.Tensor], batch: Sequence[Window]) -> list[Outcome]:
-    """Returns the losses of windows, summed by the number of tokens before each target; equal shapes run together."""
+    """Returns each window's loss, in all and by bucket of position. Adjacent windows of one shape run together."""
     outcomes = []
     for (size, first), same in groupby(batch, key=lambda window: window.shape):
         windows = list(same)

@@ -166,7 +166,7 @@ def verify(launch: VerifyRun, *, device: str | None = None, progress: Progress =
     if launch.sink_tokens is None:
         shares = first_token_shares(causal_lm(loaded.model), measured_row(loaded.tokenizer, launch.ctx))
         launch = replace(launch, sink_tokens=measured_sinks(shares))
-    # Training attention depends on train mode and on the checkpointing functions, so set both as the loop does.
+    # Set train mode and gradient checkpointing as training does: both decide which attention code runs.
     if launch.attention == "training":
         model = loaded.model.train()
         patterns = [launch.pattern(layer) for layer in range(len(launch.source.kinds))]

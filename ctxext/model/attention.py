@@ -1,14 +1,10 @@
 """ctxext's attention, registered in transformers' AttentionInterface. It never builds a T x T mask.
 
-The stock class passes a layer's window with every call. Training passes document bounds and S²-Attn groups (for the
-layers without a window) as keyword arguments of `model.forward`. A model therefore holds no hidden state, and switching
-to another implementation restores it exactly. There is one explicit exception, `load_model(nope_log_scale=)`: it sets
-an attribute of that name on the attention modules of N layers. The attribute is never saved to disk. For experiments,
-`intervening` limits what a layer sees or masks heads while a `with` block runs.
-
-    model(input_ids, document_starts=starts, group_size=2048, backend="auto")
-
-Not supported: static caches, soft-capping, dropout. Each raises ModelError; none is ignored silently.
+The stock class passes a layer's window with every call, from its own reading of config.json. Training passes document
+bounds and S²-Attn groups (for the layers without a window) as keyword arguments of `model.forward`. A model therefore
+holds no hidden state, and switching to another implementation restores it exactly. There is one explicit exception,
+`load_model(nope_log_scale=)`: it sets an attribute of that name on the attention modules of N layers. The attribute is
+never saved to disk. For experiments, `intervening` limits what a layer sees or masks heads while a `with` block runs.
 """
 
 from __future__ import annotations

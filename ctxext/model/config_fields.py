@@ -123,7 +123,7 @@ GRANITE = (
     "attention_multiplier",
 )  # only granite_swa has these
 UNREAD: dict[str, tuple[str, ...]] = {  # model_type: the fields of KEPT that its class does not read
-    # the class of llama has no window, but a cache of transformers would read one
+    # Llama's attention ignores a window, but the caches of transformers would obey it, so the field is dropped.
     "llama": ("sliding_window", "use_sliding_window", "max_window_layers", *GRANITE),
     "mistral": ("attention_bias", "mlp_bias", *GRANITE),
     "qwen2": ("attention_bias", "mlp_bias", *GRANITE),

@@ -13,6 +13,10 @@ embeddings and uses theta 2e6. A conversion therefore writes every field. On dis
 means that the layer USES RoPE; only this file and hybrids.py handle that inversion. GraniteSWA's `layer_rope_theta[i]`
 is 0 where a layer has no RoPE. A sink of logit NO_SINK has a share of exactly zero, so that GraniteSWA can represent a
 Llama exactly.
+
+A new family needs entries in FAMILIES, DEFAULTS and SOURCES here, in UNREAD of config_fields.py, and in FACTS of
+export/matrix.py; a new target class also a function in hybrids.py. tests/model/test_config_classes.py compares them
+with the fields of transformers' class.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ class Family:
     sinks: bool = False
 
 
-def _plain_kinds(fields: Fields) -> tuple[LayerKind, ...]:
+def _one_window_kinds(fields: Fields) -> tuple[LayerKind, ...]:
     return (LayerKind(True, fields.get("sliding_window")),) * fields["num_hidden_layers"]
 
 
@@ -79,7 +83,7 @@ def _smollm3_kinds(fields: Fields) -> tuple[LayerKind, ...]:
 def _mellum_kinds(fields: Fields) -> tuple[LayerKind, ...]:
     if set(fields.get("mlp_layer_types") or ["sparse"]) != {"dense"}:
         raise ModelError("mellum with mixture-of-experts layers is not supported, only dense layers are")
-    # A layer type whose RoPE is NO_ROPE, with any theta, does not rotate.
+    # A layer type has no RoPE where its parameters are NO_ROPE, whatever theta is.
     rope = fields["rope_parameters"]
     return tuple(
         LayerKind(
@@ -107,7 +111,7 @@ NO_SINK = -1e4  # the logit of a sink without weight: sigmoid(lse + 1e4) is 1 in
 HYBRIDS = ("smollm3", "granite_swa")
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", HYBRIDS, lambda fields: (LayerKind(True, None),) * fields["num_hidden_layers"]),
-    "mistral": Family("mistral", HYBRIDS, _plain_kinds),
+    "mistral": Family("mistral", HYBRIDS, _one_window_kinds),
     "qwen2": Family("qwen2", HYBRIDS, _qwen_kinds),
     "qwen3": Family("qwen3", ("mellum",), _qwen_kinds, qk_norm=True),
     "smollm3": Family("smollm3", ("smollm3",), _smollm3_kinds),
@@ -141,6 +145,7 @@ DEFAULTS: dict[str, Fields] = {
         "attention_multiplier": 1.0,
     },
 }
+# The families that a conversion can start from.
 SOURCES = ("llama", "mistral", "qwen2", "qwen3")
 
 

@@ -81,7 +81,7 @@ def _yarn_frequencies(
 def check_realised(model: Any, config: ModelConfig) -> float:
     """Compares the frequencies of a built model with the intended ones. Returns the largest relative difference.
 
-    Raises CheckFailed when they differ by more than 1e-5: then a change of the config had no effect, or another effect.
+    Raises CheckFailed if their number differs, or one by more than 1e-5: the config did not act as intended.
     """
     rope = config.rope
     if not rope:

@@ -97,7 +97,7 @@ def _config(header: Header, architecture: str, fields: dict[str, Any]) -> Fields
     kv_heads = fields.get("attention.head_count_kv") or heads
     if not all(type(value) is int and value > 0 for value in (heads, kv_heads, width)):
         raise ModelError(f"{header.path}: different head counts in different layers are not supported")
-    # These classes rotate whole heads, and keys and values have the same head size.
+    # Llama and Qwen apply RoPE to whole heads; their keys and values have the same head size.
     head_dim = fields.get("attention.key_length") or width // heads
     for name in ("attention.value_length", "rope.dimension_count"):
         if fields.get(name) not in (None, head_dim):

@@ -154,7 +154,7 @@ def _sentencepiece(file: Path, settings: dict[str, Any]) -> Tokenizer:
 
 
 def _add_ends(file: Path, built: Tokenizer, settings: dict[str, Any], special: dict[str, str]) -> None:
-    """Adds a post-processor that puts BOS before a text and EOS after it, by the file or by llama.cpp's defaults."""
+    """Makes the tokenizer add BOS and EOS to a text if the file says so; if it says nothing, as llama.cpp does."""
     pre = SAME.get(settings.get("pre", ""), settings.get("pre"))
     bos = settings.get("add_bos_token", settings["model"] == "llama" or pre in ADDS_BOS)
     ends = {"bos_token": bool(bos), "eos_token": bool(settings.get("add_eos_token", False))}

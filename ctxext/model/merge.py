@@ -107,7 +107,7 @@ def merge(
     """Merges a bundle and writes it to `out`.
 
     `measure` returns a loaded model's perplexity and a description of the text. `adjust` changes the live model before
-    the merge. `requested` are the settings that `adjust` got, for the manifest. `dtype` None is the base's dtype.
+    the merge. `requested` is the requested change, for the manifest. `dtype` None is the base's dtype.
     Raises CheckFailed when a comparison fails.
     """
     # Load in fp32: `merge_adapter` accepts nothing else, and the tolerance below is for fp32.

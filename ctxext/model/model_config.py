@@ -125,7 +125,7 @@ def parse_config(raw: Fields) -> ModelConfig:
     check_fields(raw, FIELDS | LABELS)
     check_lengths(raw)
     # Keep only the fields that the class reads, with the class's defaults for those that are absent.
-    read = KEPT - set(UNREAD.get(family.name, ()))
+    read = KEPT - set(UNREAD[family.name])
     fields = {k: v for k, v in (DEFAULTS.get(family.name, {}) | raw).items() if k in read}
     check_padding(fields)
     _complete_heads(fields)

@@ -32,7 +32,7 @@ WITHOUT_EFFECT = frozenset(
         "is_encoder_decoder",
         "pretraining_tp",
         "use_cache",
-        "use_sliding_window",  # acts through layer_types and the window, which are compared
+        "use_sliding_window",  # no effect of its own: layer_types and the window, which follow from it, are compared
         "max_window_layers",
         "no_rope_layer_interval",
         "bos_token_id",

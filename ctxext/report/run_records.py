@@ -332,7 +332,7 @@ def blocks(runs: list[RecordedRun]) -> list[Block]:
         for index, model in enumerate(run.results.models if run.results else ()):
             assert run.results is not None
             for requested, suite in zip(run.results.spec.suites, model.suites, strict=True):
-                # Equal fields mean comparable numbers. Lengths are columns of one table, so they may differ.
+                # Results with equal `fields` are comparable: they share a block. Its columns are lengths.
                 fields = {name: value for name, value in requested.items() if name not in ("lengths", "suite")}
                 fields["dtype"] = run.results.spec.dtype
                 key = json.dumps([suite.suite, fields], sort_keys=True)

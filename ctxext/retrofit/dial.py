@@ -238,7 +238,7 @@ def choose(
 def _report(
     loaded: LoadedModel, parts: Sequence[TrainedModel], chosen: Multipliers, half: Half
 ) -> dict[str, list[Outcome]]:
-    """Losses on the half that was not used for choosing. The chosen setting comes first unless it is m = 1."""
+    """Losses on the half that was not used for choosing. The chosen setting is first: "chosen", or "m = 1"."""
     found = {}
     for name, multipliers in (("chosen", chosen), ("m = 1", everywhere(1.0)), ("m = 0", everywhere(0.0))):
         if name != "chosen" or chosen != everywhere(1.0):

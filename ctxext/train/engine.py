@@ -27,8 +27,8 @@ from ctxext.train.optimizer import MASTER, MasterAdamW, RelativeClip
 class Engine(Protocol):
     """The interface of an engine. Each `rank` from 0 to `world` - 1 has a part or a copy of the LM `model`.
 
-    `clip` is saved in checkpoints. All methods are collective: every rank calls them, in the same order and equally
-    often. Nothing calls `model` directly: under ZeRO-3 it has no weights outside `loss`.
+    The state of `clip` is saved in checkpoints. All methods are collective: every rank makes the same calls in the same
+    order. Call `loss`, never the forward of `model`: under ZeRO-3 only `loss` gathers the weights.
     """
 
     model: Any
@@ -70,7 +70,7 @@ class Engine(Protocol):
         """Returns the fp32 values of everything that trains, by name, in full on rank 0; nothing on the others."""
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restores the result of `tensors`; every rank gets all of them."""
+        """Restores what `tensors` returned on rank 0. Every rank passes all of it."""
 
     def close(self) -> None:
         """Frees the memory. The engine must not be used after this."""
@@ -80,13 +80,13 @@ class LossModel(nn.Module):
     """An LM whose forward pass returns the loss, so that only this forward pass uses its weights.
 
     DeepSpeed gathers a module's weights around that module's forward. The loss uses the head's weight without calling
-    the head module (train/loss.py), so the weight is gathered around `head` here. Its gradient arrives as any other.
+    the head module (train/loss.py), so the weight is gathered around `head` here. Autograd adds its gradient as usual.
     """
 
     def __init__(self, model: Any, teacher: TeacherModel | None = None):
         super().__init__()
         self.model, self.head = model, LossHead(model)
-        self.teacher, self.lesson = teacher, None if teacher is None else DistilledHead(model, teacher)
+        self.teacher, self.distilled_head = teacher, None if teacher is None else DistilledHead(model, teacher)
 
     def forward(
         self, ids: Tensor, labels: Tensor, each: bool = False, objective: Objective | None = None, **attention: Any
@@ -94,7 +94,7 @@ class LossModel(nn.Module):
         """Returns the loss as `Engine.loss` does."""
         if objective is not None:
             assert self.teacher is not None
-            return distilled_loss(self.model, self.lesson, self.teacher, objective, ids, labels, **attention)
+            return distilled_loss(self.model, self.distilled_head, self.teacher, objective, ids, labels, **attention)
         hidden = hidden_states(self.model, ids, **attention)  # (b, T, E)
         losses: Tensor = self.head(hidden.flatten(0, 1), labels.flatten(), each)
         return losses.view(2, *labels.shape) if each else losses
@@ -108,7 +108,7 @@ class LossHead(nn.Module):
         self.weight = partial(output_weight, model)
 
     def forward(self, hidden: Tensor, labels: Tensor, each: bool) -> Tensor:
-        """Returns the summed cross entropy of hidden [N,E] and labels [N]; with `each`, their scores [2,N]."""
+        """Returns the summed cross entropy of hidden [N,E], labels [N]; with `each`, `token_scores` [2,N]."""
         weight = self.weight()
         return token_scores(hidden, weight, labels) if each else linear_cross_entropy(hidden, weight, labels)[0]
 

@@ -88,18 +88,19 @@ class SamplesSpec:
 class DataSpec:
     """Where the training text comes from.
 
-    source              a file or directory of text (.txt, .text, .md) or rows (.jsonl, .json, .parquet), also as .gz or
-                        .zst; a `datasets` id; `embedded`; or `self`
-    format              the content of a JSONL or Parquet row: text; messages (with roles, rendered by the tokenizer's
+    source              a file or directory of text (.txt, .text, .md) or rows (.jsonl, .json), all of these also as
+                        .gz or .zst; rows in .parquet; a `datasets` id; `embedded`; or `self` (text that the model
+                        samples, SamplesSpec)
+    format              the content of a row: text; messages (with roles, rendered by the tokenizer's
                         chat template); prompt (`prompt` and `completion`, concatenated) or prompt_chat (the two as a
                         user's and an assistant's message). For all formats except text, the loss is on the answers
                         alone (data/chat.py)
-    text_field          the field of a JSONL or Parquet row that holds the text
+    text_field          the field of a row that holds the text
     mixture             several sources in proportion to their weights, instead of `source`, `format` and `text_field`
-    min_tokens          of a document; shorter documents are left out
-    max_tokens          of a document; longer documents are left out
-    bos                 True: a document begins with BOS where the tokenizer adds one to a text (for rows that a chat
-                        template renders: where the template writes one)
+    min_tokens          documents with fewer tokens are left out
+    max_tokens          documents with more tokens are left out
+    bos                 True: a document begins with BOS if the tokenizer adds one to a text. No effect on rows that a
+                        chat template renders: the template decides
     document_mask       True: tokens do not see other documents packed into the same sequence
     synthetic_fraction  of the embedded corpus: the share of synthetic text
     synthetic_kinds     of the embedded corpus: which synthetic texts (data/synthetic.py)

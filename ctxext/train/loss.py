@@ -3,8 +3,9 @@
 Shapes: N tokens, E model width, V vocabulary, c tokens of one chunk (ops/logits.py).
 
 The gradient is computed in the forward pass, where a chunk's probabilities are available: softmax minus the one-hot
-label, times the weight. Nothing is recomputed. The backward pass only scales and returns what is stored: the gradient
-of the hidden states [N,E] and, if the head trains, that of the weight [V,E], summed in fp32.
+label, times W for the hidden states, and times the hidden states for the head's weight W. Nothing is recomputed. The
+backward pass only scales and returns what is stored: the gradient of the hidden states [N,E] and, if the head trains,
+that of W [V,E], summed in fp32.
 
 Not supported: logit scaling, soft-capping, a bias, label smoothing. A model that has one needs its own loss.
 """
@@ -93,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dlogits = p.to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
-            # The product is added in fp32. addmm_ needs one dtype, so a narrower one adds a separate product.
+            # Accumulate in fp32. addmm_ needs equal dtypes: for others compute the product first, then add it.
             if dweight is not None and hidden.dtype == torch.float32:
                 dweight.addmm_(dlogits.t(), hidden[rows])
             elif dweight is not None:

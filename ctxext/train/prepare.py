@@ -76,9 +76,9 @@ def training_device(plan: RunPlan) -> tuple[torch.device, torch.dtype]:
 def prepare_data(plan: RunPlan, events: Events) -> tuple[Sequences, Sequences | None]:
     """Returns (the training sequences, the held-out sequences for validation), each of exactly ctx tokens.
 
-    Of the embedded corpus, files are held out; of other text, the last sequences; of a mixture, some of each part. The
-    second is None where validation is off, or where the text is too short for it, which is logged. Raises InputError
-    for a tokenizer without an EOS token.
+    Held out are some files of the embedded corpus, the last sequences of other text, some sequences of each part of a
+    mixture. The second result is None where validation is off, or where the text is too short, which is logged. Raises
+    InputError for a tokenizer without an EOS token.
     """
     spec = plan.spec
     tokenizer = load_tokenizer(plan.source.directory)

@@ -145,9 +145,9 @@ def _tasks_of_first_node(text: str) -> int:
 
 
 def leave() -> None:
-    """Ends the communication of all ranks together.
+    """Waits for all ranks, then ends the process group.
 
-    Threads of gloo that still run when a process ends sometimes abort it.
+    A thread of gloo that still runs at the exit sometimes aborts its process.
     """
     from torch import distributed
 

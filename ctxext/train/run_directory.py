@@ -205,7 +205,7 @@ def plan_resumed(
             f"{run} has done {counted(done, 'step')}, more than steps: {new.steps}", hint=f"give {done} or more"
         )
     plan = plan_run(start.source(), new)
-    # Compare the files with those of the start. Changed weights are never accepted.
+    # Compare the files with those at the start of the run. Changed weights of the model are never accepted.
     now = Start.of(plan)
     if now.weights != start.weights:
         raise ModelError(f"{start.model}: its weights are not those that this run started from (other sha256)")

@@ -73,7 +73,7 @@ def run_host(run: Path, node: int) -> int:
         death = watch(processes, look)
     finally:
         kill(processes)
-    # Tell the launcher and the other hosts. The first death wins: later ones are consequences.
+    # Report the failure to the launcher and the other hosts, unless an earlier one is reported: that one caused this.
     if death is not None and not died.exists():
         write_whole(died, json.dumps(asdict(death)))
     return 0 if death is None else 1

@@ -119,8 +119,8 @@ class ZeroEngine:
         # they are gathered around the loss modules.
         if ranks.stage == 3:
             deepspeed.zero.register_external_parameter(losses.head, output_weight(model))
-            for weight in losses.lesson.weights if losses.lesson else ():
-                deepspeed.zero.register_external_parameter(losses.lesson, weight())
+            for weight in losses.distilled_head.weights if losses.distilled_head else ():
+                deepspeed.zero.register_external_parameter(losses.distilled_head, weight())
         # Check the RoPE frequencies again: a DeepSpeed that rounds buffers would make long positions wrong.
         check_realised(causal_lm(model), plan.config)
         self._set_step(0)

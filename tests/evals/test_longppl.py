@@ -194,7 +194,7 @@ def test_spans_carry_over_to_another_tokenizer(evaluator: Path, judge: LoadedMod
     tokenizers = {"bytes": judge.tokenizer, "merged": merging_tokenizer()}
     counts = {}
     for name, tokenizer in tokenizers.items():
-        source = replace(judge.source, config={**judge.source.config, "vocab_size": len(tokenizer)})
+        source = replace(judge.source, config=judge.source.config.with_fields(vocab_size=len(tokenizer)))
         model = SimpleNamespace(tokenizer=tokenizer, source=source, name=name, usable_length=128, model=None)
         (part,) = longppl.job(model, spec, tmp_path).items
         ids, offsets = longppl.encode(tokenizer, text[:95])

@@ -78,7 +78,7 @@ def attention(
     if T < S:
         return _cached(q, k, v, pattern, halves, document_starts, scale, sink_logits)
     window = pattern.sliding_window
-    # A window of T or more keys hides nothing. Without it, plain causal attention is one call.
+    # A window of T or more keys hides nothing. Without window, groups and documents, attention is one causal call.
     pattern = replace(pattern, sliding_window=None if window is None or window >= T else window)
     if pattern == Pattern() and document_starts is None:
         return sdpa(q, k, v, None, scale, sink_logits)

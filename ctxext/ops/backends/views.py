@@ -65,8 +65,8 @@ class _Cut(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         dx = grads[0].new_zeros(ctx.shape)
         for ((h0, h1), (start, n, length, back)), grad in zip(ctx.views, grads, strict=True):
-            # Blocks of one view overlap, and an in-place add on overlapping memory is undefined. So add pieces of
-            # `width` tokens: the same piece of all n blocks does not overlap.
+            # Blocks of a view may overlap, and an in-place add on overlapping memory is undefined. So each block is
+            # split into pieces of `width` tokens: the k-th pieces of all blocks do not overlap.
             width = length if n > 1 else back + length
             for offset in range(0, back + length, width):
                 target = Blocks(start - back + offset, n, width)
