@@ -227,7 +227,7 @@ def finetune(
     stopped.
 
     Under torchrun, srun and the like, every process makes the same call. The ranks other than 0 take the run from rank
-    0 (train/shared_run.py).
+    0 (train/shared_run.py). The process group stays for further calls: a script ends it as any script of torch does.
     """
     from ctxext.train.launch import launched
     from ctxext.train.ranks import started_rank
@@ -235,13 +235,14 @@ def finetune(
     from ctxext.train.shared_run import follow, leading
 
     started = started_rank()
+    # Every rank reaches `follow` or `leading` first: an error before that would leave the others waiting.
     if started is not None and started.rank > 0:
         report = follow(started)
         if isinstance(report, int):
             raise EnvironmentFault("rank 0 has no run for the other ranks", hint="the error of rank 0 says why")
         return report
-    given = option_fields(ctx, data, steps, original_length) | dict(settings or {})
-    with leading(started):
+    with leading(started, say):
+        given = option_fields(ctx, data, steps, original_length) | dict(settings or {})
         plan, run = _planned_run(model, preset, given, _path(out), resume, force, say)
         plan, launch = launched(plan, zero, nproc, _path(hostfile), resume=resume)
         return carry_out(plan, run, resume=resume, force=force, launch=launch, say=say, on_step=on_step)
@@ -308,11 +309,13 @@ def carry_out(
 
 
 def _train(plan: RunPlan, run: Path, resume: bool, launch: Launch | None, say: Say, on_step: OnStep) -> FinetuneReport:
-    from ctxext.train.launch import launch_run
+    from ctxext.train.launch import check_environment, launch_run
     from ctxext.train.ranks import started_rank
     from ctxext.train.shared_run import share_run
 
     started = started_rank() if launch else None
+    if launch is not None and started is not None:
+        check_environment(launch)
     # The launch comes before the imports below, so that this process holds no torch while the launched processes train.
     fields = launch_run(run, launch, say, on_step) if launch and started is None else None
     from ctxext.train.finetune import FinetuneReport, run_finetune

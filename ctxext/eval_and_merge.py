@@ -25,7 +25,7 @@ from ctxext.evals.suites import check_suites, inputs, model_stamp
 from ctxext.extras import can_draw
 from ctxext.model.convert import DTYPES
 from ctxext.model.layout import pattern_text
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve
 from ctxext.progress import Progress, ignore
 from ctxext.units import format_tokens, parse_tokens
 
@@ -272,6 +272,10 @@ def plan_merge(
     source = resolve(run)
     if source.base is None:
         raise InputError(f"{run} has no adapter to merge: it is an ordinary model already")
+    if restore is not None:
+        trained = read_object(source.directory / "adapter_config.json").get("target_modules") or []
+        if not {"q_proj", "k_proj"} & set(trained):
+            raise InputError("--restore qk: this run did not train q_proj or k_proj", hint="leave --restore out")
     if scale is not None and not any(kind.letter == "N" for kind in source.kinds):
         raise InputError(
             f"--nope-scale {nope_scale}: the layout {pattern_text(source.kinds)} has no N layer (NoPE, full)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import traceback
@@ -25,7 +24,7 @@ def main() -> None:
     except CtxextError as error:
         if console.debug:
             traceback.print_exc()
-        console.fail(error, rank=os.environ.get("RANK"))
+        console.fail(error, rank=_rank())
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         console.say("interrupted")
@@ -41,6 +40,18 @@ def main() -> None:
         sys.exit(fault.exit_code)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _rank() -> int:
+    """The rank of this process; 0 for a process that is alone, and where the variables of a starter are wrong."""
+    from ctxext.errors import InputError
+    from ctxext.train.ranks import started_rank
+
+    try:
+        started = started_rank()
+    except InputError:
+        return 0
+    return 0 if started is None else started.rank
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

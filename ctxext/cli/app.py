@@ -60,8 +60,7 @@ def options(
 
 def _check_ranks(command: str | None) -> None:
     """Refuses a command that torchrun or the like started several times: all but finetune would do the same work."""
-    started = started_rank()
-    if started is None or command in RUNS_ON_RANKS:
+    if command in RUNS_ON_RANKS or (started := started_rank()) is None:
         return
     raise InputError(
         f"{started.starter} has started {started.world} processes, and ctxext {command} uses one",

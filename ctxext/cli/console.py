@@ -32,9 +32,9 @@ def say(line: str) -> None:
         pass  # a log on a full disk: a lost message must not end a training run
 
 
-def fail(error: CtxextError, *, rank: str | None = None) -> None:
+def fail(error: CtxextError, *, rank: int = 0) -> None:
     """Prints an error and its hint to stderr, also under --quiet. `rank`: of a process that is one of several."""
-    where = f"rank {rank}: " if rank not in (None, "0") else ""
+    where = f"rank {rank}: " if rank else ""
     print(f"{where}error: {error.message}", file=sys.stderr)
     if error.hint:
         print(f"\nhint: {error.hint}", file=sys.stderr)

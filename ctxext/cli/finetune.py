@@ -105,26 +105,27 @@ def finetune(
     from ctxext.train.shared_run import leading
 
     started = started_rank()
+    if started is not None and find_multiplier:
+        raise InputError(f"--find-multiplier uses one process: start it without {started.starter}")
+    # Every rank reaches `follow` or `leading` first: an error before that would leave the others waiting.
     if started is not None and started.rank > 0:
         _follow(started, has_run=not plan)
         return
-    given = option_fields(ctx, data, steps, original_length) | assignments(set_ or [], example="lora.rank=16")
-    # A resumed or repeated run has its model and spec in its directory. `given` may change fields of that spec.
-    if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
-        raise InputError(
-            "--resume and --repeat use the model and spec of the run",
-            hint="give one of them, without MODEL and --preset",
-        )
-    if find_multiplier:
-        from ctxext.cli.multiplier import refuse_beside, search
+    with leading(None if plan else started, console.say):
+        given = option_fields(ctx, data, steps, original_length) | assignments(set_ or [], example="lora.rank=16")
+        # A resumed or repeated run has its model and spec in its directory. `given` may change fields of that spec.
+        if (resume or repeat) and (model is not None or preset != DEFAULT_PRESET or (resume and repeat)):
+            raise InputError(
+                "--resume and --repeat use the model and spec of the run",
+                hint="give one of them, without MODEL and --preset",
+            )
+        if find_multiplier:
+            from ctxext.cli.multiplier import refuse_beside, search
 
-        refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
-        search(
-            plan_from_options(model, preset, _briefly(given), needs_weights=True, say=console.say), out, force, as_json
-        )
-        return
-    # Ranks that another program started wait for rank 0 to have a run.
-    with leading(None if plan else started):
+            refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=zero, nproc=nproc, hostfile=hostfile)
+            trials = plan_from_options(model, preset, _briefly(given), needs_weights=True, say=console.say)
+            search(trials, out, force, as_json)
+            return
         # A plan alone needs no weights. The launch is decided next: it changes the memory and the time per process.
         run, decided = _decided(model, preset, given, out, resume, repeat, force, needs_weights=not plan)
         decided, launch = launched(decided, zero, nproc, hostfile, resume=resume, repeats=repeat)

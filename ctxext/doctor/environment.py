@@ -47,7 +47,7 @@ def _versions() -> list[Finding]:
     for text in importlib.metadata.requires("ctxext") or []:
         wanted = Requirement(text)
         optional = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
-        # Of the extras only `all` is read: the others repeat its packages or are for developers.
+        # Of the extras only `all` is read: the packages of the others are in it, or have no limits of their version.
         if optional and not wanted.marker.evaluate({"extra": "all"}):
             continue
         remedy = f"pip install '{wanted.name}{wanted.specifier}'"

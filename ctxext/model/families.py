@@ -22,7 +22,7 @@ with the fields of transformers' class.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ctxext.errors import ModelError
 from ctxext.model.config_fields import Fields
@@ -42,7 +42,7 @@ class Family:
 
     name: str
     targets: tuple[str, ...]
-    kinds: Callable[[Fields], tuple[LayerKind, ...]]
+    kinds: Callable[[Fields], tuple[LayerKind, ...]] = field(repr=False)
     qk_norm: bool = False
     sinks: bool = False
 

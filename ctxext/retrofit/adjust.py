@@ -54,8 +54,9 @@ def adjust(
     turned = None
     if restore is not None:
         names = dial.restore(live.model, RESTORED[restore])
+        kinds = [kind for kind in RESTORED[restore] if any(name.endswith(f".{kind}") for name in names)]
         facts["restored"] = names
-        rows.append(("restored", f"{', '.join(RESTORED[restore])} of the base, {len(names)} modules, not measured"))
+        rows.append(("restored", f"{', '.join(kinds)} of the base, {len(names)} modules, not measured"))
     # The dial comes before the scale, since the scale has to fit the weights that it leaves.
     if alpha == "auto":
         lengths = sorted({original, usable})

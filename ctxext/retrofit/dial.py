@@ -42,32 +42,32 @@ Multipliers = dict[str, float]  # by group
 
 
 @dataclass(frozen=True)
-class TrainedModel:
+class TrainedModule:
     """A trained module. `turn(m)` sets its weights to base + m * delta; m = 1 restores them bit for bit."""
 
     group: str
     turn: Callable[[float], None]
 
 
-def trained(model: Any) -> list[TrainedModel]:
+def trained(model: Any) -> list[TrainedModule]:
     """Returns the trained modules of a live bundle (the PEFT model of `load_model` in fp32).
 
     The result holds a copy of the weights that trained whole. Raises InputError if there is no trained module.
     """
     layers = causal_lm(model).config.num_hidden_layers
-    parts: list[TrainedModel] = []
+    parts: list[TrainedModule] = []
     seen: set[int] = set()
     for name, module in model.named_modules():
         found = re.search(r"\.layers\.(\d+)\.", name)
         # Outside the layers are the embeddings, the head and the final norm.
         group = THIRDS[3 * int(found[1]) // layers] if found else ENDS
         if isinstance(module, LoraLayer):
-            parts.append(TrainedModel(group, partial(_scale, module, dict(module.scaling))))
+            parts.append(TrainedModule(group, partial(_scale, module, dict(module.scaling))))
         elif isinstance(module, ModulesToSaveWrapper):
             for key, weight in active_module(module).named_parameters():
                 if id(weight) not in seen:  # a tied head is the embedding under a second name
                     base = module.original_module.get_parameter(key).detach()
-                    parts.append(TrainedModel(group, partial(_between, weight, base, weight.detach().clone())))
+                    parts.append(TrainedModule(group, partial(_between, weight, base, weight.detach().clone())))
                 seen.add(id(weight))
     if not parts:
         raise InputError("the multiplier needs an adapter, and this model has none")
@@ -105,7 +105,7 @@ def restore(model: Any, names: Sequence[str]) -> list[str]:
     return restored
 
 
-def turn(parts: Sequence[TrainedModel], multipliers: Multipliers) -> None:
+def turn(parts: Sequence[TrainedModule], multipliers: Multipliers) -> None:
     """Sets every part to the multiplier of its group."""
     for part in parts:
         part.turn(multipliers[part.group])
@@ -236,7 +236,7 @@ def choose(
 
 
 def _report(
-    loaded: LoadedModel, parts: Sequence[TrainedModel], chosen: Multipliers, half: Half
+    loaded: LoadedModel, parts: Sequence[TrainedModule], chosen: Multipliers, half: Half
 ) -> dict[str, list[Outcome]]:
     """Losses on the half that was not used for choosing. The chosen setting is first: "chosen", or "m = 1"."""
     found = {}

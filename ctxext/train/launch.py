@@ -67,6 +67,8 @@ PASSED_ON = (
     "LD_LIBRARY_PATH",
     "XDG_CACHE_HOME",
 )
+# Prefixes of variables with which torchrun and accelerate describe the group of this process.
+STARTERS = ("TORCHELASTIC_", "GROUP_", "ROLE_", "ACCELERATE_")
 # Process names of a compilation in progress.
 BUILD_PROCESSES = {"ninja", "cc1plus", "g++", "c++", "nvcc", "cicc"}
 STALE_LOCK_SECONDS = 60.0  # a younger lock may belong to a build that is starting
@@ -112,6 +114,7 @@ def launch_run(run: Path, launch: Launch, say: Callable[[str], None], on_step: C
     the process that failed first, and EnvironmentFault for a process that died.
     """
     check_environment(launch)
+    check_port(launch)
     logs = run.absolute() / LOGS
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir()
@@ -145,19 +148,23 @@ def launch_run(run: Path, launch: Launch, say: Callable[[str], None], on_step: C
 
 
 def check_environment(launch: Launch) -> None:
-    """Raises EnvironmentFault if the run cannot start here: no DeepSpeed, no compiler, a stale lock or a used port."""
+    """Raises EnvironmentFault if the run cannot start here: no DeepSpeed, no compiler or a stale lock."""
     if find_spec("deepspeed") is None:
         raise EnvironmentFault("DeepSpeed is not installed", hint="pip install deepspeed, or leave --zero out")
     # An offloaded optimizer is compiled by DeepSpeed when it first runs.
     if launch.compiles:
         needed = (os.environ.get("CXX", "c++"), "ninja")
-        missing = [name for name in needed if shutil.which(name, path=_environment(launch)["PATH"]) is None]
+        missing = [name for name in needed if shutil.which(name, path=rank_environment(launch)["PATH"]) is None]
         if missing:
             raise EnvironmentFault(
                 f"{' and '.join(missing)} not found: DeepSpeed compiles its CPU optimizer when it first runs",
                 hint="install a C++ compiler and ninja, or use a ZeRO configuration without offload_optimizer",
             )
         _check_locks()
+
+
+def check_port(launch: Launch) -> None:
+    """Raises EnvironmentFault if another process uses the port at which several hosts connect to this one."""
     first = launch.hosts[0]
     if len(launch.hosts) > 1 and first.local:
         # Test the port now: if another run uses it, the ranks would fail later and less clearly.
@@ -224,7 +231,7 @@ def start_ranks(run: Path, launch: Launch, node: int, address: str, port: int) -
             "MASTER_ADDR": address,
             "MASTER_PORT": port,
         }
-        environment = _environment(launch, slots) | {key: str(value) for key, value in place.items()}
+        environment = rank_environment(launch, slots) | {key: str(value) for key, value in place.items()}
         with (run / LOGS / f"rank-{rank}.log").open("wb") as log:
             processes[f"rank {rank}"] = subprocess.Popen(
                 [sys.executable, "-m", "ctxext.train.worker", str(run)],
@@ -237,8 +244,8 @@ def start_ranks(run: Path, launch: Launch, node: int, address: str, port: int) -
     return processes
 
 
-def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
-    """This process's variables plus those that ranks need. Variables that are already set are not changed."""
+def rank_environment(launch: Launch, slots: int = 1) -> dict[str, str]:
+    """Returns this process's variables plus those that a rank needs. Variables that are already set are not changed."""
     known = {
         "OMP_NUM_THREADS": str(max(1, cores() // slots)),
         "TRANSFORMERS_VERBOSITY": "error",
@@ -248,7 +255,9 @@ def _environment(launch: Launch, slots: int = 1) -> dict[str, str]:
     if launch.stage == 3:
         known["MALLOC_MMAP_THRESHOLD_"] = str(1024**2)  # or glibc keeps the memory of other ranks' weights
     path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"  # pip installs ninja beside python
-    return known | os.environ | {"PATH": path}
+    # torch would look for the store of a torchrun that started this process, and not for that of the ranks.
+    own = {name: value for name, value in os.environ.items() if not name.startswith(STARTERS)}
+    return known | own | {"PATH": path}
 
 
 def _free_port() -> int:

@@ -58,11 +58,16 @@ class Host:
 
 @dataclass(frozen=True)
 class Launch:
-    """The content of launch.json. `zero` is the DeepSpeed configuration without the keys that the spec covers."""
+    """The content of launch.json. `zero` is the DeepSpeed configuration without the keys that the spec covers.
+
+    started_by  the program that started the processes, such as srun; None: train/launch.py starts them. Then the names
+                of hosts other than the first are invented
+    """
 
     zero: dict[str, Any]
     hosts: tuple[Host, ...]
     resume: bool = False
+    started_by: str | None = None
 
     @property
     def world(self) -> int:
@@ -117,7 +122,12 @@ class Launch:
     @classmethod
     def read(cls, path: Path) -> Launch:
         """Reads a launch.json."""
-        data = json.loads(path.read_text("utf-8"))
+        return cls.parse(path.read_text("utf-8"))
+
+    @classmethod
+    def parse(cls, text: str) -> Launch:
+        """Builds the Launch that `dump` wrote."""
+        data = json.loads(text)
         return cls(**(data | {"hosts": tuple(Host(**host) for host in data["hosts"])}))
 
 
@@ -148,7 +158,7 @@ def plan_launch(
         raise InputError("--nproc and --hostfile both give the number of processes", hint="leave --nproc out")
     if hostfile is None and zero is None and nproc is None and repeats is not None:
         # The machine or the spec may differ from that of the earlier run, so that everything is checked again.
-        launch = replace(repeats, resume=False)
+        launch = _again(repeats)
         _check(plan, launch)
         return launch
     if hostfile is None and zero is None and nproc in (None, 1):
@@ -175,12 +185,22 @@ def _launch_of(
             f"{option}: {started.starter} has started {started.world} processes already",
             hint=f"leave {option} out, or start ctxext without {started.starter}",
         )
-    nodes = -(-started.world // started.local_world)
-    here = Host(socket.gethostname(), started.local_world)
-    # The names of the other hosts are not known and not needed.
-    hosts = (here, *(Host(f"node{node}", started.local_world) for node in range(1, nodes)))
+    # The names of the other hosts are not known and not needed. The last host has the processes that remain.
+    full, rest = divmod(started.world, started.local_world)
+    slots = [started.local_world] * full + ([rest] if rest else [])
+    hosts = tuple(Host("localhost" if node == 0 else f"node{node}", count) for node, count in enumerate(slots))
     known = repeats.zero if repeats is not None and zero is None else read_zero(zero or DEFAULT)
-    return Launch(known, hosts, resume)
+    return Launch(known, hosts, resume, started.starter)
+
+
+def _again(launch: Launch) -> Launch:
+    """The launch of a run that is repeated without the program that started it."""
+    if launch.started_by is not None and len(launch.hosts) > 1:
+        raise InputError(
+            f"--repeat: {launch.started_by} started that run on {launch.world} processes of {len(launch.hosts)} hosts",
+            hint=f"start this command with {launch.started_by} as well, or give --nproc or --hostfile",
+        )
+    return replace(launch, resume=False, started_by=None)
 
 
 def _check(plan: RunPlan, launch: Launch, *, own_gpu: bool = False) -> None:
@@ -193,7 +213,7 @@ def _check(plan: RunPlan, launch: Launch, *, own_gpu: bool = False) -> None:
     gpus = visible_gpus()
     if launch.hosts[0].local and 0 < gpus < here and not own_gpu:
         raise InputError(f"{here} processes on a machine with {counted(gpus, 'GPU')}: each process needs its own GPU")
-    if len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
+    if launch.started_by is None and len(launch.hosts) > 1 and launch.hosts[0].name in ("localhost", "127.0.0.1"):
         # The first host is the rendezvous address, which every host has to be able to resolve.
         far = [host.name for host in launch.hosts if not host.local]
         if far:

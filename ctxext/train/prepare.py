@@ -226,7 +226,7 @@ def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Do
     weights = manifests.weight_hashes(plan.source.directory)
     device, dtype = training_device(plan)
     # Sampled text has no file to hash: hash everything that determines it.
-    print_ = hashlib.sha256(f"{weights} {config} {requested} {length} {dtype}".encode()).hexdigest()
+    print_ = hashlib.sha256(f"{weights} {config.fields} {requested} {length} {dtype}".encode()).hexdigest()
 
     # A generator: the model is only loaded where the tokens are not in the cache.
     def documents() -> Iterator[Document]:

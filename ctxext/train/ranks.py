@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,14 +54,19 @@ class StartedRank:
 @cache
 def started_rank() -> StartedRank | None:
     """Returns the rank of this process by its environment at the first call: train/shared_run.py adds variables."""
-    return read_rank(os.environ)
+    return read_rank(os.environ, terminal=sys.stdin is not None and sys.stdin.isatty())
 
 
-def read_rank(environ: Mapping[str, str]) -> StartedRank | None:
+def read_rank(environ: Mapping[str, str], *, terminal: bool = False) -> StartedRank | None:
     """Returns the rank that the variables give; None for a process that is alone.
 
-    Raises InputError where the variables contradict each other or are incomplete.
+    `terminal`: stdin is one, as in a shell of `srun --pty`. Raises InputError where the variables contradict each other
+    or are incomplete, and for FSDP of accelerate.
     """
+    if environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise InputError(
+            "accelerate launch with FSDP: ranks are divided by DeepSpeed ZeRO", hint="leave --use_fsdp out"
+        )
     found = None
     # srun and mpirun come last: torchrun may itself have been started by one of them, once a host.
     for starter, find in (("torchrun", _of_torchrun), ("srun", _of_slurm), ("mpirun", _of_mpi)):
@@ -70,7 +76,8 @@ def read_rank(environ: Mapping[str, str]) -> StartedRank | None:
             raise InputError(f"the variables of {starter} are incomplete: {error} is not set") from None
         except ValueError as error:
             raise InputError(f"the variables of {starter} cannot be read: {error}") from error
-    if found is None:
+    # The tasks of a shell of `srun --pty` run there one after the other. A step that is started in it has no terminal.
+    if found is None or (terminal and "SLURM_PTY_PORT" in environ):
         return None
     if not 0 <= found.rank < found.world:
         raise InputError(f"{found.starter} gives rank {found.rank} of {found.world}: allowed is 0 to {found.world - 1}")
@@ -89,16 +96,16 @@ def _of_torchrun(environ: Mapping[str, str]) -> StartedRank | None:
         rank=rank,
         world=world,
         local_rank=int(environ["LOCAL_RANK"]),
-        local_world=int(environ.get("LOCAL_WORLD_SIZE", world)),
+        # deepspeed names it LOCAL_SIZE.
+        local_world=int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or world),
         address=environ["MASTER_ADDR"],
         port=int(environ["MASTER_PORT"]),
     )
 
 
 def _of_slurm(environ: Mapping[str, str]) -> StartedRank | None:
-    # A batch script has SLURM_PROCID, too. Only processes of srun have the number of tasks of their step. A shell of
-    # `srun --pty` runs on one task, whatever the number of tasks is.
-    if "SLURM_STEP_NUM_TASKS" not in environ or "SLURM_PTY_PORT" in environ:
+    # A batch script has SLURM_PROCID, too. Only processes of srun have the number of tasks of their step.
+    if "SLURM_STEP_NUM_TASKS" not in environ:
         return None
     world = int(environ["SLURM_STEP_NUM_TASKS"])
     # Jobs on one host must not share a port. Every task of a job computes the same one.

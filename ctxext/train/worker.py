@@ -41,8 +41,8 @@ def run_rank(run: Path) -> None:
     leave()
 
 
-def train_rank(run: Path, events: Events | None = None) -> FinetuneReport:
-    """Trains the run of a directory, which holds spec.yaml and launch.json, as one rank of it."""
+def train_rank(run: Path, events: Events | None = None, launch: Launch | None = None) -> FinetuneReport:
+    """Trains the run of a directory with a spec.yaml as one rank of it. Without `launch`, launch.json is read."""
     import torch
 
     if not torch.cuda.is_available():  # before the import of DeepSpeed, which would choose by itself
@@ -51,7 +51,7 @@ def train_rank(run: Path, events: Events | None = None) -> FinetuneReport:
     from ctxext.train.run_directory import plan_resumed
     from ctxext.train.run_plan import divided
 
-    launch = Launch.read(run / LAUNCH)
+    launch = launch or Launch.read(run / LAUNCH)
     # The plan comes from run/spec.yaml, with the memory of one rank.
     plan = divided(plan_resumed(run), launch.partition)
     return run_finetune(plan, run, resume=launch.resume, events=events, zero=launch.zero)

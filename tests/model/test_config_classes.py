@@ -117,3 +117,9 @@ def test_fields_that_no_class_declares_are_refused_where_they_change_something(n
     other = {"partial_rotary_factor": 0.5, "is_causal": False, "is_encoder_decoder": True}.get(name, {"a": 1})
     with pytest.raises(ModelError, match=name):
         parse_config(config | {name: other})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_reads_the_same_in_every_process(family: str, model_dir: Any) -> None:
+    """Its text goes into hashes of caches: an address of a function would differ each time."""
+    assert " at 0x" not in repr(normal(family, model_dir))

@@ -16,12 +16,13 @@ from pathlib import Path
 import pytest
 
 from ctxext.config.loader import build
-from ctxext.errors import InputError
+from ctxext.errors import EnvironmentFault, InputError
 from ctxext.model.source import resolve
 from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.parallel import Launch, plan_launch
-from ctxext.train.ranks import StartedRank, first_host, read_rank
+from ctxext.train.ranks import COLLECTIVE_TIMEOUT, StartedRank, first_host, read_rank
 from ctxext.train.run_plan import plan_run
+from ctxext.train.shared_run import _connected, exit_code, require_own_gpu
 
 TORCHRUN = {
     "RANK": "5",
@@ -52,6 +53,8 @@ def test_each_starter_is_read_from_its_variables():
     assert read_rank(SLURM) == StartedRank("srun", 5, 8, 1, 4, "gpu03", 29956)
     assert read_rank(SLURM | {"MASTER_ADDR": "ib0", "MASTER_PORT": "7"}) == StartedRank("srun", 5, 8, 1, 4, "ib0", 7)
     assert read_rank(MPI) == StartedRank("mpirun", 3, 4, 3, 4, "127.0.0.1", 29500)
+    of_deepspeed = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"} | {"LOCAL_SIZE": "4"}
+    assert read_rank(of_deepspeed).local_world == 4
     # torchrun that srun started once a host
     assert read_rank(SLURM | TORCHRUN).starter == "torchrun"
 
@@ -64,12 +67,16 @@ def test_each_starter_is_read_from_its_variables():
         {"RANK": "0"},
         # the batch script itself, and a shell
         {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"},
-        SLURM | {"SLURM_PTY_PORT": "40000"},
         SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
     ],
 )
 def test_a_process_that_is_alone_is_no_rank(environ):
     assert read_rank(environ) is None
+
+
+def test_a_shell_of_srun_is_alone_and_a_step_that_is_started_in_it_is_not():
+    shell = SLURM | {"SLURM_PTY_PORT": "40000"}
+    assert read_rank(shell, terminal=True) is None and read_rank(shell).rank == 5
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,7 @@ def test_a_process_that_is_alone_is_no_rank(environ):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "torchrun are incomplete: 'LOCAL_RANK' is not set"),
         (TORCHRUN | {"RANK": "8"}, "rank 8 of 8: allowed is 0 to 7"),
         (TORCHRUN | {"WORLD_SIZE": "many"}, "torchrun cannot be read"),
+        (TORCHRUN | {"ACCELERATE_USE_FSDP": "true"}, "with FSDP: ranks are divided by DeepSpeed ZeRO"),
         (MPI | {"OMPI_COMM_WORLD_SIZE": "8"}, "mpirun are incomplete: 'MASTER_ADDR'"),
     ],
 )
@@ -119,6 +127,57 @@ def test_the_processes_of_a_starter_are_those_of_the_run(plan):
     assert plan_launch(plan, "3", 8, None, started=read_rank(TORCHRUN)).stage == 3
     before = Launch(launch.zero | {"zero_optimization": {"stage": 1}}, launch.hosts)
     assert plan_launch(plan, None, None, None, repeats=before, started=read_rank(TORCHRUN)).stage == 1
+
+
+def test_the_last_host_has_the_processes_that_remain(plan):
+    uneven = read_rank(TORCHRUN | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "3"})
+    launch = plan_launch(plan, None, None, None, started=uneven)
+    assert [host.slots for host in launch.hosts] == [3, 3, 2] and launch.world == 8
+
+
+def test_a_started_run_is_repeated_by_its_starter_or_on_one_host(plan):
+    """The names of its other hosts are invented: nothing may connect to them."""
+    several = plan_launch(plan, None, None, None, started=read_rank(SLURM))
+    assert Launch.parse(several.dump()) == several and several.started_by == "srun"
+    with pytest.raises(InputError, match="srun started that run on 8 processes of 2 hosts"):
+        plan_launch(plan, None, None, None, repeats=several)
+    one = plan_launch(plan, None, None, None, started=read_rank(MPI))
+    again = plan_launch(plan, None, None, None, repeats=one)
+    assert again.world == 4 and again.hosts[0].local and again.started_by is None
+
+
+def test_two_ranks_of_one_gpu_are_refused():
+    require_own_gpu(["a GPU-1", "a GPU-2", "b GPU-1"])
+    with pytest.raises(EnvironmentFault, match="ranks 1 and 2 use the same GPU"):
+        require_own_gpu(["a GPU-1", "a GPU-2", "a GPU-2"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SystemExit(143), 143),
+        (KeyboardInterrupt(), 130),
+        (OSError(28, "full"), 3),
+        (InputError("no"), 2),
+        (ValueError(), 1),
+    ],
+)
+def test_the_other_ranks_end_with_the_exit_code_of_rank_0(error, code):
+    assert exit_code(error) == code
+
+
+def test_ranks_wait_in_the_store_as_long_as_one_of_them_may_tokenise(monkeypatch):
+    """NCCL connects through the store, while rank 0 tokenises: its own default ends after minutes."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    alone = StartedRank("srun", 0, 2, 0, 2, "127.0.0.1", int(free_port()))
+    shared = _connected(alone)
+    assert shared.store.underlying_store.timeout == COLLECTIVE_TIMEOUT
+    shared.begin()
+    assert not shared.wait_for_count("ready", 1, 0.2)
+    shared.store.add(shared.key("ready"), 1)
+    assert shared.wait_for_count("ready", 1, 0.2)
+    shared.begin()
+    assert not shared.wait_for_count("ready", 1, 0.2), "the second run of a process is counted by itself"
 
 
 def test_options_that_do_not_fit_the_starter_are_refused(plan, tmp_path):
@@ -228,6 +287,26 @@ def test_tasks_of_slurm_stop_with_a_checkpoint_and_resume(model_dir, tmp_path):
     assert json.loads(rank_0[0])["steps_done"] == done + 1 and other[0] == ""
 
 
+TWICE = """
+import json, sys
+from ctxext import finetune
+settings = {"global_batch_size": 2}
+done = [finetune(sys.argv[1], ctx=64, preset="smoke", steps=steps, settings=settings, out=out).steps_done
+        for steps, out in ((1, "first"), (2, "second"))]
+print("DONE", json.dumps(done))
+"""
+
+
+@pytest.mark.slow
+def test_a_script_trains_twice_under_torchrun(model_dir, tmp_path):
+    (tmp_path / "twice.py").write_text(TWICE)
+    command = [*TORCH_RUN[:-2], str(tmp_path / "twice.py"), str(model_dir("llama"))]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("DONE [1, 2]") == 2
+    assert len(losses(tmp_path / "first")) == 1 and len(losses(tmp_path / "second")) == 2
+
+
 @pytest.mark.slow
 def test_what_rank_0_refuses_ends_every_rank_with_its_exit_code(model_dir, tmp_path):
     (tmp_path / "run").mkdir()
@@ -235,6 +314,11 @@ def test_what_rank_0_refuses_ends_every_rank_with_its_exit_code(model_dir, tmp_p
     (other, rank_0) = [task.communicate(timeout=120) for task in tasks]
     assert [task.returncode for task in tasks] == [2, 2], (other, rank_0)
     assert "error: run exists" in rank_0[1].replace(f"{tmp_path}/", "") and other == ("", "")
+    for refused in (["--find-multiplier"], ["--set", "nothing"], ["--resume"]):
+        tasks = slurm_tasks(finetune(model_dir("llama"), 2, tmp_path / "other", *refused), tmp_path)
+        (other, rank_0) = [task.communicate(timeout=120) for task in tasks]
+        assert [task.returncode for task in tasks] == [2, 2], (refused, other, rank_0)
+        assert "error: " in rank_0[1] and not (tmp_path / "other").exists()
     # Every other command is one process.
     done = subprocess.run([*TORCH_RUN, "eval", "tiny"], env=environment(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "torchrun has started 2 processes, and ctxext eval uses one" in done.stderr
