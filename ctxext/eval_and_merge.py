@@ -26,6 +26,7 @@ from ctxext.extras import can_draw
 from ctxext.model.convert import DTYPES
 from ctxext.model.layout import pattern_text
 from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve
+from ctxext.ops.cost import ModelShape, parameter_count
 from ctxext.progress import Progress, ignore
 from ctxext.units import format_tokens, parse_tokens
 
@@ -37,6 +38,7 @@ REQUEST = "request.json"  # of an evaluation: the spec and the weights that it w
 RESUME_HINT = "free some space, then give the same command again: it resumes"
 MERGE_LENGTH = 512  # most tokens of a window when a merge measures perplexity
 MERGE_TOKENS = 8192  # most tokens of text for this measurement
+MERGE_CPU_FLOPS = 1e12  # of one measurement on a CPU: some ten seconds
 MERGE_SHORTEST = 64  # fewest tokens that a NoPE scale may be calibrated for
 
 
@@ -320,7 +322,8 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
 
     def measure(loaded: Any) -> tuple[float, str]:
         documents = read_documents(EMBEDDED, split="held-out")
-        found = perplexity(loaded, encode(documents, loaded.tokenizer, max_tokens=MERGE_TOKENS), length)
+        tokens = merge_tokens(plan.source.shape, length, on_cpu=loaded.device.type == "cpu")
+        found = perplexity(loaded, encode(documents, loaded.tokenizer, max_tokens=tokens), length)
         protocol = found.row("held-out embedded text").protocol
         return found.perplexity, f"{format_tokens(found.tokens_scored)} tokens at length {length}, {protocol}"
 
@@ -347,6 +350,15 @@ def merge_run(plan: MergePlan, *, notice: Callable[[str], None] = lambda _: None
         ),
         requested=plan.requested,
     )
+
+
+def merge_tokens(shape: ModelShape, length: int, *, on_cpu: bool) -> int:
+    """Returns how many tokens of text a merge measures perplexity on: fewer for a large model on a CPU."""
+    if not on_cpu:
+        return MERGE_TOKENS
+    # 2 FLOPs a parameter and token; with a stride of half a window each token is computed twice.
+    affordable = MERGE_CPU_FLOPS / (4 * parameter_count(shape))
+    return int(min(MERGE_TOKENS, max(2 * length, affordable)))
 
 
 def seen_in_training(source: ModelSource, data: str) -> str | None:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from ctxext.config.loader import build
 from ctxext.errors import CheckFailed, InputError
-from ctxext.eval_and_merge import merge_run, plan_merge, seen_in_training
+from ctxext.eval_and_merge import merge_run, merge_tokens, plan_merge, seen_in_training
 from ctxext.export.export_card import write_card
 from ctxext.export.matrix import verdict
 from ctxext.model import merge as merging
@@ -150,3 +151,12 @@ def hybrid_run(model_dir, tmp_path_factory):
     plan = plan_conversion(str(model_dir("llama")), "SN", out=place / "hybrid", sliding_window=16)
     run_conversion(plan, gate=False)
     return bundle(place / "hybrid", place)
+
+
+def test_a_large_model_on_a_cpu_is_measured_on_less_text():
+    """And the embedded model on as much as before."""
+    tiny, large = resolve("tiny").shape, resolve("llama2-7b", weights=False).shape
+    assert merge_tokens(tiny, 512, on_cpu=True) == merge_tokens(large, 512, on_cpu=False) == 8192
+    assert merge_tokens(large, 512, on_cpu=True) == 1024
+    middle = replace(large, num_layers=1, hidden_size=1024, intermediate_size=4096)
+    assert 1024 < merge_tokens(middle, 512, on_cpu=True) < 8192
