@@ -191,7 +191,10 @@ def test_chat(ctxext: Any, smollm2: Path) -> None:
 
 def test_probe(ctxext: Any, smollm2: Path, workplace: Path) -> None:
     out = workplace / "probed"
-    ctxext("probe", smollm2, *PROBES, "--preset", "smoke", "--length", "512", "--out", out)
+    few = ["layer-niah.samples=60", "layer-niah.classes=4", "receptive-field.samples=4", "receptive-field.tokens=1k"]
+    few += ["retrieval-heads.samples=4", "attention-distance.samples=2"]
+    options = [part for setting in few for part in ("--set", setting)]
+    ctxext("probe", smollm2, *PROBES, "--preset", "smoke", "--length", "512", *options, "--out", out)
     assert (out / "ctxext.json").is_file()
 
 
