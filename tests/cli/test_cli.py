@@ -17,7 +17,7 @@ COMMANDS = {
     "--repeat --force --json --find-multiplier",
     "eval": "--suite --lengths --against --data --text-field --protocol --evaluator --limit --seed --dtype "
     "--extrapolate --set --out --force --json --nope-log-scale",
-    "merge": "--out --dtype --force --json --alpha-multiplier --nope-scale --length --data",
+    "merge": "--out --dtype --force --json --alpha-multiplier --nope-scale --length --restore --data",
     "verify": "--ctx --attention --out --force --json",
     "probe": "--compare --preset --length --samples --ablate --data --seed --dtype --extrapolate --set --out --force "
     "--json",

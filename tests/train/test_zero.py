@@ -31,7 +31,7 @@ from ctxext.train import finetune, loop
 from ctxext.train import launch as launching
 from ctxext.train.finetune import run_finetune
 from ctxext.train.finetune_spec import FinetuneSpec
-from ctxext.train.launch import Death, check_environment
+from ctxext.train.launch import Death, check_environment, check_port
 from ctxext.train.loop import Events
 from ctxext.train.parallel import Host, Launch, plan_launch, read_hostfile, read_zero, zero_names
 from ctxext.train.ranks import leave
@@ -374,7 +374,7 @@ def test_a_machine_that_cannot_run_it_is_told_before_anything_starts(tmp_path, m
         other.listen()
         monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
         with pytest.raises(EnvironmentFault, match=f"port {other.getsockname()[1]} of localhost"):
-            check_environment(Launch(read_zero("2"), (Host("localhost", 1), Host("localhost", 1))))
+            check_port(Launch(read_zero("2"), (Host("localhost", 1), Host("localhost", 1))))
     monkeypatch.setattr(launching, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="DeepSpeed is not installed"):
         check_environment(plain)
