@@ -237,7 +237,7 @@ class Conversation:
     def reset(self) -> None:
         """Clears the conversation and its cache; the random number generator is not reset."""
         self.cache = self._new_cache()
-        self.ids, self.requested, self.warned, self.slow = list[int](), list[str](), False, False
+        self.ids, self.user_texts, self.warned, self.slow = list[int](), list[str](), False, False
 
     def _new_cache(self) -> Any:
         from ctxext.model.decode import reserved_cache
@@ -320,7 +320,7 @@ class Conversation:
             # At the end, return the bytes of an incomplete character too; only then add the turn to the conversation.
             pieces.append(stream.rest())
             write(pieces[-1])
-            self.ids, self.requested = [*self.ids, *new, *answer], [*self.requested, text]
+            self.ids, self.user_texts = [*self.ids, *new, *answer], [*self.user_texts, text]
         # The write speed counts the tokens that a forward computed after the reading: the growth of the cache.
         reading, writing = clock[1] - clock[0], clock[2] - clock[1]
         return GeneratedAnswer(
@@ -370,15 +370,15 @@ class Conversation:
     def _rendered(self, text: str) -> str:
         # Render the whole conversation, with a marker for each answer, and return the text after the last marker.
         messages = []
-        for requested in self.requested:
-            messages += [{"role": "user", "content": requested}, {"role": "assistant", "content": MARKER}]
+        for user_text in self.user_texts:
+            messages += [{"role": "user", "content": user_text}, {"role": "assistant", "content": MARKER}]
         messages.append({"role": "user", "content": text})
         name = self.plan.source.name
         try:
             whole: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program and may raise any exception
             raise ModelError(f"{name}: its chat template does not render this ({error})", hint=NO_CHAT_HINT) from error
-        if whole.count(MARKER) != len(self.requested):
+        if whole.count(MARKER) != len(self.user_texts):
             raise ModelError(
                 f"{name}: its chat template leaves out earlier answers, and the cache has them", hint=NO_CHAT_HINT
             )

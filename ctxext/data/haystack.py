@@ -78,13 +78,13 @@ def passkey_case(
     bos, _ = framing(tokenizer)
     needle = tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False)
     question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
-    requested = tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False)
+    with_answer = tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False)
     # A tokenizer may merge tokens across the boundary of question and key. So tokenise both together, and take as the
     # answer all tokens after the longest common prefix.
-    common = next((i for i, (a, b) in enumerate(zip(question, requested, strict=False)) if a != b), len(question))
-    question, answer = requested[:common], requested[common:]
+    common = next((i for i, (a, b) in enumerate(zip(question, with_answer, strict=False)) if a != b), len(question))
+    question, answer = with_answer[:common], with_answer[common:]
     # The rest of the length is filler; the needle splits it at the depth.
-    room = length - len(bos) - len(needle) - len(requested)
+    room = length - len(bos) - len(needle) - len(with_answer)
     if room < 0:
         raise InputError(
             f"a passkey needs at least {length - room} tokens with this tokenizer, got length {length}",

@@ -42,11 +42,11 @@ def near_cases(
     hay = haystack_ids(tokenizer, text)
     begin, _ = framing(tokenizer)
     needles = [tokenizer.encode("\n" + NEEDLE.format(key=key), add_special_tokens=False) for key in keys]
-    requested = [tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False) for key in keys]
+    with_answers = [tokenizer.encode("\n" + QUESTION + key, add_special_tokens=False) for key in keys]
     question = tokenizer.encode("\n" + QUESTION, add_special_tokens=False)
     # A tokenizer may merge tokens across the boundary, so the end of the prompt is the common prefix of the question's
     # tokens with and without an answer.
-    end = _shared(requested if parting else [question, *requested])
+    end = _shared(with_answers if parting else [question, *with_answers])
     fixed = len(begin) + max(map(len, needles)) + len(end)
     if fixed > length:
         raise InputError(

@@ -121,7 +121,7 @@ def read_hotpotqa(path: Path) -> Questions:
     """
     data = _json(path)
     try:
-        requested = [
+        questions = [
             (
                 str(row["question"]),
                 str(row["answer"]),
@@ -132,10 +132,10 @@ def read_hotpotqa(path: Path) -> Questions:
     except (KeyError, TypeError, ValueError) as error:
         raise _other_format(path, "HotpotQA", error) from error
     # Equal paragraphs become one document; a row's title is part of its paragraph.
-    documents = sorted({document for _, _, own in requested for document in own})
+    documents = sorted({document for _, _, own in questions for document in own})
     index = {document: i for i, document in enumerate(documents)}
     entries = [
-        (question, (answer,), tuple(dict.fromkeys(index[d] for d in own)), ()) for question, answer, own in requested
+        (question, (answer,), tuple(dict.fromkeys(index[d] for d in own)), ()) for question, answer, own in questions
     ]
     return _some(path, Questions(tuple(documents), tuple(entries)))
 

@@ -115,10 +115,10 @@ def _ends(path: Path, mine: Any) -> list[Finding]:
         found.append(Finding("EOS", "warning", text, "set eos_token in tokenizer_config.json"))
     file = path / "tokenizer_config.json"
     # What the tokenizer adds is measured on a text: transformers 5 follows the post_processor of tokenizer.json.
-    requested = read_object(file).get("add_bos_token") if file.is_file() else None
+    stated = read_object(file).get("add_bos_token") if file.is_file() else None
     adds = mine.bos_token_id is not None and mine.bos_token_id in framing(mine)[0]
-    if requested is not None and bool(requested) != adds:
-        text = f"tokenizer_config.json says add_bos_token {str(bool(requested)).lower()}, and the tokenizer "
+    if stated is not None and bool(stated) != adds:
+        text = f"tokenizer_config.json says add_bos_token {str(bool(stated)).lower()}, and the tokenizer "
         text += "adds one" if adds else "adds none"
         remedy = "nothing with transformers 5, which follows the post_processor of tokenizer.json"
         found.append(Finding("BOS", "warning", text, remedy))

@@ -85,8 +85,8 @@ def job(loaded: LoadedModel, spec: LongBench, place: Path) -> SuiteJob:
     """
     assert spec.lengths is not None
     questions = check(spec)
-    requested = [LongBenchRequest(question, length) for length in spec.lengths for question in questions]
-    items = evenly(requested, spec.limit, lambda item: (item.length, item.question.task))
+    requests = [LongBenchRequest(question, length) for length in spec.lengths for question in questions]
+    items = evenly(requests, spec.limit, lambda item: (item.length, item.question.task))
     prompts = "prompts of ctxext" if spec.prompts is None else f"prompts of {spec.prompts}"
     loaded.model.eval()
     templates = read_templates(spec.prompts)
@@ -137,13 +137,13 @@ def _answers(loaded: LoadedModel, templates: Mapping[str, str], batch: Sequence[
     stop = stop_ids(loaded.model, loaded.tokenizer)
     # A batch may hold several tasks, which differ in the number of tokens to generate.
     for name, group in groupby(batch, key=lambda item: item.question.task):
-        task, requested = TASKS[name], list(group)
+        task, items = TASKS[name], list(group)
         prompts = [
             truncated(loaded.tokenizer, item.question.prompt(templates), item.length - task.max_new_tokens)
-            for item in requested
+            for item in items
         ]
         written = generate(loaded.model, [ids for ids, _ in prompts], task.max_new_tokens, stop=stop)
-        for item, (ids, cut), new in zip(requested, prompts, written, strict=True):
+        for item, (ids, cut), new in zip(items, prompts, written, strict=True):
             answer = loaded.tokenizer.decode(new, skip_special_tokens=True)
             # The full answer is kept in the details; some tasks score its first line only.
             scored = answer.lstrip("\n").split("\n")[0] if task.first_line else answer

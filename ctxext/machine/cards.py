@@ -63,7 +63,7 @@ CARDS = {
     "3090": Card(memory=24_576 * MIB, peak=71 * TERA, bandwidth=936 * GB, pcie=32 * GB, link=32 * GB,
                  single=35.6 * TERA, device="NVIDIA GeForce RTX 3090"),
 }  # fmt: skip
-SIZES = {"24gb": "3090", "40gb": "a100-40", "48gb": "a6000", "80gb": "a100-80"}  # the slowest known card of that size
+SIZES = {"24gb": "3090", "40gb": "a100-40", "48gb": "a6000", "80gb": "a100-80"}  # the usual card of that size
 
 
 def find_card(name: str) -> tuple[str, Card]:

@@ -51,17 +51,17 @@ def ablate(
     others = [(i, h) for i in range(shape[0]) for h in range(shape[1]) if (i, h) not in set(top)]
     sets = {"nothing": [], f"top {K}": list(top)}
     sets |= {f"random {K}, draw {i}": sorted(rng.sample(others, K)) for i in range(1, spec.draws + 1)}
-    texts, requested = _texts(loaded, spec), _asked(loaded, spec)
+    texts, job = _texts(loaded, spec), _passkey_job(loaded, spec)
     found: dict[str, dict[str, Any]] = {}
     for name, heads in sets.items():
         with without(loaded, heads):
-            found[name] = {"masked": [list(head) for head in heads], **_measured(loaded, spec, requested, texts)}
+            found[name] = {"masked": [list(head) for head in heads], **_measured(loaded, spec, job, texts)}
         done()
     runs = list(found.items())
     # The first two runs are "nothing" and "top"; the rest are the draws.
     means = {what: sum(one[what] for _, one in runs[2:]) / spec.draws for what in MEASURES}
     table = Table(
-        f"heads masked: {counted(len(requested.items), 'passkey')} at {spec.length:,} tokens in "
+        f"heads masked: {counted(len(job.items), 'passkey')} at {spec.length:,} tokens in "
         f"{haystack(spec.data)[0]}, "
         f"different from those that rank the heads, and the loss of {_text_of(spec)} (adjacent windows)",
         ("masked", "heads", "passkey", "answer, nats a token", "loss, nats a token"),
@@ -76,7 +76,7 @@ def ablate(
             for name, one in [*runs[:2], (f"random {K}, mean of {spec.draws}", means), *runs[2:]]
         ),
     )
-    return {"heads": K, "cases": len(requested.items), "protocol": PROTOCOL, "random_mean": means, "runs": found}, table
+    return {"heads": K, "cases": len(job.items), "protocol": PROTOCOL, "random_mean": means, "runs": found}, table
 
 
 def _text_of(spec: RetrievalHeads) -> str:
@@ -90,17 +90,15 @@ def _texts(loaded: LoadedModel, spec: RetrievalHeads) -> list[EncodedText]:
     return encode(documents, loaded.tokenizer, max_tokens=max(LOSS_TOKENS, 2 * (spec.length or 0)))
 
 
-def _asked(loaded: LoadedModel, spec: RetrievalHeads) -> SuiteJob:
+def _passkey_job(loaded: LoadedModel, spec: RetrievalHeads) -> SuiteJob:
     assert spec.length is not None
     cases = math.ceil(spec.samples / len(FIVE_DEPTHS))
     # Another seed than the ranking's, so that heads are tested on new questions.
     return passkeys(loaded, Passkey(lengths=(spec.length,), data=spec.data, cases=cases, seed=spec.seed + 1), Path())
 
 
-def _measured(
-    loaded: LoadedModel, spec: RetrievalHeads, requested: SuiteJob, texts: Sequence[EncodedText]
-) -> dict[str, Any]:
+def _measured(loaded: LoadedModel, spec: RetrievalHeads, job: SuiteJob, texts: Sequence[EncodedText]) -> dict[str, Any]:
     assert spec.length is not None
-    row = run_job(requested, Ledger(), BATCH_TOKENS, lambda *_: None)[0]
+    row = run_job(job, Ledger(), BATCH_TOKENS, lambda *_: None)[0]
     result = perplexity(loaded, texts, spec.length, protocol=PROTOCOL, tokens_per_batch=BATCH_TOKENS)
     return {"accuracy": row.value, "answer_nats": row.details["answer_nats"], "loss": result.nats_per_token}

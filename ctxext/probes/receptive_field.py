@@ -58,17 +58,17 @@ def measure(subject: Subject, spec: ReceptiveField, progress: CountProgress) -> 
     request.
     """
     assert spec.length is not None
-    requested, notes = restrictions(subject, spec)
+    limits, notes = restrictions(subject, spec)
     jobs = _jobs(subject, spec)
     each = sum(len(job.items) for job in jobs)
-    total = (len(requested) + 1) * each
+    total = (len(limits) + 1) * each
 
     def scores(number: int, restriction: Restriction | None) -> Scores:
         return _scores(subject, jobs, restriction, lambda done: progress(number * each + done, total))
 
     # Measurement 0 is unrestricted; all others are compared with it.
     whole = scores(0, None)
-    found = [(one, scores(number, one)) for number, one in enumerate(requested, start=1)]
+    found = [(one, scores(number, one)) for number, one in enumerate(limits, start=1)]
     if whole.get("longppl_loss", 0.0) is None:
         notes.append(f"the evaluator found no key tokens at {spec.length:,} tokens: no LongPPL")
     if whole["passkey"] == 0:

@@ -83,8 +83,8 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
     """
     assert spec.length is not None
     L, H = len(subject.kinds), subject.heads
-    requested = questions(subject.loaded, spec.data, spec.length, spec.samples, spec.seed)
-    reach = reachable(subject.kinds, requested)
+    items = questions(subject.loaded, spec.data, spec.length, spec.samples, spec.seed)
+    reach = reachable(subject.kinds, items)
     check_reach("retrieval-heads: ablate", spec.ablate or 0, reach, H)
     # Progress counts questions: one run for each definition, and with ablation one unmasked, one with the top heads
     # masked, and the draws.
@@ -93,10 +93,10 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
     def more(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, runs * len(requested))
+        progress(done, runs * len(items))
 
-    mass = answer_attention(subject.loaded, requested, more)[0] if "mass" in spec.definitions else None
-    copied = copies(subject.loaded, requested, more) if "copy" in spec.definitions else Copied(None, 0, 0)
+    mass = answer_attention(subject.loaded, items, more)[0] if "mass" in spec.definitions else None
+    copied = copies(subject.loaded, items, more) if "copy" in spec.definitions else Copied(None, 0, 0)
     # Where both are known, copy ranks the heads and mass decides ties.
     scores = {"copy": copied.scores, "mass": mass}
     known = {name: score for name, score in scores.items() if score is not None}
@@ -120,9 +120,7 @@ def measure(subject: Subject, spec: RetrievalHeads, progress: CountProgress) -> 
         facts["copy"] |= {"successes": copied.successes, "trials": copied.trials}
     tables = [_ranked_table(ranked, known, reach, subject, spec)] if known else []
     if spec.ablate is not None and known:
-        facts["ablation"], table = ablate(
-            subject.loaded, spec, ranked[: spec.ablate], (L, H), lambda: more(len(requested))
-        )
+        facts["ablation"], table = ablate(subject.loaded, spec, ranked[: spec.ablate], (L, H), lambda: more(len(items)))
         tables.append(table)
     pictures = tuple(_grid(name, score, subject.letters, spec) for name, score in known.items())
     notes = _notes(spec, subject, copied, reach)
@@ -143,15 +141,15 @@ def questions(loaded: LoadedModel, data: str, length: int, samples: int, seed: i
 
 
 def answer_attention(
-    loaded: LoadedModel, requested: Sequence[RetrievalQuestion], more: Callable[[int], object] = lambda count: None
+    loaded: LoadedModel, items: Sequence[RetrievalQuestion], more: Callable[[int], object] = lambda count: None
 ) -> Tensor:
     """Returns fp64 [2,L,H]: the mass on the answer, and the entropy in nats of the prompts' last 4 queries.
 
-    Both are means over `requested`. `more(count)` is called with the number of questions done.
+    Both are means over `items`. `more(count)` is called with the number of questions done.
     """
     L, H = len(loaded.kinds), loaded.source.shape.num_heads
     total = torch.zeros(2, L, H, dtype=torch.float64)
-    for batch in batches(requested, BATCH_TOKENS):
+    for batch in batches(items, BATCH_TOKENS):
         ids = torch.tensor([question.case.prompt_ids for question in batch], device=loaded.device)
         wanted = _needles(batch, ids.shape[1], loaded.device)
         at = torch.arange(ids.shape[1] - LAST, ids.shape[1]).expand(len(batch), LAST)
@@ -164,16 +162,16 @@ def answer_attention(
 
         watch_rows(loaded.model, ids, at, take)
         more(len(batch))
-    return total / len(requested)
+    return total / len(items)
 
 
 def copies(
-    loaded: LoadedModel, requested: Sequence[RetrievalQuestion], more: Callable[[int], object] = lambda count: None
+    loaded: LoadedModel, items: Sequence[RetrievalQuestion], more: Callable[[int], object] = lambda count: None
 ) -> Copied:
     """Returns the copy scores of all heads."""
     total = torch.zeros(len(loaded.kinds), loaded.source.shape.num_heads, dtype=torch.float64)
     successes = 0
-    for batch in batches(requested, BATCH_TOKENS):
+    for batch in batches(items, BATCH_TOKENS):
         prompts = [question.case.prompt_ids for question in batch]
         answers, places = looked_at(loaded, prompts, len(batch[0].case.answer_ids))
         whole = torch.cat([torch.tensor(prompts), answers], 1)  # [B,T+N]
@@ -185,7 +183,7 @@ def copies(
                 total += hits[:, :, i].sum(1) / len(question.case.answer_ids)
                 successes += 1
         more(len(batch))
-    return Copied(total / successes if successes else None, successes, len(requested))
+    return Copied(total / successes if successes else None, successes, len(items))
 
 
 def _hits(answers: Tensor, places: Tensor, whole: Tensor, wanted: Tensor) -> Tensor:
@@ -230,9 +228,9 @@ def recall(given: Sequence[int], reference: Sequence[int]) -> float:
     return sum((Counter(given) & Counter(reference)).values()) / len(reference)
 
 
-def reachable(kinds: Sequence[LayerKind], requested: Sequence[RetrievalQuestion]) -> list[float]:
+def reachable(kinds: Sequence[LayerKind], items: Sequence[RetrievalQuestion]) -> list[float]:
     """Returns for each layer the share of questions whose answer's end is visible to the prompt's last token."""
-    back = [question.size - 1 - question.needle[-1] for question in requested]
+    back = [question.size - 1 - question.needle[-1] for question in items]
     return [
         sum(kind.sliding_window is None or distance < kind.sliding_window for distance in back) / len(back)
         for kind in kinds

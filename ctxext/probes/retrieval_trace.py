@@ -36,14 +36,14 @@ def measure(subject: Subject, spec: RetrievalTrace, progress: CountProgress) -> 
             hint=KEEP_CHECKPOINTS,
         )
     loaded = subject.loaded
-    requested = questions(loaded, spec.data, spec.length, spec.samples, spec.seed)
-    reach = reachable(subject.kinds, requested)
+    items = questions(loaded, spec.data, spec.length, spec.samples, spec.seed)
+    reach = reachable(subject.kinds, items)
     check_reach("retrieval-trace: heads", spec.heads, reach, subject.heads)
     found: dict[int, Tensor] = {}  # [2,L,H] by step
     try:
         for number, state in enumerate(run.states, start=1):
             put(loaded.model, state)
-            found[state.step] = answer_attention(loaded, requested)
+            found[state.step] = answer_attention(loaded, items)
             progress(number, len(run.states))
     # Later probes use the same model in memory, so restore the result's weights in any case.
     finally:

@@ -128,10 +128,10 @@ def plan_request(
             "model supports: windows change nothing, so that no layer can be chosen",
             hint="give a smaller --sliding-window",
         )
-    requested = CALIBRATION_TOKENS if tokens is None else tokens
-    if requested < row and tokens is not None:
+    count = CALIBRATION_TOKENS if tokens is None else tokens
+    if count < row and tokens is not None:
         raise InputError(
-            f"--calibration-tokens {format_tokens(requested)}: allowed is one row or more, here {format_tokens(row)}"
+            f"--calibration-tokens {format_tokens(count)}: allowed is one row or more, here {format_tokens(row)}"
         )
     read_documents(calibration or EMBEDDED)  # raises if there is no such source; reads nothing yet
     full = full_layer_count(budget, shape, source, window, at)
@@ -140,7 +140,7 @@ def plan_request(
             "a budget of 0 full layers: the model could retrieve nothing further back than the window",
             hint="give --budget 1 or more, or add --i-know if this is intended",
         )
-    return Request(full, at, calibration or EMBEDDED, max(requested, row), row)
+    return Request(full, at, calibration or EMBEDDED, max(count, row), row)
 
 
 def full_layer_count(

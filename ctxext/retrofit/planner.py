@@ -289,8 +289,8 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     answers, needles = torch.zeros(2, count + len(cases), T, dtype=torch.bool)
     for row, case in enumerate(cases, start=count):
         # Position t is marked if the NEXT token belongs to the answer.
-        requested = len(case.prompt_ids)
-        answers[row, requested - 1 : T - 1] = True
+        prompt_length = len(case.prompt_ids)
+        answers[row, prompt_length - 1 : T - 1] = True
         needles[row, list(key_places(tokenizer, case))] = True
     return Samples(torch.cat([text, rows]), count, answers, needles)
 

@@ -108,16 +108,16 @@ def _taken(out: Path, job: PipelineJob) -> str:
 
 def _standing(job: PipelineJob, pipeline: Pipeline, out: Path, force: bool, trusted: bool) -> str:
     record = state.read(out, job)
-    requested = state.request(job, _filled(job, _reports(pipeline, out, job), out, trusted), record)
-    found = state.standing(record, requested, out / job.id)
-    _may_replace(found, record, requested, out / job.id, force)
+    request = state.request(job, _filled(job, _reports(pipeline, out, job), out, trusted), record)
+    found = state.standing(record, request, out / job.id)
+    _may_replace(found, record, request, out / job.id, force)
     return found
 
 
-def _may_replace(found: str, record: dict[str, Any] | None, requested: dict[str, Any], out: Path, force: bool) -> None:
+def _may_replace(found: str, record: dict[str, Any] | None, request: dict[str, Any], out: Path, force: bool) -> None:
     """Raises InputError where a finished output would be replaced without `force`."""
     if found == "changed" and not force:
-        moved = differences(record["request"], requested) if record else ["it was not made by this pipeline"]
+        moved = differences(record["request"], request) if record else ["it was not made by this pipeline"]
         raise InputError(
             f"{out} exists and was made from another request: {'; '.join(moved) or 'its files changed since'}",
             hint="give --force to run the step again and replace it, or another --out",
@@ -165,12 +165,12 @@ def _job(plan: PipelinePlan, job: PipelineJob, say: api.Say, progress: api.Progr
     # The jobs before this one are done now: fill in what they reported, and compute the status again.
     out, record = plan.out / job.id, state.read(plan.out, job)
     step = _filled(job, _reports(plan.pipeline, plan.out, job), plan.out, plan.trusted)
-    requested = state.request(job, step, record)
-    standing: str = state.standing(record, requested, out)
+    request = state.request(job, step, record)
+    standing: str = state.standing(record, request, out)
     # A job that a killed run with --from left unfinished or reported is resumed, and does not start again.
     if plan.standings[job.id] == "again" and standing in ("new", "changed", "done"):
         standing = "again"
-    _may_replace(standing, record, requested, out, plan.force)
+    _may_replace(standing, record, request, out, plan.force)
     if standing == "done":
         say(f"  skipped, since it is done and unchanged: {out}")
         return "skipped"
@@ -182,7 +182,7 @@ def _job(plan: PipelinePlan, job: PipelineJob, say: api.Say, progress: api.Progr
     resume = standing == "unfinished" and job.command == "finetune" and _resumable(out)
     keep = resume or (standing == "unfinished" and job.command == "eval" and _eval_resumable(out))
     # Store the request before the work begins: after a kill it shows that the unfinished output belongs to it.
-    state.write(plan.out, job, {"request": requested, "done": False, "report": None, "seconds": None, "output": None})
+    state.write(plan.out, job, {"request": request, "done": False, "report": None, "seconds": None, "output": None})
     began = time.monotonic()
     report = _call(job.command, step, out, resume, not keep, say, progress)
     if job.command == "plan":
@@ -193,7 +193,7 @@ def _job(plan: PipelinePlan, job: PipelineJob, say: api.Say, progress: api.Progr
     as_dict = getattr(report, "to_dict", None) or getattr(report, "as_dict", None)
     stored = state.plain(as_dict() if as_dict else asdict(report)) | {"out": str(out)}
     seconds = round(time.monotonic() - began, 1)
-    _done(plan.out, job, {"request": requested, "done": False, "report": stored, "seconds": seconds, "output": None})
+    _done(plan.out, job, {"request": request, "done": False, "report": stored, "seconds": seconds, "output": None})
     return "resumed" if keep and record is not None else "ran"
 
 

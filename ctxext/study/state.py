@@ -87,7 +87,7 @@ def stamp(name: str, *, but: Collection[str] = ()) -> Any:
     return {"weights": weights, "files": files, "facts": meant, **({"base": base["weights"]} if base else {})}
 
 
-def standing(record: dict[str, Any] | None, requested: dict[str, Any], out: Path) -> Standing:
+def standing(record: dict[str, Any] | None, current: dict[str, Any], out: Path) -> Standing:
     """Returns the status of a job, from its record and its output directory.
 
     new         it has not run, or its output is gone
@@ -99,7 +99,7 @@ def standing(record: dict[str, Any] | None, requested: dict[str, Any], out: Path
     if record is None:
         return "changed" if out.exists() else "new"
     # A record of another request says nothing about this one.
-    if record["request"] != requested:
+    if record["request"] != current:
         return "changed" if out.exists() else "new"
     # The command writes its manifest last: with a stored report and a manifest, the work itself is complete.
     if not record["done"]:

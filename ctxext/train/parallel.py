@@ -60,8 +60,8 @@ class Host:
 class Launch:
     """The content of launch.json. `zero` is the DeepSpeed configuration without the keys that the spec covers.
 
-    started_by  the program that started the processes, such as srun; None: train/launch.py starts them. Then the names
-                of hosts other than the first are invented
+    started_by  None: train/launch.py starts the processes. Otherwise the program that started them, such as srun; the
+                names of the hosts are then not known, and those in `hosts` are invented
     """
 
     zero: dict[str, Any]

@@ -221,32 +221,32 @@ def _source(plan: RunPlan, part: MixturePart, tokenizer: Any, share: float, want
 
 def _samples(plan: RunPlan, tokenizer: Any, events: Events) -> tuple[Iterator[Document], str]:
     """Text that the model before any conversion generates, sampled when the documents are first read."""
-    config, requested = original_config(plan.source), plan.spec.data.samples
+    config, sampling = original_config(plan.source), plan.spec.data.samples
     length = min(plan.source.original_length or plan.spec.ctx, plan.spec.ctx)
     weights = manifests.weight_hashes(plan.source.directory)
     device, dtype = training_device(plan)
     # Sampled text has no file to hash: hash everything that determines it.
-    print_ = hashlib.sha256(f"{weights} {config.fields} {requested} {length} {dtype}".encode()).hexdigest()
+    print_ = hashlib.sha256(f"{weights} {config.fields} {sampling} {length} {dtype}".encode()).hexdigest()
 
     # A generator: the model is only loaded where the tokens are not in the cache.
     def documents() -> Iterator[Document]:
-        events.say(f"sampling {requested.tokens:,} tokens from {plan.source.name} as it was before any conversion")
+        events.say(f"sampling {sampling.tokens:,} tokens from {plan.source.name} as it was before any conversion")
         model: Any = build_model(plan.source.directory, config, dtype).to(device).eval()
         shown = [0]
 
         def progress(done: int) -> None:
-            if done - shown[0] >= requested.tokens / 10:
+            if done - shown[0] >= sampling.tokens / 10:
                 shown[0] = done
-                events.say(f"sampled {done:,} of {requested.tokens:,} tokens")
+                events.say(f"sampled {done:,} of {sampling.tokens:,} tokens")
 
         yield from sample_documents(
             model,
             tokenizer,
-            tokens=requested.tokens,
+            tokens=sampling.tokens,
             length=length,
-            batch=requested.batch,
-            temperature=requested.temperature,
-            seed=requested.seed,
+            batch=sampling.batch,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
             progress=progress,
         )
 

@@ -76,7 +76,8 @@ def read_rank(environ: Mapping[str, str], *, terminal: bool = False) -> StartedR
             raise InputError(f"the variables of {starter} are incomplete: {error} is not set") from None
         except ValueError as error:
             raise InputError(f"the variables of {starter} cannot be read: {error}") from error
-    # The tasks of a shell of `srun --pty` run there one after the other. A step that is started in it has no terminal.
+    # A shell of `srun --pty` is one process, although its variables count all tasks of the step. They are inherited by
+    # the tasks of a step that is started in this shell: those have no terminal.
     if found is None or (terminal and "SLURM_PTY_PORT" in environ):
         return None
     if not 0 <= found.rank < found.world:

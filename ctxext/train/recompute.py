@@ -52,12 +52,12 @@ def check(memory: MemorySpec, windows: Sequence[int | None]) -> None:
 
     `windows` has the window of each layer in tokens, None for a full layer.
     """
-    requested = {
+    options = {
         "keep: attention": memory.keep != "nothing",
         f"tiles: {memory.tiles}": memory.tiles is not None,
         "offload: true": memory.offload,
     }
-    useless = [name for name, given in requested.items() if given]
+    useless = [name for name, given in options.items() if given]
     if useless and not memory.checkpoint:
         raise InputError(
             f"memory.checkpoint: false keeps everything on the device, but {', '.join(useless)} needs recomputation",

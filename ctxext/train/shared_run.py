@@ -53,7 +53,7 @@ class SharedStore:
         return f"{name}/{self.runs}"
 
     def wait_for(self, name: str) -> Any:
-        """Returns the value that rank 0 sets for `name`. Raises RuntimeError where the store has gone."""
+        """Waits until a rank has set `name`, and returns the value. Raises RuntimeError where the store has gone."""
         while not self.store.check([self.key(name)]):
             time.sleep(TICK)
         return json.loads(self.store.get(self.key(name)))
@@ -84,7 +84,7 @@ def leading(started: StartedRank | None, say: Callable[[str], None] = lambda lin
         yield
     except BaseException as error:
         try:
-            # After `share_run` nobody reads this key again, and all ranks have been counted: nothing is waited for.
+            # After `share_run` this has no effect: every rank has read the key and is counted.
             shared.store.set(shared.key("run"), json.dumps({"exit_code": exit_code(error)}))
             # The store may live in this process, which must not end before the others have read the key.
             shared.wait_for_count("read", started.world - 1, LEAVE_SECONDS)

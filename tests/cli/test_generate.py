@@ -148,10 +148,10 @@ def test_a_turn_that_fails_leaves_the_conversation_as_before(
         if place == "first token" or len(written) == 5:
             raise fault
 
-    before = (list(talk.ids), list(talk.requested))
+    before = (list(talk.ids), list(talk.user_texts))
     with pytest.raises(EnvironmentFault if fault is torch.OutOfMemoryError else fault):
         talk.ask("there lived a number", progress=progress, write=write)
-    assert (talk.ids, talk.requested) == before
+    assert (talk.ids, talk.user_texts) == before
     answer, expected = talk.ask("and not"), healthy.ask("and not")
     assert (answer.text, talk.ids) == (expected.text, healthy.ids)
     assert answer.kept == 0 and answer.read == expected.read + expected.kept and answer.cache == expected.cache
