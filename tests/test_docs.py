@@ -151,6 +151,8 @@ def run(line: Line) -> None:
 
 def in_place(word: str) -> list[str]:
     """A word, or what it stands for under the working directory: runs/...-convert-... is the newest of these."""
+    # An absolute path of a page lies in the working directory too: a test leaves nothing on the machine.
+    word = re.sub(r"^/(?!dev/)", "./", word)
     made = re.sub(r"20260101T[\d.]+Z-(\w+)-\w+", r"...-\1-...", word)
     made = "runs/...-finetune-..." if made == "runs/..." else made
     if not (made.startswith("runs/") and re.search(r"\.\.\.|\*", made)):
