@@ -1,61 +1,67 @@
 """The commands as functions: `from ctxext import plan, convert, finetune, evaluate, merge, ...`.
 
-Each function does the same as its command, takes the command's options by name (a length is tokens, or text such as
-"32k"), and returns the report that the command prints. The functions print nothing. They call `say(line)` with messages
-for the user and `progress(what, done, total)` with the progress. Errors are those of ctxext.errors; problems of
-arguments and files are raised before torch is imported. An output that exists is an error unless `force`; without `out`
-the output is under ./runs.
+Each function does the same as its command. It takes the command's options by name (a length is tokens, or text such as
+"32k"), or a request of requests.py that has them. It returns the report that the command prints, and prints nothing: it
+calls `say(line)` with messages for the user and `progress(what, done, total)` with the progress. Errors are those of
+ctxext.errors; problems of arguments and files are raised before torch is imported. An output that exists is an error
+unless `force`; without `out` the output is under ./runs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
-from ctxext.errors import EnvironmentFault, InputError
-from ctxext.extras import can_draw, require
+from ctxext.errors import InputError
+from ctxext.extras import require
 from ctxext.progress import Progress, ignore
+from ctxext.requests import (
+    ConvertRequest,
+    EvalRequest,
+    ExportRequest,
+    FinetuneRequest,
+    MergeRequest,
+    PlanRequest,
+    ProbeRequest,
+    ReportRequest,
+    VerifyRequest,
+    accepts,
+    eval_fields,
+    probe_fields,
+)
 from ctxext.units import parse_tokens
 
 if TYPE_CHECKING:
+    from ctxext.evals.certificate import Certificate
     from ctxext.evals.suite import EvalReport
+    from ctxext.export.matrix import Verdict
     from ctxext.export.write import Exported
-    from ctxext.model.convert import ConversionPlan, ConversionReport
+    from ctxext.finetuning import PlannedRun
+    from ctxext.model.convert import ConversionReport
     from ctxext.model.merge import MergeReport
+    from ctxext.multiplier_search import FoundMultiplier
     from ctxext.planning.answer import PlanAnswer
+    from ctxext.planning.calibrate import Calibration
     from ctxext.probes.probe_finding import ProbeReport
     from ctxext.report.page import Report
-    from ctxext.retrofit.layers import Request
-    from ctxext.retrofit.planner import LayerPlan
     from ctxext.train.finetune import FinetuneReport
     from ctxext.train.metrics import StepMetrics
-    from ctxext.train.parallel import Launch
-    from ctxext.train.run_plan import RunPlan
+    from ctxext.train.multiplier import Trial
 
 Say = Callable[[str], None]
 OnStep = Callable[["StepMetrics"], None]
+OnPlan = Callable[["PlannedRun"], None]
 Where = str | Path
-AUTO = "auto"
 PLAN = "plan.json"
 
 
-def plan(
-    model: Where,
-    ctx: str | int,
-    *,
-    hybrid: str | None = None,
-    gpu: str | None = None,
-    memory: str | None = None,
-    gpus: int = 1,
-    preset: str = "lora-alpha",
-    settings: Mapping[str, Any] | None = None,
-    out: Where | None = None,
-    force: bool = False,
-) -> PlanAnswer:
+@accepts(PlanRequest)
+def plan(request: PlanRequest, *, out: Where | None = None, force: bool = False) -> PlanAnswer:
     """Returns which ways to train at `ctx` fit in memory, with their speed and their commands.
 
     It needs no torch and no weights. With `out`, it also writes plan.json. It returns an answer even where nothing
@@ -63,8 +69,8 @@ def plan(
     """
     from ctxext.planning.answer import answer, ask
 
-    requested, rates = ask(str(model), str(ctx), hybrid=hybrid, gpu=gpu, memory=memory, cards_=gpus, preset=preset,
-                       fixed=settings or {})  # fmt: skip
+    requested, rates = ask(request.model, request.ctx, hybrid=request.hybrid, gpu=request.gpu, memory=request.memory,
+                           cards_=request.gpus, preset=request.preset, fixed=request.settings)  # fmt: skip
     # Check the output before the search, which takes the most time.
     if out is not None:
         check_free(Path(out), force, keep=[requested.source.path])
@@ -72,27 +78,36 @@ def plan(
     if out is not None:
         with staged_output(Path(out), force) as place:
             (place / PLAN).write_text(json.dumps(found.as_dict(), indent=2) + "\n", "utf-8")
-            spec = {"model": str(model), "ctx": parse_tokens(ctx), "preset": preset, **dict(settings or {})}
+            spec = {
+                "model": request.model,
+                "ctx": parse_tokens(requested.ctx),
+                "preset": request.preset,
+                **request.settings,
+            }
             manifests.write(place, manifests.new("plan", spec=spec, parents={}, facts={"fitting": found.fitting}))
     return found
 
 
+def calibrate(model: Where, *, say: Say = ignore) -> list[Calibration]:
+    """Measures the speed of this machine, about 20 seconds, stores it for later plans, and returns it.
+
+    `model` is only checked to exist, so that a wrong name fails before the measurement.
+    """
+    from ctxext.model.source import resolve
+    from ctxext.planning.calibrate import calibrate as measure
+
+    resolve(str(model), weights=False)
+    measured = measure(say)
+    for one in measured:
+        say(f"{one.as_rates().source}: {one.rates['linear'][-1][1] / 1e9:,.0f} GFLOP/s in matrices")
+    return measured
+
+
+@accepts(ConvertRequest)
 def convert(
-    model: Where,
-    hybrid: Where,
+    request: ConvertRequest,
     *,
     out: Where | None = None,
-    full_layers: str | Sequence[int] | None = None,
-    budget: str | int | None = None,
-    length: str | int | None = None,
-    calibration: Where | None = None,
-    calibration_tokens: str | int | None = None,
-    i_know: bool = False,
-    sliding_window: int | None = None,
-    model_class: str = AUTO,
-    sinks: str = AUTO,
-    dtype: str | None = None,
-    gate: bool = True,
     allow_pickle: bool = False,
     force: bool = False,
     say: Say = ignore,
@@ -101,6 +116,7 @@ def convert(
     """Converts most layers to small sliding windows and keeps a few full layers.
 
     The conversion edits the layout and copies the weights; with `gate` it compares the result with the source.
+    The report's `planner` is the choice of full layers where it was measured (full_layers "auto").
 
     hybrid        a preset, a YAML file or a pattern of S, N, F
     full_layers   layers counted from 0, "odd", "even", "last", or "auto", which measures the layers to keep full
@@ -108,245 +124,130 @@ def convert(
     sinks         "auto" (fitted where the class has sinks and the model needs them) or "none"
     calibration   text for full_layers "auto" and for sinks, such as a file; None: the embedded corpus
     """
-    if full_layers is not None and not isinstance(full_layers, str):
-        full_layers = ",".join(map(str, full_layers))
-    plan = plan_convert(model, hybrid, out=out, full_layers=full_layers, sliding_window=sliding_window, dtype=dtype,
-                        model_class=model_class, sinks=sinks, allow_pickle=allow_pickle, force=force)  # fmt: skip
-    request = plan_layers(plan, full_layers, budget=budget, length=length,
-                          calibration=None if calibration is None else str(calibration),
-                          calibration_tokens=calibration_tokens, i_know=i_know or None)  # fmt: skip
-    return write_conversion(plan, layers_for(plan, request, say, progress), calibration=calibration, gate=gate,
-                            force=force, say=say, progress=progress)  # fmt: skip
+    from ctxext.retrofit.conversion import choose_full_layers, plan_layers, planned_conversion, write_conversion
 
-
-def plan_convert(
-    model: Where, hybrid: Where, *, out: Where | None, full_layers: str | None, **given: Any
-) -> ConversionPlan:
-    """Returns the plan of a conversion, without the planner's choice of layers; checks the model's files."""
-    from ctxext.model.convert import plan_conversion
-
-    return plan_conversion(
-        str(model), str(hybrid), out=_path(out), full_layers=None if full_layers == AUTO else full_layers, **given
+    plan = planned_conversion(request, _path(out), allow_pickle=allow_pickle, force=force)
+    chosen = choose_full_layers(plan, plan_layers(plan, request), say, progress)
+    report = write_conversion(
+        plan, chosen, calibration=request.calibration, gate=request.gate, force=force, say=say, progress=progress
     )
+    return replace(report, planner=chosen)
 
 
-def plan_layers(plan: ConversionPlan, full_layers: str | None, **given: Any) -> Request | None:
-    """Returns the request to the planner, None where `full_layers` is not "auto".
-
-    `given` are the planner's options (None: not given). Raises InputError where one is given without the planner.
-    """
-    from ctxext.model.convert import may_fit_sinks
-    from ctxext.retrofit.layers import request_of
-
-    source = plan.source
-    requested = {name: value for name, value in given.items() if value is not None}
-    if full_layers != AUTO and may_fit_sinks(plan):
-        requested.pop("calibration", None)  # the sinks are fitted on this text
-    return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, full_layers == AUTO, requested)
-
-
-def layers_for(plan: ConversionPlan, request: Request | None, say: Say, progress: Progress) -> LayerPlan | None:
-    """Returns the planner's choice of layers, by measurement; None without a request."""
-    if request is None:
-        return None
-    from ctxext.retrofit.planner import choose_layers
-
-    say(f"measuring which layers of {plan.source.name} to keep full")
-    return choose_layers(plan, request, say=say, progress=lambda what, *counts: progress(f"measuring {what}", *counts))
-
-
-def write_conversion(
-    plan: ConversionPlan,
-    chosen: LayerPlan | None,
-    *,
-    calibration: Where | None = None,
-    gate: bool,
-    force: bool,
-    say: Say,
-    progress: Progress,
-) -> ConversionReport:
-    """Writes the conversion, with the planner's results in the same directory.
-
-    `calibration` is the text that sinks are fitted on; None: the embedded corpus.
-    """
-    from ctxext.model.convert import run_conversion, with_kinds
-
-    attachments: dict[str, bytes] = {}
-    facts: dict[str, object] = {}
-    # The planner's layout replaces that of the plan, before sinks are fitted for it.
-    if chosen is not None:
-        plan = with_kinds(plan, chosen.kinds)
-        facts["planner"] = chosen.facts()
-        attachments = {"retrofit.json": (json.dumps(chosen.as_dict(), indent=2) + "\n").encode()}
-        if can_draw(say, "pareto.png"):
-            from ctxext.retrofit.picture import pareto_png
-
-            attachments["pareto.png"] = pareto_png(chosen)
-    sinks = None
-    if plan.sinks:
-        from ctxext.data.documents import EMBEDDED
-        from ctxext.retrofit.fitted_sinks import fit_sinks
-
-        progress("measuring the first token", 0, 1)
-        sinks = fit_sinks(plan, say=say, calibration=str(calibration or EMBEDDED))
-    say(f"converting {plan.source.name} to {plan.out}")
-    return run_conversion(
-        plan,
-        gate=gate,
-        force=force,
-        sinks=sinks,
-        attachments=attachments,
-        facts=facts,
-        progress=lambda done, total: progress("proving" if done == total else "copying weights", done, total),
-    )
-
-
+@accepts(FinetuneRequest)
 def finetune(
-    model: Where | None = None,
+    request: FinetuneRequest,
     *,
-    ctx: str | int | None = None,
-    preset: str = "lora-alpha",
-    data: str | None = None,
-    steps: int | None = None,
-    original_length: str | int | None = None,
-    settings: Mapping[str, Any] | None = None,
-    zero: str | None = None,
-    nproc: int | None = None,
-    hostfile: Where | None = None,
     out: Where | None = None,
     resume: bool = False,
+    repeat: Where | None = None,
     force: bool = False,
     say: Say = ignore,
+    on_plan: OnPlan = ignore,
     on_step: OnStep = ignore,
 ) -> FinetuneReport:
     """Trains a model at a longer context and returns the report.
 
     `ctx` may be stages, such as "8k,32k"; `settings` are fields of the spec by dotted path. `resume` continues the
-    unfinished run at `out`. If a model is given, model and settings must be those that the run started with. Without a
-    model, changed settings need `force`, and so does changed data. The report's `finished` is False for a run that was
-    stopped.
+    unfinished run at `out`, or the newest one. If a model is given, model and settings must be those that the run
+    started with. Without a model, changed settings need `force`, and so does changed data. `repeat` is a run whose
+    model, data and spec a new run has. `on_plan` gets the plan before training starts. The report's `finished` is False
+    for a run that was stopped.
 
     Under torchrun, srun and the like, every process makes the same call. The ranks other than 0 take the run from rank
-    0 (train/shared_run.py). The process group stays for further calls: a script ends it as any script of torch does.
+    0 (train/shared_run.py), and raise NoSharedRun where it has none. The process group stays for further calls:
+    `end_ranks` ends it.
     """
-    from ctxext.train.launch import launched
+    from ctxext.finetuning import plan_finetune, prepared_directory
+    from ctxext.train.launch import check_environment, launch_run
     from ctxext.train.ranks import started_rank
-    from ctxext.train.run_directory import option_fields
-    from ctxext.train.shared_run import follow, leading
+    from ctxext.train.shared_run import follow, leading, share_run
 
     started = started_rank()
     # Every rank reaches `follow` or `leading` first: an error before that would leave the others waiting.
     if started is not None and started.rank > 0:
-        report = follow(started)
-        if isinstance(report, int):
-            raise EnvironmentFault("rank 0 has no run for the other ranks", hint="the error of rank 0 says why")
-        return report
+        return follow(started)
     with leading(started, say):
-        given = option_fields(ctx, data, steps, original_length) | dict(settings or {})
-        plan, run = _planned_run(model, preset, given, _path(out), resume, force, say)
-        plan, launch = launched(plan, zero, nproc, _path(hostfile), resume=resume)
-        return carry_out(plan, run, resume=resume, force=force, launch=launch, say=say, on_step=on_step)
+        planned = plan_finetune(request, out=_path(out), resume=resume, repeat=_path(repeat), force=force, say=say)
+        on_plan(planned)
+        plan, run, launch = planned.plan, planned.directory, planned.launch
+        with prepared_directory(planned, force):
+            # The processes start before the imports below, so that this one holds no torch while they train.
+            fields = launch_run(run, launch, say, on_step) if launch is not None and started is None else None
+            if launch is not None and started is not None:
+                check_environment(launch)
+            from ctxext.train.finetune import FinetuneReport, run_finetune
+            from ctxext.train.loop import Events
+
+            if fields is not None:
+                return FinetuneReport(**fields)
+            if launch is not None and started is not None:
+                # This process is rank 0 of ranks that another program started.
+                share_run(started, run, launch)
+            zero = launch.zero if launch is not None else None
+            return run_finetune(plan, run, resume=resume, events=Events(say, on_step), zero=zero)
 
 
-def _planned_run(
-    model: Where | None, preset: str, given: dict[str, Any], out: Path | None, resume: bool, force: bool, say: Say
-) -> tuple[RunPlan, Path]:
-    """The plan of a run, new or resumed, and its directory."""
-    from ctxext.train.run_directory import plan_from_options, plan_resumed, started_as
-
-    if not resume:
-        plan = plan_from_options(None if model is None else str(model), preset, given, needs_weights=True, say=say)
-        return plan, out or manifests.default_out("finetune", f"{plan.source.name}-{plan.spec.ctx}")
-    if out is None:
-        raise InputError("resume needs a run", hint="give its directory as out")
-    if model is None:
-        if preset != "lora-alpha":
-            raise InputError(
-                f"resume: preset {preset!r} needs a model", hint="leave preset out: the run has its own spec"
-            )
-        # The given settings are changes of the run's spec.
-        return plan_resumed(out, given, accept=force, say=say), out
-    # Compare the plan of this model with the spec of the run.
-    requested = plan_from_options(str(model), preset, given, needs_weights=True)
-    if not started_as(out, requested, any_data=force):
-        raise InputError(
-            f"{out} was started with another model, data or settings",
-            hint="give the same model, data and settings, or another out; force without resume starts it again",
-        )
-    return plan_resumed(out, {}, accept=force, say=say), out
-
-
-def carry_out(
-    plan: RunPlan,
-    run: Path,
+@accepts(FinetuneRequest)
+def plan_finetune(
+    request: FinetuneRequest,
     *,
-    resume: bool,
-    force: bool,
-    launch: Launch | None,
-    repeats: Path | None = None,
-    say: Say,
-    on_step: OnStep,
-) -> FinetuneReport:
-    """Runs a plan, new or resumed; removes the directory of a new run that fails before it trained anything."""
-    from ctxext.config.output import replacing
-    from ctxext.train.launch import LOGS
-    from ctxext.train.run_directory import alone, applied_changes, discard_unstarted, start_run
+    out: Where | None = None,
+    resume: bool = False,
+    repeat: Where | None = None,
+    force: bool = False,
+    say: Say = ignore,
+) -> PlannedRun | None:
+    """Returns the plan of a run with every derived number, and trains nothing. It needs no weights.
 
-    if resume:
-        with alone(run), applied_changes(plan, run):
-            return _train(plan, run, True, launch, say, on_step)
-    # `force` must not replace the model, the data, or the run that this one repeats.
-    read = [Path(part.source) for part in plan.spec.data.parts]
-    with replacing(run, force, keep=[plan.source.path, repeats, *(path for path in read if path.exists())]):
-        start_run(plan, run)
-        with alone(run):
-            try:
-                return _train(plan, run, False, launch, say, on_step)
-            except BaseException:
-                if not (run / LOGS).exists():  # the logs have the traceback of a process that died
-                    discard_unstarted(run)
-                raise
-
-
-def _train(plan: RunPlan, run: Path, resume: bool, launch: Launch | None, say: Say, on_step: OnStep) -> FinetuneReport:
-    from ctxext.train.launch import check_environment, launch_run
+    None on a rank other than 0 of processes that another program started: rank 0 has the plan.
+    """
+    from ctxext.finetuning import plan_finetune as planned_run
     from ctxext.train.ranks import started_rank
-    from ctxext.train.shared_run import share_run
 
-    started = started_rank() if launch else None
-    if launch is not None and started is not None:
-        check_environment(launch)
-    # The launch comes before the imports below, so that this process holds no torch while the launched processes train.
-    fields = launch_run(run, launch, say, on_step) if launch and started is None else None
-    from ctxext.train.finetune import FinetuneReport, run_finetune
-    from ctxext.train.loop import Events
-
-    if fields is not None:
-        return FinetuneReport(**fields)
-    events = Events(say, on_step)
-    if launch is None or started is None:
-        return run_finetune(plan, run, resume=resume, events=events)
-    # This process is rank 0 of ranks that another program started.
-    share_run(started, run, launch)
-    return run_finetune(plan, run, resume=resume, events=events, zero=launch.zero)
+    started = started_rank()
+    if started is not None and started.rank > 0:
+        return None
+    return planned_run(
+        request, out=_path(out), resume=resume, repeat=_path(repeat), force=force, needs_weights=False, say=say
+    )
 
 
-def evaluate(
-    models: Where | Sequence[Where],
+@accepts(FinetuneRequest)
+def find_multiplier(
+    request: FinetuneRequest,
     *,
-    suite: str = "perplexity",
-    lengths: Sequence[str | int] | str | int | None = None,
-    against: Where | None = None,
-    data: str | None = None,
-    text_field: str | None = None,
-    protocol: str | None = None,
-    evaluator: str | None = None,
-    limit: str | int | None = None,
-    seed: int | None = None,
-    dtype: str | None = None,
-    extrapolate: bool = False,
-    nope_log_scale: float | None = None,
-    settings: Mapping[str, Any] | None = None,
+    out: Where | None = None,
+    force: bool = False,
+    say: Say = ignore,
+    on_plan: OnPlan = ignore,
+    on_step: OnStep = ignore,
+    on_trial: Callable[[Trial], None] = ignore,
+) -> FoundMultiplier:
+    """Trains a few steps at several values of lora.multiplier and returns their held-out losses and the best.
+
+    Without `steps` a trial has 30. `on_trial` gets each finished trial.
+    """
+    from ctxext.multiplier_search import search
+    from ctxext.train.ranks import started_rank
+
+    if (started := started_rank()) is not None:
+        raise InputError(f"--find-multiplier uses one process: start it without {started.starter}")
+    return search(request, _path(out), force, say=say, on_plan=on_plan, on_step=on_step, on_trial=on_trial)
+
+
+def end_ranks() -> None:
+    """Waits for the other ranks of the last run and ends the process group, where another program started them."""
+    from ctxext.train.ranks import leave, started_rank
+
+    if started_rank() is not None:
+        leave()
+
+
+@accepts(EvalRequest)
+def evaluate(
+    request: EvalRequest,
+    *,
     out: Where | None = None,
     force: bool = False,
     say: Say = ignore,
@@ -358,101 +259,116 @@ def evaluate(
     {"passkey.cases": 4}. An unfinished evaluation of the same request is resumed.
     """
     from ctxext.eval_and_merge import eval_models, plan_eval
-    from ctxext.evals.eval_spec import eval_fields
 
-    given = {"data": data, "text_field": text_field, "protocol": protocol, "evaluator": evaluator, "limit": limit,
-             "seed": seed, "dtype": dtype, "extrapolate": extrapolate, "nope_log_scale": nope_log_scale,
-             "lengths": lengths}  # fmt: skip
-    fields = eval_fields(given) | dict(settings or {})
-    names = [str(model) for model in ([models] if isinstance(models, str | Path) else models)]
-    plan = plan_eval(
-        names, suite, fields, against=None if against is None else str(against), out=_path(out), force=force
-    )
+    models = [request.models] if isinstance(request.models, str) else list(request.models)
+    if not models:
+        models = [_newest("MODEL", ("conversion", "model", "finetune", "merge"), say)]
+    plan = plan_eval(models, request.suite, eval_fields(request), against=request.against, out=_path(out), force=force)
     if plan.resumes:
-        say(f"{plan.out} is an unfinished evaluation of the same request: it is resumed")
-    return eval_models(plan, force=force, progress=progress, notice=say)
+        say(f"resuming the unfinished evaluation of the same request in {plan.out}")
+    report = eval_models(plan, force=force, progress=progress, notice=say)
+    say(f"written to {plan.out}")
+    return report
 
 
+@accepts(ProbeRequest)
 def probe(
-    model: Where,
-    names: str | Sequence[str] = "all",
+    request: ProbeRequest,
     *,
-    compare: Where | None = None,
-    preset: str | None = None,
-    length: str | int | None = None,
-    samples: int | None = None,
-    ablate: int | None = None,
-    data: str | None = None,
-    seed: int | None = None,
-    dtype: str | None = None,
-    extrapolate: bool = False,
-    settings: Mapping[str, Any] | None = None,
     out: Where | None = None,
     force: bool = False,
     say: Say = ignore,
     progress: Progress = ignore,
 ) -> ProbeReport:
     """Runs probes on a model, and on `compare` if given; writes probes.json, figures and a manifest."""
-    from ctxext.evals.eval_spec import set_arguments
     from ctxext.probes.plan_probes import plan_probe
 
-    given = {"length": length, "samples": samples, "ablate": ablate, "data": data, "seed": seed, "dtype": dtype,
-             "extrapolate": extrapolate}  # fmt: skip
-    fields = set_arguments(given) | dict(settings or {})
-    requested = [names] if isinstance(names, str) else list(names)
-    before = None if compare is None else str(compare)
-    plan = plan_probe(str(model), requested, fields, preset=preset, compare=before, out=_path(out), force=force)
+    names = [request.names] if isinstance(request.names, str) else list(request.names)
+    plan = plan_probe(request.model, names, probe_fields(request), preset=request.preset, compare=request.compare,
+                      out=_path(out), force=force)  # fmt: skip
     # Imported only now: the plan is checked without torch.
     from ctxext.probes import run_probes
 
     report = run_probes.measure(plan, progress, say)
-    run_probes.write(plan, report)
+    pictures = run_probes.write(plan, report)
+    say(f"written to {plan.out}: {', '.join(['probes.json', *pictures])}")
     return report
 
 
-def merge(
-    run: Where,
-    *,
-    out: Where | None = None,
-    dtype: str | None = None,
-    alpha_multiplier: str | float | None = None,
-    nope_scale: str | float | None = None,
-    length: str | int | None = None,
-    data: str | None = None,
-    restore: str | None = None,
-    force: bool = False,
-    say: Say = ignore,
-) -> MergeReport:
+@accepts(MergeRequest)
+def merge(request: MergeRequest, *, out: Where | None = None, force: bool = False, say: Say = ignore) -> MergeReport:
     """Merges an adapter, in fp32, into an ordinary Hugging Face directory, and checks that nothing is lost."""
     from ctxext.eval_and_merge import merge_run, plan_merge
 
-    plan = plan_merge(str(run), _path(out), dtype, force, alpha_multiplier=alpha_multiplier, nope_scale=nope_scale,
-                      length=length, data=data, restore=restore)  # fmt: skip
+    run = request.run or _newest("RUN", ("finetune",), say)
+    plan = plan_merge(run, _path(out), request.dtype, force, alpha_multiplier=request.alpha_multiplier,
+                      nope_scale=request.nope_scale, length=request.length, data=request.data,
+                      restore=request.restore)  # fmt: skip
     return merge_run(plan, notice=say)
 
 
-def export_model(model: Where, target: str = "hf", *, out: Where | None = None, force: bool = False) -> Exported:
+@accepts(ExportRequest)
+def export_model(request: ExportRequest, *, out: Where | None = None, force: bool = False) -> Exported:
     """Exports a merged run or a model for another program: `target` is hf, vllm, gguf or ollama.
 
     Raises CheckFailed where the target would not honour its exact windows and NoPE layers.
     """
-    from ctxext.export.write import export, plan_export, refuse
+    from ctxext.export.write import export, plan_export
 
-    found = plan_export(str(model), target, _path(out), force)
-    refuse(found.verdict)
-    return export(found)
+    return export(plan_export(request.model, request.target, _path(out), force))
 
 
-def write_report(
-    runs: Where | Sequence[Where], *, out: Where | None = None, title: str | None = None, force: bool = False
-) -> Report:
+@accepts(ExportRequest)
+def check_export(request: ExportRequest) -> Verdict:
+    """Returns whether a target supports the model, and why not. Writes nothing."""
+    from ctxext.export.write import plan_export
+
+    return plan_export(request.model, request.target).verdict
+
+
+@accepts(ReportRequest)
+def write_report(request: ReportRequest, *, out: Where | None = None, force: bool = False) -> Report:
     """Writes evaluations, probes and training runs into one HTML file that needs no network."""
     require("matplotlib", "a report")
     from ctxext.report.page import plan_report
     from ctxext.report.page import write_report as write
 
-    given = [runs] if isinstance(runs, str | Path) else runs
-    return write(plan_report([Path(run) for run in given], out=_path(out), title=title, force=force))
+    given = [request.runs] if isinstance(request.runs, str) else request.runs
+    return write(plan_report([Path(run) for run in given], out=_path(out), title=request.title, force=force))
+
+
+@accepts(VerifyRequest)
+def verify(
+    request: VerifyRequest,
+    *,
+    out: Where | None = None,
+    force: bool = False,
+    say: Say = ignore,
+    progress: Progress = ignore,
+) -> Certificate:
+    """Measures which tokens a model's attention sees, layer by layer, as it runs, and writes the certificate.
+
+    It returns the certificate even where checks failed (`certificate.failed`).
+    """
+    from ctxext.evals.verify import plan_launch, write_certificate
+    from ctxext.evals.verify import verify as measure
+
+    ctx = None if request.ctx is None else parse_tokens(request.ctx)
+    launch = plan_launch(request.model, ctx=ctx, attention=request.attention)
+    # Check the output before the measurement, which takes long.
+    place = _path(out) or manifests.default_out("verify", launch.source.name)
+    check_free(place, force, keep=launch.source.paths)
+    found = measure(launch, progress=progress)
+    write_certificate(found, launch, place, force=force)
+    say(f"written to {place}")
+    return found
+
+
+def _newest(what: str, kinds: tuple[str, ...], say: Say) -> str:
+    """The newest output of these kinds under ./runs, for an argument that was left out."""
+    found = str(manifests.newest(manifests.RUNS, kinds))
+    say(f"no {what} given; using the newest, {found}")
+    return found
 
 
 def _path(given: Where | None) -> Path | None:

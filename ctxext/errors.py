@@ -51,6 +51,14 @@ class EnvironmentFault(CtxextError):
     exit_code = 3
 
 
+class NoSharedRun(EnvironmentFault):
+    """Rank 0 has no run for the other ranks; its own error says why. `exit_code` is that of rank 0."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("rank 0 has no run for the other ranks", hint="the error of rank 0 says why")
+        self.exit_code = exit_code
+
+
 class CheckFailed(CtxextError):
     """A check that ran and failed. The output that it guards is not written."""
 

@@ -18,14 +18,9 @@ from typing import Any
 
 from ctxext import api
 from ctxext.cli import console
-from ctxext.cli.finetune import training_progress
-from ctxext.config import presets
-from ctxext.config.loader import build
+from ctxext.cli.finetune import training_display
 from ctxext.eval_and_merge import eval_models, merge_run, plan_eval, plan_merge
 from ctxext.model.convert import plan_conversion, run_conversion
-from ctxext.model.source import resolve
-from ctxext.train.finetune_spec import FinetuneSpec
-from ctxext.train.run_plan import plan_run
 
 RUNS = Path("runs/demo")
 LENGTHS = [512, "1k", "2k"]
@@ -73,12 +68,11 @@ def step(line: str) -> None:
 
 def finetune(model: str, preset: str) -> Path:
     """A finetune run by preset, as `ctxext finetune MODEL --preset PRESET` does it."""
-    spec = build(FinetuneSpec, presets.find("finetune", preset).data, source=preset)
-    plan = plan_run(resolve(model), spec)
-    console.pairs(plan.rows(), to_stderr=True)
     run = RUNS / preset
-    with training_progress(plan) as on_step:
-        report = api.carry_out(plan, run, resume=False, force=False, launch=None, say=console.say, on_step=on_step)
+    with training_display() as shown:
+        report = api.finetune(
+            model, preset=preset, out=run, say=console.say, on_plan=shown.on_plan, on_step=shown.on_step
+        )
     if not report.finished:
         sys.exit("interrupted")
     return run

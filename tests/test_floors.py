@@ -19,6 +19,7 @@ FLOORS = {
     "ops": 1,
     "machine": 1,
     "config": 2,
+    "requests": 3,
     "model": 3,
     "data": 4,
     "train": 5,
@@ -26,6 +27,8 @@ FLOORS = {
     "retrofit": 7,
     "probes": 7,
     "eval_and_merge": 7,
+    "finetuning": 7,
+    "multiplier_search": 7,
     "report": 7,
     "study": 7,
     "api": 7,
@@ -68,6 +71,10 @@ LIGHT_FILES = {
     "probes/probe_spec.py",
     "probes/probe_finding.py",
     "api.py",
+    "requests.py",
+    "finetuning.py",
+    "multiplier_search.py",
+    "retrofit/conversion.py",
     "generation.py",
     "model/config_fields.py",
     "planning/answer.py",
@@ -225,6 +232,20 @@ def test_a_function_keeps_its_budget(path):
     lengths = [(function, code_lines(text, ast.parse(text))) for function, text in texts.items()]
     long = [f"{function}: {lines}" for function, lines in lengths if lines >= budget]
     assert not long, f"{name(path)}: {long}; allowed: fewer than {budget} lines"
+
+
+COMMANDS = [path for path in FILES if room(module(path)) == "cli" and "@takes(" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=name)
+def test_a_command_calls_the_api_and_nothing_else(path):
+    """It reads options into a request, calls a function of api.py and prints what comes back."""
+    allowed, tree = {"api", "cli", "requests", "errors", "units"}, parse(path)
+    for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node)]
+    left_out = {inner for node in for_types for inner in ast.walk(node)}
+    targets = [target for node in ast.walk(tree) if node not in left_out for target in imported(node, path)]
+    others = {room(target) for target in targets if target[0] == "ctxext"} - allowed
+    assert not others, f"{name(path)} imports {others}"
 
 
 def test_the_walk_sees_what_it_must_see():

@@ -115,7 +115,7 @@ def with_memory(text: str) -> str:
     def row(match: re.Match[str]) -> str:
         words = ["llama2-7b", "--set", "dtype=bfloat16", *match[2].split()]
         given = command.commands["finetune"].make_context("finetune", words).params
-        requested = {"ctx": "100k"} | assignments(given["set_"])
+        requested = {"ctx": "100k"} | assignments(given["settings"])
         plan = plan_from_options("llama2-7b", "lora-alpha", requested, needs_weights=False, say=print)
         plan, _ = launched(plan, given["zero"], given["nproc"], None)
         return f"{match[1]} {sum(n for item, n in plan.memory.items() if item not in MACHINES) / 2**30:.1f} |"

@@ -33,3 +33,6 @@ def probes(incomplete: str) -> list[str]:
     from ctxext.probes.probe_spec import PROBES
 
     return [name for name in ("all", *PROBES) if name.startswith(incomplete)]
+
+
+COMPLETERS: dict[str, Callable[[str], list[str]]] = {"suites": suites, "probes": probes}  # by Option.complete

@@ -124,12 +124,12 @@ def progress(first: str) -> Iterator[Callable[[str, int | None, int | None], Non
 
 
 def quiet_libraries() -> None:
-    """Turns off messages and progress bars of transformers, the hub and others. Call it before they are imported."""
+    """Turns off messages and progress bars of transformers, the hub and others. It imports none of them.
+
+    Call it before they are imported: they read these variables then.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\.")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

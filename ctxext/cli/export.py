@@ -8,6 +8,9 @@ from typing import Annotated
 import typer
 
 from ctxext.cli import console
+from ctxext.cli.options import AsJson, Force, out_option, takes
+from ctxext.errors import InputError
+from ctxext.requests import ExportRequest
 
 EXAMPLES = """Examples:\n
   ctxext export ./merged\n
@@ -15,38 +18,35 @@ EXAMPLES = """Examples:\n
   ctxext export ./merged --target gguf --check-only --json"""
 
 
+@takes(ExportRequest)
 def export(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="A merged run, a conversion, a model directory")],
-    target: Annotated[str, typer.Option(help="hf, vllm, gguf or ollama")] = "hf",
-    out: Annotated[
-        Path | None, typer.Option(help="Output directory [default: ./runs/<time>-export-<target>-<name>]")
-    ] = None,
+    request: ExportRequest,
+    out: Annotated[Path | None, out_option("export-<target>-<name>")] = None,
     check_only: Annotated[
         bool, typer.Option("--check-only", help="Print whether the target supports the model; write nothing")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the verdict and what was written as JSON")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Export a model for a program that supports its exact windows and NoPE layers; exit code 1 if it does not."""
-    from ctxext.errors import InputError
-    from ctxext.export import write
+    from ctxext import api
 
     if check_only and (out is not None or force):
         raise InputError(
             "--check-only writes nothing, so --out and --force have no effect",
             hint="leave out --check-only, or --out and --force",
         )
-    # Where the target does not support the model, the verdict is printed and write.refuse raises CheckFailed.
-    plan = write.plan_export(model, target, None if check_only else out, force)
-    if check_only or not plan.verdict.honoured:
+    verdict = api.check_export(request)
+    # Where the target does not support the model, its verdict is printed and the command fails.
+    if check_only or not verdict.honoured:
         if as_json:
-            console.emit(plan.verdict.as_dict())
+            console.emit(verdict.as_dict())
         else:
-            console.pairs(plan.verdict.rows(), to_stderr=not check_only)
-        write.refuse(plan.verdict)
+            console.pairs(verdict.rows(), to_stderr=not check_only)
+        verdict.refuse()
         return
-    done = write.export(plan)
+    done = api.export_model(request, out=out, force=force)
     if as_json:
         console.emit(done.as_dict())
     else:
-        console.pairs(write.rows(done))
+        console.pairs(done.rows())

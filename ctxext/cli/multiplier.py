@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ctxext.cli import console
 from ctxext.errors import InputError
-from ctxext.extras import can_draw
+from ctxext.requests import FinetuneRequest
 
 if TYPE_CHECKING:
     from ctxext.train.metrics import StepMetrics
     from ctxext.train.multiplier import MultiplierSearch, Trial
-    from ctxext.train.run_plan import RunPlan
-
-CURVES, NUMBERS = "curves.png", "multiplier.json"
 
 
 def refuse_beside(**options: object) -> None:
@@ -29,56 +24,37 @@ def refuse_beside(**options: object) -> None:
         )
 
 
-def search(plan: RunPlan, out: Path | None, force: bool, as_json: bool) -> None:
-    """Trains `plan` at several multipliers, prints their held-out losses and the option with the lowest loss.
+def search(request: FinetuneRequest, out: Path | None, force: bool, as_json: bool) -> None:
+    """Runs the search with a progress display, and prints the held-out losses and the option with the lowest loss."""
+    from ctxext import api
 
-    Writes multiplier.json, curves.png and a manifest into `out`.
-    """
-    from ctxext.config import manifest as manifests
-    from ctxext.config.output import check_free, staged_output
-    from ctxext.train.multiplier import plan_trials
-
-    trials = plan_trials(plan)
-    out = out or manifests.default_out("multiplier", f"{plan.source.name}-{plan.spec.ctx}")
-    check_free(out, force, keep=[plan.source.path])
-    console.pairs(plan.rows(), to_stderr=True)
-    # The trials run inside the staged directory, so that nothing is left where the search fails.
-    with staged_output(out, force) as staging:
-        found = _train(trials, staging, plan.spec.lora.multiplier)
-        (staging / NUMBERS).write_text(json.dumps(found.as_dict(), indent=2, allow_nan=False) + "\n", "utf-8")
-        if can_draw(console.say, CURVES):
-            _draw(found, staging / CURVES)
-        facts = {"option": found.option, "remarks": [*found.remarks], "held_out": found.best.final}
-        parents = {"base": manifests.parent(plan.source.directory)}
-        manifests.write(staging, manifests.new("multiplier", spec=asdict(plan.spec), parents=parents, facts=facts))
-    if as_json:
-        console.emit(found.as_dict() | {"out": str(out)})
-        return
-    _show(found)
-    console.say(f"written to {out}")
-
-
-def _train(trials: list[RunPlan], scratch: Path, given: float) -> MultiplierSearch:
-    console.quiet_libraries()
-    from ctxext.train.loop import Events
-    from ctxext.train.multiplier import find_multiplier
-
-    # One bar for all trials: it advances by each step, and a trial that diverges leaves its share open.
     with console.progress_display() as display:
-        task = display.add_task("preparing", total=sum(plan.steps for plan in trials), note="")
+        # One bar for all trials, whose number of steps is not known here.
+        task = display.add_task("preparing", total=None, note="")
 
         def on_step(metrics: StepMetrics) -> None:
             display.update(task, advance=1, description="training", note=f"loss {metrics.loss:.3f}")
 
-        def on_trial(trial: Trial) -> None:
-            start = f"{trial.held_out[0][1]:.4f}" if trial.held_out else "unknown"
-            console.say(f"multiplier {trial.multiplier:g}: held-out loss {start} -> {_outcome(trial)}")
+        found = api.find_multiplier(
+            request,
+            out=out,
+            force=force,
+            say=console.say,
+            on_plan=lambda planned: console.pairs(planned.plan.rows(), to_stderr=True),
+            on_step=on_step,
+            on_trial=_say_trial,
+        )
+    if as_json:
+        console.emit(found.as_dict())
+        return
+    _show(found.search)
+    console.say(f"written to {found.out}")
 
-        return find_multiplier(trials, scratch, given, Events(console.say, on_step), on_trial)
 
-
-def _outcome(trial: Trial) -> str:
-    return f"diverged ({trial.stopped})" if trial.final is None else f"{trial.final:.4f}"
+def _say_trial(trial: Trial) -> None:
+    start = f"{trial.held_out[0][1]:.4f}" if trial.held_out else "unknown"
+    end = f"diverged ({trial.stopped})" if trial.final is None else f"{trial.final:.4f}"
+    console.say(f"multiplier {trial.multiplier:g}: held-out loss {start} -> {end}")
 
 
 def _show(found: MultiplierSearch) -> None:
@@ -95,22 +71,3 @@ def _show(found: MultiplierSearch) -> None:
     print(f"\n{found.option}")
     for remark in found.remarks:
         console.say(f"note: {remark}")
-
-
-def _draw(found: MultiplierSearch, path: Path) -> None:
-    from ctxext.report.figures import FigureLine, Point, curves
-
-    # The y axis ends 0.5 nats above the loss at the start, so that a diverging trial does not squeeze the others.
-    start = max(trial.held_out[0][1] for trial in found.trials if trial.held_out)
-    lines = [
-        FigureLine(
-            f"{trial.multiplier:g}{'' if trial.final is not None else ', diverged'}",
-            [Point(step, loss) for step, loss in trial.held_out],
-            number,
-            behind=[Point(step, loss) for step, loss in trial.training],
-        )
-        for number, trial in enumerate(found.trials)
-    ]
-    losses = [loss for trial in found.trials for _, loss in (*trial.held_out, *trial.training)]
-    limits = (min(losses) - 0.05, min(max(losses), start + 0.5) + 0.05)
-    curves(path, lines, "steps (thick: held out, thin: training)", "nats a token", limits=limits)

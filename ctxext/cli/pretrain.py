@@ -32,14 +32,15 @@ def pretrain(
     recipe = build(PretrainSpec, found.data, source=str(found.path))
     out = out or manifests.default_out("pretrain", found.name)
     console.quiet_libraries()
-    from ctxext.cli.finetune import training_progress
+    from ctxext.cli.finetune import training_display
     from ctxext.train.finetune import run_finetune
     from ctxext.train.loop import Events
 
     def train(plan: RunPlan, run: Path) -> Any:
         console.pairs(plan.rows(), to_stderr=True)
-        with training_progress(plan) as on_step:
-            return run_finetune(plan, run, events=Events(console.say, on_step))
+        with training_display() as shown:
+            shown.begin(plan.steps)
+            return run_finetune(plan, run, events=Events(console.say, shown.on_step))
 
     written = pretrain(recipe, out, force=force, train=train)
     if as_json:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from ctxext.cli import console
+from ctxext.cli.options import AsJson, Force, out_option, takes
+from ctxext.errors import CheckFailed
+from ctxext.requests import VerifyRequest
 
 EXAMPLES = """Examples:\n
   ctxext verify tiny\n
@@ -15,41 +16,25 @@ EXAMPLES = """Examples:\n
   ctxext verify ./my-model --attention training --ctx 32k --json"""
 
 
+@takes(VerifyRequest)
 def verify(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A directory, a run, a preset or a hub id")],
-    ctx: Annotated[str | None, typer.Option(help="Tokens [default: the run's ctx, or the usable length]")] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="training or inference [default: training for a run, else inference]")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Output directory [default: ./runs/<time>-verify-<name>]")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing output")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the certificate as JSON")] = False,
+    request: VerifyRequest,
+    out: Annotated[Path | None, out_option("verify-<name>")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure which tokens a model's attention sees, layer by layer, as it runs; exit code 1 if a check fails."""
-    from ctxext.config.manifest import default_out
-    from ctxext.config.output import check_free
-    from ctxext.errors import CheckFailed
-    from ctxext.evals import verify as checks
-    from ctxext.units import parse_tokens
+    from ctxext import api
 
-    launch = checks.plan_launch(model, ctx=None if ctx is None else parse_tokens(ctx), attention=attention)
-    # Check the output before the measurement, which takes long.
-    out = out or default_out("verify", launch.source.name)
-    check_free(out, force, keep=launch.source.paths)
     console.quiet_libraries()
-    with console.progress_display() as display:
-        task = display.add_task("loading", total=None, note="")
-        found = checks.verify(
-            launch,
-            progress=lambda what, done, total: display.update(task, description=what, completed=done, total=total),
-        )
-    checks.write_certificate(found, launch, out, force=force)
+    with console.progress("loading") as progress:
+        found = api.verify(request, out=out, force=force, say=console.say, progress=progress)
     if as_json:
         console.emit(found.as_dict())
     else:
         console.say(f"{found.model}, {found.notes[0]}")
         console.table(found.HEADER, found.rows())
-        for line in (*found.notes[1:], f"written to {out}"):
+        for line in found.notes[1:]:
             console.say(line)
     if found.failed:
-        raise CheckFailed(f"{len(found.failed)} of {len(found.checks)} checks failed", hint=f"see {out}")
+        raise CheckFailed(f"{len(found.failed)} of {len(found.checks)} checks failed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,6 @@ from ctxext.config.loader import Tokens, build, spec
 from ctxext.config.parts import spread
 from ctxext.data.documents import EMBEDDED
 from ctxext.errors import InputError
-from ctxext.units import parse_tokens
 
 Count = Annotated[int, Field(gt=0)]
 Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
@@ -196,20 +194,3 @@ def eval_spec_from_options(suite: str, given: dict[str, Any]) -> EvalSpec:
     whole = {field.name for field in fields(EvalSpec)} - {"suites"}
     spread(given, data, suites, names=whole, tag="suite", classes=SUITES, of=suite)
     return build(EvalSpec, {**data, "suites": suites}, source=f"eval spec ({suite}, options)")
-
-
-def set_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that were set: those that are neither None nor False."""
-    return {name: value for name, value in given.items() if value is not None and value is not False}
-
-
-def eval_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the set arguments of `evaluate` as fields of its spec."""
-    fields = set_arguments(given)
-    if "limit" in fields:
-        fields["limit"] = parse_tokens(fields["limit"])
-    if isinstance(fields.get("lengths"), str | int):
-        fields["lengths"] = [part.strip() for part in str(fields["lengths"]).split(",")]
-    elif "lengths" in fields:
-        fields["lengths"] = list(fields["lengths"])
-    return fields

@@ -87,6 +87,38 @@ class EvalReport:
                 row["extrapolated"] = row["length"] > model["usable_length"]
         return data
 
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """Returns (caption, header, rows) for each suite: a row per model, a column per length; then one by
+        task, if any.
+
+        A * marks a length beyond what the model supports. Where rows have different protocols, the caption names all of
+        them.
+        """
+        made = []
+        for index, suite in enumerate(self.spec.suites):
+            # Flatten first: models may differ in lengths and tasks, so cells are looked up by (task, model, length).
+            rows = [
+                {"model": model.model, "beyond": row.length > model.usable_length, **asdict(row)}
+                for model in self.models
+                for row in model.suites[index].rows
+            ]
+            lengths = sorted({row["length"] for row in rows})
+            header = [suite.suite, *[format_tokens(length) if length else "" for length in lengths]]
+            protocols = "; ".join(dict.fromkeys(row["protocol"] for row in rows))
+            star = f"; {STAR}" if any(row["beyond"] for row in rows) else ""
+            cells = {(row["task"], row["model"], row["length"]): row for row in rows}
+            by_task: list[list[str]] = []
+            for metric, task in _tasks(rows):
+                names = dict.fromkeys(row["model"] for row in rows if row["task"] == task)
+                body = [[name, *[_cell(cells.get((task, name, n))) for n in lengths]] for name in names]
+                if task:
+                    by_task += [[f"{task}: {name}", *rest] for name, *rest in body]
+                else:
+                    made.append((f"{metric}: {protocols}{star}", header, body))
+            if by_task:
+                made.append((f"{suite.suite} by task", header, by_task))
+        return made
+
 
 def evaluate(
     models: Sequence[Any],
@@ -305,38 +337,6 @@ def _check_log_scale(sources: Sequence[ModelSource], a: float | None) -> None:
         f"nope_log_scale {a:g}: no given model has an N layer (full, without positions): {layouts}",
         hint="leave --nope-log-scale out, or evaluate a conversion such as swa128-nope",
     )
-
-
-def tables(report: EvalReport) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Returns (caption, header, rows) for each suite: a row per model, a column per length; then one by task, if any.
-
-    A * marks a length beyond what the model supports. Where rows have different protocols, the caption names all of
-    them.
-    """
-    made = []
-    for index, suite in enumerate(report.spec.suites):
-        # Flatten first: models may differ in lengths and tasks, so cells are looked up by (task, model, length) below.
-        rows = [
-            {"model": model.model, "beyond": row.length > model.usable_length, **asdict(row)}
-            for model in report.models
-            for row in model.suites[index].rows
-        ]
-        lengths = sorted({row["length"] for row in rows})
-        header = [suite.suite, *[format_tokens(length) if length else "" for length in lengths]]
-        protocols = "; ".join(dict.fromkeys(row["protocol"] for row in rows))
-        star = f"; {STAR}" if any(row["beyond"] for row in rows) else ""
-        cells = {(row["task"], row["model"], row["length"]): row for row in rows}
-        by_task: list[list[str]] = []
-        for metric, task in _tasks(rows):
-            names = dict.fromkeys(row["model"] for row in rows if row["task"] == task)
-            body = [[name, *[_cell(cells.get((task, name, n))) for n in lengths]] for name in names]
-            if task:
-                by_task += [[f"{task}: {name}", *rest] for name, *rest in body]
-            else:
-                made.append((f"{metric}: {protocols}{star}", header, body))
-        if by_task:
-            made.append((f"{suite.suite} by task", header, by_task))
-    return made
 
 
 def _tasks(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:

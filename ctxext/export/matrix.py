@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from ctxext.errors import InputError
+from ctxext.errors import CheckFailed, InputError
 from ctxext.export import spellings
 from ctxext.model.config_fields import Fields
 from ctxext.model.layout import LayerKind, pattern_text
@@ -73,6 +73,15 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         return {"honoured": self.honoured} | asdict(self)
+
+    def refuse(self) -> None:
+        """Raises CheckFailed where the target does not honour the model; the hint names the nearest honoured models."""
+        if not self.honoured:
+            lines = "\n".join(f"  {text}" for text in self.objections)
+            raise CheckFailed(
+                f"{self.target} does not support {self.model_type} {self.layout}\n{lines}",
+                hint="supported would be: " + "; or ".join(self.nearest),
+            )
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns (name, value) rows for the screen."""

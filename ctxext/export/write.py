@@ -57,6 +57,11 @@ class Exported:
             "commands_run": False,
         }
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Returns the result as (name, value) rows for the screen."""
+        done = [("written to", self.out), ("files", f"{len(self.files)}, {self.linked} of them hard-linked")]
+        return [*self.verdict.rows(), *done, *(("next (not run)", line) for line in self.commands)]
+
 
 def plan_export(model: str, target: str, out: Path | None = None, force: bool = False) -> ExportPlan:
     """Finds a model and checks it for a target, without writing anything.
@@ -77,22 +82,12 @@ def plan_export(model: str, target: str, out: Path | None = None, force: bool = 
     return ExportPlan(source, judged, out, force)
 
 
-def refuse(judged: Verdict) -> None:
-    """Raises CheckFailed where the target does not honour the model; the hint names the nearest honoured models."""
-    if not judged.honoured:
-        lines = "\n".join(f"  {text}" for text in judged.objections)
-        raise CheckFailed(
-            f"{judged.target} does not support {judged.model_type} {judged.layout}\n{lines}",
-            hint="supported would be: " + "; or ".join(judged.nearest),
-        )
-
-
 def export(plan: ExportPlan) -> Exported:
     """Writes the directory.
 
     Raises CheckFailed where the target does not honour the model, or where a text contains a local path.
     """
-    refuse(plan.verdict)
+    plan.verdict.refuse()
     source, directory = plan.source, plan.source.directory
     weights = sorted({info.file for info in tensors_of(source).values()})
     tokenizer, problem = _tokenizer_files(plan)
@@ -216,9 +211,3 @@ def _commands(plan: ExportPlan, here: str) -> tuple[str, ...]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"
-
-
-def rows(exported: Exported) -> Sequence[tuple[str, str]]:
-    """Returns the result as (name, value) rows for the screen."""
-    done = [("written to", exported.out), ("files", f"{len(exported.files)}, {exported.linked} of them hard-linked")]
-    return [*exported.verdict.rows(), *done, *(("next (not run)", line) for line in exported.commands)]

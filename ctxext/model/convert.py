@@ -88,6 +88,7 @@ class ConversionReport:
     gate              the numbers of the gate; None when the gate was switched off
     warning           reports a layout that is allowed but has no effect, and a file that was left out
     sinks, sink_rows  the facts and rows of FittedSinks
+    planner           the planner's choice of full layers (LayerPlan), where it measured one
     """
 
     source: str
@@ -104,10 +105,12 @@ class ConversionReport:
     warning: str | None = None
     sinks: Mapping[str, Any] | None = None
     sink_rows: Sequence[tuple[str, str]] = ()
+    planner: Any = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the report for JSON, without the rows for the screen."""
-        return {name: value for name, value in asdict(self).items() if name != "sink_rows"}
+        """Returns the report for JSON, without the rows for the screen and without the planner's measurements."""
+        shown = asdict(replace(self, planner=None))
+        return {name: value for name, value in shown.items() if name not in ("sink_rows", "planner")}
 
     def rows(self) -> list[tuple[str, str]]:
         """Returns the report as (name, value) lines for a screen or a model card."""

@@ -16,7 +16,7 @@ from ctxext.ops.cost import Partition
 from ctxext.planning import search
 from ctxext.planning.calibrate import rates_here
 from ctxext.planning.cards import Rates, card_rates
-from ctxext.planning.search import Choice, PlanRequest
+from ctxext.planning.search import Choice, SearchSpace
 from ctxext.planning.time import Estimate, estimate
 from ctxext.train.finetune_spec import FinetuneSpec
 from ctxext.train.run_plan import RunPlan, on_gpu
@@ -39,7 +39,7 @@ class PlanAnswer:
     begins with the choice that changes the fewest options.
     """
 
-    requested: PlanRequest
+    requested: SearchSpace
     rates: Rates | None
     combinations: int
     fitting: int
@@ -140,7 +140,7 @@ def ask(
     cards_: int = 1,
     preset: str,
     fixed: Mapping[str, Any],
-) -> tuple[PlanRequest, Rates | None]:
+) -> tuple[SearchSpace, Rates | None]:
     """Builds the request and the rates to plan with; the rates are None if none are known for this machine.
 
     Raises InputError for a request that cannot be planned.
@@ -190,7 +190,7 @@ def ask(
     hybrids = tuple(part.strip() for part in hybrid.split(",") if part.strip()) if hybrid else (search.OWN_LAYOUT,)
     if not hybrids:
         raise InputError(f"--hybrid {hybrid!r} gives no layout", hint="give one or more, such as none,swa128-nope")
-    return PlanRequest(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
+    return SearchSpace(model, source, ctx, preset, dict(fixed), fields, hybrids, on_gpu, cards_, given or size), rates
 
 
 def prediction(plan: RunPlan, partition: Partition) -> tuple[str, Estimate | None]:
@@ -213,7 +213,7 @@ def measures(model: str) -> str:
     return f"`ctxext plan {model} --calibrate` measures this machine in about 20 s, or name a card, such as --gpu h100"
 
 
-def answer(requested: PlanRequest, rates: Rates | None) -> PlanAnswer:
+def answer(requested: SearchSpace, rates: Rates | None) -> PlanAnswer:
     """Plans every combination and returns the Answer."""
     found = list(search.choices(requested))
     fit = search.fitting(found, rates)

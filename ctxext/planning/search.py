@@ -60,7 +60,7 @@ LONGEST = 2**26
 
 
 @dataclass(frozen=True)
-class PlanRequest:
+class SearchSpace:
     """The request: a model by its name, options as for `finetune`, and the target machine.
 
     fixed   fields of the spec by dotted path, from --set
@@ -84,7 +84,7 @@ class PlanRequest:
 class Choice:
     """One combination: its changed options, its memory and its time per step. Bytes are per card and its host."""
 
-    requested: PlanRequest
+    requested: SearchSpace
     hybrid: str | None
     changes: dict[str, Any]
     zero: str | None
@@ -174,7 +174,7 @@ def converted(source: ModelSource, hybrid: str) -> ModelSource:
     return replace(source, name=f"{source.name}-{hybrid}", kind="conversion", config=config, manifest=manifest)
 
 
-def choices(requested: PlanRequest, ctx: str | int | None = None, *, lean: bool = False) -> Iterator[Choice]:
+def choices(requested: SearchSpace, ctx: str | int | None = None, *, lean: bool = False) -> Iterator[Choice]:
     """Yields every combination that can run, whether it fits or not; with `lean` only those that need the least memory.
 
     Raises InputError if no combination can be planned.
@@ -201,7 +201,7 @@ def choices(requested: PlanRequest, ctx: str | int | None = None, *, lean: bool 
 
 
 def plan_with(
-    requested: PlanRequest,
+    requested: SearchSpace,
     source: ModelSource,
     changes: Mapping[str, Any],
     ctx: str | int | None = None,
@@ -215,7 +215,7 @@ def plan_with(
     return plan_run(source, spec, gpu=requested.gpu, trainables=trainables)
 
 
-def _changes(requested: PlanRequest, lean: bool) -> Iterator[dict[str, Any]]:
+def _changes(requested: SearchSpace, lean: bool) -> Iterator[dict[str, Any]]:
     """The combinations of options, each without those that the user gave and without default values."""
     tried, values = KNOBS | (LEAN if lean else {}), dict[str, tuple[Any, ...]]()
     for knob, found in tried.items():
@@ -233,7 +233,7 @@ def _changes(requested: PlanRequest, lean: bool) -> Iterator[dict[str, Any]]:
 
 
 def _shared(
-    requested: PlanRequest, hybrid: str | None, changes: dict[str, Any], plan: RunPlan, lean: bool
+    requested: SearchSpace, hybrid: str | None, changes: dict[str, Any], plan: RunPlan, lean: bool
 ) -> Iterator[Choice]:
     """The same combination on several cards, or on one card with state on its host."""
     spec = plan.spec
@@ -307,7 +307,7 @@ def _kinds(choice: Choice) -> frozenset[str]:
     return frozenset("memory.tiles" if knob.startswith("memory.tiles") else knob for knob in choice.knobs)
 
 
-def longest(requested: PlanRequest) -> Choice | None:
+def longest(requested: SearchSpace) -> Choice | None:
     """Returns the choice at the longest context that fits, a multiple of 1,024 tokens; None if none fits.
 
     A short context may be refused for its length (smaller than an S²-Attn group, nothing to interpolate); it is
@@ -330,7 +330,7 @@ def longest(requested: PlanRequest) -> Choice | None:
     return None if best is None else replace(best, requested=replace(requested, ctx=str(low)))
 
 
-def _leanest(requested: PlanRequest, ctx: int) -> tuple[bool, Choice | None]:
+def _leanest(requested: SearchSpace, ctx: int) -> tuple[bool, Choice | None]:
     """(whether this context is refused, the choice that fits with the fewest changed options or None)."""
     try:
         found = [choice for choice in choices(requested, ctx, lean=True) if choice.needed <= requested.memory]

@@ -128,8 +128,8 @@ def _name_faults(pipeline: PipelineSpec) -> Iterator[str]:
             yield f"over.{name}: {'empty' if not axis else 'a value is given twice'}; allowed: different values"
     for name, step in pipeline.steps.items():
         given = step.get("command", "none")
-        if not isinstance(given, str) or given not in steps.SPECS:
-            yield f"steps.{name}.command: got {given!r}; allowed: {', '.join(steps.SPECS)}"
+        if not isinstance(given, str) or given not in steps.REQUESTS:
+            yield f"steps.{name}.command: got {given!r}; allowed: {', '.join(steps.REQUESTS)}"
     # An upper bound: a step that does not depend on an axis does not run for each of its values.
     cells = 1
     for axis in pipeline.over.values():

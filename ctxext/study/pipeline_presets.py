@@ -9,6 +9,7 @@ from typing import Any
 from ctxext.config import presets
 from ctxext.config.loader import build
 from ctxext.errors import CtxextError, SpecError
+from ctxext.requests import ConvertRequest, EvalRequest, FinetuneRequest, ProbeRequest
 from ctxext.study import steps
 from ctxext.study.pipeline import read_pipeline
 
@@ -21,15 +22,15 @@ def _pretrain(name: str) -> Any:
 
 
 def _probe(name: str) -> Any:
-    return steps.resolved("probe", steps.ProbeStep(model="tiny", preset=name))
+    return steps.resolved("probe", ProbeRequest(model="tiny", preset=name))
 
 
 READ: dict[str, Callable[[str], Any]] = {
     "models": lambda name: presets.model_preset(presets.find("models", name)),
-    "hybrid": lambda name: steps.resolved("convert", steps.ConvertStep(model="tiny", hybrid=name)),
-    "finetune": lambda name: steps.resolved("finetune", steps.FinetuneStep(model="tiny", preset=name)),
+    "hybrid": lambda name: steps.resolved("convert", ConvertRequest(model="tiny", hybrid=name)),
+    "finetune": lambda name: steps.resolved("finetune", FinetuneRequest(model="tiny", preset=name)),
     "pretrain": _pretrain,
-    "eval": lambda name: steps.resolved("eval", steps.EvaluateStep(models="tiny", suite=name)),
+    "eval": lambda name: steps.resolved("eval", EvalRequest(models="tiny", suite=name)),
     "probe": _probe,
     "pipelines": read_pipeline,
 }
@@ -47,7 +48,7 @@ def differences(name: str) -> list[tuple[str, Any, Any]]:
     Each is (dotted path, the preset's value, the default value; None where the default has no such field).
     """
     meant, default = (
-        dict(_flat(asdict(steps.resolved("finetune", steps.FinetuneStep(model="tiny", preset=preset)))))
+        dict(_flat(asdict(steps.resolved("finetune", FinetuneRequest(model="tiny", preset=preset)))))
         for preset in (name, "lora-alpha")
     )
     return [(path, value, default.get(path)) for path, value in meant.items() if value != default.get(path)]

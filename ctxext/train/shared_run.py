@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ctxext.errors import EnvironmentFault
+from ctxext.errors import EnvironmentFault, NoSharedRun
 from ctxext.machine.gpu import visible_gpus
 from ctxext.train.launch import LAUNCH, port_in_use, rank_environment
 from ctxext.train.parallel import Launch
@@ -126,8 +126,8 @@ def share_run(started: StartedRank, run: Path, launch: Launch) -> None:
     _join(shared, launch)
 
 
-def follow(started: StartedRank) -> FinetuneReport | int:
-    """Trains as a rank other than 0. Returns the report, or the exit code of rank 0 where that has no run."""
+def follow(started: StartedRank) -> FinetuneReport:
+    """Trains as a rank other than 0 and returns the report. Raises NoSharedRun where rank 0 has no run."""
     shared = _connected(started)
     shared.begin()
     try:
@@ -139,8 +139,7 @@ def follow(started: StartedRank) -> FinetuneReport | int:
     if "exit_code" in found:
         # torchrun reports the process that ends first, so that rank 0 has to end before this one.
         time.sleep(LEAVE_DELAY)
-        code: int = found["exit_code"]
-        return code
+        raise NoSharedRun(found["exit_code"])
     run, launch = Path(found["run"]), Launch.parse(found["launch"])
     _wait_for_spec(run, found["spec"])
     _join(shared, launch)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from ctxext import multiplier_search
 from ctxext.cli import finetune as command
 from ctxext.cli import multiplier
 from ctxext.config import manifest as manifests
 from ctxext.errors import InputError
+from ctxext.finetuning import finetune_fields
+from ctxext.multiplier_search import brief
+from ctxext.requests import FinetuneRequest
 from ctxext.train.multiplier import GRID, STEPS, MultiplierSearch, Trial
 
 
@@ -38,14 +43,14 @@ def test_it_prints_the_option_and_leaves_curves_and_a_manifest(model_dir, text, 
     done = finetune(model_dir("llama"), "--find-multiplier", "--steps", 2, "--out", tmp_path / "out", *arguments)
     assert done.exit_code == 0, done.output
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert files == sorted([multiplier.CURVES, multiplier.NUMBERS, manifests.FILE_NAME])
-    numbers = json.loads((tmp_path / "out" / multiplier.NUMBERS).read_text())
+    assert files == sorted([multiplier_search.CURVES, multiplier_search.NUMBERS, manifests.FILE_NAME])
+    numbers = json.loads((tmp_path / "out" / multiplier_search.NUMBERS).read_text())
     assert [trial["multiplier"] for trial in numbers["trials"]] == [0.5 * factor for factor in GRID]
     best = min(numbers["trials"], key=lambda trial: trial["held_out"][-1][1])
     assert numbers["option"] == f"--set lora.multiplier={best['multiplier']:.6g}"
     assert f"\n{numbers['option']}\n" in done.stdout
     assert all(f"\n{trial['multiplier']:g} " in done.stdout for trial in numbers["trials"])
-    assert (tmp_path / "out" / multiplier.CURVES).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / multiplier_search.CURVES).read_bytes().startswith(b"\x89PNG")
     manifest = manifests.read(tmp_path / "out")
     assert manifest.kind == "multiplier" and manifest.facts["option"] == numbers["option"]
     assert manifest.spec["steps"] == 2 and manifest.parents["base"]["weights"]
@@ -65,13 +70,15 @@ def test_the_best_is_marked_and_what_diverged_is_called_so(capsys, tmp_path):
     assert lines[0].split() == ["multiplier", "step", "0", "step", "1", "step", "2", "training"]
     assert lines[3].split() == ["1", "*", "3.0000", "2.7000", "2.5000", "2.0000"]
     assert lines[4].split() == ["2", "3.0000", "9000000000.0000", "diverged"] and lines[-1] == found.option
-    multiplier._draw(found, tmp_path / "curves.png")
+    multiplier_search._draw(found, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_steps_are_its_own_where_none_are_given():
-    assert command._briefly({"ctx": "64"}) == {"ctx": "64", "steps": STEPS}
-    assert command._briefly({"steps": 7})["steps"] == 7
+def test_a_trial_has_its_own_number_of_steps_where_none_is_given():
+    request = FinetuneRequest(model="tiny", ctx=64)
+    assert finetune_fields(brief(request)) == {"ctx": 64, "steps": STEPS}
+    assert finetune_fields(brief(replace(request, steps=7)))["steps"] == 7
+    assert finetune_fields(brief(replace(request, settings={"steps": 8})))["steps"] == 8
 
 
 @pytest.mark.parametrize("option", [["--plan"], ["--nproc", "2"], ["--zero", "2"]], ids=" ".join)

@@ -1,9 +1,11 @@
 """What `ctxext finetune` prints of a plan and of a run that is done: every number with what it is of."""
 
+from pathlib import Path
+
 import pytest
 
-from ctxext.cli.finetune import report_rows
 from ctxext.config.loader import build
+from ctxext.finetuning import PlannedRun
 from ctxext.model.source import resolve
 from ctxext.train.finetune import FinetuneReport
 from ctxext.train.finetune_spec import FinetuneSpec
@@ -17,16 +19,20 @@ def plan_for(*, gpu: bool = False, **fields):
     return plan_run(resolve("tiny", weights=False), build(FinetuneSpec, data, source="test"), gpu=gpu)
 
 
+def finished(plan):
+    return dict(PlannedRun(Path("runs/a"), plan, None, resume=False, repeats=None).finished_rows(REPORT))
+
+
 def test_on_a_cpu_the_resident_set_is_not_set_beside_what_is_held_as_if_it_were_one_thing():
-    cpu, gpu = (dict(report_rows(REPORT, plan_for(gpu=on), None))["peak memory"] for on in (False, True))
+    cpu, gpu = (finished(plan_for(gpu=on))["peak memory"] for on in (False, True))
     assert cpu.startswith("3 GiB resident, freed blocks included; ") and cpu.endswith(" predicted to be held")
     assert gpu.startswith("3 GiB, predicted ")
 
 
 def test_losses_name_their_context_where_there_were_several():
-    rows = dict(report_rows(REPORT, plan_for(), None))
+    rows = finished(plan_for())
     assert rows["loss"] == "3.000 -> 2.000 nats a token" and "ctx" not in rows["held-out loss"]
-    rows = dict(report_rows(REPORT, plan_for(stages=["512", "1k"], steps=3), None))
+    rows = finished(plan_for(stages=["512", "1k"], steps=3))
     assert rows["loss"] == "3.000 -> 2.000 nats a token at ctx 2,048"
     assert rows["held-out loss"] == "3.500 -> 2.500 nats a token at ctx 2,048, with the attention of inference"
 
@@ -35,4 +41,4 @@ def test_losses_name_their_context_where_there_were_several():
 def test_one_sequence_is_no_plural(batch, words):
     plan = plan_for(global_batch_size=batch)
     assert words in dict(plan.rows())["a step"]
-    assert dict(report_rows(REPORT, plan, None))["gradient spikes"] == "0 of 1 step scaled down"
+    assert finished(plan)["gradient spikes"] == "0 of 1 step scaled down"

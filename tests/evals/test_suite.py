@@ -19,7 +19,7 @@ from ctxext.errors import DataError, EnvironmentFault, InputError, SpecError
 from ctxext.eval_and_merge import eval_models, plan_eval
 from ctxext.evals import item_runner
 from ctxext.evals.eval_spec import SUITES, EvalSpec, eval_spec_from_options
-from ctxext.evals.suite import evaluate, tables
+from ctxext.evals.suite import evaluate
 from ctxext.evals.suites import CHECKS, PREPARED, module_of
 from ctxext.model.source import resolve
 from ctxext.train.measured import measured_length
@@ -74,7 +74,7 @@ def test_several_suites_of_one_call_and_json(loaded: Any, data: str) -> None:
     assert len(report.rows()) == 8
     assert json.loads(json.dumps(report.to_dict()))["models"][1]["layout"] == "FFFF"
     assert said and said[-1][1] == said[-1][2], said[-3:]
-    captions = [(header[0], len(rows), len(header)) for _, header, rows in tables(report)]
+    captions = [(header[0], len(rows), len(header)) for _, header, rows in report.tables()]
     assert captions == [("perplexity", 2, 3), ("passkey", 2, 3)]
 
 
@@ -333,7 +333,7 @@ def test_two_suites_of_one_kind_are_two_tables(loaded: Any, data: str, tmp_path:
     protocols = "".join(f"- {{suite: perplexity, protocol: {name}}}\n" for name in ("truncate", "hf-stride"))
     path.write_text("suites:\n" + protocols)
     report = evaluate([loaded], eval_spec_from_options(str(path), {"data": data, "lengths": [64]}))
-    made = tables(report)
+    made = report.tables()
     assert [caption.split(",")[0] for caption, _, _ in made] == ["perplexity: truncate", "perplexity: hf-stride"]
     assert made[0][2] != made[1][2]
 

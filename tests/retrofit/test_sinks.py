@@ -24,7 +24,9 @@ from ctxext.model.load import hidden_states, load_model
 from ctxext.model.relayout import relayout, rotations
 from ctxext.model.shards import tensor_reader
 from ctxext.model.source import original_config, resolve
+from ctxext.requests import ConvertRequest
 from ctxext.retrofit import fitted_sinks
+from ctxext.retrofit.conversion import planned_conversion
 from ctxext.retrofit.damage import final_states, open_layers
 from ctxext.train.run_directory import plan_from_options
 
@@ -229,8 +231,10 @@ def test_the_planner_measures_windows_with_their_sinks(model_dir, tmp_path, hang
         assert ("sliding layers are measured with fitted sinks" in said) == (name == "auto")
         found[name] = json.loads((tmp_path / name / "retrofit.json").read_text())
     assert found["auto"]["chosen"]["damage"]["text"] != found["none"]["chosen"]["damage"]["text"]
-    plan = api.plan_convert(model_dir("llama"), "SF", out=None, full_layers="auto", sliding_window=8,
-                            model_class="granite_swa", sinks="auto")  # fmt: skip
+    request = ConvertRequest(
+        model=str(model_dir("llama")), hybrid="SF", full_layers="auto", sliding_window=8, model_class="granite_swa"
+    )
+    plan = planned_conversion(request, None)
     window, source = LayerKind(True, 8), LayerKind(True, None)
     layers = fitted_sinks.open_conversion(plan, [window], torch.device("cpu"))
     with_sinks = replace(layers, values=fitted_sinks.sinks_of_windows(plan, layers, window))

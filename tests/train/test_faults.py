@@ -396,12 +396,11 @@ def test_one_training_at_a_time(plan, tmp_path):
     run_finetune(plan, run, events=stop_after(2))
     with alone(run):
         with pytest.raises(InputError, match="is being written by another training"):
-            api.carry_out(plan, run, resume=True, force=False, launch=None, say=print, on_step=print)
+            api.finetune(out=run, resume=True)
         with pytest.raises(InputError, match="no unfinished run"):
             newest_unfinished(tmp_path / "runs")
     assert newest_unfinished(tmp_path / "runs") == run
-    silent = lambda *_: None  # noqa: E731
-    assert api.carry_out(plan, run, resume=True, force=False, launch=None, say=silent, on_step=silent).finished
+    assert api.finetune(out=run, resume=True).finished
 
 
 def test_a_resumed_run_at_another_ctx_starts_its_losses_anew(plan, tmp_path):
