@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from markupsafe import Markup
+
 from ctxext.evals.compare import LOWER_IS_BETTER
 from ctxext.report import figures, words
 from ctxext.report.figures import FigureLine, Point
-from ctxext.report.markup import Html, picture
+from ctxext.report.markup import picture
 from ctxext.report.run_records import Block, Row, Series
 from ctxext.units import format_tokens
 
@@ -17,18 +19,18 @@ Numbers = dict[str, int]  # label -> number that decides its colour and marker
 LENGTH_AXIS = "length, tokens (k = 1,024)"
 
 
-def draw(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
+def draw(stem: Path, block: Block, numbers: Numbers) -> list[Markup]:
     """Draws every picture of a block into files whose names begin with `stem`. Returns them as HTML."""
     return PICTURES[block.suite](stem, block, numbers) if block.suite in PICTURES else []
 
 
-def _perplexity(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
+def _perplexity(stem: Path, block: Block, numbers: Numbers) -> list[Markup]:
     return [*_against_length(stem, block, numbers), *_by_position(stem, block, numbers)]
 
 
 def _against_length(
     stem: Path, block: Block, numbers: Numbers, limits: tuple[float, float] | None = None
-) -> list[Html]:
+) -> list[Markup]:
     """The number of the whole suite against length, one line per model; nothing where there are no numbers."""
     lines = [
         FigureLine(_usable(s), [_point(row) for row in _measured(s)], numbers[s.label], [s.model.usable_length])
@@ -65,7 +67,7 @@ def _value_text(row: Row) -> str:
     return f"{row.value:.{words.digits(row.suite)}f} at {format_tokens(row.length)}{beyond}"
 
 
-def _by_position(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
+def _by_position(stem: Path, block: Block, numbers: Numbers) -> list[Markup]:
     """Loss by position at the greatest length that all models share. Each point is in the middle of its bucket."""
     length, lines = block.shared_length or 0, list[FigureLine]()
     for series in block.series:
@@ -96,7 +98,7 @@ def spoken_lines(lines: Sequence[FigureLine]) -> str:
     return "; ".join(f"{name}: from {a.y:,.4g} at {a.x:,.0f} to {b.y:,.4g} at {b.x:,.0f}" for name, a, b in ends)
 
 
-def _depths(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
+def _depths(stem: Path, block: Block, numbers: Numbers) -> list[Markup]:
     """Share of cases against length, then a heatmap of length and depth per model, all on one scale."""
     made = _against_length(stem, block, numbers, (-0.04, 1.04))
     for series in block.series:
@@ -118,7 +120,7 @@ def _cases(rows: Sequence[Row]) -> str:
     return f"n over all depths = {', '.join(f'{row.n:,} at {format_tokens(row.length)}' for row in rows)}"
 
 
-def _ruler(stem: Path, block: Block, numbers: Numbers) -> list[Html]:
+def _ruler(stem: Path, block: Block, numbers: Numbers) -> list[Markup]:
     """The average against length, then a heatmap of percent by task and length per model."""
     made = _against_length(stem, block, numbers, (-4.0, 104.0))
     for series in block.series:
@@ -144,7 +146,7 @@ def _heatmap(
     y_label: str,
     what: str,
     highest: float,
-) -> Html:
+) -> Markup:
     # A column with * is a length beyond the usable length. Shares have two decimals, percents none.
     columns = [f"{figures.tokens_text(row.length)}{'*' if row.extrapolated else ''}" for row in rows]
     digits, beyond = (2 if highest == 1 else 0), any(row.extrapolated for row in rows)
@@ -168,7 +170,7 @@ def _heatmap(
     return picture(path, sketch, alt, caption)
 
 
-PICTURES: dict[str, Callable[[Path, Block, Numbers], list[Html]]] = {
+PICTURES: dict[str, Callable[[Path, Block, Numbers], list[Markup]]] = {
     "perplexity": _perplexity,
     "longppl": _against_length,
     "passkey": _depths,

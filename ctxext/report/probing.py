@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ctxext.report import panels
-from ctxext.report.markup import Html, details, picture, pictures, table, tag
+from markupsafe import Markup
+
+from ctxext.report import markup, panels
+from ctxext.report.markup import details, heading, picture, pictures, quiet, table
 from ctxext.report.run_records import RecordedRun
 
 
-def section(place: Path, runs: Sequence[RecordedRun]) -> Html:
+def section(place: Path, runs: Sequence[RecordedRun]) -> Markup:
     """Returns the section of all probes in the order of `runs`, empty where nothing was probed.
 
     Pictures are written to `place`.
     """
-    parts: list[Html] = []
+    parts: list[Markup] = []
     for run in runs:
         if run.probes is None:
             continue
@@ -28,17 +30,9 @@ def section(place: Path, runs: Sequence[RecordedRun]) -> Html:
             ]
             requested = ", ".join(f"{key} {value}" for key, value in result.spec.items() if key != "probe")
             parts += [
-                tag("h3", f"{result.probe}, {' and '.join(run.probes.models)}"),
-                tag(
-                    "p",
-                    f"Request: {requested or 'default settings'}. From run {run.number}; {run.versions}.",
-                    class_="quiet",
-                ),
-                *[
-                    tag("p", f"{model}: {note}.", class_="quiet")
-                    for model, finding in findings
-                    for note in finding.notes
-                ],
+                heading(f"{result.probe}, {' and '.join(run.probes.models)}"),
+                quiet(f"Request: {requested or 'default settings'}. From run {run.number}; {run.versions}."),
+                *[quiet(f"{model}: {note}.") for model, finding in findings for note in finding.notes],
                 pictures(shown),
             ]
             tables = [
@@ -46,5 +40,5 @@ def section(place: Path, runs: Sequence[RecordedRun]) -> Html:
                 for model, finding in findings
                 for one in finding.tables
             ]
-            parts += [details("In numbers", *tables)] if tables else []
-    return tag("section", tag("h2", "Probes", id="probes"), *parts) if parts else Html("")
+            parts += [details("In numbers", tables)] if tables else []
+    return markup.section("Probes", "probes", parts) if parts else Markup()

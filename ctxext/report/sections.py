@@ -6,15 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ctxext.report import charts, words
-from ctxext.report.markup import Html, details, join, number, pictures, small, table, tag
+from markupsafe import Markup
+
+from ctxext.report import charts, markup, words
+from ctxext.report.markup import (
+    beside,
+    details,
+    heading,
+    join,
+    long,
+    missing,
+    number,
+    paragraph,
+    pictures,
+    quiet,
+    section,
+    sha256,
+    small,
+    strong,
+    table,
+)
 from ctxext.report.run_records import Block, RecordedDifference, RecordedModel, RecordedRun, Series
 from ctxext.units import format_tokens
 
 _EFFECTIVE = "; effective: the greatest length with an average of at least 85.6 (RULER's threshold, arXiv 2404.06654)"
 
 
-def summary(blocks: Sequence[Block]) -> Html:
+def summary(blocks: Sequence[Block]) -> Markup:
     """Returns the summary: one row per model, one column per block, at the greatest length that its models share."""
     labels = dict.fromkeys(series.label for block in blocks for series in block.series)
     rows = [[label, *[_summary_cell(block, label) for block in blocks]] for label in labels]
@@ -24,17 +42,16 @@ def summary(blocks: Sequence[Block]) -> Html:
         "The whole suite, at the greatest length at which every model has a number. [low, high]: 95% interval. "
         "* beyond the usable length that the model's config gives."
     )
-    parts = [table(caption, ["model", *map(_summary_head, blocks)], rows), tag("p", note, class_="quiet")]
-    return tag("section", tag("h2", "Summary", id="summary"), *parts)
+    return section("Summary", "summary", [table(caption, ["model", *map(_summary_head, blocks)], rows), quiet(note)])
 
 
-def _summary_head(block: Block) -> Html:
+def _summary_head(block: Block) -> Markup:
     length = block.shared_length
     at = f"{words.metric(block)}, {words.better(block)}{f', at {format_tokens(length)} tokens' if length else ''}"
     return join([words.title(block.suite), small(at), small(words.protocol(block, length))])
 
 
-def _summary_cell(block: Block, label: str) -> Html:
+def _summary_cell(block: Block, label: str) -> Markup:
     found = [series for series in block.series if series.label == label]
     if not found:
         return words.value(None)
@@ -55,7 +72,7 @@ def _called(block: Block, series: Series) -> list[str]:
     return [f"{d.called} than {d.against}" if d.called in ("better", "worse") else d.called for d in mine]
 
 
-def model_table(found: Sequence[tuple[str, RecordedModel, dict[str, str]]]) -> Html:
+def model_table(found: Sequence[tuple[str, RecordedModel, dict[str, str]]]) -> Markup:
     """Returns the section of the compared models: layouts, positions, lengths, paths, weights."""
     rows = [
         [
@@ -65,7 +82,7 @@ def model_table(found: Sequence[tuple[str, RecordedModel, dict[str, str]]]) -> H
             "unknown" if model.original_length is None else format_tokens(model.original_length),
             format_tokens(model.usable_length),
             model.path,
-            join([tag("span", f"{file} {digest[:12]}…", title=digest) for file, digest in weights.items()], ", "),
+            join([sha256(file, digest) for file, digest in weights.items()], ", "),
         ]
         for label, model, weights in found
     ]
@@ -74,21 +91,20 @@ def model_table(found: Sequence[tuple[str, RecordedModel, dict[str, str]]]) -> H
         "positions, F full attention with RoPE. Lengths in tokens: trained at first, and usable by the config."
     )
     head = ["model", "layout", "positions", "trained at", "usable to", "path", "weights (sha256)"]
-    return tag("section", tag("h2", "Models", id="models"), table(caption, head, rows, class_="words"))
+    return section("Models", "models", [table(caption, head, rows, "words")])
 
 
-def differences(runs: Sequence[RecordedRun]) -> Html:
+def differences(runs: Sequence[RecordedRun]) -> Markup:
     """Returns the section of differences, empty where nothing was compared. Those of single tasks are folded."""
     found = [(run, d) for run in runs if run.results for d in run.results.differences]
     if not found:
-        return Html("")
+        return Markup()
     whole, tasks = ([pair for pair in found if bool(pair[1].task) == of_task] for of_task in (False, True))
-    parts = [tag("h2", "Differences", id="differences"), *_differences(whole)]
-    parts += [details("Differences by task", *_differences(tasks))] if tasks else []
-    return tag("section", *parts)
+    folded = [details("Differences by task", _differences(tasks))] if tasks else []
+    return section("Differences", "differences", [*_differences(whole), *folded])
 
 
-def _differences(found: Sequence[tuple[RecordedRun, RecordedDifference]]) -> list[Html]:
+def _differences(found: Sequence[tuple[RecordedRun, RecordedDifference]]) -> list[Markup]:
     """Tables with one row per suite (or task) and pair of models, one column per length.
 
     Suites without lengths are in a table of their own.
@@ -105,9 +121,9 @@ def _differences(found: Sequence[tuple[RecordedRun, RecordedDifference]]) -> lis
     )
 
 
-def _difference_table(found: Sequence[tuple[RecordedRun, RecordedDifference]], caption: str) -> Html:
+def _difference_table(found: Sequence[tuple[RecordedRun, RecordedDifference]], caption: str) -> Markup:
     # Differences of one suite, task, pair and run are one row; its cells are found by length.
-    rows: dict[Html, dict[int, RecordedDifference]] = {}
+    rows: dict[Markup, dict[int, RecordedDifference]] = {}
     order = list(dict.fromkeys(d.suite for _, d in found))
     for run, d in sorted(found, key=lambda pair: order.index(pair[1].suite)):
         pair = [small(f"{d.model} against {d.against}"), small(f"{d.unit or 'unit unknown'}; run {run.number}")]
@@ -118,15 +134,15 @@ def _difference_table(found: Sequence[tuple[RecordedRun, RecordedDifference]], c
     return table(caption, ["suite", *[words.length(length) if length else "difference" for length in lengths]], body)
 
 
-def _difference(d: RecordedDifference | None) -> Html:
+def _difference(d: RecordedDifference | None) -> Markup:
     if d is None:
-        return tag("span", "–", class_="none")
-    called = tag("strong", d.called) if d.called in ("better", "worse") else d.called
+        return missing("–")
+    called = strong(d.called) if d.called in ("better", "worse") else d.called
     by = [number(d.value, 3, sign=True), " ", words.interval(d.low, d.high, 3)]
     return join([called, small(*by), small("p ", number(d.p, 4), f", {d.n:,} pairs")])
 
 
-def suites(place: Path, blocks: Sequence[Block]) -> list[tuple[str, str, Html]]:
+def suites(place: Path, blocks: Sequence[Block]) -> list[tuple[str, str, Markup]]:
     """Returns (id, title, section) of each measured suite. Pictures are written to `place`."""
     # Numbers of labels are of the whole report, so that a model has the same colour in every suite.
     labels = dict.fromkeys(series.label for block in blocks for series in block.series)
@@ -135,32 +151,33 @@ def suites(place: Path, blocks: Sequence[Block]) -> list[tuple[str, str, Html]]:
     for number_, suite in enumerate(dict.fromkeys(block.suite for block in blocks), start=1):
         mine = [block for block in blocks if block.suite == suite]
         stem = suite if suite in words.TITLES else f"suite-{number_}"  # unknown names of results.json are no file names
-        parts = list[Html]()
+        parts = list[Markup]()
         for at, block in enumerate(mine, start=1):
-            parts += [tag("h3", f"Request {at}")] if len(mine) > 1 else []
+            parts += [heading(f"Request {at}")] if len(mine) > 1 else []
             parts.append(_block(place / (stem if len(mine) == 1 else f"{stem}-{at}"), block, numbers))
         title = words.title(suite)
-        made.append((stem, title, tag("section", tag("h2", title, id=stem), *parts)))
+        made.append((stem, title, section(title, stem, parts)))
     return made
 
 
-def _block(stem: Path, block: Block, numbers: charts.Numbers) -> Html:
+def _block(stem: Path, block: Block, numbers: charts.Numbers) -> Markup:
     """One block: how it was measured, the pictures, a table, and a folded table of all numbers."""
     ran = ", ".join(dict.fromkeys(f"run {series.run.number}" for series in block.series))
     notes = list(dict.fromkeys(note for series in block.series for note in series.notes))
     if len({tuple(sorted({row.length for row in series.rows})) for series in block.series}) > 1:
         notes.append("Not every model was run at the same lengths: n is the number of items behind each number.")
-    return tag(
-        "div",
-        tag("p", f"{words.metric(block)}, {words.better(block)}; {words.protocol(block)}."),
-        tag("p", f"Request: {words.request_text(block)}. From {ran}; {words.versions(block)}.", class_="quiet"),
-        *[tag("p", note, class_="quiet") for note in notes],
-        *_shown(charts.draw(stem, block, numbers), block),
-        details("Every number, with its protocol", _every_number(block), *_nested(block)),
+    return markup.block(
+        [
+            paragraph(f"{words.metric(block)}, {words.better(block)}; {words.protocol(block)}."),
+            quiet(f"Request: {words.request_text(block)}. From {ran}; {words.versions(block)}."),
+            *map(quiet, notes),
+            *_shown(charts.draw(stem, block, numbers), block),
+            details("Every number, with its protocol", [_every_number(block), *_nested(block)]),
+        ]
     )
 
 
-def _shown(drawn: list[Html], block: Block) -> list[Html]:
+def _shown(drawn: list[Markup], block: Block) -> list[Markup]:
     """The pictures and tables of a block.
 
     Two pictures are shown side by side above the table. Else the first one is beside the table, the others below.
@@ -171,10 +188,10 @@ def _shown(drawn: list[Html], block: Block) -> list[Html]:
         return [*by_length, _task_table(block, block.shared_length or 0)]
     if len(drawn) == 2:
         return [pictures(drawn), _length_table(block)]
-    return [tag("div", *drawn[:1], _length_table(block), class_="beside"), pictures(drawn[1:])]
+    return [beside([*drawn[:1], _length_table(block)]), pictures(drawn[1:])]
 
 
-def _length_table(block: Block) -> Html:
+def _length_table(block: Block) -> Markup:
     """A table with one row per model and one column per length; for RULER a last column with the effective length."""
     ruler, rows = block.suite == "ruler", []
     for series in block.series:
@@ -186,7 +203,7 @@ def _length_table(block: Block) -> Html:
     return table(caption, ["model", *map(words.length, block.lengths), *["effective"] * ruler], rows)
 
 
-def _task_table(block: Block, length: int) -> Html:
+def _task_table(block: Block, length: int) -> Markup:
     """A table with one row per task and one column per model, at one length. `_every_number` has the other lengths."""
     cells = {(s.label, row.task): row for s in block.series for row in s.rows if row.length == length}
     metrics = {task: row.metric for (_, task), row in cells.items()}
@@ -201,7 +218,7 @@ def _task_table(block: Block, length: int) -> Html:
     return table(f"By task{at}; n counts cases.", ["task", *map(words.headed, block.series)], rows)
 
 
-def _every_number(block: Block) -> Html:
+def _every_number(block: Block) -> Markup:
     """A table of all rows of results.json, with those details that are single values."""
     # Details that are lists or mappings, such as by_depth, are in the tables of `_nested`.
     rows = [(series, row) for series in block.series for row in series.rows]
@@ -216,7 +233,7 @@ def _every_number(block: Block) -> Html:
             join([number(row.value, digits), "*" if row.extrapolated else ""]),
             words.interval(row.low, row.high, digits),
             f"{row.n:,}",
-            tag("span", row.protocol, class_="long"),
+            long(row.protocol),
             *[words.detail(row.details.get(name)) for name in extra],
         ]
         for series, row in rows
@@ -230,7 +247,7 @@ def _single(value: Any) -> bool:
     return isinstance(value, str | int | float)
 
 
-def _nested(block: Block) -> list[Html]:
+def _nested(block: Block) -> list[Markup]:
     """Tables of shares by depth and of losses by position, where rows have such details."""
     rows = [(series.label, row) for series in block.series for row in series.rows]
     depths = sorted({at for _, row in rows for at in row.details.get("by_depth", {})}, key=float)

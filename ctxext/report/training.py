@@ -10,10 +10,12 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from markupsafe import Markup
+
 from ctxext.config.loader import dump_yaml
-from ctxext.report import charts, figures, words
+from ctxext.report import charts, figures, markup, words
 from ctxext.report.figures import FigureLine, Point
-from ctxext.report.markup import Html, details, join, number, picture, pictures, small, table, tag
+from ctxext.report.markup import details, heading, join, number, paragraph, picture, pictures, pre, quiet, small, table
 from ctxext.report.run_records import RecordedRun
 from ctxext.units import format_bytes, format_duration, format_tokens
 
@@ -29,24 +31,23 @@ _MOST = 500  # pairs of points that are drawn for a line of raw steps: about one
 _OF_VALIDATION = ("step", "ctx", "loss", "short", "by_position", "passkey")
 
 
-def section(place: Path, runs: Sequence[RecordedRun]) -> Html:
+def section(place: Path, runs: Sequence[RecordedRun]) -> Markup:
     """Returns the section of all training runs, one line per run in each picture; empty where there is no run.
 
     Pictures are written to `place`.
     """
     runs = [run for run in runs if run.steps]
     if not runs:
-        return Html("")
+        return Markup()
     versions = "; ".join(dict.fromkeys(run.versions for run in runs))
     losses = "Held-out loss is measured with the attention of inference, on the same tokens every time."
-    return tag(
-        "section",
-        tag("h2", "Training", id="training"),
-        tag("p", f"{losses} {versions}.", class_="quiet"),
+    parts = [
+        quiet(f"{losses} {versions}."),
         pictures([*_step_curves(place, runs), *_held_out(place, runs), *_positions(place, runs)]),
         _table(runs),
-        *[details(f"Validations of {_label(run, runs)}", _validations(run)) for run in runs if run.validations],
-    )
+        *[details(f"Validations of {_label(run, runs)}", [_validations(run)]) for run in runs if run.validations],
+    ]
+    return markup.section("Training", "training", parts)
 
 
 def _label(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:
@@ -54,7 +55,7 @@ def _label(run: RecordedRun, runs: Sequence[RecordedRun]) -> str:
     return f"{run.name}, run {run.number}" if sum(each.name == run.name for each in runs) > 1 else run.name
 
 
-def _step_curves(place: Path, runs: Sequence[RecordedRun]) -> list[Html]:
+def _step_curves(place: Path, runs: Sequence[RecordedRun]) -> list[Markup]:
     """One picture for each field of _CURVES that any run has in metrics.jsonl."""
     made = []
     for field, axis, factor, log in _CURVES:
@@ -89,13 +90,13 @@ def _thinned(points: list[Point]) -> list[Point]:
     return sorted((point for group in ends for point in (group[0], group[-1])), key=lambda point: point.x)
 
 
-def _curve(path: Path, lines: list[FigureLine], axis: str, log: bool = False, limits: Any = None) -> Html:
+def _curve(path: Path, lines: list[FigureLine], axis: str, log: bool = False, limits: Any = None) -> Markup:
     sketch = partial(figures.curves, lines=lines, x_label="step", y_label=axis, log=log, limits=limits)
     text = f"{axis[0].upper()}{axis[1:]} by step."
     return picture(path, sketch, f"{text} {charts.spoken_lines(lines)}.", text)
 
 
-def _held_out(place: Path, runs: Sequence[RecordedRun]) -> list[Html]:
+def _held_out(place: Path, runs: Sequence[RecordedRun]) -> list[Markup]:
     """Pictures of validation.jsonl: held-out loss, passkey accuracy, and every other single number.
 
     Held-out loss has a line for each context of a run (stages have several) and one for the original length.
@@ -154,7 +155,7 @@ def _passkey(line: dict[str, Any]) -> dict[int, float]:
     return {length: sum(shares) / len(shares) for length, shares in found.items()}
 
 
-def _positions(place: Path, runs: Sequence[RecordedRun]) -> list[Html]:
+def _positions(place: Path, runs: Sequence[RecordedRun]) -> list[Markup]:
     """Held-out loss by position, at the first and the last validation of the last context."""
     lines = []
     for number_, run in enumerate(runs):
@@ -176,7 +177,7 @@ def _positions(place: Path, runs: Sequence[RecordedRun]) -> list[Html]:
     return [picture(place / "training-position.svg", sketch, f"{text} {charts.spoken_lines(lines)}.", text)]
 
 
-def _table(runs: Sequence[RecordedRun]) -> Html:
+def _table(runs: Sequence[RecordedRun]) -> Markup:
     """A table with one row per run: its settings, its first and last losses, its cost."""
     head = [
         "run",
@@ -222,12 +223,12 @@ def _amount(run: RecordedRun, field: str, text: Any) -> str:
     return text(found) if found else "none"
 
 
-def _ends(lines: Sequence[dict[str, Any]]) -> Html:
+def _ends(lines: Sequence[dict[str, Any]]) -> Markup:
     losses = [line["loss"] for line in lines if isinstance(line.get("loss"), int | float)]
     return join([number(losses[0], 3), " → ", number(losses[-1], 3)]) if losses else number(None, 3)
 
 
-def _validations(run: RecordedRun) -> Html:
+def _validations(run: RecordedRun) -> Markup:
     """A table of all validations: losses, losses by position, passkey accuracy and other numbers."""
     # Columns are the union over all validations. A validation without a value has an empty cell.
     positions = sorted({int(at) for line in run.validations for at in line.get("by_position") or {}})
@@ -250,13 +251,13 @@ def _validations(run: RecordedRun) -> Html:
     return table("Held-out losses in nats a token; by the first position of a bucket.", head, rows)
 
 
-def manifests(runs: Sequence[RecordedRun]) -> Html:
+def manifests(runs: Sequence[RecordedRun]) -> Markup:
     """Returns the section with the ctxext.json of every input, each folded."""
-    parts = [details(f"Run {run.number}: {run.manifest.kind}, {run.name}", *_manifest(run)) for run in runs]
-    return tag("section", tag("h2", "Runs and manifests", id="manifests"), *parts)
+    parts = [details(f"Run {run.number}: {run.manifest.kind}, {run.name}", _manifest(run)) for run in runs]
+    return markup.section("Runs and manifests", "manifests", parts)
 
 
-def _manifest(run: RecordedRun) -> list[Html]:
+def _manifest(run: RecordedRun) -> list[Markup]:
     manifest = run.manifest
     files = [[name, digest] for name, digest in run.files.items()]
     versions = [[name, version or "not installed"] for name, version in manifest.versions.items()]
@@ -267,13 +268,13 @@ def _manifest(run: RecordedRun) -> list[Html]:
         for file, digest in (entry.get("weights") or entry.get("files") or {"no weights": "none"}).items()
     ]
     return [
-        tag("p", f"{run.directory}, made {manifest.created}"),
-        tag("pre", f"$ {shlex.join(manifest.command)}"),
-        table("Files read", ["file", "sha256"], files, class_="words"),
-        table("Parents", ["role", "path", "file", "sha256"], parents, class_="words") if parents else Html(""),
+        paragraph(f"{run.directory}, made {manifest.created}"),
+        pre(f"$ {shlex.join(manifest.command)}"),
+        table("Files read", ["file", "sha256"], files, "words"),
+        table("Parents", ["role", "path", "file", "sha256"], parents, "words") if parents else Markup(),
         table("Versions", ["package", "version"], versions),
-        tag("h3", "Spec"),
-        tag("pre", dump_yaml(manifest.spec)),
-        tag("h3", "Facts"),
-        tag("pre", dump_yaml(manifest.facts)),
+        heading("Spec"),
+        pre(dump_yaml(manifest.spec)),
+        heading("Facts"),
+        pre(dump_yaml(manifest.facts)),
     ]

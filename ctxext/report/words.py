@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from markupsafe import Markup
+
 from ctxext.evals.compare import LOWER_IS_BETTER
-from ctxext.report.markup import Html, join, number, small, tag
+from ctxext.report.markup import bounds, data, join, missing, number, small
 from ctxext.report.run_records import Block, Row, Series
 from ctxext.units import format_tokens
 
@@ -82,30 +84,30 @@ def length(count: int) -> str:
     return format_tokens(count) if count > 0 else "–"
 
 
-def value(row: Row | None) -> Html:
+def value(row: Row | None) -> Markup:
     """Returns the cell of a number: the value, * where it is extrapolated, the interval and the count n."""
     if row is None:
-        return tag("span", "not measured", class_="none")
+        return missing("not measured")
     n, few = digits(row.suite), row.details.get("few_keys")
     star = "*" if row.extrapolated and row.value is not None else ""
-    bounds = [small(interval(row.low, row.high, n))] if row.low is not None and row.high is not None else []
-    return join([number(row.value, n), star, *bounds, small(f"n = {row.n:,}"), *[small("few keys")] * bool(few)])
+    between = [small(interval(row.low, row.high, n))] if row.low is not None and row.high is not None else []
+    return join([number(row.value, n), star, *between, small(f"n = {row.n:,}"), *[small("few keys")] * bool(few)])
 
 
-def interval(low: float | None, high: float | None, n: int) -> Html:
+def interval(low: float | None, high: float | None, n: int) -> Markup:
     """Returns [low, high] with n digits; none where a bound is unknown."""
     if low is None or high is None:
         return number(None, n)
-    return tag("span", "[", number(low, n), ", ", number(high, n), "]", class_="bounds")
+    return bounds(number(low, n), number(high, n))
 
 
-def detail(value: Any) -> Html:
+def detail(value: Any) -> Markup:
     """Returns a single value of a row's details as a cell, whatever its type is."""
     if isinstance(value, float):
-        return tag("data", f"{value:,.5g}", value=value)
-    return tag("span", "none", class_="none") if value is None else join([plain(value)])
+        return data(f"{value:,.5g}", value)
+    return missing("none") if value is None else join([plain(value)])
 
 
-def headed(series: Series) -> Html:
+def headed(series: Series) -> Markup:
     """Returns the header cell of a model: its label, layout and positions."""
     return join([series.label, small(f"{series.model.layout}; {series.model.positions}")])
