@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator
 
 from ctxext.errors import DataError
 from ctxext.progress import CountProgress
@@ -48,12 +50,33 @@ class Outcome:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+def checked_details(details: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for details that a report draws and that have a wrong form. Others are not checked."""
+    depths, buckets = details.get("by_depth", {}), details.get("buckets", [])
+    if not isinstance(depths, dict) or not all(_is_number(float(at)) and _is_number(x) for at, x in depths.items()):
+        raise ValueError(f"by_depth is {str(depths)[:80]}; allowed: a share, or null, by depth")
+    if not isinstance(buckets, list) or not all(isinstance(bucket, dict) and _is_bucket(bucket) for bucket in buckets):
+        raise ValueError(f"buckets are {str(buckets)[:80]}; allowed: a list of start, stop and nats_per_token")
+    return details
+
+
+def _is_bucket(bucket: dict[str, Any]) -> bool:
+    edges = isinstance(bucket.get("start"), int) and isinstance(bucket.get("stop"), int)
+    return edges and "nats_per_token" in bucket and _is_number(bucket["nats_per_token"])
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
 @dataclass(frozen=True)
 class ResultRow:
     """One number and what it measures. `low` and `high` bound it with 95% confidence, where that is known.
 
-    task      "" for the number over all tasks of the suite
-    n         number of cases, windows or tokens (the suite's `metric` says which)
+    task          "" for the number over all tasks of the suite
+    length        in tokens; 0: the suite has no lengths
+    n             number of cases, windows or tokens (the suite's `metric` says which)
+    extrapolated  whether the model does not support the length
     """
 
     suite: str
@@ -65,7 +88,8 @@ class ResultRow:
     n: int
     low: float | None = None
     high: float | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Annotated[dict[str, Any], AfterValidator(checked_details)] = field(default_factory=dict)
+    extrapolated: bool = False
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class EvalReport:
     def rows(self) -> list[dict[str, Any]]:
         """Returns one flat row for each number; `extrapolated` is true where the model does not support the length."""
         return [
-            {"model": model.model, **asdict(row), "extrapolated": row.length > model.usable_length}
+            {"model": model.model, **asdict(row)}
             for model in self.models
             for suite in model.suites
             for row in suite.rows
@@ -81,11 +81,7 @@ class EvalReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, ready for JSON."""
-        data = asdict(self)
-        for model in data["models"]:
-            for row in (row for suite in model["suites"] for row in suite["rows"]):
-                row["extrapolated"] = row["length"] > model["usable_length"]
-        return data
+        return asdict(self)
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
         """Returns (caption, header, rows) for each suite: a row per model, a column per length; then one by
@@ -178,6 +174,7 @@ def evaluate(
                     notice(f"{names[number]}: {note}")
                 count_items = partial(progress, f"{names[number]} {suite.suite}")
                 rows = run_job(job, ledger, spec.tokens_per_batch, count_items)
+            rows = [replace(row, extrapolated=row.length > results[-1].usable_length) for row in rows]
             results[-1].suites.append(SuiteResult(suite.suite, job.notes, tuple(rows), read))
             outcomes[-1].append([ledger.outcomes[item.id] for item in job.items])
         # Free this model before the next one is loaded.

@@ -9,10 +9,11 @@ from pathlib import Path
 from markupsafe import Markup
 
 from ctxext.evals.compare import LOWER_IS_BETTER
+from ctxext.evals.item_runner import ResultRow
 from ctxext.report import figures, words
 from ctxext.report.figures import FigureLine, Point
 from ctxext.report.markup import picture
-from ctxext.report.run_records import Block, Row, Series
+from ctxext.report.run_records import Block, Series
 from ctxext.units import format_tokens
 
 Numbers = dict[str, int]  # label -> number that decides its colour and marker
@@ -53,16 +54,16 @@ def _usable(series: Series) -> str:
     return f"{series.label}, to {figures.tokens_text(series.model.usable_length)}"
 
 
-def _measured(series: Series) -> list[Row]:
+def _measured(series: Series) -> list[ResultRow]:
     return sorted((row for row in series.whole().values() if row.value is not None), key=lambda row: row.length)
 
 
-def _point(row: Row) -> Point:
+def _point(row: ResultRow) -> Point:
     assert row.value is not None
     return Point(row.length, row.value, row.low, row.high, row.extrapolated)
 
 
-def _value_text(row: Row) -> str:
+def _value_text(row: ResultRow) -> str:
     beyond = " (beyond the usable length)" if row.extrapolated else ""
     return f"{row.value:.{words.digits(row.suite)}f} at {format_tokens(row.length)}{beyond}"
 
@@ -112,7 +113,7 @@ def _depths(stem: Path, block: Block, numbers: Numbers) -> list[Markup]:
     return made
 
 
-def _cases(rows: Sequence[Row]) -> str:
+def _cases(rows: Sequence[ResultRow]) -> str:
     """The number of cases per cell; per length where cells differ."""
     each = {row.n / len(row.details["by_depth"]) for row in rows}
     if len(each) == 1 and min(each).is_integer():
@@ -140,7 +141,7 @@ def _ruler(stem: Path, block: Block, numbers: Numbers) -> list[Markup]:
 def _heatmap(
     path: Path,
     series: Series,
-    rows: Sequence[Row],
+    rows: Sequence[ResultRow],
     names: Sequence[str],
     cells: Sequence[Sequence[float | None]],
     y_label: str,

@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from ctxext.config import manifest as manifests
 from ctxext.config.manifest import Manifest
 from ctxext.errors import DataError, InputError
+from ctxext.evals.compare import Difference
+from ctxext.evals.item_runner import ResultRow
+from ctxext.evals.suite import ModelResult
 from ctxext.probes.probe_finding import ProbeReport
 
 RESULTS, STEPS, VALIDATIONS, PROBES = "results.json", "metrics.jsonl", "validation.jsonl", "probes.json"
@@ -26,25 +29,6 @@ _BEGUN = {"spec.yaml": "ctxext finetune --resume", "request.json": "the same ctx
 _LOOSE = ConfigDict(extra="ignore", strict=True)  # fields that a later version adds are ignored
 _MOST_FAULTS = 5
 _RUN_AGAIN_HINT = "another version of ctxext may have written it: run the command again"
-
-
-def _details(details: dict[str, Any]) -> dict[str, Any]:
-    """Raises ValueError for details that would be drawn and have a wrong form. Other details are not checked."""
-    depths, buckets = details.get("by_depth", {}), details.get("buckets", [])
-    if not isinstance(depths, dict) or not all(_number(float(at)) and _number(x) for at, x in depths.items()):
-        raise ValueError(f"by_depth is {str(depths)[:80]}; allowed: a share, or null, by depth")
-    if not isinstance(buckets, list) or not all(isinstance(bucket, dict) and _is_bucket(bucket) for bucket in buckets):
-        raise ValueError(f"buckets are {str(buckets)[:80]}; allowed: a list of start, stop and nats_per_token")
-    return details
-
-
-def _is_bucket(bucket: dict[str, Any]) -> bool:
-    edges = isinstance(bucket.get("start"), int) and isinstance(bucket.get("stop"), int)
-    return edges and "nats_per_token" in bucket and _number(bucket["nats_per_token"])
-
-
-def _number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
@@ -79,63 +63,6 @@ class Line:
 
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
-class Row:
-    """One number of results.json (evals/item_runner.py). `task` "": the whole suite. `length` 0: no length."""
-
-    suite: str
-    protocol: str
-    task: str
-    length: int
-    metric: str
-    value: float | None
-    n: int
-    low: float | None = None
-    high: float | None = None
-    extrapolated: bool = False
-    details: Annotated[dict[str, Any], AfterValidator(_details)] = field(default_factory=dict)
-
-
-@pydantic_dataclass(frozen=True, config=_LOOSE)
-class RecordedSuite:
-    """The rows of one suite on one model."""
-
-    suite: str
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
-
-
-@pydantic_dataclass(frozen=True, config=_LOOSE)
-class RecordedModel:
-    """One evaluated model. Lengths in tokens; `layout` and `positions` are descriptions in words."""
-
-    model: str
-    path: str
-    usable_length: int
-    layout: str
-    positions: str
-    suites: tuple[RecordedSuite, ...]
-    original_length: int | None = None
-
-
-@pydantic_dataclass(frozen=True, config=_LOOSE)
-class RecordedDifference:
-    """A difference as in evals/compare.py: `value` is the model's number minus that of `against`, in `unit`."""
-
-    suite: str
-    task: str
-    length: int
-    model: str
-    against: str
-    n: int
-    called: str
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    unit: str = ""
-
-
-@pydantic_dataclass(frozen=True, config=_LOOSE)
 class RecordedRequest:
     """The part of the evaluation's spec that decides which numbers may be compared. The manifest has the whole spec."""
 
@@ -145,12 +72,12 @@ class RecordedRequest:
 
 @pydantic_dataclass(frozen=True, config=_LOOSE)
 class RecordedResults:
-    """The content of results.json."""
+    """The content of results.json: the results as evals wrote them."""
 
     spec: RecordedRequest
-    models: tuple[RecordedModel, ...]
+    models: tuple[ModelResult, ...]
     seconds: float | None = None
-    differences: tuple[RecordedDifference, ...] = ()
+    differences: tuple[Difference, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -194,12 +121,12 @@ class Series:
     """The rows of one model in a block. `label` is unique in the block, also where one model was run twice."""
 
     label: str
-    model: RecordedModel
+    model: ModelResult
     run: RecordedRun
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     notes: tuple[str, ...]
 
-    def whole(self) -> dict[int, Row]:
+    def whole(self) -> dict[int, ResultRow]:
         """Returns the rows of the whole suite (not those of single tasks) by length."""
         return {row.length: row for row in self.rows if row.task == ""}
 
@@ -342,9 +269,9 @@ def blocks(runs: list[RecordedRun]) -> list[Block]:
     return [replace(block, series=_with_labels(block.series)) for block in found.values()]
 
 
-def models(runs: list[RecordedRun]) -> list[tuple[str, RecordedModel, dict[str, str]]]:
+def models(runs: list[RecordedRun]) -> list[tuple[str, ModelResult, dict[str, str]]]:
     """Returns (label, model, hashes of the weights) of every evaluated model, once for each label."""
-    labels, found = _labels(runs), dict[str, tuple[str, RecordedModel, dict[str, str]]]()
+    labels, found = _labels(runs), dict[str, tuple[str, ModelResult, dict[str, str]]]()
     for run in runs:
         for index, model in enumerate(run.results.models if run.results else ()):
             label = labels[_identity(run, index)]

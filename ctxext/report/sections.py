@@ -8,6 +8,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ctxext.evals.compare import Difference
+from ctxext.evals.suite import ModelResult
 from ctxext.report import charts, markup, words
 from ctxext.report.markup import (
     beside,
@@ -26,7 +28,7 @@ from ctxext.report.markup import (
     strong,
     table,
 )
-from ctxext.report.run_records import Block, RecordedDifference, RecordedModel, RecordedRun, Series
+from ctxext.report.run_records import Block, RecordedRun, Series
 from ctxext.units import format_tokens
 
 _EFFECTIVE = "; effective: the greatest length with an average of at least 85.6 (RULER's threshold, arXiv 2404.06654)"
@@ -72,7 +74,7 @@ def _called(block: Block, series: Series) -> list[str]:
     return [f"{d.called} than {d.against}" if d.called in ("better", "worse") else d.called for d in mine]
 
 
-def model_table(found: Sequence[tuple[str, RecordedModel, dict[str, str]]]) -> Markup:
+def model_table(found: Sequence[tuple[str, ModelResult, dict[str, str]]]) -> Markup:
     """Returns the section of the compared models: layouts, positions, lengths, paths, weights."""
     rows = [
         [
@@ -104,7 +106,7 @@ def differences(runs: Sequence[RecordedRun]) -> Markup:
     return section("Differences", "differences", [*_differences(whole), *folded])
 
 
-def _differences(found: Sequence[tuple[RecordedRun, RecordedDifference]]) -> list[Markup]:
+def _differences(found: Sequence[tuple[RecordedRun, Difference]]) -> list[Markup]:
     """Tables with one row per suite (or task) and pair of models, one column per length.
 
     Suites without lengths are in a table of their own.
@@ -121,9 +123,9 @@ def _differences(found: Sequence[tuple[RecordedRun, RecordedDifference]]) -> lis
     )
 
 
-def _difference_table(found: Sequence[tuple[RecordedRun, RecordedDifference]], caption: str) -> Markup:
+def _difference_table(found: Sequence[tuple[RecordedRun, Difference]], caption: str) -> Markup:
     # Differences of one suite, task, pair and run are one row; its cells are found by length.
-    rows: dict[Markup, dict[int, RecordedDifference]] = {}
+    rows: dict[Markup, dict[int, Difference]] = {}
     order = list(dict.fromkeys(d.suite for _, d in found))
     for run, d in sorted(found, key=lambda pair: order.index(pair[1].suite)):
         pair = [small(f"{d.model} against {d.against}"), small(f"{d.unit or 'unit unknown'}; run {run.number}")]
@@ -134,7 +136,7 @@ def _difference_table(found: Sequence[tuple[RecordedRun, RecordedDifference]], c
     return table(caption, ["suite", *[words.length(length) if length else "difference" for length in lengths]], body)
 
 
-def _difference(d: RecordedDifference | None) -> Markup:
+def _difference(d: Difference | None) -> Markup:
     if d is None:
         return missing("–")
     called = strong(d.called) if d.called in ("better", "worse") else d.called

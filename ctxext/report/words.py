@@ -7,8 +7,9 @@ from typing import Any
 from markupsafe import Markup
 
 from ctxext.evals.compare import LOWER_IS_BETTER
+from ctxext.evals.item_runner import ResultRow
 from ctxext.report.markup import bounds, data, join, missing, number, small
-from ctxext.report.run_records import Block, Row, Series
+from ctxext.report.run_records import Block, Series
 from ctxext.units import format_tokens
 
 TITLES = {
@@ -84,7 +85,7 @@ def length(count: int) -> str:
     return format_tokens(count) if count > 0 else "–"
 
 
-def value(row: Row | None) -> Markup:
+def value(row: ResultRow | None) -> Markup:
     """Returns the cell of a number: the value, * where it is extrapolated, the interval and the count n."""
     if row is None:
         return missing("not measured")
