@@ -41,6 +41,7 @@ import psutil
 
 from ctxext.errors import CheckFailed, CtxextError, DataError, EnvironmentFault, InputError, ModelError
 from ctxext.machine.cgroups import cores
+from ctxext.machine.gpu import visible_gpus
 from ctxext.train.parallel import Launch, plan_launch
 from ctxext.train.ranks import PORT, started_rank
 from ctxext.train.run_plan import RunPlan, divided
@@ -252,6 +253,8 @@ def rank_environment(launch: Launch, slots: int = 1) -> dict[str, str]:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if visible_gpus() == 0:
+        known["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would choose by itself
     if launch.stage == 3:
         known["MALLOC_MMAP_THRESHOLD_"] = str(1024**2)  # or glibc keeps the memory of other ranks' weights
     path = f"{os.environ.get('PATH', '')}{os.pathsep}{Path(sys.executable).parent}"  # pip installs ninja beside python

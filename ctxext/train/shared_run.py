@@ -220,8 +220,6 @@ def _join(shared: SharedStore, launch: Launch) -> None:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         _check_devices(shared, str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid))
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the import of DeepSpeed, which would choose by itself
     if not distributed.is_initialized():
         distributed.init_process_group(
             "nccl" if cuda else "gloo",

@@ -43,10 +43,6 @@ def run_rank(run: Path) -> None:
 
 def train_rank(run: Path, events: Events | None = None, launch: Launch | None = None) -> FinetuneReport:
     """Trains the run of a directory with a spec.yaml as one rank of it. Without `launch`, launch.json is read."""
-    import torch
-
-    if not torch.cuda.is_available():  # before the import of DeepSpeed, which would choose by itself
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from ctxext.train.finetune import run_finetune
     from ctxext.train.run_directory import plan_resumed
     from ctxext.train.run_plan import divided
