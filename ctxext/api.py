@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
@@ -69,8 +70,16 @@ def plan(request: PlanRequest, *, out: Where | None = None, force: bool = False)
     """
     from ctxext.planning.answer import answer, ask
 
-    requested, rates = ask(request.model, request.ctx, hybrid=request.hybrid, gpu=request.gpu, memory=request.memory,
-                           cards_=request.gpus, preset=request.preset, fixed=request.settings)  # fmt: skip
+    requested, rates = ask(
+        request.model,
+        None if request.ctx is None else str(request.ctx),
+        hybrid=request.hybrid,
+        gpu=request.gpu,
+        memory=request.memory,
+        cards_=request.gpus,
+        preset=request.preset,
+        fixed=request.settings,
+    )
     # Check the output before the search, which takes the most time.
     if out is not None:
         check_free(Path(out), force, keep=[requested.source.path])
@@ -134,6 +143,28 @@ def convert(
     return replace(report, planner=chosen)
 
 
+def on_rank_0(function: Callable[..., FinetuneReport]) -> Callable[..., FinetuneReport]:
+    """Lets rank 0 of processes that another program started call `function`; the other ranks follow it.
+
+    Every rank reaches `follow` or `leading` before it reads its arguments: an error before that would leave the others
+    waiting. The arguments of the other ranks are not used.
+    """
+
+    @wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> FinetuneReport:
+        from ctxext.train.ranks import started_rank
+        from ctxext.train.shared_run import follow, leading
+
+        started = started_rank()
+        if started is not None and started.rank > 0:
+            return follow(started)
+        with leading(started, keywords.get("say", ignore)):
+            return function(*arguments, **keywords)
+
+    return call
+
+
+@on_rank_0
 @accepts(FinetuneRequest)
 def finetune(
     request: FinetuneRequest,
@@ -161,31 +192,27 @@ def finetune(
     from ctxext.finetuning import plan_finetune, prepared_directory
     from ctxext.train.launch import check_environment, launch_run
     from ctxext.train.ranks import started_rank
-    from ctxext.train.shared_run import follow, leading, share_run
+    from ctxext.train.shared_run import share_run
 
     started = started_rank()
-    # Every rank reaches `follow` or `leading` first: an error before that would leave the others waiting.
-    if started is not None and started.rank > 0:
-        return follow(started)
-    with leading(started, say):
-        planned = plan_finetune(request, out=_path(out), resume=resume, repeat=_path(repeat), force=force, say=say)
-        on_plan(planned)
-        plan, run, launch = planned.plan, planned.directory, planned.launch
-        with prepared_directory(planned, force):
-            # The processes start before the imports below, so that this one holds no torch while they train.
-            fields = launch_run(run, launch, say, on_step) if launch is not None and started is None else None
-            if launch is not None and started is not None:
-                check_environment(launch)
-            from ctxext.train.finetune import FinetuneReport, run_finetune
-            from ctxext.train.loop import Events
+    planned = plan_finetune(request, out=_path(out), resume=resume, repeat=_path(repeat), force=force, say=say)
+    on_plan(planned)
+    plan, run, launch = planned.plan, planned.directory, planned.launch
+    with prepared_directory(planned, force):
+        # The processes start before the imports below, so that this one holds no torch while they train.
+        fields = launch_run(run, launch, say, on_step) if launch is not None and started is None else None
+        if launch is not None and started is not None:
+            check_environment(launch)
+        from ctxext.train.finetune import FinetuneReport, run_finetune
+        from ctxext.train.loop import Events
 
-            if fields is not None:
-                return FinetuneReport(**fields)
-            if launch is not None and started is not None:
-                # This process is rank 0 of ranks that another program started.
-                share_run(started, run, launch)
-            zero = launch.zero if launch is not None else None
-            return run_finetune(plan, run, resume=resume, events=Events(say, on_step), zero=zero)
+        if fields is not None:
+            return FinetuneReport(**fields)
+        if launch is not None and started is not None:
+            # This process is rank 0 of ranks that another program started.
+            share_run(started, run, launch)
+        zero = launch.zero if launch is not None else None
+        return run_finetune(plan, run, resume=resume, events=Events(say, on_step), zero=zero)
 
 
 @accepts(FinetuneRequest)
@@ -260,9 +287,10 @@ def evaluate(
     """
     from ctxext.eval_and_merge import eval_models, plan_eval
 
-    models = [request.models] if isinstance(request.models, str) else list(request.models)
-    if not models:
-        models = [_newest("MODEL", ("conversion", "model", "finetune", "merge"), say)]
+    given = request.models
+    if given is None:
+        given = _newest("MODEL", ("conversion", "model", "finetune", "merge"), say)
+    models = [given] if isinstance(given, str) else list(given)
     plan = plan_eval(models, request.suite, eval_fields(request), against=request.against, out=_path(out), force=force)
     if plan.resumes:
         say(f"resuming the unfinished evaluation of the same request in {plan.out}")
@@ -300,7 +328,7 @@ def merge(request: MergeRequest, *, out: Where | None = None, force: bool = Fals
     """Merges an adapter, in fp32, into an ordinary Hugging Face directory, and checks that nothing is lost."""
     from ctxext.eval_and_merge import merge_run, plan_merge
 
-    run = request.run or _newest("RUN", ("finetune",), say)
+    run = _newest("RUN", ("finetune",), say) if request.run is None else request.run
     plan = plan_merge(run, _path(out), request.dtype, force, alpha_multiplier=request.alpha_multiplier,
                       nope_scale=request.nope_scale, length=request.length, data=request.data,
                       restore=request.restore)  # fmt: skip
@@ -319,11 +347,14 @@ def export_model(request: ExportRequest, *, out: Where | None = None, force: boo
 
 
 @accepts(ExportRequest)
-def check_export(request: ExportRequest) -> Verdict:
-    """Returns whether a target supports the model, and why not. Writes nothing."""
+def check_export(request: ExportRequest, *, out: Where | None = None, force: bool = False) -> Verdict:
+    """Returns whether a target supports the model, and why not. Writes nothing.
+
+    Raises InputError where `out` exists, unless `force`.
+    """
     from ctxext.export.write import plan_export
 
-    return plan_export(request.model, request.target).verdict
+    return plan_export(request.model, request.target, _path(out), force).verdict
 
 
 @accepts(ReportRequest)
@@ -361,7 +392,7 @@ def verify(
     found = measure(launch, progress=progress)
     write_certificate(found, launch, place, force=force)
     say(f"written to {place}")
-    return found
+    return replace(found, out=str(place))
 
 
 def _newest(what: str, kinds: tuple[str, ...], say: Say) -> str:

@@ -86,6 +86,8 @@ def plan_eval(
     cannot be used.
     """
     spec = eval_spec_from_options(suite, given or {})
+    if not models:
+        raise InputError("no model given: allowed is one or more")
     sources = [resolve(model) for model in models]
     number = None
     # Compare resolved paths, so that a model named in two ways is not evaluated twice.

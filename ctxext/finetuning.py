@@ -103,6 +103,8 @@ def plan_finetune(
     given = finetune_fields(request)
     if resume and repeat:
         raise InputError("a run is resumed or repeated: --resume and --repeat exclude each other")
+    if repeat and (request.model is not None or request.preset != DEFAULT_PRESET):
+        raise InputError("--repeat uses the model and spec of the run", hint="leave out MODEL and --preset")
     if resume:
         run = out or newest_unfinished(manifests.RUNS)
         plan = _resumed(request, run, given, force, say)

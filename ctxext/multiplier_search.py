@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ctxext.config import manifest as manifests
 from ctxext.config.output import check_free, staged_output
+from ctxext.errors import InputError
 from ctxext.extras import can_draw
 from ctxext.finetuning import PlannedRun, plan_finetune
 from ctxext.requests import FinetuneRequest
@@ -47,6 +48,12 @@ def search(
 
     Writes multiplier.json, curves.png and a manifest into `out`, all or nothing.
     """
+    processes = {"zero": request.zero, "nproc": request.nproc, "hostfile": request.hostfile}
+    if given := [f"--{name}" for name, value in processes.items() if value]:
+        raise InputError(
+            f"--find-multiplier is not allowed with {', '.join(given)}: it trains several short runs in one process",
+            hint="run the search first, then start the run with the multiplier that it prints",
+        )
     planned = plan_finetune(brief(request), out=out, say=say)
     plan = planned.plan
     trials = plan_trials(plan)

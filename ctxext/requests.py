@@ -8,12 +8,18 @@ and `--force`, a function has `out` and `force`, and a pipeline gives each step 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import wraps
+from numbers import Number
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
-from ctxext.config.loader import build, spec
+from pydantic import ValidationError
+
+from ctxext.config.faults import describe
+from ctxext.config.loader import spec
+from ctxext.errors import SpecError
 from ctxext.units import parse_tokens
 
 DEFAULT_PRESET = "lora-alpha"
@@ -61,7 +67,7 @@ class PlanRequest:
         None
     )
     memory: Annotated[
-        str | None, Option("Memory of a card, such as 80G: instead of --gpu, or a lower limit for it")
+        str | int | None, Option("Memory of a card, such as 80G: instead of --gpu, or a lower limit for it")
     ] = None
     gpus: Annotated[int, Option("Number of cards, all in one machine", least=1, most=16)] = 1
     preset: Annotated[str, Option("A finetune preset or a YAML file", complete="finetune")] = DEFAULT_PRESET
@@ -82,7 +88,7 @@ class ConvertRequest:
         str, Option("A layout preset, a YAML file, or a pattern of S, N, F such as SSSN", complete="hybrid")
     ]
     full_layers: Annotated[
-        tuple[int, ...] | str | None,
+        tuple[int | str, ...] | str | None,
         Option(
             "The full layers: odd, even, last, numbers from 0 such as 3,7,11, or auto (the planner measures and "
             "chooses); all others are sliding"
@@ -161,9 +167,9 @@ class EvalRequest:
     """
 
     models: Annotated[
-        tuple[str, ...] | str,
+        tuple[str, ...] | str | None,
         Option("Directories, presets or hub ids [default: the newest output]", argument=True, metavar="[MODEL]..."),
-    ] = ()
+    ] = None
     suite: Annotated[
         str,
         Option(
@@ -319,11 +325,29 @@ def _given(request: Any, *others: str) -> dict[str, Any]:
 
 
 def read_request(cls: type[R], given: Mapping[str, Any], *, source: str) -> R:
-    """Returns the request of class `cls` with these arguments. Paths become text, lists become tuples.
+    """Returns the request of class `cls` with these arguments, as Python programs and the command line have them.
 
-    Raises SpecError with every fault; `source` names what was given.
+    Paths become text, other iterables become tuples, numbers of numpy become Python's. Raises SpecError with every
+    fault; `source` names what was given.
     """
-    return build(cls, dict(given), source=source)
+    values = {name: _plain(value) for name, value in given.items()}
+    settings = given.get("settings")
+    if "settings" in values and (settings is None or isinstance(settings, Mapping)):
+        values["settings"] = dict(settings or {})
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise SpecError(source, describe(cls, values, error)) from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Number) and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        return tuple(map(_plain, value))
+    return value
 
 
 def options(cls: type) -> dict[str, tuple[Any, Option]]:
@@ -345,7 +369,7 @@ def accepts(cls: type) -> Callable[[Callable[..., T]], Callable[..., T]]:
 
         @wraps(function)
         def call(*arguments: Any, **keywords: Any) -> T:
-            if arguments and isinstance(arguments[0], cls):
+            if (arguments and isinstance(arguments[0], cls)) or isinstance(keywords.get("request"), cls):
                 return function(*arguments, **keywords)
             try:
                 given = signature.bind(*arguments, **keywords).arguments

@@ -2,19 +2,22 @@
 
 import inspect
 from pathlib import Path
+from types import MappingProxyType
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from ctxext import api, requests
 from ctxext.cli.options import takes
-from ctxext.errors import SpecError
+from ctxext.errors import CtxextError, InputError, SpecError
 from ctxext.requests import (
     ConvertRequest,
     EvalRequest,
     FinetuneRequest,
     MergeRequest,
+    PlanRequest,
     ProbeRequest,
     accepts,
     eval_fields,
@@ -94,7 +97,7 @@ def test_the_command_line_gives_the_same_request():
     assert read(EvalRequest, "a", "b", "--lengths", "1k,2k", "--nope-log-scale", 500) == (
         EvalRequest(models=("a", "b"), lengths="1k,2k", nope_log_scale=500.0)
     )
-    assert read(EvalRequest).models == ()
+    assert read(EvalRequest).models is None
     assert read(ProbeRequest, "tiny").names == "all"
     assert read(ProbeRequest, "tiny", "positions", "--ablate", 2).names == ("positions",)
     assert read(MergeRequest, "--alpha-multiplier", "0.8") == MergeRequest(alpha_multiplier="0.8")
@@ -113,6 +116,43 @@ def test_what_a_request_leaves_out_stays_as_a_preset_has_it():
     assert probe_fields(ProbeRequest(model="tiny", preset="smoke", samples=3)) == {"samples": 3}
 
 
-def test_paths_become_text():
-    request = read_request(ConvertRequest, {"model": Path("a/b"), "hybrid": Path("own.yaml")}, source="convert")
-    assert (request.model, request.hybrid) == ("a/b", "own.yaml")
+def test_values_are_taken_as_python_programs_have_them():
+    given = {
+        "model": Path("a/b"),
+        "hybrid": Path("own.yaml"),
+        "full_layers": range(1, 4),
+        "sliding_window": np.int64(8),
+    }
+    request = read_request(ConvertRequest, given, source="convert")
+    assert (request.model, request.hybrid, request.full_layers) == ("a/b", "own.yaml", (1, 2, 3))
+    assert type(request.sliding_window) is int
+    assert evaluation(Path(name) for name in "ab")[0].models == ("a", "b")
+    assert evaluation("m\udcff")[0].models == "m\udcff"  # a file name that is not UTF-8
+    assert evaluation("tiny", settings=None)[0].settings == {}
+    assert evaluation("tiny", settings=MappingProxyType({"seed": 1}))[0].settings == {"seed": 1}
+    with pytest.raises(SpecError, match="settings: got 3; allowed: a mapping"):
+        evaluation("tiny", settings=3)
+
+
+def test_what_is_empty_is_not_the_newest(tmp_path, monkeypatch):
+    """`merge "$RUN"` with an empty variable must not merge another run."""
+    monkeypatch.chdir(tmp_path)
+    for call in (lambda: api.merge(""), lambda: api.evaluate([]), lambda: api.evaluate("")):
+        with pytest.raises(CtxextError) as refused:
+            call()
+        assert "newest" not in refused.value.message and "no output" not in refused.value.message
+    with pytest.raises(InputError, match="no output"):
+        api.merge()
+
+
+def test_a_context_may_be_a_number():
+    answer = api.plan("tiny", 2048, gpu="h100")
+    assert answer.as_dict()["ctx"] == 2048 and answer.commands()
+    assert api.plan(PlanRequest(model="tiny", ctx=2048, gpu="h100")).as_dict() == answer.as_dict()
+
+
+def test_a_repeated_run_has_its_own_model(tmp_path):
+    with pytest.raises(InputError, match="--repeat uses the model and spec of the run"):
+        api.plan_finetune("tiny", repeat=tmp_path)
+    with pytest.raises(InputError, match="not allowed with --nproc"):
+        api.find_multiplier("tiny", ctx=64, nproc=2)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ctxext.cli import console
-from ctxext.cli.options import AsJson, Force, out_option, takes
+from ctxext.cli.options import Force, json_option, out_option, takes
 from ctxext.errors import InputError
 from ctxext.requests import ExportRequest
 
@@ -26,7 +26,7 @@ def export(
         bool, typer.Option("--check-only", help="Print whether the target supports the model; write nothing")
     ] = False,
     force: Force = False,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, json_option("the verdict and what was written")] = False,
 ) -> None:
     """Export a model for a program that supports its exact windows and NoPE layers; exit code 1 if it does not."""
     from ctxext import api
@@ -36,7 +36,7 @@ def export(
             "--check-only writes nothing, so --out and --force have no effect",
             hint="leave out --check-only, or --out and --force",
         )
-    verdict = api.check_export(request)
+    verdict = api.check_export(request, out=out, force=force)
     # Where the target does not support the model, its verdict is printed and the command fails.
     if check_only or not verdict.honoured:
         if as_json:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ctxext.cli import console
-from ctxext.cli.options import AsJson, out_option, takes
+from ctxext.cli.options import json_option, out_option, takes
 from ctxext.errors import InputError, NoSharedRun
 from ctxext.requests import DEFAULT_PRESET, FinetuneRequest
 
@@ -58,13 +58,13 @@ def finetune(
     resume: ResumeOption = False,
     repeat: RepeatOption = None,
     force: ForceOption = False,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, json_option("the plan or the report")] = False,
 ) -> None:
     """Train a model at a longer context: S²-Attn or dense, LoRA with embeddings and norms, RoPE scaled where needed."""
     from ctxext import api
 
     # A resumed or repeated run has its model and spec in its directory. Other options may change fields of that spec.
-    if (resume or repeat) and (request.model or request.preset != DEFAULT_PRESET or (resume and repeat)):
+    if (resume or repeat) and (request.model is not None or request.preset != DEFAULT_PRESET or (resume and repeat)):
         raise InputError(
             "--resume and --repeat use the model and spec of the run",
             hint="give one of them, without MODEL and --preset",
@@ -114,11 +114,9 @@ class TrainingDisplay:
     Where stderr is no terminal, a line is printed after each tenth of the run.
     """
 
-    def __init__(self, display: Any):
-        self.display = display
+    def __init__(self, bar: ExitStack):
         self.planned: PlannedRun | None = None
-        self.task = display.add_task("preparing", total=None, note="")
-        self.steps = 0
+        self.steps, self._bar = 0, bar
 
     def on_plan(self, planned: PlannedRun) -> None:
         """Prints the numbers of a planned run, and the predicted memory and time."""
@@ -127,9 +125,10 @@ class TrainingDisplay:
         self.begin(planned.plan.steps)
 
     def begin(self, steps: int) -> None:
-        """Sets the number of steps of the bar."""
+        """Shows the progress bar. A rank that plans nothing shows none."""
         self.steps = steps
-        self.display.update(self.task, total=steps)
+        self.display = self._bar.enter_context(console.progress_display())
+        self.task = self.display.add_task("preparing", total=steps, note="")
 
     def on_step(self, metrics: StepMetrics) -> None:
         """Shows a step with its loss and speed."""
@@ -145,6 +144,6 @@ class TrainingDisplay:
 
 @contextmanager
 def training_display() -> Iterator[TrainingDisplay]:
-    """Yields a display for one run."""
-    with console.progress_display() as display:
-        yield TrainingDisplay(display)
+    """Yields a display for one run; its bar disappears at the end."""
+    with ExitStack() as bar:
+        yield TrainingDisplay(bar)

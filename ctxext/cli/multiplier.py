@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ctxext.cli import console
 from ctxext.errors import InputError
 from ctxext.requests import FinetuneRequest
 
 if TYPE_CHECKING:
+    from ctxext.finetuning import PlannedRun
     from ctxext.train.metrics import StepMetrics
     from ctxext.train.multiplier import MultiplierSearch, Trial
 
@@ -27,22 +29,23 @@ def refuse_beside(**options: object) -> None:
 def search(request: FinetuneRequest, out: Path | None, force: bool, as_json: bool) -> None:
     """Runs the search with a progress display, and prints the held-out losses and the option with the lowest loss."""
     from ctxext import api
+    from ctxext.train.multiplier import GRID
 
-    with console.progress_display() as display:
-        # One bar for all trials, whose number of steps is not known here.
-        task = display.add_task("preparing", total=None, note="")
+    with ExitStack() as stack:
+        bar: list[tuple[Any, Any]] = []  # the display and its task, once the number of steps is known
+
+        def on_plan(planned: PlannedRun) -> None:
+            console.pairs(planned.plan.rows(), to_stderr=True)
+            # One bar for all trials: it advances by each step, and a trial that diverges leaves its share open.
+            display = stack.enter_context(console.progress_display())
+            bar.append((display, display.add_task("preparing", total=len(GRID) * planned.plan.steps, note="")))
 
         def on_step(metrics: StepMetrics) -> None:
+            (display, task), *_ = bar
             display.update(task, advance=1, description="training", note=f"loss {metrics.loss:.3f}")
 
         found = api.find_multiplier(
-            request,
-            out=out,
-            force=force,
-            say=console.say,
-            on_plan=lambda planned: console.pairs(planned.plan.rows(), to_stderr=True),
-            on_step=on_step,
-            on_trial=_say_trial,
+            request, out=out, force=force, say=console.say, on_plan=on_plan, on_step=on_step, on_trial=_say_trial
         )
     if as_json:
         console.emit(found.as_dict())

@@ -14,13 +14,19 @@ from ctxext.cli import completion
 from ctxext.config.loader import assignments
 from ctxext.requests import Option, options, read_request
 
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing output")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON")]
-
 
 def out_option(named: str, what: str = "Output directory") -> Any:
     """Returns the option --out of a command; `named` is the end of the name of the default directory."""
     return typer.Option("--out", help=f"{what} [default: ./runs/<time>-{named}]")
+
+
+def json_option(what: str) -> Any:
+    """Returns the option --json of a command that prints `what`."""
+    return typer.Option("--json", help=f"Print {what} as JSON")
+
+
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output")]
+AsJson = Annotated[bool, json_option("the report")]
 
 
 def takes(request: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -93,7 +99,7 @@ def _typed(kind: Any, option: Option, default: Any) -> tuple[Any, Any]:
     if get_origin(kind) is dict:
         return list[str] | None, None
     parts = set(get_args(kind)) - {NoneType} or {kind}
-    optional = NoneType in get_args(kind) or default in (None, ())
+    optional = NoneType in get_args(kind) or default is None
     if option.argument and any(get_origin(part) is tuple for part in parts):
         required = default is inspect.Parameter.empty
         return (list[str], default) if required else (list[str] | None, None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ctxext.cli import console
-from ctxext.cli.options import AsJson, takes
+from ctxext.cli.options import json_option, takes
 from ctxext.requests import PlanRequest
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def plan(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure the speed of this machine first (about 20 s) and store it")
     ] = False,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, json_option("what was found")] = False,
 ) -> None:
     """Predict memory, FLOPs and time of a finetune, and settings with which it fits and is fast. Trains nothing."""
     from ctxext import api

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ctxext.cli import console
-from ctxext.cli.options import AsJson, Force, out_option, takes
+from ctxext.cli.options import Force, json_option, out_option, takes
 from ctxext.requests import ProbeRequest
 
 EXAMPLES = """Examples:\n
@@ -23,7 +23,7 @@ def probe(
     request: ProbeRequest,
     out: Annotated[Path | None, out_option("probe-<name>")] = None,
     force: Force = False,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, json_option("what was found")] = False,
 ) -> None:
     """Probe the layers and heads of a model: what they attend to, what they retrieve, how far they reach."""
     from ctxext import api

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ctxext.cli import console
-from ctxext.cli.options import AsJson, Force, out_option, takes
+from ctxext.cli.options import Force, json_option, out_option, takes
 from ctxext.requests import ReportRequest
 
 EXAMPLES = """Examples:\n
@@ -20,7 +20,7 @@ def report(
     request: ReportRequest,
     out: Annotated[Path | None, out_option("report-<name>")] = None,
     force: Force = False,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, json_option("what was written")] = False,
 ) -> None:
     """Write evaluations, probes and training runs into one HTML file with tables and pictures, readable offline."""
     from ctxext import api

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from ctxext.cli import console
-from ctxext.cli.options import AsJson, Force, out_option, takes
+from ctxext.cli.options import Force, json_option, out_option, takes
 from ctxext.errors import CheckFailed
 from ctxext.requests import VerifyRequest
 
@@ -21,7 +21,7 @@ def verify(
     request: VerifyRequest,
     out: Annotated[Path | None, out_option("verify-<name>")] = None,
     force: Force = False,
-    as_json: AsJson = False,
+    as_json: Annotated[bool, json_option("the certificate")] = False,
 ) -> None:
     """Measure which tokens a model's attention sees, layer by layer, as it runs; exit code 1 if a check fails."""
     from ctxext import api
@@ -37,4 +37,4 @@ def verify(
         for line in found.notes[1:]:
             console.say(line)
     if found.failed:
-        raise CheckFailed(f"{len(found.failed)} of {len(found.checks)} checks failed")
+        raise CheckFailed(f"{len(found.failed)} of {len(found.checks)} checks failed", hint=f"see {found.out}")

@@ -20,7 +20,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Every check of one launch, on a row of T tokens; `notes` say what was launched and how the row differs."""
+    """Every check of one launch, on a row of T tokens; `notes` say what was launched and how the row differs.
+
+    `out` is the directory that it was written to.
+    """
 
     HEADER = ("check", "layer", "result", "measured", "allowed", "what")
     model: str
@@ -28,6 +31,7 @@ class Certificate:
     T: int
     checks: tuple[Check, ...]
     notes: tuple[str, ...]
+    out: str | None = None
 
     @property
     def failed(self) -> tuple[Check, ...]:
@@ -50,4 +54,4 @@ class Certificate:
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain data for JSON."""
-        return asdict(self) | {"passed": not self.failed}
+        return {name: value for name, value in asdict(self).items() if name != "out"} | {"passed": not self.failed}

@@ -136,7 +136,7 @@ def ask(
     *,
     hybrid: str | None = None,
     gpu: str | None = None,
-    memory: str | None = None,
+    memory: str | int | None = None,
     cards_: int = 1,
     preset: str,
     fixed: Mapping[str, Any],

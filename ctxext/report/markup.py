@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 _MEDIA = {".svg": "image/svg+xml", ".png": "image/png"}
 _CONTROLS = {code: "\ufffd" for code in range(32) if chr(code) not in "\n\t"}  # control characters: invalid in HTML
@@ -37,7 +37,7 @@ missing, bounds, long, strong, sha256 = _PARTS.missing, _PARTS.bounds, _PARTS.lo
 
 def join(parts: Iterable[str], between: str = "") -> Markup:
     """Joins parts with `between`. Strings are escaped, except `Markup`."""
-    return Markup(between).join(map(_valid, parts))
+    return escape(_valid(between)).join(map(_valid, parts))
 
 
 def small(*parts: str) -> Markup:

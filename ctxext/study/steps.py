@@ -22,7 +22,6 @@ from ctxext.requests import (
     ReportRequest,
     eval_fields,
     probe_fields,
-    read_request,
 )
 
 if TYPE_CHECKING:
@@ -48,9 +47,9 @@ MODELS = {"model", "models", "run", "runs", "compare", "against", "evaluator"}  
 def read(command: str, arguments: dict[str, Any], source: str) -> Any:
     """Returns the request of a step from its arguments. Raises SpecError with every fault."""
     needed = NAMED.get(command)
-    missing = [f"{needed}: missing; it has no default"] if needed is not None and not arguments.get(needed) else []
+    missing = [f"{needed}: missing; it has no default"] if needed is not None and arguments.get(needed) is None else []
     try:
-        request = read_request(REQUESTS[command], arguments, source=source)
+        request = build(REQUESTS[command], arguments, source=source)
     except SpecError as error:
         raise SpecError(source, [*missing, *error.faults]) from None
     if missing:
