@@ -145,6 +145,7 @@ EFFECTS: dict[str, tuple[tuple[Any, ...], str]] = {  # field: the values without
     "kv_sharing_modes": ((None,), "only models whose layers have their own keys and values are supported"),
     "is_causal": ((True,), "only causal models are supported"),
     "is_encoder_decoder": ((False, None), "only decoders are supported"),
+    "return_dict": ((True, None), "remove the field: the classes of transformers fail with it"),
 }
 ROPE: dict[str, Check] = {
     "rope_theta": real(1.001, 1e30),
@@ -173,7 +174,7 @@ def check_fields(values: dict[str, Any], table: dict[str, Check], file: object =
 
 
 def check_effects(config: Fields) -> None:
-    """Raises ModelError for fields that no class declares but transformers reads, unless their value has no effect."""
+    """Raises ModelError for fields that transformers reads and this package leaves out, unless they have no effect."""
     for name, (idle, hint) in EFFECTS.items():
         if name in config and config[name] not in idle:
             raise ModelError(f"config.json: {name} {_shown(config[name])} is not supported", hint=hint)

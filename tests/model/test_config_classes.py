@@ -54,7 +54,7 @@ OTHER: dict[str, Any] = {  # another value for a field that is said to change no
 }
 FIXED = {  # with a test elsewhere, or no other value that a decoder of dense layers may have
     "is_encoder_decoder",
-    "return_dict",  # the form of what a forward gives
+    "return_dict",  # false is refused (EFFECTS)
     "use_sliding_window",
     "max_window_layers",
     "output_router_logits",
@@ -79,7 +79,7 @@ def test_every_field_is_read_or_changes_nothing(family: str) -> None:
     declared = {field.name for field in fields(CONFIG_MAPPING[family])}
     read = KEPT - set(UNREAD.get(family, ()))
     assert declared <= read | WITHOUT_EFFECT, declared - read - WITHOUT_EFFECT
-    assert not declared & EFFECTS.keys() - {"is_encoder_decoder"}
+    assert not declared & EFFECTS.keys() - {"is_encoder_decoder", "return_dict"}
 
 
 def test_what_is_said_to_change_nothing_is_a_field_of_some_class() -> None:
@@ -114,7 +114,9 @@ def test_fields_that_no_class_declares_are_refused_where_they_change_something(n
     config = read_config(model_dir("llama"))
     for idle in EFFECTS[name][0]:
         parse_config(config | {name: idle})
-    other = {"partial_rotary_factor": 0.5, "is_causal": False, "is_encoder_decoder": True}.get(name, {"a": 1})
+    other = {"partial_rotary_factor": 0.5, "is_causal": False, "is_encoder_decoder": True, "return_dict": False}.get(
+        name, {"a": 1}
+    )
     with pytest.raises(ModelError, match=name):
         parse_config(config | {name: other})
 
