@@ -199,15 +199,17 @@ def finetune(
     on_plan(planned)
     plan, run, launch = planned.plan, planned.directory, planned.launch
     with prepared_directory(planned, force):
-        # The processes start before the imports below, so that this one holds no torch while they train.
-        fields = launch_run(run, launch, say, on_step) if launch is not None and started is None else None
-        if launch is not None and started is not None:
+        if launch is not None and started is None:
+            # The processes start before the import below, so that this one holds no torch while they train.
+            fields = launch_run(run, launch, say, on_step)
+            from ctxext.train.finetune import FinetuneReport
+
+            return FinetuneReport(**fields)
+        if launch is not None:
             check_environment(launch)
-        from ctxext.train.finetune import FinetuneReport, run_finetune
+        from ctxext.train.finetune import run_finetune
         from ctxext.train.loop import Events
 
-        if fields is not None:
-            return FinetuneReport(**fields)
         if launch is not None and started is not None:
             # This process is rank 0 of ranks that another program started.
             share_run(started, run, launch)

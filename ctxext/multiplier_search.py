@@ -48,12 +48,7 @@ def search(
 
     Writes multiplier.json, curves.png and a manifest into `out`, all or nothing.
     """
-    processes = {"zero": request.zero, "nproc": request.nproc, "hostfile": request.hostfile}
-    if given := [f"--{name}" for name, value in processes.items() if value]:
-        raise InputError(
-            f"--find-multiplier is not allowed with {', '.join(given)}: it trains several short runs in one process",
-            hint="run the search first, then start the run with the multiplier that it prints",
-        )
+    refuse_beside(zero=request.zero, nproc=request.nproc, hostfile=request.hostfile)
     planned = plan_finetune(brief(request), out=out, say=say)
     plan = planned.plan
     trials = plan_trials(plan)
@@ -73,6 +68,16 @@ def search(
         parents = {"base": manifests.parent(plan.source.directory)}
         manifests.write(staging, manifests.new("multiplier", spec=asdict(plan.spec), parents=parents, facts=facts))
     return FoundMultiplier(found, out)
+
+
+def refuse_beside(**options: object) -> None:
+    """Raises InputError where `options`, which belong to a single run, are combined with --find-multiplier."""
+    given = [f"--{name}" for name, value in options.items() if value]
+    if given:
+        raise InputError(
+            f"--find-multiplier is not allowed with {', '.join(given)}: it trains several short runs in one process",
+            hint="run the search first, then start the run with the multiplier that it prints",
+        )
 
 
 def brief(request: FinetuneRequest) -> FinetuneRequest:

@@ -341,6 +341,7 @@ def read_request(cls: type[R], given: Mapping[str, Any], *, source: str) -> R:
 
 
 def _plain(value: Any) -> Any:
+    """A value as the fields of a request have it: text, a number of Python, or a tuple of these."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Number) and hasattr(value, "item"):

@@ -72,11 +72,9 @@ def finetune(
     console.quiet_libraries()
     given: dict[str, Any] = {"out": out, "force": force, "say": console.say}
     if find_multiplier:
-        from ctxext.cli.multiplier import refuse_beside, search
+        from ctxext.cli.multiplier import search
 
-        refuse_beside(plan=plan, resume=resume, repeat=repeat, zero=request.zero, nproc=request.nproc,
-                      hostfile=request.hostfile)  # fmt: skip
-        search(request, out, force, as_json)
+        search(request, out, force, as_json, plan=plan, resume=resume, repeat=repeat)
         return
     if plan:
         planned = api.plan_finetune(request, resume=resume, repeat=repeat, **given)

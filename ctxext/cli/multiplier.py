@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ctxext.cli import console
-from ctxext.errors import InputError
 from ctxext.requests import FinetuneRequest
 
 if TYPE_CHECKING:
@@ -16,20 +15,16 @@ if TYPE_CHECKING:
     from ctxext.train.multiplier import MultiplierSearch, Trial
 
 
-def refuse_beside(**options: object) -> None:
-    """Raises InputError where `options`, which belong to a single run, are combined with --find-multiplier."""
-    given = [f"--{name}" for name, value in options.items() if value]
-    if given:
-        raise InputError(
-            f"--find-multiplier is not allowed with {', '.join(given)}: it trains several short runs in one process",
-            hint="run the search first, then start the run with the multiplier that it prints",
-        )
+def search(request: FinetuneRequest, out: Path | None, force: bool, as_json: bool, **other_options: object) -> None:
+    """Runs the search with a progress display, and prints the held-out losses and the option with the lowest loss.
 
-
-def search(request: FinetuneRequest, out: Path | None, force: bool, as_json: bool) -> None:
-    """Runs the search with a progress display, and prints the held-out losses and the option with the lowest loss."""
+    Raises InputError where one of `other_options` is given: they belong to a single run.
+    """
     from ctxext import api
+    from ctxext.multiplier_search import refuse_beside
     from ctxext.train.multiplier import GRID
+
+    refuse_beside(**other_options)
 
     with ExitStack() as stack:
         bar: list[tuple[Any, Any]] = []  # the display and its task, once the number of steps is known

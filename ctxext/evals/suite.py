@@ -93,15 +93,11 @@ class EvalReport:
         made = []
         for index, suite in enumerate(self.spec.suites):
             # Flatten first: models may differ in lengths and tasks, so cells are looked up by (task, model, length).
-            rows = [
-                {"model": model.model, "beyond": row.length > model.usable_length, **asdict(row)}
-                for model in self.models
-                for row in model.suites[index].rows
-            ]
+            rows = [{"model": model.model, **asdict(row)} for model in self.models for row in model.suites[index].rows]
             lengths = sorted({row["length"] for row in rows})
             header = [suite.suite, *[format_tokens(length) if length else "" for length in lengths]]
             protocols = "; ".join(dict.fromkeys(row["protocol"] for row in rows))
-            star = f"; {STAR}" if any(row["beyond"] for row in rows) else ""
+            star = f"; {STAR}" if any(row["extrapolated"] for row in rows) else ""
             cells = {(row["task"], row["model"], row["length"]): row for row in rows}
             by_task: list[list[str]] = []
             for metric, task in _tasks(rows):
@@ -345,4 +341,4 @@ def _tasks(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
 def _cell(row: dict[str, Any] | None) -> str:
     if row is None or row["value"] is None:
         return "none"
-    return f"{row['value']:.3f}{'*' if row['beyond'] else ''}"
+    return f"{row['value']:.3f}{'*' if row['extrapolated'] else ''}"

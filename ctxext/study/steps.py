@@ -39,7 +39,7 @@ REQUESTS: dict[str, type] = {
     "export": ExportRequest,
     "report": ReportRequest,
 }
-# A command takes the newest output under ./runs where one of these is left out. A step has to name it.
+# Arguments that a request may leave out and a step may not: a pipeline never takes the newest output under ./runs.
 NAMED = {"plan": "ctx", "finetune": "model", "eval": "models", "merge": "run"}
 MODELS = {"model", "models", "run", "runs", "compare", "against", "evaluator"}  # arguments that name models and runs
 
