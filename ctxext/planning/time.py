@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from ctxext.ops import cost
 from ctxext.planning.cards import Rates
-from ctxext.train.run_plan import RunPlan, on_gpu
+from ctxext.train.run_plan import RunPlan, on_gpu, token_weight_flops
 from ctxext.train.schedule import phases
 from ctxext.train.teacher import teacher_flops
 
@@ -167,6 +167,8 @@ def _linear(plan: RunPlan, rates: Rates, tokens: int, halo: dict[str, float]) ->
         batches = tokens / spec.ctx
         flops = batches * teacher_flops(plan.teacher, plan.source, spec.ctx, mask=spec.data.document_mask)
         parts.append(_work("teacher", "linear", flops, rates.linear_at(shape.hidden_size)))
+    if flops := tokens / spec.ctx * token_weight_flops(plan.source, spec, plan.group_size):
+        parts.append(_work("token weights", "linear", flops, rates.linear_at(shape.hidden_size)))
     return parts
 
 

@@ -47,18 +47,27 @@ class Lesson(NamedTuple):
 
 
 def distilled_loss(
-    student: Any, head: Any, teacher: TeacherModel, objective: Objective, ids: Tensor, labels: Tensor, **attention: Any
+    student: Any,
+    head: Any,
+    teacher: TeacherModel,
+    objective: Objective,
+    ids: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None = None,
+    **attention: Any,
 ) -> Tensor:
     """Returns the objective's errors, summed over the labels [b,T] that count; fp32 scalar.
 
-    `head` (`DistilledHead`) is called with the states of both models. `attention` goes to the student's layers. Raises
-    ModelError where a layer does not show its output.
+    `head` (`DistilledHead`) is called with the states of both models. `token_weights` [b,T] multiply the errors of
+    every term. `attention` goes to the student's layers. Raises ModelError where a layer does not show its output.
     """
     # Every scored token is either taught by the teacher or, further into its document, learned from the text.
     within = _within(labels, attention.get("document_starts"), teacher.length)  # [b,T]
     scored = labels != IGNORED
     taught = within & scored  # [b,T]
     beyond = scored & ~within  # [b,T]
+    if token_weights is not None:
+        taught, beyond = taught * token_weights, beyond * token_weights
     loss = torch.zeros((), dtype=torch.float32, device=ids.device)
     if objective.attention:
         loss = loss + objective.attention * _attention_errors(student, teacher, ids, taught, attention)

@@ -44,13 +44,21 @@ class Engine(Protocol):
         """Returns each value summed over the ranks; without values it is a barrier."""
 
     def loss(
-        self, ids: Tensor, labels: Tensor, *, each: bool = False, objective: Objective | None = None, **attention: Any
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        *,
+        each: bool = False,
+        objective: Objective | None = None,
+        token_weights: Tensor | None = None,
+        **attention: Any,
     ) -> Tensor:
         """Returns the cross entropy of ids, labels (b, T), in nats, summed over the labels that count.
 
         With `each`, and without gradients, returns the scores of every token (2, b, T): its loss, and 1 where its label
         is the most probable one. With `objective` (of a run with a teacher), returns the errors that it names.
-        `attention` goes to hidden_states.
+        `token_weights` (b, T) multiply the terms of the sum, but not what `each` returns. `attention` goes to
+        hidden_states.
         """
 
     def backward(self, loss: Tensor) -> None:
@@ -89,14 +97,23 @@ class LossModel(nn.Module):
         self.teacher, self.distilled_head = teacher, None if teacher is None else DistilledHead(model, teacher)
 
     def forward(
-        self, ids: Tensor, labels: Tensor, each: bool = False, objective: Objective | None = None, **attention: Any
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        each: bool = False,
+        objective: Objective | None = None,
+        token_weights: Tensor | None = None,
+        **attention: Any,
     ) -> Tensor:
         """Returns the loss as `Engine.loss` does."""
         if objective is not None:
             assert self.teacher is not None
-            return distilled_loss(self.model, self.distilled_head, self.teacher, objective, ids, labels, **attention)
+            return distilled_loss(
+                self.model, self.distilled_head, self.teacher, objective, ids, labels, token_weights, **attention
+            )
         hidden = hidden_states(self.model, ids, **attention)  # (b, T, E)
-        losses: Tensor = self.head(hidden.flatten(0, 1), labels.flatten(), each)
+        flat = None if token_weights is None else token_weights.flatten()
+        losses: Tensor = self.head(hidden.flatten(0, 1), labels.flatten(), each, flat)
         return losses.view(2, *labels.shape) if each else losses
 
 
@@ -107,10 +124,12 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = partial(output_weight, model)
 
-    def forward(self, hidden: Tensor, labels: Tensor, each: bool) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor, each: bool, token_weights: Tensor | None = None) -> Tensor:
         """Returns the summed cross entropy of hidden [N,E], labels [N]; with `each`, `token_scores` [2,N]."""
         weight = self.weight()
-        return token_scores(hidden, weight, labels) if each else linear_cross_entropy(hidden, weight, labels)[0]
+        if each:
+            return token_scores(hidden, weight, labels)
+        return linear_cross_entropy(hidden, weight, labels, token_weights=token_weights)[0]
 
 
 class LocalEngine:

@@ -206,6 +206,51 @@ class DistillSpec:
 
 
 @spec
+class TokenWeights:
+    """Weights of the tokens in the loss (train/token_weights.py). Held-out losses never have weights.
+
+    kind    equal: every scored token counts the same; prefix: tokens that see much of their own document count more,
+            rare lengths most (after EXACT, arXiv 2605.10544); longce: tokens that the model predicts better with the
+            whole context than with a short one count more (LongCE, arXiv 2410.23771), for three more forward passes
+    extra   prefix: the extra weight of all tokens with a long prefix together, as a share of the scored tokens
+    least   prefix: from how many visible tokens a prefix is long; None: a quarter of ctx
+    short   longce: tokens of the short context; None: an eighth of ctx
+    limit   largest weight of a token
+    """
+
+    kind: Literal["equal", "prefix", "longce"] = "equal"
+    extra: Rate = 0.5
+    least: Tokens | None = None
+    short: Annotated[Tokens, Field(ge=2)] | None = None
+    limit: Annotated[float, Field(gt=1)] = 5.0
+
+    def __post_init__(self) -> None:
+        # An option of another kind would be ignored without a word.
+        options = {"prefix": ("extra", "least"), "longce": ("short",)}
+        for kind, names in options.items():
+            for name in names:
+                if kind != self.kind and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"{name}: is an option of kind: {kind}, and kind is {self.kind}")
+
+    @property
+    def described(self) -> str:
+        """The weights in words."""
+        if self.kind == "prefix":
+            return f"{self.extra:g} of all tokens more for those with a long prefix, at most {self.limit:g} a token"
+        return f"LongCE, at most {self.limit:g} a token; three more forward passes"
+
+
+def long_prefix(weights: TokenWeights, ctx: int) -> int:
+    """Returns from how many visible tokens a prefix is long: as given, or a quarter of the row."""
+    return weights.least or max(1, ctx // 4)
+
+
+def short_length(weights: TokenWeights, ctx: int) -> int:
+    """Returns the tokens of LongCE's short context: as given, or an eighth of the row."""
+    return weights.short or max(2, ctx // 8)
+
+
+@spec
 class OptimizerSpec:
     """AdamW on fp32 master weights.
 
@@ -336,6 +381,7 @@ class FinetuneSpec:
     micro_batch_size   sequences per forward
     dtype              of the frozen weights and activations; auto: bfloat16 on a GPU, float32 on a CPU
     distill            learn from a teacher; None: from the text alone
+    token_weights      of the loss; with a teacher, of all its terms
     """
 
     ctx: Tokens
@@ -347,6 +393,7 @@ class FinetuneSpec:
     attention: AttentionSpec = AttentionSpec()
     data: DataSpec = DataSpec()
     distill: DistillSpec | None = None
+    token_weights: TokenWeights = TokenWeights()
     optimizer: OptimizerSpec = OptimizerSpec()
     validation: ValidationSpec = ValidationSpec()
     steps: Positive = 200

@@ -28,6 +28,7 @@ from ctxext.train.passkey import in_words
 from ctxext.train.run_directory import resume_hint
 from ctxext.train.run_plan import RunPlan
 from ctxext.train.sink_tokens import untrained_cost
+from ctxext.train.token_weights import step_weights
 from ctxext.train.validation import HeldOut, Validation, complaint, validate
 
 LOSS_MEMORY, LOSS_WARM_STEPS = 0.95, 5  # decay and warm-up of the running mean that a spike is compared with
@@ -158,28 +159,40 @@ def forward_backward(engine: Engine, batch: list[Packed], plan: RunPlan, step: i
     """
     spec, device = plan.spec, engine.device
     group_size, shift = plan.attention_at(step)
+    micros = [
+        tuple(torch.stack(column) for column in zip(*batch[start : start + spec.micro_batch_size], strict=True))
+        for start in range(0, len(batch), spec.micro_batch_size)
+    ]  # tokens, document starts and labels, (b, T) each
+    attention = {
+        "group_size": group_size,
+        "shift": shift,
+        "sink_tokens": plan.sink_tokens or 0,
+        "backend": spec.attention.backend,
+    }
+    weights = step_weights(spec, engine, micros, attention)
     # The divisor counts the scored labels of all ranks and micro-batches, so that every token of the step weighs the
     # same. It must be known before the first backward pass.
-    (labels_in_step,) = engine.total(sum(int((packed.labels >= 0).sum()) for packed in batch))
+    (divisor,) = engine.total(
+        sum(
+            int((labels >= 0).sum()) if weight is None else float(weight[labels >= 0].double().sum())
+            for (_, _, labels), weight in zip(micros, weights, strict=True)
+        )
+    )
     loss = torch.zeros((), dtype=torch.float64, device=device)
-    for start in range(0, len(batch), spec.micro_batch_size):
-        micro = batch[start : start + spec.micro_batch_size]
-        tokens, starts, labels = (torch.stack(column) for column in zip(*micro, strict=True))  # (b, T)
-        check_document_starts(starts, B=len(micro), T=spec.ctx)
+    for (tokens, starts, labels), weight in zip(micros, weights, strict=True):
+        check_document_starts(starts, B=len(tokens), T=spec.ctx)
         loss_sum = engine.loss(
             tokens.to(device),
             labels.to(device),
-            group_size=group_size,
-            shift=shift,
-            sink_tokens=plan.sink_tokens or 0,
             document_starts=starts if spec.data.document_mask else None,  # stays on the CPU, where it is read
-            backend=spec.attention.backend,
             objective=plan.objective_at(step),
+            token_weights=None if weight is None else weight.to(device),
+            **attention,
         )
-        engine.backward(loss_sum / labels_in_step)
+        engine.backward(loss_sum / divisor)
         loss += loss_sum.detach()
     (total,) = engine.total(loss.item())
-    return total / labels_in_step
+    return total / divisor
 
 
 def _spike(loss: float, progress: TrainingState, plan: RunPlan) -> str | None:

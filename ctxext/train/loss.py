@@ -27,22 +27,25 @@ SCALED = 1 << 22  # entries of a gradient that are scaled in fp32 at a time: 16 
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int | None = None, *, token_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Returns the sum of -log softmax(hidden weightᵀ)[label] over the labels that count, and their number.
 
     hidden [N,E] in any floating dtype, weight [V,E] (frozen or not, tied or not; used in hidden's dtype), labels [N]
-    with IGNORED where nothing is scored. Returns (fp32 sum, int64 count), both scalars on the device: divide by the
-    count of the whole step, over accumulation and ranks, so that every token weighs the same. Softmax is fp32. The
-    result can be differentiated once, in one backward pass. Raises InputError for shapes that do not match.
+    with IGNORED where nothing is scored. With `token_weights` [N], each term of the sum is multiplied by its token's
+    weight. Returns (fp32 sum, int64 count), both scalars on the device: divide by the count of the whole step, over
+    accumulation and ranks, so that every token weighs the same. Softmax is fp32. The result can be differentiated once,
+    in one backward pass. Raises InputError for shapes that do not match.
     """
     _check(hidden, weight, labels)
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise InputError(f"token_weights {list(token_weights.shape)}, labels {list(labels.shape)}: expected one shape")
     # Apply autocast's dtype here and switch it off inside, since the operation chooses its own dtypes.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        loss = _LinearCrossEntropy.apply(hidden, weight, labels, chunk or chunk_of(weight))
+        loss = _LinearCrossEntropy.apply(hidden, weight, labels, token_weights, chunk or chunk_of(weight))
     return loss, (labels != IGNORED).sum()
 
 
@@ -72,7 +75,9 @@ def chunk_of(weight: Tensor) -> int:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, token_weights: Tensor | None, chunk: int
+    ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         matrix = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -86,11 +91,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p -= p.amax(dim=-1, keepdim=True)
             of_label = p.gather(-1, label)
             total = p.exp_().sum(dim=-1, keepdim=True)  # [c,1]
-            loss += (total.log() - of_label).where(scored, 0).sum()
+            nats = (total.log() - of_label).where(scored, 0)  # [c,1]
+            if token_weights is not None:
+                nats = nats * token_weights[rows, None]
+            loss += nats.sum()
             if dhidden is None and dweight is None:
                 continue
             # Softmax minus the one-hot label; rows without a label get no gradient.
             p.div_(total).scatter_add_(-1, label, -torch.ones_like(total)).masked_fill_(~scored, 0)
+            if token_weights is not None:
+                p.mul_(token_weights[rows, None])
             dlogits = p.to(hidden.dtype)
             if dhidden is not None:
                 torch.mm(dlogits, matrix, out=dhidden[rows])
@@ -105,8 +115,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        return *stored_gradients(ctx, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        return *stored_gradients(ctx, grad), None, None, None
 
 
 def stored_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:

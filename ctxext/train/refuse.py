@@ -32,6 +32,15 @@ def refuse(source: ModelSource, spec: FinetuneSpec, gpu: bool) -> None:
             "validation.max_short_ppl_increase: this model's original training length is not known",
             hint="give it with --original-length",
         )
+    # Weights that would be 1 for every token.
+    weights = spec.token_weights
+    for name, tokens in (("least", weights.least), ("short", weights.short)):
+        if tokens is not None and tokens >= spec.ctx:
+            raise InputError(
+                f"token_weights.{name}: {format_tokens(tokens)} tokens with ctx {format_tokens(spec.ctx)}: every token "
+                "would have the same weight",
+                hint=f"allowed are fewer than ctx ({format_tokens(spec.ctx)})",
+            )
     # Memory options that this model does not support.
     recompute.check(spec.memory, [kind.sliding_window for kind in source.kinds])
     if spec.memory.quantize != "none" and spec.tuning == "full":

@@ -20,7 +20,7 @@ from ctxext.model.source import ModelSource
 from ctxext.ops import cost
 from ctxext.ops.logits import loss_chunk
 from ctxext.ops.masks import Pattern
-from ctxext.train.finetune_spec import AttentionSpec, FinetuneSpec, Objective
+from ctxext.train.finetune_spec import AttentionSpec, FinetuneSpec, Objective, short_length
 from ctxext.train.measured import measured_length
 from ctxext.train.refuse import refuse
 from ctxext.train.schedule import Attention, attention_at, first_dense, phases
@@ -158,6 +158,7 @@ class RunPlan:
             ("positions", self.positions.summary),
             ("full layers train", self._attention_row()),
             *([("teacher", self.teacher.description)] if self.teacher else []),
+            *([("token weights", weights.described)] if (weights := self.spec.token_weights).kind != "equal" else []),
             ("trains", self._trainables_row()),
         ]
         rows += [
@@ -258,9 +259,10 @@ def plan_run(
     group_size = _group_size(source, spec)
     sink_tokens = _sink_tokens(spec, group_size)
     batch = spec.global_batch_size or max(1, spec.tokens_per_step // spec.ctx)
-    # One sequence's FLOPs, averaged over the schedule. The teacher adds its forward pass to both counts.
+    # One sequence's FLOPs, averaged over the schedule. The teacher and token weights add forward passes to both counts.
     earlier, flops = _earlier(source, spec, gpu), _mean_flops(source, spec, group_size)
     taught = teacher_flops(teacher, source, spec.ctx, mask=spec.data.document_mask) if teacher else 0
+    taught += token_weight_flops(source, spec, group_size)
     plan = RunPlan(
         spec=spec,
         source=source,
@@ -381,6 +383,16 @@ def _flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> t
         cost.step_flops(shape, layers, spec.ctx, again=again, kept=kept, trains=trains),
         cost.model_flops(shape, layers, spec.ctx, weights_train=trains),
     )
+
+
+def token_weight_flops(source: ModelSource, spec: FinetuneSpec, group_size: int | None) -> int:
+    """Returns the FLOPs of the three forward passes that LongCE's weights need for a sequence; 0 for other weights."""
+    short = short_length(spec.token_weights, spec.ctx)
+    if spec.token_weights.kind != "longce" or short >= spec.ctx:
+        return 0
+    layers = [_pattern(kind, group_size) for kind in source.kinds]
+    whole, piece = (cost.forward_flops(source.shape, layers, length) for length in (spec.ctx, short))
+    return whole + 2 * -(-spec.ctx // short) * piece
 
 
 def _pattern(kind: LayerKind, group_size: int | None) -> tuple[int | None, int | None]:

@@ -142,10 +142,19 @@ class ZeroEngine:
         return [float(value) for value in summed[1:]]
 
     def loss(
-        self, ids: Tensor, labels: Tensor, *, each: bool = False, objective: Objective | None = None, **attention: Any
+        self,
+        ids: Tensor,
+        labels: Tensor,
+        *,
+        each: bool = False,
+        objective: Objective | None = None,
+        token_weights: Tensor | None = None,
+        **attention: Any,
     ) -> Tensor:
         """Returns the loss of this rank's rows, with the weights gathered by DeepSpeed."""
-        losses: Tensor = self.engine(ids, labels, each=each, objective=objective, **attention)
+        losses: Tensor = self.engine(
+            ids, labels, each=each, objective=objective, token_weights=token_weights, **attention
+        )
         return losses
 
     def backward(self, loss: Tensor) -> None:
