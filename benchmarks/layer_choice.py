@@ -5,16 +5,17 @@
 MODEL is a llama that relies on its first token. Sliding layers have windows of 128 tokens and fitted sinks, as `convert
 --class granite_swa` writes them; the layers that are measured here are the stock ones, streamed as the planner does.
 Each layer is measured alone: with a window, and without RoPE. Then layers lose their full attention in rounds: in each
-round those whose window costs least leave the full layers, and the rest are measured again in the new layout. The
-choices are compared with evenly spaced and with drawn layers at five budgets, on another novel and on other passkeys.
-One layout a line in benchmarks/results/layer-choice-cpu.jsonl; what is there is not measured again.
+round those whose window costs the passkeys least leave the full layers, and the rest are measured again in the new
+layout. From five layers the choice grows again, by the layers that help text and passkeys most. The choices are
+compared with evenly spaced and with drawn layers, on another novel and on other passkeys. One layout a line in
+benchmarks/results/layer-choice-cpu.jsonl; what is there is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,11 +38,9 @@ CHOSEN_ON, COMPARED_ON = "eliot_daniel_deronda.md", "norris_the_octopus.md"
 DEPTHS = (0.05, 0.25, 0.45, 0.65, 0.8)  # of passkeys; all are further from the question than the window
 BUDGETS = (15, 10, 8, 5, 3)  # full layers of 30, in rounds
 COMPARED = (15, 8, 5, 3)
+GROWN = (5, 8)  # from so many layers to so many
+ANSWER_SHARE = 0.3  # weight of the loss at the answers beside that of text, where layers are added
 SLIDING, FULL, NOPE = LayerKind(True, WINDOW), LayerKind(True, None), LayerKind(False, None)
-SCORES: dict[str, Callable[[Row], float]] = {
-    "retrieval": lambda row: row["answer"],
-    "both": lambda row: row["text"] + 0.3 * row["answer"],
-}
 Full = tuple[int, ...]
 
 
@@ -106,23 +105,35 @@ def alone(rows: Rows, bench: Bench, part: str, kind: LayerKind) -> None:
     measured(rows, part, bench, {"source": (FULL,) * bench.count} | kinds)
 
 
-def in_rounds(rows: Rows, bench: Bench, name: str) -> dict[int, Full]:
-    """The full layers at each budget by the score `name`: in each round the layers whose window costs least leave."""
-    score, full, chosen = SCORES[name], tuple(range(bench.count)), {}
+def in_rounds(rows: Rows, bench: Bench) -> dict[int, Full]:
+    """The full layers at each budget: in each round the layers whose window costs the passkeys least leave."""
+    full, chosen = tuple(range(bench.count)), {}
     for budget in BUDGETS:
         # What the window of each remaining full layer costs, in the layout of this round.
         without = {i: layout(bench.count, tuple(j for j in full if j != i)) for i in full}
         part = "window alone" if len(full) == bench.count else f"without, {_text(full)}"
         cost = measured(rows, part, bench, {str(i): kinds for i, kinds in without.items()})
-        kept = sorted(full, key=lambda i: score(cost[str(i)]), reverse=True)[:budget]
+        kept = sorted(full, key=lambda i: cost[str(i)]["answer"], reverse=True)[:budget]
         chosen[budget] = full = tuple(sorted(kept))
     return chosen
 
 
-def at_once(rows: Rows, count: int, name: str) -> dict[int, Full]:
-    """The full layers at each budget by the first round alone: those whose own window costs most in the source."""
+def grown(rows: Rows, bench: Bench, start: Full) -> dict[int, Full]:
+    """The full layers `start` and those that reduce the loss of text and passkeys most, one after the other."""
+    full = start
+    while len(full) < GROWN[1]:
+        others = [i for i in range(bench.count) if i not in full]
+        kinds = {str(i): layout(bench.count, (*full, i)) for i in others}
+        cost = measured(rows, f"with, {_text(full)}", bench, kinds)
+        best = min(others, key=lambda i: cost[str(i)]["text"] + ANSWER_SHARE * cost[str(i)]["answer"])
+        full = tuple(sorted((*full, best)))
+    return {len(full): full}
+
+
+def at_once(rows: Rows, count: int) -> dict[int, Full]:
+    """The full layers at each budget by the first round alone: those whose own window costs the passkeys most."""
     cost = {int(row["arm"]): row for row in rows.rows if row["part"] == "window alone" and row["arm"] != "source"}
-    order = sorted(range(count), key=lambda i: SCORES[name](cost[i]), reverse=True)
+    order = sorted(range(count), key=lambda i: cost[i]["answer"], reverse=True)
     return {budget: tuple(sorted(order[:budget])) for budget in BUDGETS}
 
 
@@ -138,6 +149,7 @@ def compare(rows: Rows, bench: Bench, choices: dict[str, dict[int, Full]], lette
         kinds = {
             f"{budget} {letter}, {name}: {_text(chosen[budget])}": layout(bench.count, chosen[budget], kind)
             for name, chosen in choices.items()
+            if budget in chosen
         }
         measured(rows, "compared", bench, kinds)
 
@@ -155,7 +167,7 @@ def report(rows: Rows, model: Path) -> str:
     lines = []
     for i in own["window alone"]:
         cells = [i]
-        for part, found in own.items():
+        for found in own.values():
             if i == "source":
                 cells += [f"{found[i][key]:.3f}" for key in ("text", "answer")]
             elif i in found:
@@ -165,8 +177,8 @@ def report(rows: Rows, model: Path) -> str:
     sets = [[row["arm"], f"{row['text']:.3f}", f"{row['answer']:.2f}", f"{row['found']:.0%}"] for row in compared]
     return "\n".join(
         [
-            f"{model.name}, windows of {WINDOW} tokens with fitted sinks, rows of {T:,} tokens, nats a token, untrained. "
-            f"{machine()}.",
+            f"{model.name}, windows of {WINDOW} tokens with fitted sinks, rows of {T:,} tokens, nats a token, "
+            f"untrained. {machine()}.",
             "",
             "`python benchmarks/layer_choice.py MODEL BOOKS`",
             "",
@@ -195,8 +207,9 @@ def main() -> None:
     bench = Bench(given.model, given.books / CHOSEN_ON, given.texts, seed=1)
     alone(rows, bench, "window alone", SLIDING)
     choices = {"even": {budget: evenly(bench.count, budget) for budget in BUDGETS}}
-    choices |= {f"{name}, in rounds": in_rounds(rows, bench, name) for name in SCORES}
-    choices["retrieval, at once"] = at_once(rows, bench.count, "retrieval")
+    choices["retrieval, in rounds"] = in_rounds(rows, bench)
+    choices["grown"] = grown(rows, bench, choices["retrieval, in rounds"][GROWN[0]])
+    choices["retrieval, at once"] = at_once(rows, bench.count)
     rng = random.Random(0)
     choices["drawn"] = {budget: tuple(sorted(rng.sample(range(bench.count), budget))) for budget in BUDGETS}
     other = Bench(given.model, given.books / COMPARED_ON, given.texts, seed=2)

@@ -31,13 +31,13 @@ from ctxext.evals import niah, passkey, perplexity
 from ctxext.evals.eval_spec import Niah, Passkey
 from ctxext.evals.item_runner import Ledger, run_job
 from ctxext.model.load import LoadedModel, load_model
-from ctxext.units import parse_tokens
+from ctxext.units import format_tokens, parse_tokens
 
 TRAINED_ON, HELD_OUT = "eliot_daniel_deronda.md", ("norris_the_octopus.md", "grant_personal_memoirs.md")
 WINDOW = 128  # tokens
 HEALED_AT, BATCH = 1024, 2  # tokens of a row, rows of a step
 TEXT = 16_384  # tokens of each held-out novel
-LENGTHS = (2048, 8192)
+LENGTHS = (2048, 4096, 8192)
 # Rates for a model of this width (benchmarks/results/retrofit-cpu.md); the preset's own are for wide models.
 HEAL: dict[str, Any] = {
     "lora.alpha": "curvature",
@@ -62,10 +62,16 @@ class Arm:
     full_layers: str | None = None
 
 
+# The eight of 30 layers of SmolLM2-135M whose heads attend most to the answers of passkeys (benchmarks/layer_choice.py).
+RETRIEVAL = "14,17,18,20,21,22,23,24"
 ARMS = {
     "source": Arm(),
     "SF": Arm("SF"),
     "SF, sinks": Arm("SF", "auto"),
+    "8 F, by heads, sinks": Arm("SF", "auto", full_layers=RETRIEVAL),
+    "8 F, by heads, sinks, healed": Arm("SF", "auto", healed=True, full_layers=RETRIEVAL),
+    "8 N, by heads, sinks": Arm("SN", "auto", full_layers=RETRIEVAL),
+    "8 N, by heads, sinks, healed": Arm("SN", "auto", healed=True, full_layers=RETRIEVAL),
     "SF, sinks, healed": Arm("SF", "auto", healed=True),
     "SSSN, sinks": Arm("SSSN", "auto"),
     "SSSN, sinks, healed": Arm("SSSN", "auto", healed=True),
@@ -73,21 +79,26 @@ ARMS = {
 }
 
 
+def label(name: str, tokens: int) -> str:
+    """The arm's name in the file of rows: a healed one with its tokens."""
+    return f"{name}, {format_tokens(tokens)}" if ARMS[name].healed else name
+
+
 def made(model: Path, books: Path, name: str, tokens: int, rows: Rows, work: Path) -> Path:
     """The arm's model: converted, and trained where it is to be."""
     arm = ARMS[name]
     if arm.layout is None:
         return model
-    out = work / f"{arm.layout}-{arm.sinks}"
+    out = work / "-".join([arm.layout, *(arm.full_layers or "").split(","), arm.sinks])
     if not out.exists():
         options: dict[str, Any] = {"sliding_window": WINDOW, "full_layers": arm.full_layers, "sinks": arm.sinks}
         api.convert(model, arm.layout, out=out, model_class="granite_swa", gate=False, say=console.say, **options)
     if not arm.healed:
         return out
-    run = work / f"{out.name}-healed"
+    run = work / f"{out.name}-healed-{tokens}"
     if not (run / manifest.FILE_NAME).exists():
         trained = heal(out, books, tokens, run)
-        rows.once("training", name, 0, lambda: trained)
+        rows.once("training", label(name, tokens), 0, lambda: trained)
     return run
 
 
@@ -140,7 +151,7 @@ def experiment(rows: Rows, model: Path, books: Path, names: list[str], tokens: i
                 "needles": partial(needles, loaded, length, cases, work),
             }
             for part, measure in parts.items():
-                rows.once(f"{part} at {length:,}", name, 0, measure)
+                rows.once(f"{part} at {length:,}", label(name, tokens), 0, measure)
         del loaded
         gc.collect()
 
@@ -157,10 +168,8 @@ def report(rows: Rows, model: Path) -> str:
     heads, lines_of_arms = ["", "healing tokens"], []
     for length in LENGTHS:
         heads += [f"loss at {length:,}: {HELD_OUT[0]}", HELD_OUT[1], f"passkeys at {length:,}", "needles"]
-    for name in ARMS:
+    for name in dict.fromkeys(row["arm"] for row in rows.rows):
         own = {part: [row for row in rows.rows if row["part"] == part and row["arm"] == name] for part in _parts(rows)}
-        if not any(own.values()):
-            continue
         cells = [name, cell(own.get("training", []), "tokens", "{:,.0f}")]
         for length in LENGTHS:
             text = own.get(f"text at {length:,}", [])
