@@ -62,7 +62,7 @@ class Arm:
     full_layers: str | None = None
 
 
-# The eight of 30 layers of SmolLM2-135M whose heads attend most to the answers of passkeys (benchmarks/layer_choice.py).
+# The eight of 30 layers of SmolLM2-135M whose heads attend most to the answers of passkeys.
 RETRIEVAL = "14,17,18,20,21,22,23,24"
 ARMS = {
     "source": Arm(),

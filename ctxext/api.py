@@ -125,13 +125,14 @@ def convert(
     """Converts most layers to small sliding windows and keeps a few full layers.
 
     The conversion edits the layout and copies the weights; with `gate` it compares the result with the source.
-    The report's `planner` is the choice of full layers where it was measured (full_layers "auto").
+    The report's `planner` is the choice of full layers where it was measured (full_layers "auto" or "retrieval").
 
     hybrid        a preset, a YAML file or a pattern of S, N, F
-    full_layers   layers counted from 0, "odd", "even", "last", or "auto", which measures the layers to keep full
+    full_layers   layers counted from 0, "odd", "even", "last"; "auto" searches by measuring layouts; "retrieval" takes
+                  the layers with the strongest retrieval heads
     model_class   the output's model_type, such as "granite_swa"
     sinks         "auto" (fitted where the class has sinks and the model needs them) or "none"
-    calibration   text for full_layers "auto" and for sinks, such as a file; None: the embedded corpus
+    calibration   text for full_layers "auto" and "retrieval" and for sinks, such as a file; None: the embedded corpus
     """
     from ctxext.retrofit.conversion import choose_full_layers, plan_layers, planned_conversion, write_conversion
 

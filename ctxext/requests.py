@@ -23,7 +23,7 @@ from ctxext.errors import SpecError
 from ctxext.units import parse_tokens
 
 DEFAULT_PRESET = "lora-alpha"
-AUTO = "auto"  # the value of full_layers for which the planner measures
+AUTO, RETRIEVAL = "auto", "retrieval"  # the values of full_layers for which layers are chosen by measurement
 Length = str | int  # tokens, as a number or as text such as "32k"
 Settings = dict[str, Any]  # fields of a spec by dotted path
 
@@ -90,21 +90,27 @@ class ConvertRequest:
     full_layers: Annotated[
         tuple[int | str, ...] | str | None,
         Option(
-            "The full layers: odd, even, last, numbers from 0 such as 3,7,11, or auto (the planner measures and "
-            "chooses); all others are sliding"
+            "The full layers: odd, even, last, numbers from 0 such as 3,7,11; auto: the planner measures layouts and "
+            "chooses; retrieval: the layers with the strongest retrieval heads, much faster. All others are sliding"
         ),
     ] = None
     budget: Annotated[
         str | int | None,
-        Option("auto: number of full layers, or share of the KV cache such as 25% [default: half of the layers]"),
+        Option(
+            "auto, retrieval: number of full layers, or share of the KV cache such as 25% [default: half of the layers]"
+        ),
     ] = None
     length: Annotated[
-        Length | None, Option("auto: tokens at which KV cache and FLOPs are counted [default: usable length]")
+        Length | None,
+        Option("auto, retrieval: tokens at which KV cache and FLOPs are counted [default: usable length]"),
     ] = None
     calibration: Annotated[
-        str | None, Option("Text for the measurements of auto and the fit of sinks [default: the embedded corpus]")
+        str | None,
+        Option("Text for the measurements of auto and retrieval and the fit of sinks [default: the embedded corpus]"),
     ] = None
-    calibration_tokens: Annotated[Length | None, Option("auto: tokens of this text to use [default: 8k]")] = None
+    calibration_tokens: Annotated[
+        Length | None, Option("auto, retrieval: tokens of this text to use [default: 8k]")
+    ] = None
     i_know: Annotated[bool, Option("auto: allow a budget of zero full layers")] = False
     sliding_window: Annotated[int | None, Option("Window in tokens, instead of the preset's")] = None
     model_class: Annotated[

@@ -10,7 +10,7 @@ import typer
 from ctxext.cli import console
 from ctxext.cli.options import AsJson, Force, out_option, takes
 from ctxext.errors import InputError
-from ctxext.requests import AUTO, ConvertRequest
+from ctxext.requests import AUTO, RETRIEVAL, ConvertRequest
 
 if TYPE_CHECKING:
     from ctxext.retrofit.planner import LayerPlan
@@ -19,6 +19,7 @@ EXAMPLES = """Examples:\n
   ctxext convert llama2-7b --hybrid swa128-nope\n
   ctxext convert ./my-model --hybrid swa128-nope --full-layers 3,7,11\n
   ctxext convert ./my-model --hybrid swa128-nope --full-layers auto --budget 25% --length 100k\n
+  ctxext convert ./my-model --hybrid swa128 --full-layers retrieval --budget 8\n
   ctxext convert qwen3-8b --hybrid SSSN --sliding-window 512 --dtype bfloat16"""
 
 
@@ -26,7 +27,9 @@ EXAMPLES = """Examples:\n
 def convert(
     request: ConvertRequest,
     out: Annotated[Path | None, out_option("convert-<name>")] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="auto: print the cost of each layer alone")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="auto, retrieval: print what was measured of each layer")
+    ] = False,
     allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Accept pytorch_model.bin weights")] = False,
     force: Force = False,
     as_json: AsJson = False,
@@ -34,8 +37,8 @@ def convert(
     """Convert most layers to small sliding windows and keep a few full, without changing the weights."""
     from ctxext import api
 
-    if explain and request.full_layers != AUTO:
-        raise InputError("--explain needs --full-layers auto", hint="add --full-layers auto")
+    if explain and request.full_layers not in (AUTO, RETRIEVAL):
+        raise InputError("--explain needs --full-layers auto or retrieval", hint="add --full-layers auto")
     console.quiet_libraries()
     with console.progress("starting") as progress:
         report = api.convert(

@@ -133,7 +133,7 @@ def _full_layers(text: str, num_layers: int) -> set[int]:
         layers = {int(part) for part in text.split(",")}
     except ValueError:
         raise InputError(
-            f"--full-layers {text!r}: allowed are auto, odd, even, last, or layers from 0 such as 3,7,11"
+            f"--full-layers {text!r}: allowed are auto, retrieval, odd, even, last, or layers from 0 such as 3,7,11"
         ) from None
     wrong = sorted(i for i in layers if not 0 <= i < num_layers)
     if wrong:

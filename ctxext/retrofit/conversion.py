@@ -18,7 +18,7 @@ from ctxext.model.convert import (
     with_kinds,
 )
 from ctxext.progress import Progress
-from ctxext.requests import AUTO, ConvertRequest
+from ctxext.requests import AUTO, RETRIEVAL, ConvertRequest
 from ctxext.retrofit.layers import Request, request_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def planned_conversion(
         request.model,
         request.hybrid,
         out=out,
-        full_layers=None if full_layers == AUTO else full_layers,
+        full_layers=None if full_layers in (AUTO, RETRIEVAL) else full_layers,
         sliding_window=request.sliding_window,
         dtype=request.dtype,
         model_class=request.model_class,
@@ -49,19 +49,19 @@ def planned_conversion(
 
 
 def plan_layers(plan: ConversionPlan, request: ConvertRequest) -> Request | None:
-    """Returns the request to the planner; None where `full_layers` is not "auto".
+    """Returns the request to the planner; None where `full_layers` is neither "auto" nor "retrieval".
 
     Raises InputError where an option of the planner is given without it.
     """
-    automatic = request.full_layers == AUTO
+    method = request.full_layers if request.full_layers in (AUTO, RETRIEVAL) else None
     requested = {name: getattr(request, name) for name in ("budget", "length", "calibration", "calibration_tokens")}
     requested = {name: value for name, value in requested.items() if value is not None}
     if request.i_know:
         requested["i_know"] = True
-    if not automatic and may_fit_sinks(plan):
+    if method is None and may_fit_sinks(plan):
         requested.pop("calibration", None)  # the sinks are fitted on this text
     source = plan.source
-    return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, automatic, requested)
+    return request_of(source.shape, source.kinds, plan.hybrid, source.usable_length, method, requested)
 
 
 def choose_full_layers(plan: ConversionPlan, request: Request | None, say: Say, progress: Progress) -> LayerPlan | None:

@@ -46,6 +46,7 @@ class Request:
     length       at which the KV cache and FLOPs are counted
     calibration  text to measure on, as for read_documents; of the embedded corpus the training part
     tokens       of text in total, in rows of `row_tokens`
+    method       auto: layouts are measured and searched; retrieval: the layers with the strongest retrieval heads
     """
 
     full: int
@@ -53,6 +54,7 @@ class Request:
     calibration: str
     tokens: int
     row_tokens: int
+    method: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,17 @@ def request_of(
     source: Sequence[LayerKind],
     hybrid: HybridSpec,
     usable_length: int,
-    automatic: bool,
+    method: Any,
     requested: Mapping[str, Any],
 ) -> Request | None:
-    """Checks the planner's options as the user gave them (`requested`). None without the planner (`automatic` False).
+    """Checks the planner's options as the user gave them (`requested`). None without the planner (`method` None).
 
     Raises InputError for an option of the planner without the planner.
     """
-    if not automatic:
+    if method is None:
         if requested:
             option = next(iter(requested)).replace("_", "-")
-            raise InputError(f"--{option} needs --full-layers auto", hint="add --full-layers auto")
+            raise InputError(f"--{option} needs --full-layers auto or retrieval", hint="add --full-layers auto")
         return None
     length, tokens = (
         None if name not in requested else parse_tokens(requested[name]) for name in ("length", "calibration_tokens")
@@ -95,6 +97,7 @@ def request_of(
         calibration=requested.get("calibration"),
         tokens=tokens,
         i_know=bool(requested.get("i_know")),
+        method=method,
     )
 
 
@@ -109,6 +112,7 @@ def plan_request(
     calibration: str | None,
     tokens: int | None,
     i_know: bool,
+    method: str = "auto",
 ) -> Request:
     """Checks the options against the model. Raises InputError for impossible ones.
 
@@ -140,7 +144,9 @@ def plan_request(
             "a budget of 0 full layers: the model could retrieve nothing further back than the window",
             hint="give --budget 1 or more, or add --i-know if this is intended",
         )
-    return Request(full, at, calibration or EMBEDDED, max(count, row), row)
+    if full == 0 and method != "auto":
+        raise InputError(f"--full-layers {method}: a budget of 0 full layers leaves nothing to choose")
+    return Request(full, at, calibration or EMBEDDED, max(count, row), row, method)
 
 
 def full_layer_count(
@@ -214,6 +220,13 @@ def search(L: int, k: int, gains: Sequence[float], measure: Measure) -> LayerSea
         believed = _add_one_by_one(L, k, gains, measured, look)
         _swap(L, k, believed, measured, look)
     return LayerSearch(_best(measured, k), measured, exhaustive)
+
+
+def strongest(L: int, k: int, scores: Sequence[float], measure: Measure) -> LayerSearch:
+    """Returns the k of L layers with the largest `scores` [L], measured with the fixed patterns of k full layers."""
+    best = tuple(sorted(sorted(range(L), key=lambda i: (-scores[i], i))[:k]))
+    choices = list(dict.fromkeys([best, *(choice for choice in fixed_choices(L, k).values() if len(choice) == k)]))
+    return LayerSearch(best, dict(zip(choices, measure(choices), strict=True)), exhaustive=False)
 
 
 def _best(measured: dict[Full, float], k: int) -> Full:

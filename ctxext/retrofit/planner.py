@@ -31,7 +31,7 @@ from ctxext.progress import CountProgress, Progress, ignore
 from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import MIN_SHARE, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
 from ctxext.retrofit.fitted_sinks import open_conversion, sinks_of_windows
-from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search
+from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search, strongest
 from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
 ANSWER_SHARE = 0.05  # weight in a score, as if one token in twenty were retrieved. A convention, not a measurement
@@ -45,12 +45,13 @@ class LayerFacts:
     """Measurements of one layer in the source.
 
     `window`: the damage of giving this layer the window, with all else unchanged. `full`: the damage of making it a
-    full layer of the layout (without RoPE if that layer has none). `heads`: the retrieval scores of its heads.
+    full layer of the layout (without RoPE if that layer has none). Both are None if layers are chosen by their heads.
+    `heads`: the retrieval scores of its heads.
     """
 
     layer: int
-    window: Damage
-    full: Damage
+    window: Damage | None
+    full: Damage | None
     heads: tuple[float, ...] | None
 
 
@@ -137,10 +138,11 @@ class LayerPlan:
         return [
             (
                 str(facts.layer),
-                f"{facts.window.text:.4f}",
-                _shown(facts.window.answer),
-                f"{facts.full.text:.4f}",
-                _shown(facts.full.answer),
+                *(
+                    _shown(value)
+                    for alone in (facts.window, facts.full)
+                    for value in ((alone.text, alone.answer) if alone else (None, None))
+                ),
                 _shown(max(facts.heads) if facts.heads else None),
                 str(sum(score > MIN_SHARE for score in facts.heads)) if facts.heads else "-",
             )
@@ -152,12 +154,18 @@ class LayerPlan:
         r = self.request
         where = "the embedded corpus's training part" if r.calibration == EMBEDDED else r.calibration
         how = "all possible ones" if self.exhaustive else "greedy, with swaps"
+        if r.method == "retrieval":
+            how = "the choice and fixed patterns of as many full layers"
         lines = [
             f"{len(self.measured)} layouts measured ({how}) on {self.texts} x {r.row_tokens} tokens of {where}, and on "
             f"{counted(self.questions, 'passkey')} in it",
             "text, answers: KL to the source's predictions; loss: on text, above the source's; nats a token, "
             f"before any healing; KV cache and forward are for {format_tokens(r.length)} tokens",
         ]
+        if r.method == "retrieval":
+            lines.append(
+                "chosen: the layers whose heads attend most to the passkeys, summed over the heads (--explain)"
+            )
         if not r.full:
             lines.append("no full layer: the model can retrieve nothing further back than the window")
         if self.source_answer_loss is None:
@@ -208,8 +216,6 @@ def choose_layers(
     # Answers count only if the source itself can retrieve them.
     loss = answer_loss(layers, samples, truth)
     share = ANSWER_SHARE if loss is not None and loss <= MAX_ANSWER_LOSS else 0.0
-    facts = layer_facts(layers, samples, truth, window, full, lambda *n: progress("each layer by itself", *n))
-
     L, found = len(source.kinds), dict[Full, Damage]()
 
     def score(choices: Sequence[Full]) -> list[float]:
@@ -218,9 +224,14 @@ def choose_layers(
         found.update(zip(choices, damages, strict=True))
         return [damage.score(share) for damage in damages]
 
-    # First estimates for the search: how much each layer gains by staying full.
-    gains = [each.window.score(share) - each.full.score(share) for each in facts]
-    result = search(L, request.full, gains, score)
+    if request.method == "retrieval":
+        facts = retrieval_facts(layers, samples, loss, source.name)
+        result = strongest(L, request.full, [sum(each.heads or ()) for each in facts], score)
+    else:
+        facts = layer_facts(layers, samples, truth, window, full, lambda *n: progress("each layer by itself", *n))
+        # First estimates for the search: how much each layer gains by staying full.
+        gains = [each.window.score(share) - each.full.score(share) for each in facts if each.window and each.full]
+        result = search(L, request.full, gains, score)
     measured = tuple(_measured(plan, request, choice, found[choice], share) for choice in result.measured)
     return LayerPlan(
         kinds=tuple(full if i in result.best else window for i in range(L)),
@@ -261,6 +272,20 @@ def layer_facts(
     return tuple(
         LayerFacts(i, damage[i], damage[L + i], None if heads is None else tuple(heads[i].tolist())) for i in range(L)
     )
+
+
+def retrieval_facts(layers: Layers, samples: Samples, loss: float | None, name: str) -> tuple[LayerFacts, ...]:
+    """Returns the retrieval scores of each layer's heads. `loss` is the source's own at the answers.
+
+    Raises InputError if the source does not retrieve the passkeys: its heads then show nothing.
+    """
+    heads = head_scores(layers, samples)
+    if heads is None or loss is None or loss > MAX_ANSWER_LOSS:
+        why = "they do not fit in its rows" if loss is None else f"its loss at the answers is {loss:.2f} nats a token"
+        raise InputError(
+            f"--full-layers retrieval: {name} does not retrieve passkeys: {why}", hint="use --full-layers auto"
+        )
+    return tuple(LayerFacts(i, None, None, tuple(row.tolist())) for i, row in enumerate(heads))
 
 
 def calibration_samples(tokenizer: Any, request: Request, window: int) -> Samples:
