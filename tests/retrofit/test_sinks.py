@@ -35,8 +35,9 @@ IDS = torch.arange(60)[None] * 7 % 250
 
 @pytest.fixture
 def hangs(monkeypatch):
-    """Every model counts as one that hangs on its first token."""
+    """Every model, with all its layers, counts as one that relies on its first token."""
     monkeypatch.setattr(fitted_sinks, "SINK_SHARE", 0.0)
+    monkeypatch.setattr(fitted_sinks, "LAYER_SHARE", 0.0)
 
 
 def convert(model: Path, out: Path, layout: str = "SSFN", **options) -> tuple[Path, list[str]]:
@@ -135,6 +136,26 @@ def test_a_constant_logit_moves_into_sink_and_biases_exactly(write_model, tmp_pa
         visible, ours = stock(model)(ids, attention_mask=mask).logits, converted(ids).logits
     torch.testing.assert_close(ours[:, W:], visible[:, W:], rtol=1e-4, atol=1e-5)
     assert (ours[:, 0] - visible[:, 0]).abs().max() < 1e-5  # the first token's own output
+
+
+def test_layers_that_do_not_rely_on_the_first_token_get_no_sink(model_dir, tmp_path, monkeypatch):
+    """In them the first token is an ordinary one, and its value in one text is wrong in another."""
+    model, shares = model_dir("llama"), []
+    real = fitted_sinks.first_token
+    monkeypatch.setattr(fitted_sinks, "first_token", lambda *given: shares.append(real(*given)) or shares[-1])
+    monkeypatch.setattr(fitted_sinks, "SINK_SHARE", 0.0)
+    convert(model, tmp_path / "all", "S")
+    # A limit between the layers, so that some of them are below it.
+    limit = sorted(shares[0].shares)[2]
+    monkeypatch.setattr(fitted_sinks, "LAYER_SHARE", limit)
+    out, _ = convert(model, tmp_path / "out", "S")
+    relying = [i for i, share in enumerate(shares[0].shares) if share >= limit]
+    assert 0 < len(relying) < 4 and resolve(str(out)).manifest.facts["sinks"]["layers"] == relying
+    assert resolve(str(out)).fitted_layers == tuple(relying)  # the layers whose sinks train
+    read = tensor_reader(out)
+    for layer in range(4):
+        bare = (read(name_of(layer, "sinks")) == NO_SINK).all() and not read(name_of(layer, "v_proj.bias")).any()
+        assert bare == (layer not in relying)
 
 
 def test_a_fitted_conversion_is_its_own_teacher(model_dir, tmp_path, hangs):
