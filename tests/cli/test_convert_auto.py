@@ -1,4 +1,4 @@
-"""`ctxext convert --full-layers auto` as it is typed, in this process."""
+"""`ctxext convert --full-layers auto` and `retrieval` as they are typed, in this process."""
 
 import json
 
@@ -65,6 +65,32 @@ def test_no_full_layer_is_for_those_who_know(convert, tmp_path):
     done = convert(*auto, "--i-know")
     assert "the model can retrieve nothing further back than the window" in done.stderr
     assert {kind.letter for kind in resolve(str(tmp_path / "o")).kinds} == {"S"}
+
+
+def test_retrieval_keeps_the_layer_with_the_strongest_retrieval_heads(tmp_path):
+    """`tiny` retrieves in layer 1 (LOG.md). Fixed patterns with as many full layers are measured beside the choice."""
+    out = tmp_path / "o"
+    given = ["convert", "tiny", "--hybrid", "swa128", "--full-layers", "retrieval", "--budget", "1", "--out", str(out)]
+    done = CliRunner().invoke(app, [*given, "--calibration-tokens", "512", "--explain"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    kept = json.loads((out / "retrofit.json").read_text())
+    assert kept["chosen"]["full"] == [1] and kept["request"]["method"] == "retrieval"
+    assert [i for i, kind in enumerate(resolve(str(out)).kinds) if kind.letter == "F"] == [1]
+    assert manifest.read(out).facts["planner"]["full_layers"] == [1]
+    # Beside the choice: one full layer at the first and at the last place of evenly spread ones, and SSSF.
+    assert {tuple(choice["full"]) for choice in kept["measured"]} == {(0,), (1,), (3,)}
+    answers = {tuple(choice["full"]): choice["damage"]["answer"] for choice in kept["measured"]}
+    assert min(answers, key=answers.get) == (1,)
+    assert "the layers whose heads attend most to the passkeys" in done.stderr
+
+
+def test_retrieval_is_refused_for_a_model_that_does_not_retrieve(convert, tmp_path):
+    given = ["--full-layers", "retrieval", "--budget", "1", "--calibration", tmp_path / "prose.txt"]
+    with pytest.raises(InputError, match="does not retrieve passkeys: its loss at the answers is") as caught:
+        convert(*given, "--calibration-tokens", 512)
+    assert "--full-layers auto" in caught.value.hint and not (tmp_path / "o").exists()
+    with pytest.raises(InputError, match="a budget of 0 full layers"):
+        convert(*given[:2], "--budget", 0, "--i-know")
 
 
 @pytest.mark.parametrize(
