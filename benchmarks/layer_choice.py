@@ -1,13 +1,15 @@
 """Which layers of a real model stay full: choices by retrieval and by text against fixed patterns, before any training.
 
-    python benchmarks/layer_choice.py MODEL BOOKS        # about an hour for SmolLM2-135M on two CPU cores
+    python benchmarks/layer_choice.py MODEL BOOKS        # 20 minutes for SmolLM2-135M on two cores; --search: 70
 
 MODEL is a llama that relies on its first token. Sliding layers have windows of 128 tokens and fitted sinks, as `convert
 --class granite_swa` writes them; the layers that are measured here are the stock ones, streamed as the planner does.
-Each layer is measured alone: with a window, and without RoPE. Then layers lose their full attention in rounds: in each
-round those whose window costs the passkeys least leave the full layers, and the rest are measured again in the new
-layout. From five layers the choice grows again, by the layers that help text and passkeys most. The choices are
-compared with evenly spaced and with drawn layers, on another novel and on other passkeys. One layout a line in
+The layers with the strongest retrieval heads (`convert --full-layers retrieval`) are compared with evenly spaced and
+with drawn layers, as full layers with RoPE and without. With --search, two searches are compared as well. In the first,
+layers lose their full attention in rounds: in each round those whose window costs the passkeys least leave the full
+layers, and the rest are measured again in the new layout. In the second, the choice grows again from five layers, by
+the layers that help text and passkeys most. Each layer is then also measured alone: with a window, and without RoPE.
+Choices are made on one novel and compared on another one, with other passkeys. One layout a line in
 benchmarks/results/layer-choice-cpu.jsonl; what is there is not measured again.
 """
 
@@ -24,12 +26,12 @@ from arms import Row, Rows, machine, table
 from torch import Tensor
 
 from ctxext.cli import console
-from ctxext.data.haystack import passkey_cases
+from ctxext.data.haystack import key_places, passkey_cases
 from ctxext.data.prompts import framing
 from ctxext.model.convert import plan_conversion
 from ctxext.model.layout import LayerKind
 from ctxext.model.load import load_tokenizer
-from ctxext.retrofit.damage import Layers, final_states
+from ctxext.retrofit.damage import Layers, Samples, final_states, head_scores
 from ctxext.retrofit.fitted_sinks import open_conversion, sinks_of_windows
 from ctxext.train.loss import token_losses
 
@@ -52,13 +54,13 @@ class Bench:
         layers = open_conversion(plan, [SLIDING, FULL, NOPE], torch.device("cpu"))
         self.layers: Layers = replace(layers, values=sinks_of_windows(plan, layers, SLIDING))
         self.count, self.texts = len(plan.source.kinds), texts
-        tokenizer = load_tokenizer(model)
+        self.tokenizer = tokenizer = load_tokenizer(model)
         begin = framing(tokenizer)[0]
         ids = tokenizer(book.read_text("utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
         # Rows far from each other; each begins as the tokenizer begins a text.
         own, far = T - len(begin), len(ids) // (texts + 1)
         rows = [[*begin, *ids[i * far : i * far + own]] for i in range(1, texts + 1)]
-        cases = passkey_cases(tokenizer, T, depths=DEPTHS, per_depth=1, seed=seed)
+        self.cases = cases = passkey_cases(tokenizer, T, depths=DEPTHS, per_depth=1, seed=seed)
         rows += [[*case.prompt_ids, *case.answer_ids] for case in cases]
         self.ids = torch.tensor(rows)  # [n,T]
         self.answers = [len(case.prompt_ids) for case in cases]
@@ -137,6 +139,24 @@ def at_once(rows: Rows, count: int) -> dict[int, Full]:
     return {budget: tuple(sorted(order[:budget])) for budget in BUDGETS}
 
 
+def by_heads(rows: Rows, bench: Bench) -> dict[int, Full]:
+    """The full layers at each budget whose heads attend most to the answers of the passkeys, summed over the heads."""
+
+    def scores() -> Row:
+        needles, answers = torch.zeros(2, *bench.ids.shape, dtype=torch.bool)
+        for row, case in enumerate(bench.cases, start=bench.texts):
+            answers[row, len(case.prompt_ids) - 1 : -1] = True
+            needles[row, list(key_places(bench.tokenizer, case))] = True
+        found = head_scores(bench.layers, Samples(bench.ids, bench.texts, answers, needles))
+        assert found is not None
+        return {str(i): float(score) for i, score in enumerate(found.sum(1))}
+
+    rows.once("retrieval heads, summed by layer", "source", 0, scores)
+    (row,) = rows.of("retrieval heads, summed by layer")["source"]
+    order = sorted(range(bench.count), key=lambda i: -row[str(i)])
+    return {budget: tuple(sorted(order[:budget])) for budget in BUDGETS}
+
+
 def evenly(count: int, budget: int) -> Full:
     """Full layers at equal distances; the last layer of each stretch, as in SF and SSSF."""
     return tuple(round((i + 1) * count / budget) - 1 for i in range(budget))
@@ -159,44 +179,38 @@ def _text(full: Full) -> str:
 
 
 def report(rows: Rows, model: Path) -> str:
-    """Markdown: each layer alone, then the choices."""
-    heads = ["layer", "window: text", "answers", "NoPE: text", "answers"]
-    own = {
-        part: {row["arm"]: row for row in rows.rows if row["part"] == part} for part in ("window alone", "NoPE alone")
-    }
-    lines = []
-    for i in own["window alone"]:
-        cells = [i]
-        for found in own.values():
-            if i == "source":
-                cells += [f"{found[i][key]:.3f}" for key in ("text", "answer")]
-            elif i in found:
-                cells += [f"{found[i][key] - found['source'][key]:+.3f}" for key in ("text", "answer")]
-        lines.append(cells)
+    """Markdown: the choices, then each layer alone."""
+    lines = [
+        f"{model.name}, windows of {WINDOW} tokens with fitted sinks, rows of {T:,} tokens, untrained. {machine()}.",
+        "",
+        "`python benchmarks/layer_choice.py MODEL BOOKS`",
+        "",
+        f"Nats a token on {COMPARED_ON} beyond the first window, and at the answers of passkeys; passkeys found:",
+        "",
+    ]
     compared = [row for row in rows.rows if row["part"] == "compared"]
     sets = [[row["arm"], f"{row['text']:.3f}", f"{row['answer']:.2f}", f"{row['found']:.0%}"] for row in compared]
-    return "\n".join(
-        [
-            f"{model.name}, windows of {WINDOW} tokens with fitted sinks, rows of {T:,} tokens, nats a token, "
-            f"untrained. {machine()}.",
-            "",
-            "`python benchmarks/layer_choice.py MODEL BOOKS`",
-            "",
-            f"Each layer alone in the source, above the source ({CHOSEN_ON}):",
-            "",
-            *table(heads, lines),
-            "",
-            f"Choices, on {COMPARED_ON} and other passkeys. Text is beyond the first window:",
-            "",
-            *table(["full layers", "text", "answers", "passkeys found"], sets),
-        ]
-    ) + "\n"  # fmt: skip
+    lines += table(["full layers", "text", "answers", "passkeys found"], sets)
+    heads = ["layer", "retrieval heads, summed", "window: text", "answers", "NoPE: text", "answers"]
+    scores = {row["arm"]: row for row in rows.rows if row["part"].startswith("retrieval heads")}["source"]
+    own = [{row["arm"]: row for row in rows.rows if row["part"] == part} for part in ("window alone", "NoPE alone")]
+    layers = []
+    for i in (name for name in scores if name.isdigit()):
+        cells = [i, f"{scores[i]:.2f}"]
+        for found in own:
+            cells += [
+                f"{found[i][key] - found['source'][key]:+.3f}" if i in found else "" for key in ("text", "answer")
+            ]
+        layers.append(cells)
+    lines += ["", f"Each layer alone in the source, above the source ({CHOSEN_ON}):", "", *table(heads, layers)]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("books", type=Path)
+    parser.add_argument("--search", action="store_true", help="compare the choices of two searches as well")
     parser.add_argument("--texts", type=int, default=2, help="rows of text in a measurement")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -205,17 +219,19 @@ def main() -> None:
     console.quiet_libraries()
     rows = Rows(given.out / "layer-choice-cpu.jsonl")
     bench = Bench(given.model, given.books / CHOSEN_ON, given.texts, seed=1)
-    alone(rows, bench, "window alone", SLIDING)
-    choices = {"even": {budget: evenly(bench.count, budget) for budget in BUDGETS}}
-    choices["retrieval, in rounds"] = in_rounds(rows, bench)
-    choices["grown"] = grown(rows, bench, choices["retrieval, in rounds"][GROWN[0]])
-    choices["retrieval, at once"] = at_once(rows, bench.count)
+    choices = {"even": {budget: evenly(bench.count, budget) for budget in BUDGETS}, "heads": by_heads(rows, bench)}
+    if given.search:
+        alone(rows, bench, "window alone", SLIDING)
+        choices["retrieval, in rounds"] = in_rounds(rows, bench)
+        choices["grown"] = grown(rows, bench, choices["retrieval, in rounds"][GROWN[0]])
+        choices["retrieval, at once"] = at_once(rows, bench.count)
     rng = random.Random(0)
     choices["drawn"] = {budget: tuple(sorted(rng.sample(range(bench.count), budget))) for budget in BUDGETS}
     other = Bench(given.model, given.books / COMPARED_ON, given.texts, seed=2)
     for letter, kind in (("F", FULL), ("N", NOPE)):
         compare(rows, other, choices, letter, kind)
-    alone(rows, bench, "NoPE alone", NOPE)
+    if given.search:
+        alone(rows, bench, "NoPE alone", NOPE)
     text = report(rows, given.model)
     (given.out / "layer-choice-cpu.md").write_text(text, "utf-8")
     print(text)
