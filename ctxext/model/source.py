@@ -244,9 +244,14 @@ def tensors_of(source: ModelSource) -> dict[str, TensorInfo]:
     return read_tensors(source.directory)
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether the directory has a tokenizer."""
+    return any((path / name).is_file() for name in TOKENIZERS)
+
+
 def require_tokenizer(path: Path) -> None:
     """Raises ModelError unless the directory has a tokenizer."""
-    if not any((path / name).is_file() for name in TOKENIZERS):
+    if not has_tokenizer(path):
         raise ModelError(
             f"{path}: no tokenizer ({' or '.join(TOKENIZERS)})", hint="copy the tokenizer's files beside the weights"
         )

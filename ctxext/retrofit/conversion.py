@@ -99,6 +99,12 @@ def write_conversion(
             from ctxext.retrofit.picture import pareto_png
 
             attachments["pareto.png"] = pareto_png(chosen)
+    else:
+        from ctxext.retrofit.retrieval import hidden_retrieval
+
+        progress("measuring the retrieval heads", 0, 1)
+        if (line := hidden_retrieval(plan)) is not None:
+            say(line)
     sinks = None
     if plan.sinks:
         from ctxext.retrofit.fitted_sinks import fit_sinks

@@ -238,8 +238,12 @@ def head_scores(layers: Layers, samples: Samples) -> Tensor | None:
     the questions (arXiv 2606.15378; second-hand, from its code: the position before the answer, not the entropy and not
     the trace through training).
     """
-    if not samples.answers.any():
-        return None
+    return None if not samples.answers.any() else head_scores_and_states(layers, samples)[0]
+
+
+@torch.no_grad()
+def head_scores_and_states(layers: Layers, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Returns `head_scores` and the source's final states [n,T,E] of the questions, from one pass."""
     ids, needles = samples.ids[samples.texts :], samples.needles[samples.texts :].to(layers.device)
     # argmax finds the first True: the position that predicts the first answer token.
     last = samples.answers[samples.texts :].int().argmax(1).to(layers.device)  # [n], the position before the answer
@@ -252,7 +256,8 @@ def head_scores(layers: Layers, samples: Samples) -> Tensor | None:
                 layers, kind, states, lambda rows, m=masses: partial(_mass, m, last[rows], needles[rows])
             )
         scores.append(torch.cat(masses).mean(0))
-    return torch.stack(scores)
+    layers.norm.load_state_dict({"weight": layers.tensor("model.norm.weight")}, assign=True)
+    return torch.stack(scores), layers.norm(states.to(layers.device)).cpu()
 
 
 def _mass(

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ctxext.data.cases import private_random
 from ctxext.data.documents import EMBEDDED, read_documents
 from ctxext.data.files import distinct, recorded
-from ctxext.data.haystack import HaystackCase, key_places, passkey_case
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.machine.gpu import default_device
 from ctxext.model.convert import ConversionPlan
@@ -32,11 +30,10 @@ from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import MIN_SHARE, Damage, Layers, Samples, answer_loss, head_scores, measure, source_states
 from ctxext.retrofit.fitted_sinks import open_conversion, sinks_of_windows
 from ctxext.retrofit.layers import FIXED, Full, Request, fixed_choices, search, strongest
+from ctxext.retrofit.retrieval import MAX_ANSWER_LOSS, MIN_QUESTIONS, with_questions
 from ctxext.units import counted, format_bytes, format_flops, format_tokens
 
 ANSWER_SHARE = 0.05  # weight in a score, as if one token in twenty were retrieved. A convention, not a measurement
-MAX_ANSWER_LOSS = 1.0  # nats a token: with a higher loss at the answers a source cannot retrieve, and the share is 0
-MIN_QUESTIONS = 4
 READ_AHEAD = 8  # so many times the calibration tokens are read, so that rows come from several documents
 
 
@@ -309,25 +306,7 @@ def calibration_samples(tokenizer: Any, request: Request, window: int) -> Sample
     places = len(ids) // T
     count = min(places, request.tokens // T)
     text = torch.stack([ids[(i * places // count) * T :][:T] for i in range(count)])
-    cases = _cases(tokenizer, ids.tolist(), T, window, max(MIN_QUESTIONS, count))
-    rows = torch.tensor([[*case.prompt_ids, *case.answer_ids] for case in cases], dtype=torch.int64).view(-1, T)
-    answers, needles = torch.zeros(2, count + len(cases), T, dtype=torch.bool)
-    for row, case in enumerate(cases, start=count):
-        # Position t is marked if the NEXT token belongs to the answer.
-        prompt_length = len(case.prompt_ids)
-        answers[row, prompt_length - 1 : T - 1] = True
-        needles[row, list(key_places(tokenizer, case))] = True
-    return Samples(torch.cat([text, rows]), count, answers, needles)
-
-
-def _cases(tokenizer: Any, filler: list[int], T: int, window: int, count: int) -> list[HaystackCase]:
-    rng = private_random("retrofit", T, count)
-    # A needle at this depth or before is further from the question than the window, with a margin of a quarter.
-    deepest = max(0.0, 1 - 1.25 * window / T)
-    try:
-        return [passkey_case(tokenizer, T, deepest * (i + 0.5) / count, rng, filler) for i in range(count)]
-    except InputError:  # rows too short for a needle and a question
-        return []
+    return with_questions(text, tokenizer, ids.tolist(), window, max(MIN_QUESTIONS, count))
 
 
 def _measured(plan: ConversionPlan, request: Request, choice: Full, damage: Damage, share: float) -> Measured:
