@@ -23,9 +23,10 @@ from ctxext.evals.eval_spec import EvalSpec, eval_spec_from_options
 from ctxext.evals.suite import with_lengths
 from ctxext.evals.suites import check_suites, inputs, model_stamp
 from ctxext.extras import can_draw
+from ctxext.model.companions import read_object, require_tokenizer
 from ctxext.model.convert import DTYPES
 from ctxext.model.layout import pattern_text
-from ctxext.model.source import ModelSource, read_object, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, resolve
 from ctxext.ops.cost import ModelShape, parameter_count
 from ctxext.progress import Progress, ignore
 from ctxext.units import format_tokens, parse_tokens

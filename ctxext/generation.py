@@ -26,9 +26,10 @@ from ctxext.data.prompts import TAIL, continued_ids, prompt_ids
 from ctxext.errors import DataError, EnvironmentFault, InputError, ModelError
 from ctxext.machine.gpu import default_device
 from ctxext.machine.memory import is_out_of_memory
+from ctxext.model.companions import require_tokenizer
 from ctxext.model.convert import DTYPES
 from ctxext.model.ids import check_ids
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, resolve
 from ctxext.progress import Progress, ignore
 from ctxext.units import format_bytes, format_tokens
 

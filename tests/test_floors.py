@@ -1,6 +1,7 @@
 """Imports go down only, no torch where a refusal must be quick, nothing over budget: read from the source."""
 
 import ast
+import graphlib
 import runpy
 import textwrap
 from pathlib import Path
@@ -183,6 +184,21 @@ def test_imports_go_down(path):
         if FLOORS.get(other, -1) > floor:
             up.append(f"{name(path)}:{line} imports {'.'.join(target)}")
     assert not up, f"floor {floor} ({own}) may not import these: {up}"
+
+
+def runtime_imports(path: Path) -> set[tuple[str, ...]]:
+    """The modules of the package that a file imports, inside functions too, without those for type checking alone."""
+    tree = parse(path)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    return {target for _, target in imports(path, tree) if target[0] == "ctxext" and len(target) > 1}
+
+
+def test_no_imports_form_a_circle():
+    """Not inside a room either, and not by an import inside a function."""
+    graph = {module(path): runtime_imports(path) - {module(path)} for path in FILES if len(module(path)) > 1}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 LIGHT = [path for path in FILES if room(module(path)) in LIGHT_FLOORS or name(path) in LIGHT_FILES]

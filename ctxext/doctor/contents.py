@@ -13,9 +13,10 @@ from typing import Any
 
 from ctxext.doctor.finding import Finding
 from ctxext.errors import ModelError
+from ctxext.model.companions import read_object
 from ctxext.model.config_fields import Fields
 from ctxext.model.model_config import ModelConfig
-from ctxext.model.source import original_length, read_config, read_object
+from ctxext.model.source import original_length, read_config
 from ctxext.model.weights import model_name, read_tensors
 from ctxext.units import counted, format_bytes, format_tokens
 

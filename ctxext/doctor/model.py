@@ -22,10 +22,11 @@ from ctxext.errors import InputError, ModelError
 from ctxext.export.export_card import first_model
 from ctxext.export.matrix import TARGETS, verdict
 from ctxext.model.adapter_plan import LoraSpec, in_adapted, plan_trainables
+from ctxext.model.companions import read_object
 from ctxext.model.config_fields import Fields
 from ctxext.model.gguf import dequantised, stored_as
 from ctxext.model.model_config import ModelConfig, parse_config
-from ctxext.model.source import manifest_of, original_length, read_config, read_object, usable_length
+from ctxext.model.source import manifest_of, original_length, read_config, usable_length
 from ctxext.model.weights import ADAPTER_FILE, HEAD, INDEX, check_tensors, read_header, read_tensors
 from ctxext.units import counted, format_tokens
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from ctxext.doctor.finding import Finding, judged
 from ctxext.errors import ModelError
-from ctxext.model.source import read_config, read_object, require_tokenizer
+from ctxext.model.companions import read_object, require_tokenizer
+from ctxext.model.source import read_config
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 REMEDY = "copy the tokenizer's files of the model these weights came from"

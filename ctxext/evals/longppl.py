@@ -34,8 +34,9 @@ from ctxext.data.files import Reading, distinct, recorded
 from ctxext.errors import DataError, InputError, ModelError
 from ctxext.evals.eval_spec import LongPpl
 from ctxext.evals.item_runner import Outcome, ResultRow, SuiteJob, mean
+from ctxext.model.companions import require_tokenizer
 from ctxext.model.ids import check_ids
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, resolve
 from ctxext.progress import CountProgress, Progress
 
 if TYPE_CHECKING:

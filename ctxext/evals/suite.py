@@ -19,8 +19,9 @@ from ctxext.evals.eval_spec import EvalSpec
 from ctxext.evals.item_runner import STAR, Ledger, Outcome, ResultRow, SuiteJob, run_job
 from ctxext.evals.suites import PREPARED, module_of
 from ctxext.machine.memory import is_out_of_memory
+from ctxext.model.companions import require_tokenizer
 from ctxext.model.layout import pattern_text
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, resolve
 from ctxext.progress import Progress, ignore
 from ctxext.units import format_tokens
 

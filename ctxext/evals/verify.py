@@ -32,8 +32,9 @@ from ctxext.config.loader import build
 from ctxext.errors import InputError
 from ctxext.evals.cached_decoding import as_decoded, of_stock_generate, relative
 from ctxext.evals.certificate import Certificate, Check
+from ctxext.model.companions import require_tokenizer
 from ctxext.model.layout import LayerKind, pattern_text
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.source import ModelSource, resolve
 from ctxext.ops.masks import Pattern, document_starts, first_shifted_head, lower_bounds
 from ctxext.progress import Progress, ignore
 from ctxext.train import recompute

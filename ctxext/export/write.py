@@ -20,11 +20,11 @@ from ctxext.config.output import check_free, staged_output
 from ctxext.errors import CheckFailed, InputError
 from ctxext.export.export_card import first_model, history, write_card
 from ctxext.export.matrix import TARGETS, Verdict, verdict
-from ctxext.model.companions import companions
+from ctxext.model.companions import companions, read_object, require_tokenizer
 from ctxext.model.config_fields import Fields
 from ctxext.model.model_config import ModelConfig
 from ctxext.model.rope_fields import ORIGINAL, written_for_both
-from ctxext.model.source import ModelSource, read_config, read_object, require_tokenizer, resolve, tensors_of
+from ctxext.model.source import ModelSource, read_config, resolve, tensors_of
 from ctxext.model.weights import INDEX
 
 SEARCHED = 2**20  # most bytes of a copied file that is searched for local paths; larger files are vocabularies

@@ -1,12 +1,17 @@
-"""The files that accompany a model's weights in every copy: tokenizer, chat templates, licence. No torch."""
+"""The files beside a model's weights: tokenizer, chat templates, licence, and other JSON files. No torch."""
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from ctxext.errors import ModelError
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a directory with one of them has a tokenizer
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,3 +56,22 @@ def stated_licence(directory: Path) -> dict[str, str]:
     card = directory / CARD
     front = FRONT.match(card.read_text("utf-8", "replace")) if card.is_file() else None
     return {name: value.strip().strip("\"'") for name, value in STATED.findall(front[1])} if front else {}
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file. Raises ModelError for any other content."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: not a JSON object")
+    return found
+
+
+def require_tokenizer(path: Path) -> None:
+    """Raises ModelError unless the directory has a tokenizer."""
+    if not any((path / name).is_file() for name in TOKENIZERS):
+        raise ModelError(
+            f"{path}: no tokenizer ({' or '.join(TOKENIZERS)})", hint="copy the tokenizer's files beside the weights"
+        )

@@ -22,14 +22,14 @@ from ctxext.config.output import check_free, staged_output
 from ctxext.errors import EnvironmentFault, InputError, ModelError
 from ctxext.model import source as sources
 from ctxext.model.card import model_card, runtime_note
-from ctxext.model.companions import companions, copy_companions, stated_licence
+from ctxext.model.companions import companions, copy_companions, require_tokenizer, stated_licence
 from ctxext.model.families import SOURCES
 from ctxext.model.gguf import stored_as
 from ctxext.model.hybrids import hybrid_config
 from ctxext.model.layout import HybridSpec, LayerKind, find_hybrid, layer_kinds, layout_facts, pattern_text
 from ctxext.model.model_config import ModelConfig, initial_value, new_tensors
 from ctxext.model.rope_fields import written_for_both
-from ctxext.model.source import ModelSource, require_tokenizer
+from ctxext.model.source import ModelSource
 from ctxext.model.weights import weight_files
 from ctxext.ops.cost import kv_cache_bytes, parameter_count
 from ctxext.progress import CountProgress, ignore

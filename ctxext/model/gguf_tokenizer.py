@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from ctxext.errors import ModelError
 from ctxext.model.gguf_header import read_header
 from ctxext.model.model_config import ModelConfig
+from ctxext.model.tokenizer import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # tokenizer.ggml.token_type
 SPACE = "\u2581"
@@ -80,8 +81,6 @@ def write_tokenizer(file: Path, directory: Path, config: ModelConfig) -> None:
 
 
 def _check(file: Path, directory: Path, built: Tokenizer) -> None:
-    from ctxext.model.load import load_tokenizer
-
     # Open the written files in the same way as any model directory, with and without BOS and EOS.
     again = load_tokenizer(directory)
     for special in (True, False):

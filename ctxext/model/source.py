@@ -6,7 +6,6 @@ these files can show is raised before torch is imported.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, replace
 from os.path import isdir, isfile
@@ -17,7 +16,7 @@ from ctxext.config import manifest as manifests
 from ctxext.config import presets
 from ctxext.config.manifest import Manifest
 from ctxext.errors import InputError, ModelError
-from ctxext.model.companions import CARD, LICENCES
+from ctxext.model.companions import CARD, LICENCES, read_object
 from ctxext.model.config_fields import FACTS, PARENT, check_fields
 from ctxext.model.hub import download
 from ctxext.model.hybrids import hybrid_config
@@ -35,7 +34,6 @@ from ctxext.model.weights import (
 from ctxext.ops.cost import ModelShape
 
 CONFIG_LIMIT = 10_000_000  # bytes; a config.json is a few kilobytes
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_TEXTS = ["*.json", "tokenizer.model", "merges.txt", "*.jinja"]  # all files that planning reads
 HUB_FILES = ["*.safetensors", *HUB_TEXTS, CARD, *(f"{name}*" for name in LICENCES)]
@@ -171,17 +169,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_object(file)
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file. Raises ModelError for any other content."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{file}: not a JSON object")
-    return found
-
-
 def original_length(config: ModelConfig) -> int | None:
     """Returns the length in tokens of the first training; None when RoPE is scaled and the config does not state it."""
     rope = config.rope
@@ -242,19 +229,6 @@ def original_config(source: ModelSource) -> ModelConfig:
 def tensors_of(source: ModelSource) -> dict[str, TensorInfo]:
     """Returns the stored tensors of a model that is not a bundle. Raises what `read_tensors` raises."""
     return read_tensors(source.directory)
-
-
-def has_tokenizer(path: Path) -> bool:
-    """Whether the directory has a tokenizer."""
-    return any((path / name).is_file() for name in TOKENIZERS)
-
-
-def require_tokenizer(path: Path) -> None:
-    """Raises ModelError unless the directory has a tokenizer."""
-    if not has_tokenizer(path):
-        raise ModelError(
-            f"{path}: no tokenizer ({' or '.join(TOKENIZERS)})", hint="copy the tokenizer's files beside the weights"
-        )
 
 
 def _base_of(path: Path, manifest: Manifest | None) -> ModelSource:

@@ -28,9 +28,8 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ctxext.errors import ModelError
-from ctxext.model.companions import copy_companions
+from ctxext.model.companions import copy_companions, read_object, require_tokenizer
 from ctxext.model.config_fields import Fields
-from ctxext.model.source import read_object, require_tokenizer
 
 FILE, SETTINGS, AS_FILE = "tokenizer.json", "tokenizer_config.json", "PreTrainedTokenizerFast"
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")

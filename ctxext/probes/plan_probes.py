@@ -15,7 +15,8 @@ from ctxext.evals.eval_spec import LongPpl
 from ctxext.evals.haystacks import GRASS
 from ctxext.evals.longppl import check as check_evaluator
 from ctxext.evals.suite import check_length
-from ctxext.model.source import ModelSource, require_tokenizer, resolve
+from ctxext.model.companions import require_tokenizer
+from ctxext.model.source import ModelSource, resolve
 from ctxext.probes.probe_spec import (
     KEEP_CHECKPOINTS,
     LONGEST,

@@ -19,7 +19,6 @@ from ctxext.errors import InputError
 from ctxext.machine.gpu import default_device
 from ctxext.model.convert import ConversionPlan
 from ctxext.model.load import load_tokenizer
-from ctxext.model.source import has_tokenizer
 from ctxext.model.weights import only_pickles
 from ctxext.ops.cost import parameter_count
 from ctxext.retrofit.calibration import joined
@@ -66,14 +65,14 @@ def hidden_retrieval(plan: ConversionPlan, device: str | None = None) -> str | N
 
     As many of the strongest layers are looked at as the layout has full ones. None if all of them stay full, if the
     model does not find the passkeys, and where nothing is measured: without a new window, for rows too short for
-    passkeys beyond the window, for a model without tokenizer or safetensors, and above CPU_FLOPS on a CPU.
+    passkeys beyond the window, for pickled weights, and above CPU_FLOPS on a CPU.
     """
     source = plan.source
     windows = {kind.sliding_window for kind in plan.kinds} - {None}
     window, full = min(windows, default=0), [i for i, kind in enumerate(plan.kinds) if kind.sliding_window is None]
     T = min(source.usable_length, ROW_TOKENS)
     narrows = any(kind.sliding_window != own.sliding_window for kind, own in zip(plan.kinds, source.kinds, strict=True))
-    if not (narrows and full and SHORTEST <= T and 2 * window <= T) or not has_tokenizer(source.directory):
+    if not (narrows and full and SHORTEST <= T and 2 * window <= T):
         return None
     where = torch.device(device or default_device())
     flops = 2.0 * parameter_count(source.shape) * MIN_QUESTIONS * T

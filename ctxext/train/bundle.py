@@ -26,10 +26,9 @@ from ctxext.config.output import sync, sync_tree
 from ctxext.errors import CheckFailed
 from ctxext.model.adapters import save_adapter
 from ctxext.model.card import model_card
-from ctxext.model.companions import copy_companions, stated_licence
+from ctxext.model.companions import copy_companions, read_object, stated_licence
 from ctxext.model.convert import write_config
 from ctxext.model.layout import pattern_text
-from ctxext.model.source import read_object
 from ctxext.model.tokenizer import settle
 from ctxext.model.weights import SINGLE
 from ctxext.train.run_plan import RunPlan
