@@ -5,11 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ctxext.api import convert, evaluate, export_model, finetune, merge, plan, probe, verify, write_report
+    from ctxext.api import (
+        chat,
+        convert,
+        evaluate,
+        export_model,
+        finetune,
+        generate,
+        merge,
+        plan,
+        probe,
+        verify,
+        write_report,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "evaluate", "export_model", "finetune", "merge", "plan", "probe", "verify",
-           "write_report"]  # fmt: skip
+__all__ = ["__version__", "chat", "convert", "evaluate", "export_model", "finetune", "generate", "merge", "plan",
+           "probe", "verify", "write_report"]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

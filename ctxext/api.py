@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +22,12 @@ from ctxext.errors import InputError
 from ctxext.extras import require
 from ctxext.progress import Progress, ignore
 from ctxext.requests import (
+    ChatRequest,
     ConvertRequest,
     EvalRequest,
     ExportRequest,
     FinetuneRequest,
+    GenerateRequest,
     MergeRequest,
     PlanRequest,
     ProbeRequest,
@@ -38,11 +40,13 @@ from ctxext.requests import (
 from ctxext.units import parse_tokens
 
 if TYPE_CHECKING:
+    from ctxext.doctor.finding import Finding
     from ctxext.evals.certificate import Certificate
     from ctxext.evals.suite import EvalReport
     from ctxext.export.matrix import Verdict
     from ctxext.export.write import Exported
     from ctxext.finetuning import PlannedRun
+    from ctxext.generation import Conversation, GeneratedAnswer
     from ctxext.model.convert import ConversionReport
     from ctxext.model.merge import MergeReport
     from ctxext.multiplier_search import FoundMultiplier
@@ -358,6 +362,45 @@ def check_export(request: ExportRequest, *, out: Where | None = None, force: boo
     from ctxext.export.write import plan_export
 
     return plan_export(request.model, request.target, _path(out), force).verdict
+
+
+@accepts(ChatRequest)
+def chat(request: ChatRequest, *, progress: Progress = ignore) -> Conversation:
+    """Returns a conversation with a model, which is loaded: call `ask(text)` for each turn, `reset()` to start again.
+
+    chat   whether to use the chat template; None: if the tokenizer has one
+    dtype  None: bfloat16 on a GPU, else float32
+    """
+    from ctxext.generation import Conversation, plan_generation
+
+    settings = {one.name: getattr(request, one.name) for one in fields(ChatRequest)}
+    plan = plan_generation(settings.pop("model"), **settings)
+    progress("loading", 0, 1)
+    return Conversation(plan)
+
+
+@accepts(GenerateRequest)
+def generate(
+    request: GenerateRequest, *, write: Callable[[str], None] = ignore, say: Say = ignore, progress: Progress = ignore
+) -> GeneratedAnswer:
+    """Returns the continuation of a prompt or of a long file; `write` gets each piece of it as it is generated.
+
+    prompt    text to continue
+    file      a text file to continue, instead of a prompt
+    question  text that is added after the file
+    """
+    from ctxext.generation import read_prompt
+
+    text = read_prompt(request.prompt, request.file, request.question)
+    return chat(request, progress=progress).ask(text, write=write, progress=progress, warn=say)
+
+
+def doctor(model: Where | None = None) -> dict[str, list[Finding]]:
+    """Returns the findings about the environment and, under its name, about a model or run, each with its remedy."""
+    from ctxext.doctor import model as models
+    from ctxext.doctor.environment import environment
+
+    return {"environment": environment()} | ({} if model is None else {str(model): models.model(str(model))})
 
 
 @accepts(ReportRequest)

@@ -130,6 +130,7 @@ class Held:
 class GeneratedAnswer:
     """One answer, with its tokens, times and memory.
 
+    model          the name of the model
     read           new tokens that the model read for this answer
     kept           earlier tokens, taken from the cache
     written        tokens of the answer
@@ -140,6 +141,7 @@ class GeneratedAnswer:
     cache          the KV cache after the answer, by kind of layer
     """
 
+    model: str
     text: str
     read: int
     kept: int
@@ -325,6 +327,7 @@ class Conversation:
         # The write speed counts the tokens that a forward computed after the reading: the growth of the cache.
         reading, writing = clock[1] - clock[0], clock[2] - clock[1]
         return GeneratedAnswer(
+            model=self.plan.source.name,
             text="".join(pieces),
             read=len(unread),
             kept=kept,

@@ -42,6 +42,7 @@ class Option:
     complete  what the shell completes: a kind of preset, "suites" or "probes"
     example   of one assignment, for the error message of --set
     least, most  of a number
+    flags     "--yes/--no": a flag with a third state, where neither is given
     """
 
     help: str
@@ -52,6 +53,7 @@ class Option:
     example: str = ""
     least: int | None = None
     most: int | None = None
+    flags: str | None = None
 
 
 @spec
@@ -304,6 +306,33 @@ class VerifyRequest:
     attention: Annotated[str | None, Option("training or inference [default: training for a run, else inference]")] = (
         None
     )
+
+
+@spec
+class ChatRequest:
+    """A conversation with a model, and how it answers."""
+
+    model: Annotated[str, Option("A local directory, a finetune run, a preset or a hub id", argument=True)]
+    max_new_tokens: Annotated[int, Option("Most tokens to generate")] = 512
+    temperature: Annotated[float, Option("0: greedy; above 0: sampling")] = 0.0
+    seed: Annotated[int, Option("Seed for sampling")] = 0
+    chat: Annotated[
+        bool | None, Option("Use the chat template [default: if there is one]", flags="--chat/--no-chat")
+    ] = None
+    dtype: Annotated[str | None, Option("float32, bfloat16 or float16 [default: bfloat16 on a GPU, else float32]")] = (
+        None
+    )
+    device: Annotated[str | None, Option("cpu, cuda or cuda:N [default: a GPU if there is one]")] = None
+
+
+@spec
+class GenerateRequest(ChatRequest):
+    """One text that a model continues: a prompt, or a file with a question after it."""
+
+    max_new_tokens: Annotated[int, Option("Most tokens to generate")] = 256
+    prompt: Annotated[str | None, Option("Text to continue")] = None
+    file: Annotated[str | None, Option("A text file to continue, of any length; - is stdin")] = None
+    question: Annotated[str | None, Option("Question to add after the file, after an empty line")] = None
 
 
 def eval_fields(request: EvalRequest) -> dict[str, Any]:

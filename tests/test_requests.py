@@ -51,7 +51,7 @@ def read(request: type, *words: object) -> object:
 
 
 def test_there_are_requests():
-    assert len(REQUESTS) == 9
+    assert len(REQUESTS) == 11
 
 
 @pytest.mark.parametrize("cls", REQUESTS)

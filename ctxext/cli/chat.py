@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ctxext.cli import console
-from ctxext.cli.generate import AsJson, Device, Dtype, MaxNewTokens, Model, Seed, Temperature, Template, stream
+from ctxext.cli.generate import AsJson, stream
+from ctxext.cli.options import takes
 from ctxext.errors import DataError
+from ctxext.requests import ChatRequest
 
 if TYPE_CHECKING:
     from ctxext.generation import Conversation
@@ -20,44 +23,28 @@ EXAMPLES = """Examples:\n
   printf 'import os\\nimport sys\\n' | ctxext chat tiny --max-new-tokens 20"""
 
 
-def chat(
-    model: Model,
-    max_new_tokens: MaxNewTokens = 512,
-    temperature: Temperature = 0.0,
-    seed: Seed = 0,
-    template: Template = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    as_json: AsJson = False,
-) -> None:
+@takes(ChatRequest)
+def chat(request: ChatRequest, as_json: AsJson = False) -> None:
     """Chat with a model, one line per turn. The KV cache keeps the conversation; /reset clears it, /exit quits."""
-    from ctxext import generation
+    from ctxext import api
 
-    plan = generation.plan_generation(
-        model,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        chat=template,
-        dtype=dtype,
-        device=device,
-    )
     console.quiet_libraries()
-    with console.progress("loading"):
-        talk = generation.Conversation(plan)
+    with console.progress("loading") as progress:
+        talk = api.chat(request, progress=progress)
     how = "with its chat template" if talk.templated else "no chat template: the model continues your text"
-    console.say(f"{plan.source.name}, {how}; /reset clears the conversation, /exit quits")
+    name = talk.plan.source.name
+    console.say(f"{name}, {how}; /reset clears the conversation, /exit quits")
     turns = []
     try:
         for line in _lines(talk):
-            answer = stream(talk, line, silent=as_json)
-            turns.append({"asked": line, **answer.as_dict()})
+            answer = stream(partial(talk.ask, line, warn=console.say), "reading", silent=as_json)
+            turns.append({"asked": line} | {key: value for key, value in answer.as_dict().items() if key != "model"})
             if not as_json:
                 console.say("; ".join(value for name, value in answer.rows() if name != "peak memory"))
     finally:
         # Print the answers given so far, also after an error or Ctrl-C.
         if as_json:
-            console.emit({"model": plan.source.name, "turns": turns})
+            console.emit({"model": name, "turns": turns})
 
 
 def _lines(talk: Conversation) -> Iterator[str]:

@@ -19,14 +19,12 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON")] = False,
 ) -> None:
     """Check the environment, and a model or run, and name remedies for what is wrong; exit code 1 if a check fails."""
-    from ctxext.doctor import model as models
-    from ctxext.doctor.environment import environment
+    from ctxext import api
     from ctxext.doctor.finding import require_health
 
-    parts = {"environment": environment()}
     if model is not None:
         console.quiet_libraries()
-        parts[model] = models.model(model)
+    parts = api.doctor(model)
     if as_json:
         console.emit({part: [finding.as_dict() for finding in found] for part, found in parts.items()})
     else:

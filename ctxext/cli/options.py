@@ -89,6 +89,8 @@ def _names(name: str, kind: Any, option: Option, default: Any) -> list[str]:
     """The names of an option; none: Typer makes --name, and --no-name beside it for a flag."""
     if option.name is not None:
         return [option.name]
+    if option.flags is not None:
+        return [option.flags]
     if get_origin(kind) is dict:
         return ["--set"]
     return [f"--{name.replace('_', '-')}"] if kind is bool and default is False else []
