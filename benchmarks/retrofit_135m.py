@@ -109,6 +109,8 @@ def heal(model: Path, books: Path, tokens: int, run: Path) -> Row:
     options: dict[str, Any] = {"resume": True} if (run / "spec.yaml").exists() else {}
     report = api.finetune(model, ctx=HEALED_AT, preset="heal", data=str(books / TRAINED_ON), settings=settings,
                           out=run, say=console.say, **options)  # fmt: skip
+    if not report.finished:
+        raise SystemExit("stopped; the same command resumes the training")
     return {"tokens": tokens, "final_loss": report.final_loss, "cpu_seconds": round(time.process_time() - began)}
 
 
