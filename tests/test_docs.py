@@ -29,7 +29,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BY_NAME = {page.relative_to(ROOT).as_posix(): page for page in PAGES}
 QUICK = "docs/getting-started.md"  # runs by default, the others with what is marked slow
 
-# What is executed in place of what is written. Lengths too: `tiny` bears 512 tokens.
+# What is executed in place of what is written. Lengths too: `tiny` supports 512 tokens.
 STANDS_FOR = dict.fromkeys(presets.names("models"), "tiny") | {
     "MODEL": "./my-model",
     "./merged": "./my-merged",

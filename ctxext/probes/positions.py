@@ -131,11 +131,11 @@ def _layer(source: ModelSource, index: int, realised: Tensor, meant: list[float]
         "apart": max(apart),
         "longest_wavelength": 2 * math.pi / min(meant) if kind.use_rope else None,
         "stretched": [min(stretch), max(stretch)] if stretch else None,
-        "bears": _bears(source, index),
+        "bears": _supported_length(source, index),  # the key of files that versions before wrote
     }
 
 
-def _bears(source: ModelSource, index: int) -> int | None:
+def _supported_length(source: ModelSource, index: int) -> int | None:
     """Returns the tokens of text up to which the layer's positions are as trained; None: positions set no limit."""
     kind = source.kinds[index]
     if not kind.use_rope:
@@ -267,7 +267,7 @@ def _layers_table(layers: list[dict[str, Any]]) -> Table:
         "what a layer sees, how much its wavelengths were stretched, how far its measured rotations are from the "
         "intended (relative; without RoPE: radians a token), and the tokens its positions support"
     )
-    return Table(caption, ("layer", "kind", "sees", "stretched", "apart", "bears"), tuple(rows))
+    return Table(caption, ("layer", "kind", "sees", "stretched", "apart", "supports"), tuple(rows))
 
 
 def _history_table(steps: list[dict[str, Any]]) -> Table:

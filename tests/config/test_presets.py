@@ -75,7 +75,7 @@ def test_every_model_that_is_promised_is_there():
     assert set(PUBLISHED_PARAMETERS) <= set(names("models"))
 
 
-def test_llama31_bears_more_than_it_was_first_trained_at():
+def test_llama31_supports_more_than_it_was_first_trained_at():
     model = model_preset(find("models", "llama3.1-8b"))
     assert (model.original_length, model.usable_length) == (8192, 131072)
     assert model.shape is not None and model.shape.rope_parameters["original_max_position_embeddings"] == 8192

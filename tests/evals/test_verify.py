@@ -127,7 +127,7 @@ def test_a_long_ctx_is_measured_in_proportion(model_dir):
     assert "25,600 tokens are measured as groups of 511" in launch.notes[1]
 
 
-def test_a_ctx_beyond_what_the_model_bears_is_told(model_dir):
+def test_a_ctx_beyond_what_the_model_supports_is_reported(model_dir):
     launch = plan_launch(str(model_dir("llama")), ctx=4096)
     assert (
         "ctx 4,096 is beyond the usable length of model, 64" in launch.notes[-1] and "not trained" in launch.notes[-1]

@@ -83,7 +83,7 @@ def test_auto_is_linear_by_the_reach_of_the_layers_with_rope():
     assert plan(Auto(), 102_400, source=wide).factor == 4.0
 
 
-def test_auto_leaves_a_model_that_bears_ctx_untouched():
+def test_auto_leaves_a_model_that_supports_ctx_untouched():
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}  # fmt: skip
     source = config(max_position_embeddings=131_072, rope_parameters=rope)
@@ -116,7 +116,7 @@ def test_auto_compresses_no_less_than_before_and_keeps_yarns_temperature():
     assert further["factor"] == 32.0 and further["attention_factor"] == 1.0
 
 
-def test_a_scaling_that_replaces_another_bears_what_it_was_made_for():
+def test_a_scaling_that_replaces_another_supports_what_it_was_made_for():
     """Llama 3.1 is usable to 131,072 tokens by its own scaling, not by one that was derived for 16,384."""
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192}  # fmt: skip

@@ -95,6 +95,6 @@ def test_what_the_model_cannot_do_is_refused(names, given, words, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_beyond_what_a_model_bears_when_asked_for(tmp_path):
+def test_beyond_what_a_model_supports_when_requested(tmp_path):
     plan = plan_probe("tiny", ["attention-distance"], {"length": 1024, "extrapolate": True}, out=tmp_path / "out")
     assert plan.spec.probes[0].length == 1024
