@@ -141,12 +141,14 @@ def needles(loaded: LoadedModel, length: int, cases: int, place: Path) -> Row:
     return {"found": row.value, "cases": row.n}
 
 
-def experiment(rows: Rows, model: Path, books: Path, names: list[str], tokens: int, cases: int, work: Path) -> None:
+def experiment(
+    rows: Rows, model: Path, books: Path, names: list[str], lengths: list[int], tokens: int, cases: int, work: Path
+) -> None:
     """Measure every part of every arm that is not in the file, the shorter length first."""
     for name in names:
         path = made(model, books, name, tokens, rows, work)
         loaded = load_model(str(path))
-        for length in LENGTHS:
+        for length in lengths:
             parts: dict[str, Callable[[], Row]] = {
                 "text": partial(text_loss, loaded, books, length),
                 "passkeys": partial(passkeys, loaded, length, cases),
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("books", type=Path)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--lengths", nargs="+", type=int, choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--tokens", default="1m", help="that healing trains on")
     parser.add_argument("--cases", type=int, default=2, help="passkeys and needles at each of five depths")
     parser.add_argument("--threads", type=int, default=2)
@@ -200,7 +203,9 @@ def main() -> None:
     console.quiet_libraries()
     given.work.mkdir(parents=True, exist_ok=True)
     rows = Rows(given.out / "retrofit-135m-cpu.jsonl")
-    experiment(rows, given.model, given.books, given.arms, parse_tokens(given.tokens), given.cases, given.work)
+    experiment(
+        rows, given.model, given.books, given.arms, given.lengths, parse_tokens(given.tokens), given.cases, given.work
+    )
     text = report(rows, given.model)
     (given.out / "retrofit-135m-cpu.md").write_text(text, "utf-8")
     print(text)

@@ -78,7 +78,7 @@ def test_each_context_has_its_own_positions_groups_and_batch(plan):
 
 
 def test_a_scaling_that_was_asked_for_holds_at_every_context_beyond_the_original(write_model, plan, tmp_path):
-    """A source that is scaled already supports the first contexts unchanged; it would change its positions in the middle."""
+    """A scaled source already supports the first contexts unchanged; it would change its positions in the middle."""
     rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64}
     source = resolve(str(write_model(tmp_path / "yarn", rope_parameters=rope, max_position_embeddings=512)))
     fields = {"ctx": 1024, "stages": [64, 256], "steps": 3, "rope_scaling": "linear"}
