@@ -191,9 +191,13 @@ def report(rows: Rows, model: Path) -> str:
     compared = [row for row in rows.rows if row["part"] == "compared"]
     sets = [[row["arm"], f"{row['text']:.3f}", f"{row['answer']:.2f}", f"{row['found']:.0%}"] for row in compared]
     lines += table(["full layers", "text", "answers", "passkeys found"], sets)
-    heads = ["layer", "retrieval heads, summed", "window: text", "answers", "NoPE: text", "answers"]
+    heads = ["layer", "retrieval heads, summed"]
     scores = {row["arm"]: row for row in rows.rows if row["part"].startswith("retrieval heads")}["source"]
-    own = [{row["arm"]: row for row in rows.rows if row["part"] == part} for part in ("window alone", "NoPE alone")]
+    own = []
+    for part in ("window alone", "NoPE alone"):
+        if found := {row["arm"]: row for row in rows.rows if row["part"] == part}:
+            own.append(found)
+            heads += [f"{part}: text", "answers"]
     layers = []
     for i in (name for name in scores if name.isdigit()):
         cells = [i, f"{scores[i]:.2f}"]
@@ -202,7 +206,12 @@ def report(rows: Rows, model: Path) -> str:
                 f"{found[i][key] - found['source'][key]:+.3f}" if i in found else "" for key in ("text", "answer")
             ]
         layers.append(cells)
-    lines += ["", f"Each layer alone in the source, above the source ({CHOSEN_ON}):", "", *table(heads, layers)]
+    lines += [
+        "",
+        f"Each layer in the source, and alone changed, above the source ({CHOSEN_ON}):",
+        "",
+        *table(heads, layers),
+    ]
     return "\n".join(lines) + "\n"
 
 
