@@ -1,6 +1,6 @@
 """Which layers of a real model stay full: choices by retrieval and by text against fixed patterns, before any training.
 
-    python benchmarks/layer_choice.py MODEL BOOKS        # 20 minutes for SmolLM2-135M on two cores; --search: 70
+    python benchmarks/layer_choice.py MODEL BOOKS        # minutes for SmolLM2-135M on two cores; --search: longer
 
 MODEL is a llama that relies on its first token. Sliding layers have windows of 128 tokens and fitted sinks, as `convert
 --class granite_swa` writes them; the layers that are measured here are the stock ones, streamed as the planner does.

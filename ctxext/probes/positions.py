@@ -131,7 +131,7 @@ def _layer(source: ModelSource, index: int, realised: Tensor, meant: list[float]
         "apart": max(apart),
         "longest_wavelength": 2 * math.pi / min(meant) if kind.use_rope else None,
         "stretched": [min(stretch), max(stretch)] if stretch else None,
-        "bears": _supported_length(source, index),  # the key of files that versions before wrote
+        "bears": _supported_length(source, index),  # earlier versions wrote this key
     }
 
 

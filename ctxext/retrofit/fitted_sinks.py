@@ -18,7 +18,8 @@ the first token itself and the sink. The first token's own output stays v0. The 
 Only layers that put at least LAYER_SHARE of their attention on the first token get a sink. In the others the first
 token is an ordinary one: its value differs from text to text. A constant in its place would change the first token's
 own output, and with it the layers above that do rely on this token. SmolLM2-135M relies on it from layer 12 on, and a
-little in layers 3 to 9. With sinks in its layers 0 to 2 as well, one text of eight lost 0.7 nats a token (LOG.md).
+little in layers 3 to 9. With sinks in its layers 0 to 2 as well, one text of eight lost 0.7 nats a token
+within its first window (LOG.md).
 
 Full layers keep sinks that take nothing. No gradient is computed: one pass over the source, layer by layer.
 """
@@ -248,7 +249,7 @@ def _watch(
     found.append((weights[..., 0].mean().item(), row.cpu()))
 
 
-def _narrows(kind: LayerKind, source: LayerKind) -> bool:
+def narrows(kind: LayerKind, source: LayerKind) -> bool:
     """Whether a layer's window hides tokens that the source's own layer sees."""
     window = kind.sliding_window
     return window is not None and (source.sliding_window is None or source.sliding_window > window)
@@ -261,7 +262,7 @@ def sink_values(layers: Layers, kinds: Sequence[LayerKind], first: FirstToken) -
     """
     values: dict[str, Tensor] = {}
     for index, (kind, source) in enumerate(zip(kinds, layers.source, strict=True)):
-        if not _narrows(kind, source) or not first.shares[index] >= LAYER_SHARE:  # NaN included
+        if not narrows(kind, source) or not first.shares[index] >= LAYER_SHARE:  # NaN included
             continue
         name = _attention(index)
         v0, logits = first.values[index], first.logits[index]

@@ -23,7 +23,7 @@ from ctxext.model.weights import only_pickles
 from ctxext.ops.cost import parameter_count
 from ctxext.retrofit.calibration import joined
 from ctxext.retrofit.damage import MIN_SHARE, Samples, head_scores_and_states
-from ctxext.retrofit.fitted_sinks import open_conversion
+from ctxext.retrofit.fitted_sinks import narrows, open_conversion
 from ctxext.train.loss import token_losses
 
 MAX_ANSWER_LOSS = 1.0  # nats a token: with a higher loss at the answers a source cannot retrieve
@@ -71,13 +71,13 @@ def hidden_retrieval(plan: ConversionPlan, device: str | None = None) -> str | N
     windows = {kind.sliding_window for kind in plan.kinds} - {None}
     window, full = min(windows, default=0), [i for i, kind in enumerate(plan.kinds) if kind.sliding_window is None]
     T = min(source.usable_length, ROW_TOKENS)
-    narrows = any(kind.sliding_window != own.sliding_window for kind, own in zip(plan.kinds, source.kinds, strict=True))
-    if not (narrows and full and SHORTEST <= T and 2 * window <= T):
+    if not (any(map(narrows, plan.kinds, source.kinds)) and full and SHORTEST <= T and 2 * window <= T):
         return None
     where = torch.device(device or default_device())
     flops = 2.0 * parameter_count(source.shape) * MIN_QUESTIONS * T
     if only_pickles(source.directory) or (where.type == "cpu" and flops > CPU_FLOPS):
         return None
+    # Passkeys in the embedded text, further from the question than the window.
     tokenizer = load_tokenizer(source.directory)
     filler = joined(read_documents(EMBEDDED), tokenizer, 4 * T)
     samples = with_questions(torch.zeros(0, T, dtype=torch.int64), tokenizer, filler.tolist(), window, MIN_QUESTIONS)

@@ -61,7 +61,7 @@ def prefix_weights(
 ) -> list[Tensor]:
     """Returns the weights fp32 [b,T] of each micro-batch (document starts [b,T], labels [b,T]) of this rank's step.
 
-    Every rank calls it, with as many micro-batches or fewer: the counts are summed over the ranks.
+    Every rank calls it once a step, because the counts are summed over the ranks.
     """
     least = long_prefix(spec, ctx)
     # Bucket b holds the lengths from least 2^b to least 2^(b+1); -1: shorter ones, which have the weight 1.
